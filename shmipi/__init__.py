@@ -1,0 +1,69 @@
+"""shmipi: a machine made of processes that interrupt each other.
+
+Each emulated CPU is a pinned process; an interrupt is a write into shared memory and a
+doorbell. ``Cluster`` boots one, ``smp`` has the kernel's cross calls, ``atomic`` real
+atomics on ``shared`` and ``percpu`` arrays.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shmipi._version import __version__
+
+if TYPE_CHECKING:
+    from shmipi import atomic, smp
+    from shmipi.cluster import Cluster, Cpu
+    from shmipi.cpumask import CpuMask
+    from shmipi.errors import (
+        ArenaFullError,
+        BootError,
+        ClusterStateError,
+        CpuDiedError,
+        CpuOfflineError,
+        CsdBusyError,
+        IpiDeadlockError,
+        IpiTimeoutError,
+        LayoutError,
+        MachineDiedError,
+        NoMachineError,
+        RemoteCallError,
+        ShmipiError,
+        ShmipiWarning,
+    )
+    from shmipi.machine.arrays import SharedArray, percpu, shared
+    from shmipi.smp import CallSingleData, NativeHandler
+
+__all__ = [
+    "ArenaFullError",
+    "BootError",
+    "CallSingleData",
+    "Cluster",
+    "ClusterStateError",
+    "Cpu",
+    "CpuDiedError",
+    "CpuMask",
+    "CpuOfflineError",
+    "CsdBusyError",
+    "IpiDeadlockError",
+    "IpiTimeoutError",
+    "LayoutError",
+    "MachineDiedError",
+    "NativeHandler",
+    "NoMachineError",
+    "RemoteCallError",
+    "SharedArray",
+    "ShmipiError",
+    "ShmipiWarning",
+    "__version__",
+    "atomic",
+    "percpu",
+    "shared",
+    "smp",
+]
+
+
+def __getattr__(name: str) -> object:
+    from shmipi import _lazy  # `shmipi --help` must not pay for numpy and the core
+
+    return _lazy.load(name, __name__)

@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The only file of shmipi that names a memory order.
+ *
+ * An ACQUIRE load guarantees that what stands after it sees everything that the
+ * releasing side did before its RELEASE.  A FULL read-modify-write (seq_cst) is
+ * used wherever a store must be seen before a later load of another location
+ * (store-load order).  shmipi never uses a stand-alone fence for that:
+ * ThreadSanitizer does not understand fences, and a read-modify-write costs the
+ * same on x86 and less on arm.
+ */
+#ifndef SHI_ATOMICS_H
+#define SHI_ATOMICS_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#if ATOMIC_LLONG_LOCK_FREE != 2 || ATOMIC_INT_LOCK_FREE != 2
+#error "shmipi needs lock-free 32-bit and 64-bit atomics (they cross processes)"
+#endif
+
+typedef _Atomic uint64_t shi_a64;
+typedef _Atomic uint32_t shi_a32;
+typedef _Atomic uint8_t shi_a8;
+
+#define shi_load_relaxed(p) atomic_load_explicit((p), memory_order_relaxed)
+#define shi_load_acquire(p) atomic_load_explicit((p), memory_order_acquire)
+#define shi_load_full(p) atomic_load_explicit((p), memory_order_seq_cst)
+#define shi_store_relaxed(p, v) atomic_store_explicit((p), (v), memory_order_relaxed)
+#define shi_store_release(p, v) atomic_store_explicit((p), (v), memory_order_release)
+#define shi_store_full(p, v) atomic_store_explicit((p), (v), memory_order_seq_cst)
+
+#define shi_xchg_full(p, v) atomic_exchange_explicit((p), (v), memory_order_seq_cst)
+#define shi_fetch_add_full(p, v) atomic_fetch_add_explicit((p), (v), memory_order_seq_cst)
+#define shi_fetch_add_relaxed(p, v) atomic_fetch_add_explicit((p), (v), memory_order_relaxed)
+#define shi_fetch_or_full(p, v) atomic_fetch_or_explicit((p), (v), memory_order_seq_cst)
+#define shi_fetch_and_full(p, v) atomic_fetch_and_explicit((p), (v), memory_order_seq_cst)
+#define shi_cas_full(p, expected, desired)                                             \
+    atomic_compare_exchange_strong_explicit((p), (expected), (desired),                \
+                                            memory_order_seq_cst, memory_order_seq_cst)
+#define shi_cas_weak_full(p, expected, desired)                                        \
+    atomic_compare_exchange_weak_explicit((p), (expected), (desired),                  \
+                                          memory_order_seq_cst, memory_order_seq_cst)
+
+/* Orders plain stores before a signal handler of the same thread may run, and back. */
+#define shi_signal_fence() atomic_signal_fence(memory_order_seq_cst)
+
+/* A hint that this is a spin loop; never a memory barrier. */
+static inline void shi_cpu_relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield" ::: "memory");
+#endif
+}
+
+/* Ask for the line in the writable state, so that load-then-CAS is one transfer. */
+#define shi_prefetch_write(p) __builtin_prefetch((const void *)(p), 1, 3)
+#define shi_prefetch_read(p) __builtin_prefetch((const void *)(p), 0, 3)
+
+#endif

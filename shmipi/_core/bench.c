@@ -1,0 +1,4 @@
+/* SPDX-License-Identifier: MIT */
+#include "sys.h"
+
+#include "bench.h"

@@ -1,0 +1,257 @@
+/* SPDX-License-Identifier: MIT */
+#include "sys.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "csd.h"
+#include "func.h"
+#include "irq.h"
+#include "step.h"
+
+#define CSDS_PER_PAGE (SHI_PAGE / SHI_LINE)
+
+static int sender_arena(struct shi_self *self)
+{
+    const struct shi_machine *m = self->m;
+    if (self->sender.arena.m)
+        return 0;
+    uint64_t at = m->region_offset + (uint64_t)self->id * m->region_bytes + m->arena_offset;
+    return shi_arena_init(&self->sender.arena, m, at, m->arena_bytes);
+}
+
+static struct shi_csd *own(const struct shi_self *self, uint32_t index)
+{
+    return (struct shi_csd *)shi_region(self->m, self->id) + index;
+}
+
+/* In flight: a ring of indices, oldest first. */
+static void flight_push(struct shi_self *self, uint32_t index)
+{
+    struct shi_sender *s = &self->sender;
+    s->flight[(s->flight_head + s->flight_count++) & (self->m->csds_per_slot - 1)] =
+        index;
+}
+
+/*
+ * The slot's earlier owner was killed.  What it sent may still be in queues, so those
+ * csds, their payloads and the functions they name keep their places until unlocked.
+ */
+static int inherit(struct shi_self *self)
+{
+    struct shi_sender *s = &self->sender;
+    uint32_t top = shi_load_acquire(&self->slot->csd_top), i;
+    if (top > self->m->csds_per_slot)
+        top = self->m->csds_per_slot;
+    s->csd_top = top;
+    for (i = 0; i < top; i++) {
+        struct shi_csd *csd = own(self, i);
+        if (!shi_csd_locked(csd)) {
+            s->free_csds[s->nfree++] = i;
+            continue;
+        }
+        if (csd->kind == SHI_K_PICKLE || csd->room) {
+            uint64_t offset = csd->room ? csd->reply : csd->value.ref.offset;
+            uint64_t length = csd->room ? csd->room : csd->value.ref.length;
+            if (sender_arena(self) == 0) {
+                int64_t at = shi_arena_reserve(&s->arena, offset, length);
+                if (at >= 0)
+                    s->notes[i].block = (uint64_t)at + 1;
+            }
+        }
+        flight_push(self, i);
+    }
+    return shi_func_inherit(self);
+}
+
+int shi_sender_init(struct shi_self *self)
+{
+    struct shi_sender *s = &self->sender;
+    uint32_t n = self->m->csds_per_slot;
+    s->notes = calloc(n, sizeof *s->notes);
+    s->free_csds = calloc(n, sizeof *s->free_csds);
+    s->flight = calloc(n, sizeof *s->flight);
+    s->funcs = calloc(SHI_FUNCS, sizeof *s->funcs);
+    s->free_funcs = calloc(SHI_FUNCS, sizeof *s->free_funcs);
+    if (!s->notes || !s->free_csds || !s->flight || !s->funcs || !s->free_funcs) {
+        shi_sender_fini(self);
+        return -ENOMEM;
+    }
+    return inherit(self);
+}
+
+void shi_sender_fini(struct shi_self *self)
+{
+    struct shi_sender *s = &self->sender;
+    if (s->arena.m)
+        shi_arena_fini(&s->arena);
+    free(s->notes);
+    free(s->free_csds);
+    free(s->flight);
+    free(s->funcs);
+    free(s->free_funcs);
+    memset(s, 0, sizeof *s);
+}
+
+int64_t shi_csd_get(struct shi_self *self)
+{
+    struct shi_sender *s = &self->sender;
+    if (s->nfree)
+        return s->free_csds[--s->nfree];
+    shi_csd_collect(self);
+    if (s->nfree)
+        return s->free_csds[--s->nfree];
+    if (s->csd_top == self->m->csds_per_slot)
+        return -EAGAIN;
+    if (s->csd_top % CSDS_PER_PAGE == 0) {
+        uint64_t at = self->m->region_offset + (uint64_t)self->id * self->m->region_bytes +
+                      (uint64_t)s->csd_top * SHI_LINE;
+        int err = shi_machine_back(self->m, at, SHI_PAGE);
+        if (err)
+            return err;
+    }
+    uint32_t index = s->csd_top++;
+    /* Release: the reaper that reads the top finds backed, zeroed csds below it. */
+    shi_store_release(&self->slot->csd_top, s->csd_top);
+    return index;
+}
+
+static void put_block(struct shi_self *self, uint32_t index)
+{
+    struct shi_sender *s = &self->sender;
+    struct shi_csd_note *note = &s->notes[index];
+    if (note->shared) {
+        struct shi_csd_note *owner = &s->notes[note->shared - 1];
+        note->shared = 0;
+        if (--owner->users == 0 && owner->ending) {
+            owner->ending = 0;
+            shi_csd_put(self, (uint32_t)(owner - s->notes));
+        }
+        return;
+    }
+    if (note->block) {
+        shi_arena_free(&s->arena, note->block - 1);
+        note->block = 0;
+    }
+}
+
+void shi_csd_put(struct shi_self *self, uint32_t index)
+{
+    struct shi_sender *s = &self->sender;
+    struct shi_csd_note *note = &s->notes[index];
+    s->nowait -= note->nowait;
+    note->nowait = 0;
+    if (note->func) {
+        shi_func_drop(self, note->func - 1);
+        note->func = 0;
+    }
+    put_block(self, index);
+    s->free_csds[s->nfree++] = index;
+}
+
+void shi_csd_end_sharing(struct shi_self *self, uint32_t owner)
+{
+    if (self->sender.notes[owner].users)
+        self->sender.notes[owner].ending = 1;
+    else
+        shi_csd_put(self, owner);
+}
+
+void shi_csd_leave(struct shi_self *self, uint32_t index)
+{
+    flight_push(self, index);
+}
+
+uint32_t shi_csd_oldest(const struct shi_self *self)
+{
+    const struct shi_sender *s = &self->sender;
+    return s->flight_count ? s->flight[s->flight_head] : UINT32_MAX;
+}
+
+void shi_csd_collect(struct shi_self *self)
+{
+    struct shi_sender *s = &self->sender;
+    uint32_t n = s->flight_count, i;
+    for (i = 0; i < n; i++) {
+        uint32_t index = s->flight[s->flight_head];
+        s->flight_head = (s->flight_head + 1) & (self->m->csds_per_slot - 1);
+        s->flight_count--;
+        if (shi_csd_locked(own(self, index)))
+            flight_push(self, index); /* keep it: order among the rest stays */
+        else
+            shi_csd_put(self, index);
+    }
+}
+
+int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type, uint32_t dst)
+{
+    uint64_t old = shi_load_acquire(&csd->lock);
+    if (old & SHI_CSD_LOCK)
+        return -EBUSY;
+    /*
+     * A plain store: unlocked, the csd is its sender's alone (threads of the host come
+     * here one at a time).  A new sequence number each time: a reaper that still holds
+     * the old lock word cannot complete this use of the csd.
+     */
+    shi_store_relaxed(&csd->lock, ((old & SHI_CSD_SEQ) + (1ull << SHI_CSD_SEQ_SHIFT)) |
+                                      SHI_CSD_LOCK | type |
+                                      (uint64_t)dst << SHI_CSD_DST_SHIFT);
+    csd->src = (uint16_t)self->id;
+    csd->src_gen = self->gen;
+    shi_store_relaxed(&csd->status, SHI_S_DONE);
+    return 0;
+}
+
+void shi_csd_cancel(struct shi_csd *csd)
+{
+    shi_fetch_and_full(&csd->lock, SHI_CSD_SEQ);
+}
+
+void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
+{
+    uint32_t src = csd->src; /* after the exchange the csd may be anything */
+    uint64_t seq = shi_load_relaxed(&csd->lock) & SHI_CSD_SEQ;
+    SHI_STEP(self, unlock);
+    /*
+     * Full: releases the handler's stores to the waiter's acquire load of the lock,
+     * and stands before the load of the waiter's word in shi_irq_ring_waiter.  A
+     * waiter that set PARKED before this exchange is rung; one that tries after it
+     * finds the csd unlocked.
+     */
+    uint64_t old = shi_xchg_full(&csd->lock, seq);
+    if (__builtin_expect((old & SHI_CSD_PARKED) != 0, 0)) {
+        SHI_STEP(self, unlock_ring);
+        if (src < self->m->nslots)
+            shi_irq_ring_waiter(self, src);
+    }
+}
+
+int64_t shi_csd_block(struct shi_self *self, uint32_t index, uint64_t length)
+{
+    int err = sender_arena(self);
+    if (err)
+        return err;
+    int64_t at = shi_arena_alloc(&self->sender.arena, length);
+    if (at == -ENOBUFS && self->sender.flight_count) {
+        shi_csd_collect(self); /* blocks of calls that have ended since */
+        at = shi_arena_alloc(&self->sender.arena, length);
+    }
+    if (at >= 0)
+        self->sender.notes[index].block = (uint64_t)at + 1;
+    return at;
+}
+
+void shi_csd_share(struct shi_self *self, uint32_t index, uint32_t owner)
+{
+    self->sender.notes[index].shared = owner + 1;
+    self->sender.notes[owner].users++;
+}
+
+void *shi_payload(const struct shi_machine *m, uint32_t src, const struct shi_ref *ref)
+{
+    if (src >= m->nslots || ref->length > m->arena_bytes ||
+        ref->offset > m->arena_bytes - ref->length)
+        return NULL;
+    return shi_arena_base(m, src) + ref->offset;
+}

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * call_single_data: who may use one, for how long, and how it is given back.
+ *
+ * Everything that travels belongs to its sender: the csd, the argument, and the block
+ * a result is written to.  A target allocates nothing for a sender.
+ */
+#ifndef SHI_CSD_H
+#define SHI_CSD_H
+
+#include "machine.h"
+
+int shi_sender_init(struct shi_self *self);
+void shi_sender_fini(struct shi_self *self);
+
+/* A csd of this sender that nobody uses: its index, or -EAGAIN (all in flight),
+ * -ENOSPC.  Call inside shi_enter/shi_leave. */
+int64_t shi_csd_get(struct shi_self *self);
+/* Give back a csd that is unlocked, with its block and its hold on its function. */
+void shi_csd_put(struct shi_self *self, uint32_t index);
+/* Nobody will wait for it: it is given back when its target has unlocked it. */
+void shi_csd_leave(struct shi_self *self, uint32_t index);
+/* Give back every csd left behind that has been unlocked since. */
+void shi_csd_collect(struct shi_self *self);
+/* The oldest csd in flight, or UINT32_MAX. */
+uint32_t shi_csd_oldest(const struct shi_self *self);
+
+/* -EBUSY when in use.  Between shi_enter and shi_leave.  `type` is SHI_CSD_SYNC, ...; dst's generation is filled by push. */
+int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type, uint32_t dst);
+/* The sender takes back a csd that was never queued. */
+void shi_csd_cancel(struct shi_csd *csd);
+/* The target, after (SYNC) or before (ASYNC) the function: rings a parked waiter. */
+void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd);
+
+static inline bool shi_csd_locked(const struct shi_csd *csd)
+{
+    /* Acquire pairs with the exchange in shi_csd_unlock: the handler's stores. */
+    return (shi_load_acquire(&csd->lock) & SHI_CSD_LOCK) != 0;
+}
+
+/* Attach a new arena block of `length` bytes to a csd: its offset, or -errno. */
+int64_t shi_csd_block(struct shi_self *self, uint32_t index, uint64_t length);
+/* Let `index` use the block of `owner` too: one payload, many targets. */
+void shi_csd_share(struct shi_self *self, uint32_t index, uint32_t owner);
+/* No more csds will share it: it goes with the last that does. */
+void shi_csd_end_sharing(struct shi_self *self, uint32_t owner);
+
+/* The payload behind `ref` in the arena of `src`; NULL when it does not lie there. */
+void *shi_payload(const struct shi_machine *m, uint32_t src, const struct shi_ref *ref);
+
+#endif

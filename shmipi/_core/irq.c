@@ -1,0 +1,469 @@
+/* SPDX-License-Identifier: MIT */
+#include "sys.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "clock.h"
+#include "csd.h"
+#include "doorbell.h"
+#include "irq.h"
+#include "native.h"
+#include "queue.h"
+#include "step.h"
+#include "trace.h"
+
+/* A kick so soon after the last one is part of a storm: stay and poll a little, as a
+ * network driver does (NAPI), because the next one costs its sender 10 us. */
+#define STORM_NS 50000u
+#define STORM_POLL_NS 2000u
+
+/* ---- ringing ---------------------------------------------------------------------------- */
+
+/*
+ * The pid that a kick goes to must not be another process by then.  While `ringing`
+ * names the target, the reaper does not wait for it, so its pid stays taken.  The
+ * store is an exchange and stands before the swap of the target's word: either the
+ * swap finds DEAD, or the reaper, which writes DEAD first and reads hazards second,
+ * finds this one.
+ */
+static void hazard_set(struct shi_self *self, uint32_t dst)
+{
+    if (self->host)
+        pthread_mutex_lock(&self->kick_lock); /* one hazard for all its threads */
+    shi_xchg_full(&self->slot->ringing, dst + 1);
+}
+
+static void hazard_clear(struct shi_self *self)
+{
+    shi_store_release(&self->slot->ringing, 0);
+    if (self->host)
+        pthread_mutex_unlock(&self->kick_lock);
+}
+
+static bool needs_pid(const struct shi_machine *m, uint64_t w, bool again)
+{
+    switch (shi_word_state(w)) {
+    case SHI_RUNNING:
+        return m->kick && (again || !(w & SHI_W_KICKED));
+    case SHI_HALTED:
+        return m->doorbell == SHI_DB_SIGNAL;
+    case SHI_RUNG:
+        return again && m->doorbell == SHI_DB_SIGNAL;
+    default:
+        return false;
+    }
+}
+
+/*
+ * Turn `dst`'s word into one that says "somebody rings", with `set` added, and ring.
+ * `again`: ring even where the word says that somebody else undertook to.
+ */
+static void ring(struct shi_self *self, uint32_t dst, uint64_t set, bool completion, bool again)
+{
+    struct shi_machine *m = self->m;
+    struct shi_slot *slot = shi_slot(m, dst);
+    enum { NOTHING, DOORBELL, KICK } way;
+    bool hazard = false;
+    uint64_t w = shi_load_relaxed(&slot->word), next;
+    for (;;) {
+        if (!hazard && needs_pid(m, w, again)) {
+            hazard_set(self, dst);
+            hazard = true;
+            w = shi_load_relaxed(&slot->word);
+        }
+        way = NOTHING;
+        next = w | set;
+        switch (shi_word_state(w)) {
+        case SHI_HALTED:
+            next = shi_word_with(next, SHI_RUNG);
+            way = DOORBELL;
+            break;
+        case SHI_RUNG:
+            way = again ? DOORBELL : NOTHING;
+            break;
+        case SHI_RUNNING:
+            if (!completion && m->kick && (again || !(w & SHI_W_KICKED))) {
+                next |= SHI_W_KICKED;
+                way = KICK;
+            }
+            break;
+        case SHI_POLLING:
+            break;
+        default: /* offline or dead */
+            goto out;
+        }
+        /* Full: the pending bit and the queue stand before what the target reads
+         * after it has changed its own state with a read-modify-write of this word. */
+        if (shi_cas_full(&slot->word, &w, next))
+            break;
+    }
+    SHI_STEP(self, ring);
+    if (way == DOORBELL)
+        shi_doorbell_ring(self, dst);
+    else if (way == KICK)
+        shi_kick_send(self, dst);
+    else if (shi_word_state(w) == SHI_RUNNING && !completion && m->kick)
+        shi_count(self, SHI_C_kicks_coalesced);
+    SHI_STEP(self, rung);
+out:
+    if (hazard)
+        hazard_clear(self);
+}
+
+void shi_irq_raise(struct shi_self *self, uint32_t dst, uint32_t line)
+{
+    shi_fetch_or_full(&shi_slot(self->m, dst)->irr[line / 64], 1ull << (line % 64));
+    SHI_STEP(self, raise);
+    SHI_TRACE(self, ipi_send_cpu, dst, 0, 0, line);
+    ring(self, dst, SHI_W_PENDING, false, false);
+}
+
+void shi_irq_ring_waiter(struct shi_self *self, uint32_t id)
+{
+    if (id == self->m->ncpus) {
+        shi_count(self, SHI_C_doorbells_sent);
+        shi_event_ring(&shi_slot(self->m, id)->event);
+    } else {
+        ring(self, id, 0, true, false);
+    }
+}
+
+bool shi_irq_rering(struct shi_self *self, uint32_t dst)
+{
+    uint64_t w = shi_load_full(&shi_slot(self->m, dst)->word);
+    enum shi_state state = shi_word_state(w);
+    if (!shi_word_online(w) || state == SHI_POLLING || (state == SHI_RUNNING && !self->m->kick))
+        return false;
+    /* What died with a ringer may be no more than its promise to ring: RUNG or KICKED
+     * with nothing sent silences every later sender, work or no work. */
+    if (!shi_word_work(w) && state != SHI_RUNG && !(w & SHI_W_KICKED))
+        return false;
+    shi_count(self, SHI_C_rekicked);
+    ring(self, dst, 0, false, true);
+    return true;
+}
+
+int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst)
+{
+    struct shi_slot *slot = shi_slot(self->m, dst);
+    uint64_t w = shi_load_relaxed(&slot->word);
+    for (;;) {
+        if (!shi_word_online(w))
+            return -ENXIO;
+        if (shi_word_state(w) != SHI_POLLING)
+            break;
+        /* set_nr_if_polling: the idle loop looks at the flag, no IPI is needed. */
+        if (shi_cas_full(&slot->word, &w, w | SHI_W_NEED_RESCHED)) {
+            shi_count(self, SHI_C_resched_elided);
+            shi_count(self, SHI_C_elided);
+            SHI_TRACE(self, wake_idle_without_ipi, dst, 0, 0, 0);
+            return 0;
+        }
+    }
+    shi_count(self, SHI_C_resched_sent);
+    self->m->chip->send_reschedule(self, dst);
+    return 0;
+}
+
+/* ---- running what arrived ---------------------------------------------------------------- */
+
+static void run_native(struct shi_self *self, uint32_t index, struct shi_csd *csd)
+{
+    shi_native_handler *function = shi_native_get(csd->func & ~SHI_FUNC_NATIVE);
+    bool sync = (shi_load_relaxed(&csd->lock) & SHI_CSD_TYPE) == SHI_CSD_SYNC;
+    union shi_value copy;
+    void *info = NULL;
+    if (!function) {
+        shi_count(self, SHI_C_corrupt);
+        shi_store_relaxed(&csd->status, SHI_S_NOFUNC);
+        shi_csd_unlock(self, csd);
+        return;
+    }
+    switch (csd->kind) {
+    case SHI_K_INT:
+        info = (void *)(intptr_t)csd->value.i;
+        break;
+    case SHI_K_POINTER:
+        if (csd->value.u >= self->m->total_bytes) {
+            shi_count(self, SHI_C_corrupt);
+            shi_store_relaxed(&csd->status, SHI_S_BROKEN);
+            shi_csd_unlock(self, csd);
+            return;
+        }
+        info = self->m->base + csd->value.u;
+        break;
+    case SHI_K_BYTES:
+        info = csd->value.bytes;
+        if (!sync) {
+            copy = csd->value; /* the sender may use the csd again at once */
+            info = copy.bytes;
+        }
+        break;
+    default:
+        break;
+    }
+    shi_count(self, SHI_C_native_run);
+    shi_store_relaxed(&self->slot->cur_csd, index + 1);
+    SHI_TRACE(self, csd_function_entry, self->id, index + 1, csd->func, 0);
+    SHI_STEP(self, run);
+    if (sync) {
+        shi_count(self, SHI_C_csd_sync);
+        function(info);
+        shi_csd_unlock(self, csd);
+    } else {
+        shi_count(self, SHI_C_csd_async);
+        shi_csd_unlock(self, csd);
+        function(info);
+    }
+    SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
+    shi_store_relaxed(&self->slot->cur_csd, 0);
+}
+
+void shi_csd_run(struct shi_self *self, uint32_t index)
+{
+    struct shi_csd *csd = shi_csd(self->m, index);
+    if (csd->func & SHI_FUNC_NATIVE)
+        run_native(self, index, csd);
+    else if (self->inline_python && self->hooks.run)
+        self->hooks.run(self, index);
+    else
+        shi_list_append(self->m, &self->deferred, index);
+}
+
+/* __flush_smp_call_function_queue: SYNC, then ASYNC and irq_work, then wake-ups. */
+static void flush_queue(struct shi_self *self)
+{
+    const struct shi_machine *m = self->m;
+    struct shi_list taken = shi_queue_take(self), later = {0, 0, 0};
+    uint32_t index;
+    if (taken.count > 1)
+        shi_prefetch_write(shi_csd(m, shi_load_relaxed(&shi_csd(m, taken.head - 1)->next) - 1));
+    while ((index = shi_list_pop(self, &taken)) != UINT32_MAX) {
+        uint64_t type = shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE;
+        if (taken.head)
+            shi_prefetch_write(shi_csd(m, taken.head - 1));
+        if (type == SHI_CSD_SYNC)
+            shi_csd_run(self, index);
+        else if (type == SHI_CSD_TTWU)
+            shi_list_append(m, &self->tasks, index); /* wake-ups only queue a task */
+        else
+            shi_list_append(m, &later, index);
+    }
+    while ((index = shi_list_pop(self, &later)) != UINT32_MAX)
+        shi_csd_run(self, index);
+}
+
+bool shi_service(struct shi_self *self)
+{
+    bool did = false;
+    for (;;) {
+        /* Acquire pairs with the push: but what is acted upon comes from the RMW. */
+        uint64_t w = shi_load_acquire(&self->slot->word);
+        if (w & SHI_W_PENDING)
+            self->m->chip->handle(self);
+        else if (shi_word_head(w))
+            flush_queue(self);
+        else if (w & SHI_W_NEED_RESCHED)
+            shi_fetch_and_full(&self->slot->word, ~SHI_W_NEED_RESCHED);
+        else
+            return did;
+        did = true;
+    }
+}
+
+/* ---- the soft mask ------------------------------------------------------------------------- */
+
+void shi_set_polling(struct shi_self *self)
+{
+    uint64_t w = shi_load_relaxed(&self->slot->word), next;
+    do {
+        if (!shi_word_online(w))
+            return;
+        next = shi_word_with(w, SHI_POLLING);
+    } while (!shi_cas_full(&self->slot->word, &w, next));
+}
+
+void shi_set_running(struct shi_self *self)
+{
+    uint64_t w = shi_load_relaxed(&self->slot->word), next;
+    SHI_STEP(self, task);
+    for (;;) {
+        if (!shi_word_online(w))
+            return;
+        if (shi_word_work(w)) {
+            /* Its sender saw POLLING and did not ring: nobody else will look. */
+            if (self->irqs_off) {
+                self->happened = 1; /* replayed by shi_irq_restore */
+            } else {
+                self->in_core++;
+                shi_service(self);
+                self->in_core--;
+                w = shi_load_relaxed(&self->slot->word);
+                continue;
+            }
+        }
+        next = shi_word_with(w, SHI_RUNNING) & ~(SHI_W_KICKED | SHI_W_NEED_RESCHED);
+        if (self->deferred.head)
+            next |= SHI_W_ASKED;
+        if (shi_cas_full(&self->slot->word, &w, next))
+            return;
+    }
+}
+
+/* In hard-irq context: drain, with senders told to leave the kicking be. */
+static void irq_work(struct shi_self *self)
+{
+    uint8_t ctx = self->ctx;
+    bool inline_python = self->inline_python;
+    uint64_t w = shi_load_relaxed(&self->slot->word), next;
+    if (shi_word_state(w) != SHI_RUNNING)
+        return; /* a replay in another state: that state's owner looks */
+    self->ctx = SHI_CTX_IRQ;
+    self->irqs_off = 1;
+    self->in_irq++;
+    self->inline_python = false;
+    shi_set_polling(self);
+    if (!shi_service(self))
+        shi_count(self, SHI_C_kicks_empty);
+    uint64_t now = shi_now_ns();
+    if (now - self->storm_ns < STORM_NS) {
+        while (shi_now_ns() - now < STORM_POLL_NS && !self->deferred.head)
+            if (shi_service(self))
+                now = shi_now_ns();
+    }
+    self->storm_ns = now;
+    w = shi_load_relaxed(&self->slot->word);
+    do {
+        while (shi_word_work(w)) {
+            shi_service(self);
+            w = shi_load_relaxed(&self->slot->word);
+        }
+        if (!shi_word_online(w))
+            break;
+        next = shi_word_with(w, SHI_RUNNING);
+        if (self->deferred.head)
+            next |= SHI_W_ASKED;
+        /* Compare-and-swap: a push since the last look makes it fail. */
+    } while (!shi_cas_full(&self->slot->word, &w, next));
+    self->in_irq--;
+    self->irqs_off = 0;
+    self->ctx = ctx;
+    self->inline_python = inline_python;
+    if (self->deferred.head && self->hooks.interrupt)
+        self->hooks.interrupt(self);
+}
+
+void shi_irq_entry(struct shi_self *self)
+{
+    /* Acknowledge first, drain second: a push after this kicks again. */
+    uint64_t w = shi_fetch_and_full(&self->slot->word, ~SHI_W_KICKED);
+    SHI_STEP(self, ack);
+    shi_fetch_add_relaxed(&self->slot->counters[SHI_CTX_NMI][SHI_C_kicks_received], 1);
+    if (shi_masked(self)) {
+        self->happened = 1;
+        return;
+    }
+    /* A late kick: polling or halted, the owner finds the work by that state's rules,
+     * and nothing may be taken off the queue behind its back. */
+    if (shi_word_state(w) == SHI_RUNNING)
+        irq_work(self);
+    else
+        shi_count(self, SHI_C_kicks_empty);
+}
+
+void shi_leave_slow(struct shi_self *self)
+{
+    while (!shi_masked(self) && self->happened) {
+        self->happened = 0;
+        shi_signal_fence();
+        irq_work(self);
+    }
+}
+
+uint8_t shi_irq_save(struct shi_self *self)
+{
+    uint8_t flags = self->irqs_off;
+    self->irqs_off = 1;
+    shi_signal_fence();
+    return flags;
+}
+
+void shi_irq_restore(struct shi_self *self, uint8_t flags)
+{
+    shi_signal_fence();
+    self->irqs_off = flags;
+    shi_signal_fence();
+    shi_leave_slow(self);
+}
+
+/* ---- apic: the x86 local APIC's fixed vectors -------------------------------------------- */
+
+static void apic_send_call_single(struct shi_self *self, uint32_t dst)
+{
+    shi_irq_raise(self, dst, SHI_VEC_CALL_FUNCTION_SINGLE);
+}
+
+static void apic_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n)
+{
+    uint32_t i;
+    for (i = 0; i < n; i++)
+        shi_irq_raise(self, cpus[i], SHI_VEC_CALL_FUNCTION);
+}
+
+static void apic_send_reschedule(struct shi_self *self, uint32_t dst)
+{
+    shi_irq_raise(self, dst, SHI_VEC_RESCHEDULE);
+}
+
+static void apic_handle(struct shi_self *self)
+{
+    int word;
+    /* The summary first, the lines second: a line set in between sets it again. */
+    shi_fetch_and_full(&self->slot->word, ~SHI_W_PENDING);
+    SHI_TRACE(self, ipi_entry, self->id, 0, 0, 0);
+    for (word = SHI_NLINES / 64 - 1; word >= 0; word--) {
+        if (!shi_load_relaxed(&self->slot->irr[word]))
+            continue;
+        uint64_t lines = shi_xchg_full(&self->slot->irr[word], 0);
+        while (lines) {
+            uint32_t bit = 63u - (uint32_t)__builtin_clzll(lines); /* highest first */
+            lines &= ~(1ull << bit);
+            switch ((uint32_t)word * 64 + bit) {
+            case SHI_VEC_RESCHEDULE:
+                shi_count(self, SHI_C_irq_resched); /* the nudge is all there is to it */
+                break;
+            case SHI_VEC_CALL_FUNCTION:
+                shi_count(self, SHI_C_irq_call);
+                flush_queue(self);
+                break;
+            case SHI_VEC_CALL_FUNCTION_SINGLE:
+                shi_count(self, SHI_C_irq_call_single);
+                flush_queue(self);
+                break;
+            default:
+                shi_count(self, SHI_C_irq_other);
+            }
+        }
+    }
+    SHI_TRACE(self, ipi_exit, self->id, 0, 0, 0);
+}
+
+static const struct shi_irq_chip apic = {
+    .name = "apic",
+    .send_call_single = apic_send_call_single,
+    .send_call_mask = apic_send_call_mask,
+    .send_reschedule = apic_send_reschedule,
+    .handle = apic_handle,
+};
+
+static const struct shi_irq_chip *const chips[] = {&apic};
+
+const struct shi_irq_chip *shi_irq_chip_by_name(const char *name)
+{
+    size_t i;
+    for (i = 0; i < sizeof chips / sizeof *chips; i++)
+        if (strcmp(chips[i]->name, name) == 0)
+            return chips[i];
+    return NULL;
+}

@@ -1,0 +1,363 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The shared segment, byte by byte.
+ *
+ *   header | array directory | slots | per-slot regions | arrays
+ *
+ * A per-slot region is what one sender owns: its call_single_data, its function
+ * table and its payload arena.  Everything is named by offset or index, never by
+ * pointer, and every index read from here is checked before use: a damaged segment
+ * gives errors, not crashes.
+ *
+ * Regions and arrays are sparse.  What is used is allocated first (fallocate), so a
+ * full /dev/shm is -ENOSPC at that moment and never a SIGBUS later.
+ */
+#ifndef SHI_LAYOUT_H
+#define SHI_LAYOUT_H
+
+#include <stddef.h>
+
+#include "atomics.h"
+#include "clock.h"
+
+#define SHI_MAGIC "shmipi\n\x1a"
+#define SHI_ABI 1u
+
+#define SHI_LINE 64u
+#define SHI_PAIR 128u /* two lines: the adjacent-line prefetcher moves pairs */
+#define SHI_PAGE 4096u
+
+#define SHI_MAX_CPUS 4096u
+#define SHI_EXTRA_SLOTS 2u /* the host, and the firmware as the one that reaps */
+#define SHI_NAME_MAX 64u
+#define SHI_INLINE 24u          /* bytes of an argument or result inside a csd */
+#define SHI_NOWAIT_POOL 64u     /* wait=0 calls in flight, per sender */
+#define SHI_CSD_SPARE 4096u     /* csds per slot beyond two for every CPU, at least */
+#define SHI_FUNCS 16384u        /* functions one sender can have registered at a time */
+#define SHI_NLINES 256u         /* interrupt lines (x86: vectors) of a CPU */
+#define SHI_MAX_ARRAYS 4096u
+
+/* ---- the word: queue head and CPU state in one atomic unit ---------------------- */
+
+enum shi_state {
+    SHI_OFFLINE = 0,
+    SHI_RUNNING = 1, /* a task runs: ring with the kick signal */
+    SHI_POLLING = 2, /* will look at this word before it does anything else: no ring */
+    SHI_HALTED = 3,  /* asleep on the doorbell */
+    SHI_RUNG = 4,    /* was halted; somebody undertook to ring the doorbell */
+    SHI_DEAD = 5,
+};
+
+#define SHI_W_STATE 0x7ull
+#define SHI_W_KICKED 0x10ull       /* a kick signal is outstanding */
+#define SHI_W_PENDING 0x20ull      /* some bit of irr[] is set */
+#define SHI_W_NEED_RESCHED 0x40ull /* set instead of a reschedule IPI while polling */
+#define SHI_W_ASKED 0x80ull /* running: the interpreter was asked to run Python csds */
+#define SHI_W_GEN_SHIFT 16
+#define SHI_W_GEN 0xffff0000ull
+#define SHI_W_LOW 0xffffffffull
+#define SHI_W_HEAD_SHIFT 32
+
+static inline enum shi_state shi_word_state(uint64_t w)
+{
+    return (enum shi_state)(w & SHI_W_STATE);
+}
+
+static inline uint32_t shi_word_head(uint64_t w)
+{
+    return (uint32_t)(w >> SHI_W_HEAD_SHIFT);
+}
+
+static inline uint16_t shi_word_gen(uint64_t w)
+{
+    return (uint16_t)((w & SHI_W_GEN) >> SHI_W_GEN_SHIFT);
+}
+
+static inline uint64_t shi_word_with(uint64_t w, enum shi_state state)
+{
+    return (w & ~SHI_W_STATE) | (uint64_t)state;
+}
+
+/* Is there something that the owner has to look at? */
+static inline bool shi_word_work(uint64_t w)
+{
+    return (w >> SHI_W_HEAD_SHIFT) != 0 || (w & SHI_W_PENDING) != 0;
+}
+
+static inline bool shi_word_online(uint64_t w)
+{
+    enum shi_state s = shi_word_state(w);
+    return s != SHI_OFFLINE && s < SHI_DEAD;
+}
+
+/* ---- call_single_data ------------------------------------------------------------ */
+
+/* The kernel's values (include/linux/smp_types.h); PARKED and DIED are ours. */
+#define SHI_CSD_LOCK 0x01ull
+#define SHI_CSD_PARKED 0x02ull /* the waiter sleeps: unlock rings its doorbell */
+#define SHI_CSD_DIED 0x04ull   /* unlocked by the reaper: the target died with it */
+#define SHI_CSD_ASYNC 0x00ull
+#define SHI_CSD_SYNC 0x10ull
+#define SHI_CSD_IRQ_WORK 0x20ull
+#define SHI_CSD_TTWU 0x30ull
+#define SHI_CSD_TYPE 0xf0ull
+#define SHI_CSD_DST_SHIFT 16
+#define SHI_CSD_GEN_SHIFT 32
+#define SHI_CSD_SEQ_SHIFT 48
+#define SHI_CSD_SEQ (0xffffull << SHI_CSD_SEQ_SHIFT)
+
+/* What `value` of a csd holds, as argument and again as result. */
+enum shi_kind {
+    SHI_K_NONE = 0,
+    SHI_K_INT = 1,   /* int64_t in value.i */
+    SHI_K_FLOAT = 2, /* double in value.f */
+    SHI_K_BOOL = 3,
+    SHI_K_BYTES = 4, /* len bytes in value.bytes */
+    SHI_K_PICKLE = 5,  /* value.ref: a block of the sender's arena */
+    SHI_K_POINTER = 6, /* value.u: an offset into the segment (native handlers) */
+    SHI_K_FETCH = 7,   /* result too large for its block: value.fetch, ask for it */
+};
+
+/* How a Python function is applied to its argument. */
+enum shi_apply {
+    SHI_A_INFO = 0, /* func(info), result dropped: the smp_call_function family */
+    SHI_A_ONE = 1,  /* func(arg), result wanted */
+    SHI_A_VOID = 2, /* func(), result wanted */
+    SHI_A_ARGS = 3, /* func(*args, **kwargs) from a pickle, result wanted */
+    SHI_A_FETCH = 4, /* no function: hand over the result kept under value.fetch */
+    SHI_A_INLINE_FUNC = 8, /* flag: the pickle holds the function too */
+};
+
+enum shi_status {
+    SHI_S_DONE = 0, /* as the sender left it: success costs the target no store */
+    SHI_S_RAISED = 1, /* the result is a pickled exception */
+    SHI_S_BROKEN = 2, /* the target could not decode it: damaged segment */
+    SHI_S_NOFUNC = 3, /* the function id is not known any more */
+};
+
+struct shi_ref {
+    uint64_t offset; /* in the sender's arena */
+    uint64_t sum;    /* keyed checksum of the payload */
+    uint32_t length;
+    uint32_t reserved;
+};
+
+union shi_value {
+    int64_t i;
+    uint64_t u;
+    double f;
+    uint8_t bytes[SHI_INLINE];
+    struct shi_ref ref;
+    struct {
+        uint64_t token;
+        uint32_t length;
+    } fetch;
+};
+
+struct shi_csd {
+    shi_a64 lock;  /* flags | dst | dst generation | sequence */
+    shi_a32 next;  /* index + 1 of the csd pushed before this one */
+    uint16_t src;  /* slot of the sender */
+    uint16_t src_gen;
+    uint32_t func; /* bit 31: native handler; else an index of src's function table */
+    uint32_t serial; /* of the function: the index may be used again */
+    uint8_t kind;    /* enum shi_kind of value */
+    uint8_t length;  /* for SHI_K_BYTES */
+    uint8_t apply;   /* enum shi_apply */
+    shi_a8 status;   /* enum shi_status */
+    uint32_t room;   /* bytes a result may use at `reply`, 0: no such block */
+    union shi_value value;
+    uint64_t reply; /* offset in the sender's arena; the argument's block, if it has one */
+};
+
+#define SHI_FUNC_NATIVE 0x80000000u
+_Static_assert(sizeof(struct shi_csd) == SHI_LINE, "a csd is one cache line");
+_Static_assert(offsetof(struct shi_csd, value) == 32, "the value fills the line but for `reply`");
+
+/* A published function: where its pickle lies in the owner's arena. */
+struct shi_func {
+    shi_a32 serial; /* 0: free */
+    uint32_t length;
+    uint64_t offset;
+    uint64_t sum;
+    uint64_t reserved;
+};
+_Static_assert(sizeof(struct shi_func) == 32, "function table entry");
+
+/* ---- counters ---------------------------------------------------------------------- */
+
+#define SHI_COUNTERS(X)                                                                   \
+    X(calls_single)       /* smp_call_function_single, call, submit */                    \
+    X(calls_many)         /* smp_call_function_many and everything over it */             \
+    X(calls_self)         /* run inline on the calling CPU */                             \
+    X(csd_queued)         /* call_single_data pushed on a queue */                        \
+    X(csd_sync)           /* call_single_data run, unlocked after the function */         \
+    X(csd_async)          /* call_single_data run, unlocked before the function */        \
+    X(native_run)         /* native handlers run */                                       \
+    X(python_run)         /* Python handlers run */                                       \
+    X(tasks_run)          /* tasks run */                                                 \
+    X(unraisable)         /* exceptions of handlers nobody waited for */                  \
+    X(elided)             /* rings not needed: the target was polling */                  \
+    X(coalesced)          /* rings not needed: the queue was not empty */                 \
+    X(doorbells_sent)                                                                     \
+    X(doorbells_received)                                                                 \
+    X(doorbells_spurious) /* woken with nothing to do */                                  \
+    X(doorbells_retried)  /* the doorbell was full for a moment */                        \
+    X(kicks_sent)                                                                         \
+    X(kicks_received)                                                                     \
+    X(kicks_spurious)     /* not from this machine */                                     \
+    X(kicks_empty)        /* from this machine, found nothing left to do */               \
+    X(kicks_coalesced)    /* one was outstanding already */                               \
+    X(kicks_retried)      /* EAGAIN: the signal queue was full */                         \
+    X(rekicked)           /* rung again after 10 ms without progress */                   \
+    X(halts)              /* times the CPU went to sleep */                               \
+    X(resched_sent)                                                                       \
+    X(resched_elided)                                                                     \
+    X(irq_resched)        /* RES: reschedule interrupts taken */                          \
+    X(irq_call_single)    /* CAL: function call interrupts taken */                       \
+    X(irq_call)           /* CAL: function call interrupts taken (many) */                \
+    X(irq_other)          /* lines nobody claimed */                                      \
+    X(nmi)                                                                                \
+    X(died)               /* call_single_data completed by the reaper for this CPU */     \
+    X(corrupt)            /* damaged entries found and dropped */
+
+enum shi_counter {
+#define X(name) SHI_C_##name,
+    SHI_COUNTERS(X)
+#undef X
+        SHI_NCOUNTERS
+};
+#define SHI_COUNTER_ROOM 48u
+_Static_assert(SHI_NCOUNTERS <= SHI_COUNTER_ROOM, "counter row is full");
+
+/* One copy per context: an interrupt never writes the word its task was adding to. */
+enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 };
+
+/* ---- tracepoints -------------------------------------------------------------------- */
+
+#define SHI_TRACE_EVENTS(X)                                                               \
+    X(csd_queue_cpu)                                                                      \
+    X(csd_function_entry)                                                                 \
+    X(csd_function_exit)                                                                  \
+    X(ipi_send_cpu)                                                                       \
+    X(ipi_entry)                                                                          \
+    X(ipi_exit)                                                                           \
+    X(wake_idle_without_ipi)                                                              \
+    X(cpu_halt)                                                                           \
+    X(cpu_wake)
+
+enum shi_trace_event {
+    SHI_T_none = 0,
+#define X(name) SHI_T_##name,
+    SHI_TRACE_EVENTS(X)
+#undef X
+        SHI_T_COUNT
+};
+
+struct shi_trace_record {
+    uint64_t stamp;
+    uint16_t event;
+    uint16_t cpu; /* the CPU the event is about */
+    uint32_t csd; /* index + 1, or 0 */
+    uint32_t func;
+    uint32_t arg;
+    uint64_t seq; /* position in the ring, written last */
+};
+_Static_assert(sizeof(struct shi_trace_record) == 32, "trace record");
+
+/* ---- a slot: one per CPU, then the host's, then the firmware's ------------------------- */
+
+struct shi_slot {
+    /* What every sender writes.  Pending lines share the line of the queue head. */
+    _Alignas(SHI_PAIR) shi_a64 word;
+    shi_a64 irr[SHI_NLINES / 64];
+
+    /* Identity: written at boot, read by senders. */
+    _Alignas(SHI_PAIR) shi_a32 pid;
+    shi_a32 tid;
+    shi_a32 generation;
+    shi_a32 core;
+    shi_a64 start_time; /* field 22 of /proc/PID/stat */
+    shi_a32 idle;       /* enum shi_idle */
+    shi_a32 hotplug;    /* enum shi_hotplug: futex of a parked CPU */
+    shi_a32 csd_top;    /* csds below this may be in use: what the reaper scans */
+    shi_a32 func_top;   /* functions below this may be published */
+    shi_a32 registered; /* 1 once the process has taken the slot */
+    shi_a32 event;      /* the host's doorbell: an event count */
+
+    /* Published by the owner for others to read. */
+    _Alignas(SHI_PAIR) shi_a64 waiting_for; /* 0, or (cpu + 1) | irqs off << 32 */
+    shi_a32 ringing;                        /* 0, or target + 1: pid hazard */
+    shi_a32 cur_csd;                        /* index + 1 of what it executes, 0: nothing */
+    shi_a32 task;                           /* 1 while a task runs */
+    shi_a32 sleeping;
+
+    /* Tests: stop or die at a labelled step. */
+    _Alignas(SHI_PAIR) shi_a32 step;
+    shi_a32 step_action;
+    shi_a32 step_skip;
+    shi_a32 step_hit;
+
+    _Alignas(SHI_PAIR) shi_a64 counters[SHI_NCTX][SHI_COUNTER_ROOM];
+    _Alignas(SHI_PAIR) shi_a64 trace_head;
+    char task_name[120];
+};
+_Static_assert(sizeof(struct shi_slot) <= SHI_PAGE, "a slot fits a page");
+#define SHI_SLOT_BYTES 2048u
+_Static_assert(sizeof(struct shi_slot) <= SHI_SLOT_BYTES, "slot stride");
+
+/* ---- the header ------------------------------------------------------------------------ */
+
+enum shi_machine_state {
+    SHI_M_NEW = 0,
+    SHI_M_BOOTING = 1,
+    SHI_M_UP = 2,
+    SHI_M_STOPPING = 3,
+    SHI_M_DEAD = 4, /* the firmware is gone */
+};
+
+enum shi_hotplug { SHI_HP_ONLINE = 0, SHI_HP_OFFLINE = 1, SHI_HP_STOP = 2 };
+enum shi_idle { SHI_IDLE_POLL = 0, SHI_IDLE_HALTPOLL = 1, SHI_IDLE_HALT = 2 };
+enum shi_doorbell { SHI_DB_FUTEX, SHI_DB_SEM, SHI_DB_SIGNAL, SHI_DB_EVENTFD, SHI_DB_MQUEUE };
+
+struct shi_header {
+    /* These 80 bytes keep their place for ever: ps and clean read other versions. */
+    char magic[8];
+    uint32_t abi;
+    uint32_t header_bytes;
+    char name[SHI_NAME_MAX];
+
+    uint64_t total_bytes; /* of the mapping; the file may be shorter at its end */
+    uint64_t slot_offset;
+    uint64_t region_offset;
+    uint64_t region_bytes; /* per slot: csds, function table, arena */
+    uint64_t func_offset;  /* in a region */
+    uint64_t arena_offset; /* in a region */
+    uint64_t arena_bytes;
+    uint64_t trace_offset;
+    uint64_t array_offset;
+    uint64_t array_bytes;
+    uint32_t ncpus;
+    uint32_t csd_shift; /* 1 << this many csds per slot */
+    uint32_t trace_records; /* per slot; 0: off */
+    uint32_t doorbell;
+    uint32_t kick_signal;
+    uint32_t kick; /* 0: cooperative */
+    uint32_t cookie;
+    uint32_t oversubscribed;
+    uint64_t sum_key;
+    uint64_t boot_time_ns; /* CLOCK_REALTIME */
+    char chip[16];
+    struct shi_clock clock;
+
+    _Alignas(SHI_PAIR) shi_a32 machine_state; /* enum shi_machine_state */
+    shi_a32 firmware_pid;
+    shi_a32 host_pid;
+    shi_a32 hotplug_event; /* futex: bumped at every CPU online, offline, dead */
+    shi_a32 steps;         /* 1: labelled steps are looked at */
+    shi_a64 array_used;
+    shi_a32 narrays;
+    shi_a64 arrays[SHI_MAX_ARRAYS]; /* offset of a descriptor each */
+};
+
+#endif

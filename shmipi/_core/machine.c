@@ -1,0 +1,225 @@
+/* SPDX-License-Identifier: MIT */
+#include "sys.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "csd.h"
+#include "doorbell.h"
+#include "irq.h"
+#include "machine.h"
+#include "step.h"
+#include "trace.h"
+
+#define MiB (1ull << 20)
+#define GiB (1ull << 30)
+
+static uint64_t round_up(uint64_t value, uint64_t unit)
+{
+    return (value + unit - 1) / unit * unit;
+}
+
+int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records,
+                    uint64_t arena_bytes, uint64_t array_bytes)
+{
+    if (ncpus < 1 || ncpus > SHI_MAX_CPUS)
+        return -EINVAL;
+    uint32_t nslots = ncpus + SHI_EXTRA_SLOTS;
+    if (!arena_bytes) {
+        /* 64 MiB each, but 4 GiB of address space for all together. */
+        arena_bytes = 64 * MiB;
+        while (arena_bytes > MiB && arena_bytes * nslots > 4 * GiB + 64 * MiB)
+            arena_bytes /= 2;
+    }
+    if (!array_bytes)
+        array_bytes = 64 * GiB;
+    if (arena_bytes & (arena_bytes - 1))
+        return -EINVAL;
+    memcpy(h->magic, SHI_MAGIC, sizeof h->magic);
+    h->abi = SHI_ABI;
+    h->header_bytes = sizeof *h;
+    h->ncpus = ncpus;
+    h->csd_shift = 12;
+    while ((1u << h->csd_shift) < 2 * ncpus + SHI_CSD_SPARE)
+        h->csd_shift++;
+    h->slot_offset = round_up(sizeof *h, SHI_PAGE);
+    h->region_offset = round_up(h->slot_offset + (uint64_t)nslots * SHI_SLOT_BYTES, SHI_PAGE);
+    h->func_offset = round_up((uint64_t)SHI_LINE << h->csd_shift, SHI_PAGE);
+    h->arena_offset =
+        round_up(h->func_offset + (uint64_t)SHI_FUNCS * sizeof(struct shi_func), SHI_PAGE);
+    h->arena_bytes = arena_bytes;
+    h->region_bytes = h->arena_offset + arena_bytes;
+    h->trace_offset = h->region_offset + h->region_bytes * nslots;
+    h->trace_records = trace_records;
+    h->array_offset =
+        round_up(h->trace_offset +
+                     (uint64_t)nslots * trace_records * sizeof(struct shi_trace_record),
+                 SHI_PAGE);
+    h->array_bytes = array_bytes;
+    h->total_bytes = h->array_offset + array_bytes;
+    return 0;
+}
+
+uint64_t shi_layout_fixed(const struct shi_header *h)
+{
+    return h->region_offset;
+}
+
+int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int fd)
+{
+    struct shi_header *h = base, plan;
+    memset(m, 0, sizeof *m);
+    if (mapped < sizeof *h)
+        return -EINVAL;
+    if (memcmp(h->magic, SHI_MAGIC, sizeof h->magic))
+        return -EINVAL;
+    if (h->abi != SHI_ABI || h->header_bytes != sizeof *h)
+        return -EPROTO;
+    /* The geometry follows from four numbers: anything else in there is damage. */
+    memset(&plan, 0, offsetof(struct shi_header, machine_state));
+    if (h->trace_records > (1u << 24) || h->arena_bytes > GiB || h->array_bytes > (1ull << 42))
+        return -EINVAL;
+    if (shi_layout_plan(&plan, h->ncpus, h->trace_records, h->arena_bytes, h->array_bytes))
+        return -EINVAL;
+    if (plan.total_bytes != h->total_bytes || plan.slot_offset != h->slot_offset ||
+        plan.region_offset != h->region_offset || plan.region_bytes != h->region_bytes ||
+        plan.func_offset != h->func_offset || plan.arena_offset != h->arena_offset ||
+        plan.trace_offset != h->trace_offset || plan.array_offset != h->array_offset ||
+        plan.csd_shift != h->csd_shift || mapped < plan.total_bytes)
+        return -EINVAL;
+    m->base = base;
+    m->header = h;
+    m->total_bytes = plan.total_bytes;
+    m->slot_offset = plan.slot_offset;
+    m->region_offset = plan.region_offset;
+    m->region_bytes = plan.region_bytes;
+    m->func_offset = plan.func_offset;
+    m->arena_offset = plan.arena_offset;
+    m->arena_bytes = plan.arena_bytes;
+    m->trace_offset = plan.trace_offset;
+    m->array_offset = plan.array_offset;
+    m->array_bytes = plan.array_bytes;
+    m->ncpus = plan.ncpus;
+    m->nslots = plan.ncpus + SHI_EXTRA_SLOTS;
+    m->csd_shift = plan.csd_shift;
+    m->csds_per_slot = 1u << plan.csd_shift;
+    m->ncsds = m->nslots * m->csds_per_slot;
+    m->trace_records = plan.trace_records;
+    m->sum_key = h->sum_key;
+    m->cookie = h->cookie;
+    m->kick_signal = h->kick_signal;
+    m->doorbell = (enum shi_doorbell)h->doorbell;
+    m->kick = h->kick != 0;
+    m->oversubscribed = h->oversubscribed != 0;
+    m->fd = fd;
+    if (m->doorbell > SHI_DB_MQUEUE || m->kick_signal > 64)
+        return -EINVAL;
+    char chip[sizeof h->chip + 1] = {0};
+    memcpy(chip, h->chip, sizeof h->chip);
+    m->chip = shi_irq_chip_by_name(chip);
+    if (!m->chip)
+        return -EINVAL;
+    shi_clock_adopt(&h->clock);
+    return 0;
+}
+
+int shi_machine_back(const struct shi_machine *m, uint64_t offset, uint64_t length)
+{
+    if (m->fd < 0)
+        return 0; /* a native test over anonymous memory */
+    for (;;) {
+        if (fallocate(m->fd, 0, (off_t)offset, (off_t)length) == 0)
+            return 0;
+        if (errno != EINTR)
+            return -errno;
+    }
+}
+
+uint64_t shi_checksum(const struct shi_machine *m, const void *data, uint64_t length)
+{
+    const uint8_t *p = data;
+    uint64_t h = m->sum_key ^ (length * 0x9e3779b97f4a7c15ull), w;
+    while (length >= 8) {
+        memcpy(&w, p, 8);
+        h = (h ^ w) * 0xff51afd7ed558ccdull;
+        h ^= h >> 32;
+        p += 8;
+        length -= 8;
+    }
+    w = 0;
+    memcpy(&w, p, length);
+    h = (h ^ w) * 0xc4ceb9fe1a85ec53ull;
+    return h ^ (h >> 33);
+}
+
+int shi_self_init(struct shi_self *self, struct shi_machine *m, uint32_t id)
+{
+    memset(self, 0, sizeof *self);
+    if (id >= m->nslots)
+        return -EINVAL;
+    self->m = m;
+    self->id = id;
+    self->slot = shi_slot(m, id);
+    self->host = id >= m->ncpus;
+    self->gen = (uint16_t)shi_load_relaxed(&self->slot->generation);
+    self->pid = getpid();
+    self->tid = (pid_t)syscall(SYS_gettid);
+    self->thread = pthread_self();
+    self->trace = m->trace_records != 0;
+    self->steps = shi_load_relaxed(&m->header->steps) != 0;
+    pthread_mutex_init(&self->lock, NULL);
+    pthread_mutex_init(&self->kick_lock, NULL);
+    return shi_sender_init(self);
+}
+
+void shi_self_fini(struct shi_self *self)
+{
+    shi_sender_fini(self);
+    pthread_mutex_destroy(&self->lock);
+    pthread_mutex_destroy(&self->kick_lock);
+}
+
+static uint64_t own_start_time(void)
+{
+    char text[1024];
+    int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return 0;
+    ssize_t n = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (n <= 0)
+        return 0;
+    text[n] = 0;
+    char *p = strrchr(text, ')'); /* the name may hold anything */
+    unsigned long long start = 0;
+    if (!p || sscanf(p + 1,
+                     " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d"
+                     " %*d %*d %llu",
+                     &start) != 1)
+        return 0;
+    return start;
+}
+
+int shi_self_online(struct shi_self *self)
+{
+    struct shi_slot *s = self->slot;
+    shi_store_relaxed(&s->pid, (uint32_t)self->pid);
+    shi_store_relaxed(&s->tid, (uint32_t)self->tid);
+    shi_store_relaxed(&s->start_time, own_start_time());
+    shi_store_release(&s->registered, 1);
+    SHI_STEP(self, online);
+    /* Identity first, online second: who sees the CPU online can ring it. */
+    uint64_t w = shi_load_relaxed(&s->word), next;
+    do {
+        if (shi_word_online(w))
+            return -EBUSY;
+        next = (uint64_t)SHI_POLLING | (uint64_t)self->gen << SHI_W_GEN_SHIFT;
+    } while (!shi_cas_full(&s->word, &w, next));
+    shi_event_ring(&self->m->header->hotplug_event);
+    return 0;
+}

@@ -1,0 +1,207 @@
+/* SPDX-License-Identifier: MIT */
+/* A process's own view of a machine: the mapping, and who it is in it. */
+#ifndef SHI_MACHINE_H
+#define SHI_MACHINE_H
+
+#include "sys.h"
+
+#include <pthread.h>
+
+#include "arena.h"
+#include "layout.h"
+
+struct shi_self;
+struct shi_irq_chip;
+
+/* Geometry, copied out of the header once and checked: never read from there again. */
+struct shi_machine {
+    uint8_t *base;
+    struct shi_header *header;
+    uint64_t total_bytes;
+    uint64_t slot_offset, region_offset, region_bytes, func_offset, arena_offset;
+    uint64_t arena_bytes, trace_offset, array_offset, array_bytes, sum_key;
+    uint32_t ncpus, nslots, csd_shift, csds_per_slot, ncsds, trace_records;
+    uint32_t cookie, kick_signal;
+    enum shi_doorbell doorbell;
+    bool kick;
+    bool oversubscribed;
+    int fd; /* of the segment, for fallocate */
+    const struct shi_irq_chip *chip;
+    int *eventfds; /* per CPU, or NULL */
+    void **sems;   /* sem_t *, per CPU, or NULL */
+    int *mqueues;  /* mqd_t, per CPU, or NULL */
+};
+
+/* What a sender knows about each of its csds and functions, in private memory. */
+struct shi_csd_note {
+    uint64_t block;  /* arena block + 1, or 0 */
+    uint32_t func;   /* function index + 1, or 0 */
+    uint32_t shared; /* index + 1 of the csd that owns the block with this one */
+    uint32_t users;  /* csds that share this one's block */
+    uint8_t ending;  /* give this one back with the last of its users */
+    uint8_t nowait;  /* counts against SHI_NOWAIT_POOL */
+};
+
+struct shi_func_note {
+    uint64_t block; /* arena block + 1, or 0 */
+    uint32_t in_flight;
+    uint8_t dead; /* the function object is gone: free when in_flight is 0 */
+};
+
+struct shi_sender {
+    struct shi_arena arena;
+    struct shi_csd_note *notes;
+    uint32_t *free_csds; /* stack */
+    uint32_t nfree, csd_top;
+    uint32_t *flight; /* ring of csds sent without waiting, oldest first */
+    uint32_t flight_head, flight_count;
+    uint32_t nowait; /* of those, how many came from wait=0 calls */
+    struct shi_func_note *funcs;
+    uint32_t *free_funcs;
+    uint32_t nfree_funcs, func_top, next_serial;
+};
+
+/* A list of csds the owner has taken off its queue, linked by csd.next. */
+struct shi_list {
+    uint32_t head, tail, count; /* index + 1 */
+};
+
+/* What the layer above (Python, or a native test) plugs in. */
+struct shi_hooks {
+    void *arg;
+    /* Run one Python csd now.  Soft-masked.  NULL: always defer. */
+    void (*run)(struct shi_self *, uint32_t csd);
+    /* About to spin for longer than 20 us, or to sleep: give the interpreter up. */
+    void (*release)(struct shi_self *);
+    /* Called in the kick handler when Python work was deferred: async-signal-safe. */
+    void (*interrupt)(struct shi_self *);
+};
+
+struct shi_self {
+    struct shi_machine *m;
+    struct shi_slot *slot;
+    uint32_t id;
+    uint16_t gen;
+    bool host; /* or firmware: sends and waits, but is no CPU */
+    pid_t pid, tid;
+    pthread_t thread;
+
+    /* Read by the kick handler of the same thread. */
+    volatile uint8_t irqs_off; /* local_irq_disable, or a handler is running */
+    volatile uint8_t in_core;  /* depth of core sections in task context */
+    volatile uint8_t happened; /* a kick came while masked */
+    volatile uint8_t in_irq;   /* depth of hard-irq context */
+    volatile uint8_t ctx;      /* enum shi_ctx for counters */
+    bool inline_python;        /* the idle loop or a waiter: run Python csds at once */
+    bool in_task;
+    uint32_t preempt;
+    bool trace;
+    bool steps;
+
+    struct shi_list deferred; /* Python csds waiting for the interpreter */
+    struct shi_list tasks;
+    uint64_t storm_ns; /* when the kick handler last returned */
+    uint64_t poll_ns;  /* haltpoll's window */
+    struct shi_sender sender;
+    struct shi_hooks hooks;
+    pthread_mutex_t lock; /* host only: its threads share one sender */
+    pthread_mutex_t kick_lock;
+};
+
+/* Geometry for a machine of this shape; fills everything of `h` but the name. */
+int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records,
+                    uint64_t arena_bytes, uint64_t array_bytes);
+/* Bytes that must be allocated at boot: header, directory, slots. */
+uint64_t shi_layout_fixed(const struct shi_header *h);
+/* Check a mapped header against `mapped` bytes; -EINVAL, or -EPROTO for another ABI. */
+int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int fd);
+/* Allocate a range of the segment's file: 0, -ENOSPC, ... */
+int shi_machine_back(const struct shi_machine *m, uint64_t offset, uint64_t length);
+
+/* Become slot `id`.  `gen` is 0 for the host. */
+int shi_self_init(struct shi_self *self, struct shi_machine *m, uint32_t id);
+void shi_self_fini(struct shi_self *self);
+/* CPU: take the slot (pid, start time, thread) and go online, polling. */
+int shi_self_online(struct shi_self *self);
+
+static inline struct shi_slot *shi_slot(const struct shi_machine *m, uint32_t id)
+{
+    return (struct shi_slot *)(m->base + m->slot_offset + (uint64_t)id * SHI_SLOT_BYTES);
+}
+
+static inline uint8_t *shi_region(const struct shi_machine *m, uint32_t id)
+{
+    return m->base + m->region_offset + (uint64_t)id * m->region_bytes;
+}
+
+/* `index` counts through all slots; the caller has checked it. */
+static inline struct shi_csd *shi_csd(const struct shi_machine *m, uint32_t index)
+{
+    return (struct shi_csd *)shi_region(m, index >> m->csd_shift) +
+           (index & (m->csds_per_slot - 1));
+}
+
+static inline struct shi_func *shi_func_entry(const struct shi_machine *m, uint32_t id,
+                                              uint32_t index)
+{
+    return (struct shi_func *)(shi_region(m, id) + m->func_offset) + index;
+}
+
+static inline uint8_t *shi_arena_base(const struct shi_machine *m, uint32_t id)
+{
+    return shi_region(m, id) + m->arena_offset;
+}
+
+static inline void shi_count_n(struct shi_self *self, enum shi_counter c, uint64_t n)
+{
+    shi_a64 *p = &self->slot->counters[self->ctx][c];
+    if (self->host)
+        shi_fetch_add_relaxed(p, n); /* its threads share the row */
+    else
+        shi_store_relaxed(p, shi_load_relaxed(p) + n);
+}
+
+static inline void shi_count(struct shi_self *self, enum shi_counter c)
+{
+    shi_count_n(self, c, 1);
+}
+
+/*
+ * A core section: between these the kick handler only notes that it was called, so
+ * the sender's private lists never change under it.  On the host, whose threads share
+ * one sender and which takes no interrupts, it is a mutex.
+ */
+static inline void shi_enter(struct shi_self *self)
+{
+    if (self->host) {
+        pthread_mutex_lock(&self->lock);
+        return;
+    }
+    self->in_core++;
+    shi_signal_fence();
+}
+
+void shi_leave_slow(struct shi_self *self);
+
+static inline void shi_leave(struct shi_self *self)
+{
+    if (self->host) {
+        pthread_mutex_unlock(&self->lock);
+        return;
+    }
+    shi_signal_fence();
+    self->in_core--;
+    shi_signal_fence();
+    if (__builtin_expect(self->happened, 0))
+        shi_leave_slow(self);
+}
+
+static inline bool shi_masked(const struct shi_self *self)
+{
+    return self->irqs_off || self->in_core;
+}
+
+/* Keyed checksum of a payload: guards against damage, not against an attacker. */
+uint64_t shi_checksum(const struct shi_machine *m, const void *data, uint64_t length);
+
+#endif

@@ -1,0 +1,315 @@
+/* SPDX-License-Identifier: MIT */
+/* shmipi._core: the module itself, its errors and argument parsing. */
+#include "py_shi.h"
+
+#include <stdarg.h>
+
+#include "trace.h"
+
+struct shi_python shi_py;
+int shi_function_types(void);
+
+/* ---- errors ------------------------------------------------------------------------------------ */
+
+PyObject *shi_take_exception(void)
+{
+#if PY_VERSION_HEX >= 0x030c0000
+    return PyErr_GetRaisedException();
+#else
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
+    if (error && traceback)
+        PyException_SetTraceback(error, traceback);
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return error;
+#endif
+}
+
+/* Raise `kind` with a message; OSErrors of ours take cpu and errno by keyword. */
+PyObject *shi_raise(PyObject *kind, int err, int cpu, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    PyObject *message = PyUnicode_FromFormatV(format, arguments);
+    va_end(arguments);
+    if (!message)
+        return NULL;
+    PyObject *error = NULL, *kwargs = NULL, *args = PyTuple_Pack(1, message);
+    if (args && PyObject_IsSubclass(kind, PyExc_OSError) == 1) {
+        kwargs = PyDict_New();
+        PyObject *number = PyLong_FromLong(cpu), *code = PyLong_FromLong(err);
+        if (kwargs && number && code) {
+            if (cpu >= 0)
+                PyDict_SetItemString(kwargs, "cpu", number);
+            if (err)
+                PyDict_SetItemString(kwargs, "errno", code);
+        }
+        Py_XDECREF(number);
+        Py_XDECREF(code);
+    }
+    if (args)
+        error = PyObject_Call(kind, args, kwargs);
+    if (error) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
+    Py_XDECREF(kwargs);
+    Py_XDECREF(args);
+    Py_DECREF(message);
+    return NULL;
+}
+
+PyObject *shi_raise_errno(Machine *machine, int err, int cpu)
+{
+    unsigned last = machine->m.ncpus - 1;
+    switch (-err) {
+    case ENXIO:
+        if (cpu < 0 || (unsigned)cpu > last)
+            return shi_raise(shi_py.OfflineError, ENXIO, cpu,
+                             "CPU %d does not exist: this machine has CPUs 0-%u", cpu, last);
+        return shi_raise(shi_py.OfflineError, ENXIO, cpu,
+                         "CPU %d is offline: bring it back with cluster.online(%d)", cpu, cpu);
+    case EOWNERDEAD: {
+        uint32_t state = shi_load_acquire(&machine->m.header->machine_state);
+        if (state == SHI_M_DEAD || state == SHI_M_STOPPING)
+            return shi_raise(shi_py.MachineDiedError, EOWNERDEAD, cpu,
+                             "the machine %s died: its firmware process is gone, and all its "
+                             "CPUs with it", machine->m.header->name);
+        return shi_raise(shi_py.DiedError, EOWNERDEAD, cpu,
+                         "CPU %d died with this call in hand: it may or may not have run", cpu);
+    }
+    case EBUSY:
+        return shi_raise(shi_py.BusyError, EBUSY, cpu,
+                         "this CallSingleData is still in use: look at its `locked`, or use "
+                         "another one");
+    case EDEADLK:
+        return shi_raise(shi_py.DeadlockError, EDEADLK, cpu,
+                         "CPUs wait for each other in a circle through CPU %d, all with "
+                         "interrupts disabled: enable them before a waiting call", cpu);
+    case ETIMEDOUT:
+        return shi_raise(shi_py.TimeoutError, ETIMEDOUT, cpu,
+                         "no answer from CPU %d in time: the call stays queued and may still "
+                         "run", cpu);
+    case ENOBUFS:
+        return shi_raise(shi_py.ArenaError, ENOBUFS, cpu,
+                         "the arena of this sender (%llu bytes) is full of payloads not yet "
+                         "taken: wait for some, or put large data in cluster.shared()",
+                         (unsigned long long)machine->m.arena_bytes);
+    case E2BIG:
+        return shi_raise(shi_py.ArenaError, E2BIG, cpu,
+                         "more than the %llu bytes of a sender's arena: put large data in "
+                         "cluster.shared()", (unsigned long long)machine->m.arena_bytes);
+    case ENOSPC:
+        return shi_raise(shi_py.ArenaError, ENOSPC, cpu,
+                         "/dev/shm is full: make it larger (mount -o remount,size=... /dev/shm, "
+                         "docker run --shm-size=...)");
+    case EAGAIN:
+        return shi_raise(shi_py.ArenaError, EAGAIN, cpu,
+                         "all %u requests of this sender are in flight", machine->m.csds_per_slot);
+    default:
+        errno = -err;
+        return PyErr_SetFromErrno(shi_py.OSError);
+    }
+}
+
+int shi_warn_once(bool *given, const char *text)
+{
+    if (*given)
+        return 0;
+    *given = true;
+    return PyErr_WarnEx(shi_py.Warning, text, 1);
+}
+
+/* ---- arguments ------------------------------------------------------------------------------------ */
+
+int shi_parse(const char *function, const char *const *names, int required, int total,
+              PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames, PyObject **out)
+{
+    int i;
+    if (nargs > total) {
+        PyErr_Format(PyExc_TypeError, "%s() takes at most %d arguments (%zd given)", function,
+                     total, nargs);
+        return -1;
+    }
+    for (i = 0; i < total; i++)
+        out[i] = i < nargs ? args[i] : NULL;
+    Py_ssize_t nkw = kwnames ? PyTuple_GET_SIZE(kwnames) : 0, k;
+    for (k = 0; k < nkw; k++) {
+        PyObject *name = PyTuple_GET_ITEM(kwnames, k);
+        for (i = 0; i < total; i++)
+            if (PyUnicode_CompareWithASCIIString(name, names[i]) == 0)
+                break;
+        if (i == total) {
+            PyErr_Format(PyExc_TypeError, "%s() got an unexpected keyword argument '%U'", function,
+                         name);
+            return -1;
+        }
+        if (out[i]) {
+            PyErr_Format(PyExc_TypeError, "%s() got multiple values for argument '%U'", function,
+                         name);
+            return -1;
+        }
+        out[i] = args[nargs + k];
+    }
+    for (i = 0; i < required; i++)
+        if (!out[i]) {
+            PyErr_Format(PyExc_TypeError, "%s() missing required argument '%s'", function,
+                         names[i]);
+            return -1;
+        }
+    return 0;
+}
+
+/* ---- the module -------------------------------------------------------------------------------------- */
+
+static int add_methods(PyObject *module, PyMethodDef *const *parts, size_t n)
+{
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (PyModule_AddFunctions(module, parts[i]) < 0)
+            return -1;
+    return 0;
+}
+
+static PyObject *name_list(const char *const *names, size_t n)
+{
+    size_t i;
+    PyObject *tuple = PyTuple_New((Py_ssize_t)n);
+    for (i = 0; tuple && i < n; i++) {
+        PyObject *name = PyUnicode_FromString(names[i]);
+        if (!name)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, (Py_ssize_t)i, name);
+    }
+    return tuple;
+}
+
+static int add_names(PyObject *module, const char *attribute, const char *const *names, size_t n)
+{
+    PyObject *tuple = name_list(names, n);
+    int err = tuple ? PyModule_AddObjectRef(module, attribute, tuple) : -1;
+    Py_XDECREF(tuple);
+    return err;
+}
+
+static const char *const counter_names[] = {
+#define X(name) #name,
+    SHI_COUNTERS(X)
+#undef X
+};
+
+/* bind(errors, remote, mask_cpus): the Python this module calls back. */
+static PyObject *bind(PyObject *module, PyObject *args)
+{
+    PyObject *errors, *remote, *mask_cpus;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OOO", &errors, &remote, &mask_cpus))
+        return NULL;
+    const struct {
+        PyObject **where, *from;
+        const char *name;
+    } wanted[] = {
+        {&shi_py.dumps, remote, "dumps"},
+        {&shi_py.loads, remote, "loads"},
+        {&shi_py.dump_exception, remote, "dump_exception"},
+        {&shi_py.load_exception, remote, "load_exception"},
+        {&shi_py.task_name, remote, "task_name"},
+        {&shi_py.OfflineError, errors, "CpuOfflineError"},
+        {&shi_py.DiedError, errors, "CpuDiedError"},
+        {&shi_py.MachineDiedError, errors, "MachineDiedError"},
+        {&shi_py.BusyError, errors, "CsdBusyError"},
+        {&shi_py.DeadlockError, errors, "IpiDeadlockError"},
+        {&shi_py.TimeoutError, errors, "IpiTimeoutError"},
+        {&shi_py.ArenaError, errors, "ArenaFullError"},
+        {&shi_py.LayoutError, errors, "LayoutError"},
+        {&shi_py.StateError, errors, "ClusterStateError"},
+        {&shi_py.NoMachineError, errors, "NoMachineError"},
+        {&shi_py.RemoteError, errors, "RemoteCallError"},
+        {&shi_py.Warning, errors, "ShmipiWarning"},
+        {&shi_py.OSError, errors, "BootError"},
+    };
+    size_t i;
+    for (i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+        PyObject *found = PyObject_GetAttrString(wanted[i].from, wanted[i].name);
+        if (!found)
+            return NULL;
+        Py_XSETREF(*wanted[i].where, found);
+    }
+    Py_XSETREF(shi_py.mask_cpus, Py_NewRef(mask_cpus));
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef own_functions[] = {
+    {"bind", bind, METH_VARARGS, "bind(errors, remote, mask_cpus)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static int module_exec(PyObject *module)
+{
+    PyMethodDef *const parts[] = {own_functions,     shi_call_functions,   shi_cpu_functions,
+                                  shi_machine_functions, shi_atomic_functions,
+                                  shi_bench_functions};
+    if (add_methods(module, parts, sizeof parts / sizeof *parts) < 0 ||
+        shi_function_types() < 0 || shi_machine_types(module) < 0 || shi_csd_types(module) < 0 ||
+        shi_bench_types(module) < 0)
+        return -1;
+    if (add_names(module, "COUNTERS", counter_names, SHI_NCOUNTERS) < 0 ||
+        add_names(module, "TRACE_EVENTS", shi_trace_names, SHI_T_COUNT) < 0)
+        return -1;
+    const struct {
+        const char *name;
+        long value;
+    } numbers[] = {
+        {"ABI", SHI_ABI},
+        {"MAX_CPUS", SHI_MAX_CPUS},
+        {"NAME_MAX", SHI_NAME_MAX},
+        {"NOWAIT_POOL", SHI_NOWAIT_POOL},
+        {"SLOT_BYTES", SHI_SLOT_BYTES},
+        {"COUNTER_OFFSET", offsetof(struct shi_slot, counters)},
+        {"COUNTER_ROOM", SHI_COUNTER_ROOM},
+        {"CONTEXTS", SHI_NCTX},
+        {"TRACE_HEAD_OFFSET", offsetof(struct shi_slot, trace_head)},
+        {"TRACE_RECORD_BYTES", sizeof(struct shi_trace_record)},
+        {"NCPUS_OFFSET", offsetof(struct shi_header, ncpus)},
+        {"OFFLINE", SHI_OFFLINE},
+        {"CPU_DEAD", SHI_DEAD},
+        {"NEW", SHI_M_NEW},
+        {"BOOTING", SHI_M_BOOTING},
+        {"UP", SHI_M_UP},
+        {"STOPPING", SHI_M_STOPPING},
+        {"DEAD", SHI_M_DEAD},
+        {"STEP_STOP", 1},
+        {"STEP_KILL", 2},
+    };
+    size_t i;
+    for (i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        if (PyModule_AddIntConstant(module, numbers[i].name, numbers[i].value) < 0)
+            return -1;
+    return PyModule_AddStringConstant(module, "MAGIC", SHI_MAGIC);
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+#if PY_VERSION_HEX >= 0x030c0000
+    /* Signal handlers and the identity of a CPU are the process's. */
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef module_def = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "shmipi._core",
+    .m_doc = "The C core of shmipi: mailboxes, queues, doorbells, and what binds them.",
+    .m_slots = module_slots,
+};
+
+PyMODINIT_FUNC PyInit__core(void);
+
+PyMODINIT_FUNC PyInit__core(void)
+{
+    return PyModuleDef_Init(&module_def);
+}

@@ -1,0 +1,497 @@
+/* SPDX-License-Identifier: MIT */
+/* Being a CPU: the idle loop, handlers, tasks, and the soft interrupt mask. */
+#include "py_shi.h"
+
+#include "doorbell.h"
+#include "idle.h"
+#include "queue.h"
+#include "trace.h"
+
+/* ---- hooks of the core ------------------------------------------------------------------------ */
+
+static void hold_interpreter(Machine *machine)
+{
+    if (machine->released) {
+        PyThreadState *state = machine->released;
+        machine->released = NULL;
+        PyEval_RestoreThread(state);
+    }
+}
+
+static void hook_release(struct shi_self *self)
+{
+    Machine *machine = self->hooks.arg;
+    if (!machine->released)
+        machine->released = PyEval_SaveThread();
+}
+
+static void hook_interrupt(struct shi_self *self)
+{
+    /* Async-signal-safe, unlike Py_AddPendingCall, which takes a lock: the handler of
+     * this signal (irq_entry, below) runs at the next bytecode boundary. */
+    PyErr_SetInterruptEx((int)self->m->kick_signal);
+}
+
+/* Run one Python csd in interrupt context: soft-masked throughout, and whatever it
+ * raises goes to its sender or to sys.unraisablehook, never into what it interrupted. */
+static void run_handler(Machine *machine, uint32_t index)
+{
+    struct shi_self *self = &machine->self;
+    struct shi_csd *csd = shi_csd(&machine->m, index);
+    bool async = (shi_load_relaxed(&csd->lock) & SHI_CSD_TYPE) != SHI_CSD_SYNC;
+    struct incoming in;
+    uint8_t flags = self->irqs_off;
+    uint32_t func = csd->func;
+    self->irqs_off = 1;
+    self->in_irq++;
+    shi_store_relaxed(&self->slot->cur_csd, index + 1);
+    if (csd->apply == SHI_A_FETCH) {
+        shi_outcome_fetch(machine, csd);
+        shi_csd_unlock(self, csd);
+        goto out;
+    }
+    if (shi_incoming(machine, &in, csd, async) < 0)
+        goto out;
+    shi_count(self, async ? SHI_C_csd_async : SHI_C_csd_sync);
+    shi_count(self, SHI_C_python_run);
+    SHI_TRACE(self, csd_function_entry, self->id, index + 1, func, 0);
+    if (async) /* the kernel's order: unlock, then run */
+        shi_csd_unlock(self, csd);
+    PyObject *result = shi_incoming_apply(&in);
+    SHI_TRACE(self, csd_function_exit, self->id, index + 1, func, 0);
+    if (!async) {
+        shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
+        shi_csd_unlock(self, csd);
+    } else if (!result) {
+        shi_count(self, SHI_C_unraisable);
+        PyErr_WriteUnraisable(in.function);
+    }
+    Py_XDECREF(result);
+    shi_incoming_clear(&in);
+out:
+    shi_store_relaxed(&self->slot->cur_csd, 0);
+    self->in_irq--;
+    self->irqs_off = flags;
+}
+
+static void hook_run(struct shi_self *self, uint32_t index)
+{
+    Machine *machine = self->hooks.arg;
+    hold_interpreter(machine);
+    run_handler(machine, index);
+}
+
+void shi_cpu_hooks(Machine *machine)
+{
+    machine->self.hooks = (struct shi_hooks){
+        .arg = machine,
+        .run = hook_run,
+        .release = hook_release,
+        .interrupt = hook_interrupt,
+    };
+}
+
+void shi_run_deferred(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    uint32_t index;
+    hold_interpreter(machine);
+    PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
+    self->in_core++;
+    while ((index = shi_list_pop(self, &self->deferred)) != UINT32_MAX)
+        run_handler(machine, index);
+    self->in_core--;
+    if (self->happened)
+        shi_leave_slow(self);
+    if (pending) {
+        PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
+        Py_DECREF(pending);
+    }
+}
+
+/* ---- interrupts while a task runs --------------------------------------------------------------- */
+
+static int go_offline(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    int err;
+    for (;;) {
+        hold_interpreter(machine);
+        PyThreadState *state = PyEval_SaveThread();
+        err = shi_cpu_offline(self);
+        PyEval_RestoreThread(state);
+        if (err != -EBUSY)
+            return err;
+        shi_run_deferred(machine);
+    }
+}
+
+static bool hotplug_asked(const struct shi_self *self)
+{
+    return shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
+}
+
+/* Serve everything, Python included, then let the task go on. */
+static void irq_window(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    bool inlined = self->inline_python;
+    shi_set_polling(self);
+    shi_fetch_and_full(&self->slot->word, ~SHI_W_ASKED);
+    for (;;) {
+        shi_run_deferred(machine);
+        self->inline_python = true;
+        self->in_core++;
+        shi_service(self);
+        self->in_core--;
+        self->inline_python = inlined;
+        hold_interpreter(machine);
+        if (self->happened)
+            shi_leave_slow(self);
+        if (hotplug_asked(self)) {
+            if (go_offline(machine) == -ECANCELED)
+                break;
+            continue;
+        }
+        if (self->deferred.head)
+            continue;
+        shi_set_running(self);
+        if (!self->deferred.head)
+            return;
+        shi_set_polling(self);
+    }
+}
+
+/* The Python-level handler of the kick signal. */
+static PyObject *irq_entry(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Machine *machine = shi_current;
+    (void)module;
+    (void)args;
+    (void)nargs;
+    if (!machine || machine->self.host || machine->foreign ||
+        !pthread_equal(pthread_self(), machine->self.thread))
+        Py_RETURN_NONE;
+    if (shi_masked(&machine->self) || !machine->self.in_task) {
+        machine->self.happened = 1; /* local_irq_enable looks again */
+        Py_RETURN_NONE;
+    }
+    irq_window(machine);
+    Py_RETURN_NONE;
+}
+
+/* After interrupts came on again: run what the replay left for the interpreter. */
+static void after_enable(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    if (self->in_task && !shi_masked(self) && (self->deferred.head || hotplug_asked(self)))
+        irq_window(machine);
+}
+
+/* ---- tasks ------------------------------------------------------------------------------------------ */
+
+static int complain(const char *format, Machine *machine)
+{
+    if (PyErr_WarnFormat(shi_py.Warning, 1, format, (int)machine->self.id,
+                         machine->self.slot->task_name) < 0)
+        PyErr_WriteUnraisable(NULL);
+    return 0;
+}
+
+static void name_task(Machine *machine, PyObject *function)
+{
+    char *name = machine->self.slot->task_name;
+    PyObject *text = function ? PyObject_CallOneArg(shi_py.task_name, function) : NULL;
+    const char *utf8 = text ? PyUnicode_AsUTF8(text) : NULL;
+    PyErr_Clear();
+    snprintf(name, sizeof machine->self.slot->task_name, "%s", utf8 ? utf8 : "");
+    Py_XDECREF(text);
+}
+
+static void run_task(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    struct incoming in;
+    self->in_core++;
+    uint32_t index = shi_list_pop(self, &self->tasks);
+    self->in_core--;
+    if (index == UINT32_MAX)
+        return;
+    struct shi_csd *csd = shi_csd(&machine->m, index);
+    if (shi_incoming(machine, &in, csd, false) < 0)
+        return;
+    shi_count(self, SHI_C_tasks_run);
+    name_task(machine, in.function);
+    shi_store_relaxed(&self->slot->task, 1);
+    self->in_task = true;
+    self->inline_python = false;
+    shi_kick_block(self, false);
+    irq_window(machine); /* serves what came meanwhile, then RUNNING */
+    PyObject *result = shi_incoming_apply(&in);
+    shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
+    Py_XDECREF(result);
+    /* What the task left behind must not outlive it. */
+    if (self->irqs_off) {
+        complain("CPU %d: the task %s ended with interrupts disabled", machine);
+        self->irqs_off = 0;
+    }
+    self->preempt = 0;
+    switch (shi_kick_check(self)) {
+    case -EEXIST:
+        complain("CPU %d: the task %s replaced the handler of the kick signal: calls waited "
+                 "until it ended", machine);
+        break;
+    case -EPERM:
+        complain("CPU %d: the task %s blocked the kick signal: calls waited until it ended",
+                 machine);
+        break;
+    default:
+        break;
+    }
+    shi_set_polling(self);
+    shi_fetch_and_full(&self->slot->word, ~SHI_W_ASKED);
+    self->in_task = false;
+    self->inline_python = true;
+    shi_store_relaxed(&self->slot->task, 0);
+    self->slot->task_name[0] = 0;
+    self->happened = 0;
+    shi_run_deferred(machine);
+    shi_csd_unlock(self, csd);
+    shi_incoming_clear(&in);
+}
+
+static PyObject *cpu_loop(PyObject *object, PyObject *unused)
+{
+    Machine *machine = (Machine *)object;
+    struct shi_self *self = &machine->self;
+    (void)unused;
+    if (shi_use(machine) < 0)
+        return NULL;
+    if (self->host)
+        return shi_raise(shi_py.StateError, 0, -1, "the host is no CPU");
+    self->inline_python = true;
+    for (;;) {
+        enum shi_idle_why why = shi_idle(self);
+        hold_interpreter(machine);
+        switch (why) {
+        case SHI_IDLE_PYTHON:
+            shi_run_deferred(machine);
+            break;
+        case SHI_IDLE_TASK:
+            run_task(machine);
+            break;
+        case SHI_IDLE_OFFLINE:
+            go_offline(machine);
+            break;
+        case SHI_IDLE_SIGNAL:
+            if (PyErr_CheckSignals() < 0)
+                PyErr_WriteUnraisable(NULL);
+            break;
+        case SHI_IDLE_STOP:
+            Py_RETURN_NONE;
+        }
+    }
+}
+
+/* ---- the soft mask, and where am I ---------------------------------------------------------------------- */
+
+static Machine *this_cpu(void)
+{
+    Machine *machine = shi_use_current();
+    if (machine && machine->self.host) {
+        shi_raise(shi_py.StateError, 0, -1,
+                  "the host is no CPU: this only means something on a CPU of the machine");
+        return NULL;
+    }
+    return machine;
+}
+
+static PyObject *smp_processor_id(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    return machine ? PyLong_FromUnsignedLong(machine->self.id) : NULL;
+}
+
+static PyObject *irq_disable(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine)
+        return NULL;
+    shi_irq_save(&machine->self);
+    Py_RETURN_NONE;
+}
+
+static PyObject *irq_enable(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine)
+        return NULL;
+    shi_irq_restore(&machine->self, 0);
+    after_enable(machine);
+    Py_RETURN_NONE;
+}
+
+static PyObject *irq_save(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    return machine ? PyLong_FromLong(shi_irq_save(&machine->self)) : NULL;
+}
+
+static PyObject *irq_restore(PyObject *module, PyObject *flags)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    if (!machine)
+        return NULL;
+    long value = PyLong_AsLong(flags);
+    if (PyErr_Occurred())
+        return NULL;
+    if (value != 0 && value != 1) {
+        PyErr_SetString(PyExc_ValueError, "flags come from local_irq_save()");
+        return NULL;
+    }
+    shi_irq_restore(&machine->self, (uint8_t)value);
+    after_enable(machine);
+    Py_RETURN_NONE;
+}
+
+static PyObject *irqs_disabled(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    return machine ? PyBool_FromLong(machine->self.irqs_off) : NULL;
+}
+
+static PyObject *preempt_disable(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine)
+        return NULL;
+    machine->self.preempt++;
+    Py_RETURN_NONE;
+}
+
+static PyObject *preempt_enable(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine)
+        return NULL;
+    if (!machine->self.preempt)
+        return shi_raise(shi_py.StateError, 0, (int)machine->self.id,
+                         "preempt_enable() without preempt_disable()");
+    machine->self.preempt--;
+    Py_RETURN_NONE;
+}
+
+static PyObject *in_hardirq(PyObject *module, PyObject *unused)
+{
+    Machine *machine = shi_use_current();
+    (void)module;
+    (void)unused;
+    return machine ? PyBool_FromLong(machine->self.in_irq) : NULL;
+}
+
+static PyObject *in_nmi(PyObject *module, PyObject *unused)
+{
+    Machine *machine = shi_use_current();
+    (void)module;
+    (void)unused;
+    return machine ? PyBool_FromLong(machine->self.ctx == SHI_CTX_NMI) : NULL;
+}
+
+static PyObject *in_task(PyObject *module, PyObject *unused)
+{
+    Machine *machine = shi_use_current();
+    (void)module;
+    (void)unused;
+    return machine ? PyBool_FromLong(!machine->self.in_irq &&
+                                     machine->self.ctx != SHI_CTX_NMI)
+                   : NULL;
+}
+
+/* A point at which a cooperative CPU (kick=False) takes what waits for it. */
+static PyObject *cond_resched(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine)
+        return NULL;
+    struct shi_self *self = &machine->self;
+    if (self->in_task && !shi_masked(self) &&
+        (shi_word_work(shi_load_acquire(&self->slot->word)) || self->deferred.head ||
+         hotplug_asked(self)))
+        irq_window(machine);
+    Py_RETURN_NONE;
+}
+
+static PyObject *cpu_online(PyObject *object, PyObject *unused)
+{
+    Machine *machine = (Machine *)object;
+    (void)unused;
+    if (shi_use(machine) < 0)
+        return NULL;
+    struct shi_self *self = &machine->self;
+    if (self->host)
+        return shi_raise(shi_py.StateError, 0, -1, "the host is no CPU");
+    shi_cpu_hooks(machine);
+    int err = shi_kick_install(self);
+    if (!err)
+        err = shi_self_online(self);
+    if (err)
+        return shi_raise_errno(machine, err, (int)self->id);
+    shi_kick_block(self, false);
+    Py_RETURN_NONE;
+}
+
+PyMethodDef shi_cpu_methods[] = {
+    {"online", cpu_online, METH_NOARGS,
+     "online()\n--\n\nTake the slot, install the kick handler, go online."},
+    {"cpu_loop", cpu_loop, METH_NOARGS,
+     "cpu_loop()\n--\n\nIdle, and run what comes, until the machine stops."},
+    {NULL, NULL, 0, NULL},
+};
+
+#define DOC(name, text) #name "()\n--\n\n" text
+PyMethodDef shi_cpu_functions[] = {
+    {"irq_entry", (PyCFunction)(void (*)(void))irq_entry, METH_FASTCALL,
+     DOC(irq_entry, "The Python-level handler of the kick signal.")},
+    {"smp_processor_id", smp_processor_id, METH_NOARGS,
+     DOC(smp_processor_id, "The number of this CPU.  ClusterStateError on the host.")},
+    {"local_irq_disable", irq_disable, METH_NOARGS,
+     DOC(local_irq_disable, "No handler runs here until local_irq_enable(): a flag, not a "
+                            "system call.  What arrives meanwhile stays pending.")},
+    {"local_irq_enable", irq_enable, METH_NOARGS,
+     DOC(local_irq_enable, "Let handlers run again, and run those that are pending now.")},
+    {"local_irq_save", irq_save, METH_NOARGS,
+     DOC(local_irq_save, "local_irq_disable(): returns the flags for local_irq_restore.")},
+    {"local_irq_restore", irq_restore, METH_O,
+     "local_irq_restore(flags)\n--\n\nBack to what local_irq_save() found."},
+    {"irqs_disabled", irqs_disabled, METH_NOARGS,
+     DOC(irqs_disabled, "True between local_irq_disable and _enable, and in handlers.")},
+    {"preempt_disable", preempt_disable, METH_NOARGS,
+     DOC(preempt_disable, "Tasks are not preempted here: this counts, as in a non-preemptible "
+                          "kernel.")},
+    {"preempt_enable", preempt_enable, METH_NOARGS,
+     DOC(preempt_enable, "ClusterStateError without a preempt_disable().")},
+    {"in_task", in_task, METH_NOARGS, DOC(in_task, "Not in an interrupt handler or NMI.")},
+    {"in_hardirq", in_hardirq, METH_NOARGS, DOC(in_hardirq, "In an IPI handler.")},
+    {"in_interrupt", in_hardirq, METH_NOARGS, DOC(in_interrupt, "In an IPI handler or NMI.")},
+    {"in_nmi", in_nmi, METH_NOARGS, DOC(in_nmi, "In an NMI handler.")},
+    {"cond_resched", cond_resched, METH_NOARGS,
+     DOC(cond_resched, "Take pending interrupts now: for tasks of a machine with kick=False.")},
+    {NULL, NULL, 0, NULL},
+};

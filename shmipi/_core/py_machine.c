@@ -1,0 +1,832 @@
+/* SPDX-License-Identifier: MIT */
+/* The Machine type: a process's mapping of a segment, and what boot and reaping need. */
+#include "py_shi.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "clock.h"
+#include "doorbell.h"
+#include "native.h"
+#include "reap.h"
+#include "step.h"
+#include "trace.h"
+
+PyTypeObject *shi_machine_type, *shi_native_type;
+Machine *shi_current;
+
+/* ---- making a segment ------------------------------------------------------------------------ */
+
+static PyObject *os_error(int err, const char *what)
+{
+    errno = err;
+    return PyErr_SetFromErrnoWithFilename(PyExc_OSError, what);
+}
+
+static int size_file(int fd, const struct shi_header *plan)
+{
+    uint64_t bytes = plan->trace_offset +
+                     (uint64_t)(plan->ncpus + SHI_EXTRA_SLOTS) * plan->trace_records *
+                         sizeof(struct shi_trace_record);
+    if (ftruncate(fd, (off_t)bytes))
+        return -errno;
+    if (fallocate(fd, 0, 0, (off_t)shi_layout_fixed(plan)))
+        return -errno;
+    if (plan->trace_records && fallocate(fd, 0, (off_t)plan->trace_offset,
+                                         (off_t)(bytes - plan->trace_offset)))
+        return -errno;
+    return 0;
+}
+
+static PyObject *format_segment(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd",         "name",       "cores",          "idle",
+                            "doorbell",   "kick",       "kick_signal",    "chip",
+                            "cookie",     "sum_key",    "oversubscribed", "trace_records",
+                            "boot_time",  "steps",      "arena_bytes",    NULL};
+    int fd, kick, oversubscribed, steps = 0;
+    const char *name, *chip;
+    PyObject *cores;
+    unsigned idle, doorbell, kick_signal, cookie, trace_records;
+    unsigned long long sum_key, boot_time, arena_bytes = 0;
+    (void)module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "isO!IIpIsIKpIK|pK:format_segment", names, &fd,
+                                     &name, &PyList_Type, &cores, &idle, &doorbell, &kick,
+                                     &kick_signal, &chip, &cookie, &sum_key, &oversubscribed,
+                                     &trace_records, &boot_time, &steps, &arena_bytes))
+        return NULL;
+    Py_ssize_t ncpus = PyList_GET_SIZE(cores), i;
+    struct shi_header *plan = PyMem_Calloc(1, sizeof *plan);
+    if (!plan)
+        return PyErr_NoMemory();
+    PyObject *result = NULL;
+    int err = ncpus > SHI_MAX_CPUS || strlen(name) >= sizeof plan->name ||
+                      strlen(chip) >= sizeof plan->chip || !shi_irq_chip_by_name(chip)
+                  ? -EINVAL
+                  : shi_layout_plan(plan, (uint32_t)ncpus, trace_records, arena_bytes, 0);
+    if (!err)
+        err = size_file(fd, plan);
+    if (err) {
+        os_error(-err, name);
+        goto out;
+    }
+    strcpy(plan->name, name);
+    strcpy(plan->chip, chip);
+    plan->doorbell = doorbell;
+    plan->kick = (uint32_t)kick;
+    plan->kick_signal = kick_signal;
+    plan->cookie = cookie;
+    plan->sum_key = sum_key;
+    plan->oversubscribed = (uint32_t)oversubscribed;
+    plan->boot_time_ns = boot_time;
+    shi_clock_calibrate(&plan->clock);
+    uint8_t *base = mmap(NULL, shi_layout_fixed(plan), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (base == MAP_FAILED) {
+        os_error(errno, name);
+        goto out;
+    }
+    struct shi_header *h = (struct shi_header *)base;
+    for (i = 0; i < ncpus; i++) {
+        struct shi_slot *slot =
+            (struct shi_slot *)(base + plan->slot_offset + (uint64_t)i * SHI_SLOT_BYTES);
+        shi_store_relaxed(&slot->core, (uint32_t)PyLong_AsUnsignedLong(PyList_GET_ITEM(cores, i)));
+        shi_store_relaxed(&slot->idle, idle);
+    }
+    memcpy((char *)h + sizeof h->magic, (char *)plan + sizeof h->magic,
+           offsetof(struct shi_header, machine_state) - sizeof h->magic);
+    shi_store_relaxed(&h->steps, (uint32_t)steps);
+    shi_store_relaxed(&h->host_pid, (uint32_t)getpid());
+    shi_store_full(&h->machine_state, SHI_M_NEW);
+    /* The magic last: without it nobody takes this for a machine. */
+    memcpy(h->magic, plan->magic, sizeof h->magic);
+    munmap(base, shi_layout_fixed(plan));
+    if (!PyErr_Occurred())
+        result = Py_NewRef(Py_None);
+out:
+    PyMem_Free(plan);
+    return result;
+}
+
+/* ---- the type ---------------------------------------------------------------------------------- */
+
+static PyObject *machine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd", "slot", NULL};
+    int fd, slot;
+    struct shi_header *head;
+    if (!shi_py.dumps) {
+        /* The Python half binds itself when it is imported. */
+        PyObject *remote = PyImport_ImportModule("shmipi.machine.remote");
+        Py_XDECREF(remote);
+        if (!remote)
+            return NULL;
+    }
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ii:Machine", names, &fd, &slot))
+        return NULL;
+    head = PyMem_Calloc(1, sizeof *head);
+    if (!head)
+        return PyErr_NoMemory();
+    ssize_t n = pread(fd, head, sizeof *head, 0);
+    uint64_t total = head->total_bytes;
+    bool ok = n == (ssize_t)sizeof *head && !memcmp(head->magic, SHI_MAGIC, sizeof head->magic);
+    uint32_t abi = head->abi;
+    PyMem_Free(head);
+    if (!ok)
+        return shi_raise(shi_py.LayoutError, 0, -1, "this is not a shmipi machine");
+    if (abi != SHI_ABI)
+        return shi_raise(shi_py.LayoutError, 0, -1,
+                         "this machine was booted by another version of shmipi (layout %u, "
+                         "here %u)", abi, SHI_ABI);
+    if (total > (1ull << 46) || total < sizeof(struct shi_header))
+        return shi_raise(shi_py.LayoutError, 0, -1, "the header of this machine is damaged");
+    void *base = mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    if (base == MAP_FAILED)
+        return os_error(errno, "mapping the machine's segment");
+    Machine *machine = (Machine *)type->tp_alloc(type, 0);
+    if (!machine) {
+        munmap(base, total);
+        return NULL;
+    }
+    int err = shi_machine_attach(&machine->m, base, total, fd);
+    if (!err)
+        err = shi_self_init(&machine->self, &machine->m, (uint32_t)slot);
+    if (err) {
+        munmap(base, total);
+        Py_DECREF(machine);
+        if (err == -ENOMEM)
+            return PyErr_NoMemory();
+        return shi_raise(shi_py.LayoutError, 0, -1, "the header of this machine is damaged");
+    }
+    machine->attached = 1;
+    return (PyObject *)machine;
+}
+
+static void machine_dealloc(PyObject *object)
+{
+    Machine *machine = (Machine *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    if (shi_current == machine)
+        shi_current = NULL;
+    if (machine->attached) {
+        machine->closed = 1;
+        shi_functions_clear(machine);
+        shi_doorbell_close(&machine->m);
+        shi_self_fini(&machine->self);
+        munmap(machine->m.base, machine->m.total_bytes);
+    }
+    Py_XDECREF(machine->kept);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+/* The whole mapping as a buffer: views of it keep the Machine, and so the mapping. */
+static int machine_getbuffer(PyObject *object, Py_buffer *view, int flags)
+{
+    Machine *machine = (Machine *)object;
+    return PyBuffer_FillInfo(view, object, machine->m.base, (Py_ssize_t)machine->m.total_bytes,
+                             0, flags);
+}
+
+int shi_use(Machine *machine)
+{
+    if (machine->closed || machine->foreign) {
+        shi_raise(shi_py.StateError, 0, -1,
+                  machine->foreign ? "this machine belongs to the parent process: a fork's "
+                                     "child can not use it"
+                                   : "this cluster is closed");
+        return -1;
+    }
+    if (!machine->self.host && !pthread_equal(pthread_self(), machine->self.thread)) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "on a CPU only the main thread is the CPU: call shmipi.smp there");
+        return -1;
+    }
+    return 0;
+}
+
+Machine *shi_use_current(void)
+{
+    if (!shi_current || shi_current->foreign) {
+        shi_raise(shi_py.NoMachineError, 0, -1,
+                  "shmipi.smp needs exactly one open Cluster in this process: use cluster.smp, "
+                  "which is bound to its machine");
+        return NULL;
+    }
+    return shi_use(shi_current) < 0 ? NULL : shi_current;
+}
+
+#define MACHINE(object) ((Machine *)(object))
+#define METHOD(name) static PyObject *machine_##name(PyObject *object, PyObject *arg)
+
+METHOD(close)
+{
+    Machine *machine = MACHINE(object);
+    (void)arg;
+    if (!machine->closed) {
+        machine->closed = 1;
+        shi_functions_clear(machine);
+        if (shi_current == machine)
+            shi_current = NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+/* In a fork's child: it is the parent's machine. */
+METHOD(disown)
+{
+    (void)arg;
+    MACHINE(object)->foreign = 1;
+    if (shi_current == MACHINE(object))
+        shi_current = NULL;
+    shi_kick_remove();
+    Py_RETURN_NONE;
+}
+
+/* become(slot): the firmware's child takes a CPU's slot, on the same mapping. */
+METHOD(become)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long slot = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    shi_self_fini(&machine->self);
+    int err = shi_self_init(&machine->self, &machine->m, (uint32_t)slot);
+    if (err)
+        return os_error(-err, "becoming a CPU");
+    Py_RETURN_NONE;
+}
+
+METHOD(open_doorbells)
+{
+    Machine *machine = MACHINE(object);
+    const char *prefix;
+    PyObject *list;
+    int *fds = NULL;
+    Py_ssize_t i;
+    if (!PyArg_ParseTuple(arg, "sO!", &prefix, &PyList_Type, &list))
+        return NULL;
+    if (machine->m.doorbell == SHI_DB_EVENTFD) {
+        if (PyList_GET_SIZE(list) != (Py_ssize_t)machine->m.ncpus) {
+            PyErr_SetString(PyExc_ValueError, "one eventfd per CPU");
+            return NULL;
+        }
+        fds = PyMem_Malloc(sizeof *fds * machine->m.ncpus);
+        if (!fds)
+            return PyErr_NoMemory();
+        for (i = 0; i < (Py_ssize_t)machine->m.ncpus; i++)
+            fds[i] = (int)PyLong_AsLong(PyList_GET_ITEM(list, i));
+    }
+    int err = PyErr_Occurred() ? -EINVAL : shi_doorbell_open(&machine->m, prefix, fds);
+    PyMem_Free(fds);
+    if (err)
+        return PyErr_Occurred() ? NULL : os_error(-err, prefix);
+    Py_RETURN_NONE;
+}
+
+static int slot_arg(Machine *machine, PyObject *arg, uint32_t limit, uint32_t *slot)
+{
+    unsigned long value = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred())
+        return -1;
+    (void)machine;
+    if (value >= limit) {
+        PyErr_Format(PyExc_ValueError, "no slot %lu", value);
+        return -1;
+    }
+    *slot = (uint32_t)value;
+    return 0;
+}
+#define CPU_ARG(machine, arg, cpu) slot_arg(machine, arg, (machine)->m.ncpus, cpu)
+
+/* (pid, tid, core, state, generation, start_time, task, registered, halted_on) */
+METHOD(slot)
+{
+    Machine *machine = MACHINE(object);
+    uint32_t id;
+    if (slot_arg(machine, arg, machine->m.nslots, &id) < 0)
+        return NULL;
+    struct shi_slot *s = shi_slot(&machine->m, id);
+    char task[sizeof s->task_name + 1] = {0};
+    memcpy(task, s->task_name, sizeof s->task_name);
+    uint64_t w = shi_load_acquire(&s->word);
+    PyObject *name = PyUnicode_DecodeUTF8(task, (Py_ssize_t)strlen(task), "replace");
+    return Py_BuildValue("(IIIIIKNIKI)", shi_load_relaxed(&s->pid), shi_load_relaxed(&s->tid),
+                         shi_load_relaxed(&s->core), (unsigned)shi_word_state(w),
+                         shi_load_relaxed(&s->generation),
+                         (unsigned long long)shi_load_relaxed(&s->start_time), name,
+                         shi_load_relaxed(&s->registered), (unsigned long long)w,
+                         shi_load_relaxed(&s->task));
+}
+
+METHOD(set_state)
+{
+    unsigned long state = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    struct shi_header *h = MACHINE(object)->m.header;
+    shi_store_full(&h->machine_state, (uint32_t)state);
+    shi_event_ring(&shi_slot(&MACHINE(object)->m, MACHINE(object)->m.ncpus)->event);
+    shi_event_ring(&h->hotplug_event);
+    Py_RETURN_NONE;
+}
+
+METHOD(set_firmware)
+{
+    unsigned long pid = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    shi_store_full(&MACHINE(object)->m.header->firmware_pid, (uint32_t)pid);
+    Py_RETURN_NONE;
+}
+
+METHOD(set_current)
+{
+    int on = PyObject_IsTrue(arg);
+    if (on < 0)
+        return NULL;
+    if (on)
+        shi_current = MACHINE(object);
+    else if (shi_current == MACHINE(object))
+        shi_current = NULL;
+    Py_RETURN_NONE;
+}
+
+/* set_idle(cpu, policy): takes effect at the CPU's next look. */
+METHOD(set_idle)
+{
+    Machine *machine = MACHINE(object);
+    unsigned cpu, idle;
+    if (!PyArg_ParseTuple(arg, "II", &cpu, &idle))
+        return NULL;
+    if (cpu >= machine->m.ncpus || idle > SHI_IDLE_HALT) {
+        PyErr_SetString(PyExc_ValueError, "no such CPU or policy");
+        return NULL;
+    }
+    shi_store_full(&shi_slot(&machine->m, cpu)->idle, idle);
+    shi_enter(&machine->self);
+    machine->m.chip->send_reschedule(&machine->self, cpu);
+    shi_leave(&machine->self);
+    Py_RETURN_NONE;
+}
+
+/* hotplug(cpu, offline) -> state of the CPU's word: ask it to park, or to come back. */
+METHOD(hotplug)
+{
+    Machine *machine = MACHINE(object);
+    unsigned cpu;
+    int offline;
+    if (!PyArg_ParseTuple(arg, "Ip", &cpu, &offline) || shi_use(machine) < 0)
+        return NULL;
+    if (cpu >= machine->m.ncpus)
+        return shi_raise_errno(machine, -ENXIO, (int)cpu);
+    struct shi_slot *slot = shi_slot(&machine->m, cpu);
+    uint32_t want = offline ? SHI_HP_OFFLINE : SHI_HP_ONLINE, old = shi_load_acquire(&slot->hotplug);
+    while (old != SHI_HP_STOP && !shi_cas_full(&slot->hotplug, &old, want))
+        ;
+    shi_event_wake(&slot->hotplug);
+    if (offline) {
+        /* Any interrupt makes it look. */
+        shi_enter(&machine->self);
+        machine->m.chip->send_reschedule(&machine->self, cpu);
+        shi_leave(&machine->self);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *wait_word(shi_a32 *word, PyObject *arg)
+{
+    unsigned long seen;
+    double seconds;
+    if (!PyArg_ParseTuple(arg, "kd", &seen, &seconds))
+        return NULL;
+    int err;
+    Py_BEGIN_ALLOW_THREADS
+    err = shi_load_acquire(word) == (uint32_t)seen
+              ? shi_event_wait(word, (uint32_t)seen, seconds < 0 ? -1 : (int64_t)(seconds * 1e9))
+              : 0;
+    Py_END_ALLOW_THREADS
+    if (err == -EINTR && PyErr_CheckSignals() < 0)
+        return NULL;
+    return PyLong_FromUnsignedLong(shi_load_acquire(word));
+}
+
+/* Event counts: `seen = m.event`, look, `m.wait_event(seen, seconds)`. */
+METHOD(wait_event)
+{
+    return wait_word(&MACHINE(object)->self.slot->event, arg);
+}
+
+METHOD(ring_event)
+{
+    (void)arg;
+    shi_event_ring(&MACHINE(object)->self.slot->event);
+    Py_RETURN_NONE;
+}
+
+METHOD(wait_hotplug)
+{
+    return wait_word(&MACHINE(object)->m.header->hotplug_event, arg);
+}
+
+/* ---- the firmware's work ------------------------------------------------------------------------- */
+
+#define CPU_METHOD(name, expression)                                                             \
+    METHOD(name)                                                                                 \
+    {                                                                                            \
+        Machine *machine = MACHINE(object);                                                      \
+        uint32_t cpu;                                                                            \
+        if (CPU_ARG(machine, arg, &cpu) < 0)                                                     \
+            return NULL;                                                                         \
+        expression;                                                                              \
+    }
+CPU_METHOD(reap_mark, shi_reap_mark(&machine->self, cpu); Py_RETURN_NONE)
+CPU_METHOD(reap_complete,
+           return PyLong_FromUnsignedLong(shi_reap_complete(&machine->self, cpu)))
+CPU_METHOD(reap_unguarded, return PyBool_FromLong(shi_reap_unguarded(&machine->self, cpu)))
+CPU_METHOD(reap_reset, return PyLong_FromUnsignedLong(shi_reap_reset(&machine->self, cpu)))
+
+METHOD(reap_ring_all)
+{
+    (void)arg;
+    shi_reap_ring_all(&MACHINE(object)->self);
+    Py_RETURN_NONE;
+}
+
+METHOD(stop_all)
+{
+    (void)arg;
+    shi_reap_stop_all(&MACHINE(object)->self);
+    Py_RETURN_NONE;
+}
+
+/* back(offset, length): allocate a range of the file, OSError ENOSPC when it is full. */
+METHOD(back)
+{
+    unsigned long long offset, length;
+    if (!PyArg_ParseTuple(arg, "KK", &offset, &length))
+        return NULL;
+    int err = shi_machine_back(&MACHINE(object)->m, offset, length);
+    if (err)
+        return os_error(-err, "/dev/shm");
+    Py_RETURN_NONE;
+}
+
+/* add_array(nbytes) -> (index, offset) of a new, zeroed, page-aligned range. */
+METHOD(add_array)
+{
+    struct shi_machine *m = &MACHINE(object)->m;
+    unsigned long long bytes = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    uint64_t used = shi_load_acquire(&m->header->array_used);
+    uint32_t n = shi_load_acquire(&m->header->narrays);
+    if (bytes > m->array_bytes || used > m->array_bytes - bytes) {
+        PyErr_Format(PyExc_MemoryError, "arrays of a machine may have %llu bytes together",
+                     (unsigned long long)m->array_bytes);
+        return NULL;
+    }
+    if (n >= SHI_MAX_ARRAYS) {
+        PyErr_Format(PyExc_MemoryError, "a machine may have %u arrays", SHI_MAX_ARRAYS);
+        return NULL;
+    }
+    int err = shi_machine_back(m, m->array_offset + used, bytes);
+    if (err)
+        return os_error(-err, "/dev/shm");
+    shi_store_relaxed(&m->header->array_used, (used + bytes + SHI_PAGE - 1) / SHI_PAGE * SHI_PAGE);
+    return Py_BuildValue("(IK)", n, (unsigned long long)(m->array_offset + used));
+}
+
+/* publish_array(index, offset): after its descriptor is written. */
+METHOD(publish_array)
+{
+    struct shi_machine *m = &MACHINE(object)->m;
+    unsigned index;
+    unsigned long long offset;
+    if (!PyArg_ParseTuple(arg, "IK", &index, &offset))
+        return NULL;
+    if (index >= SHI_MAX_ARRAYS) {
+        PyErr_SetString(PyExc_ValueError, "index");
+        return NULL;
+    }
+    shi_store_relaxed(&m->header->arrays[index], offset);
+    /* Release: who reads the count finds the descriptors. */
+    shi_store_release(&m->header->narrays, index + 1);
+    Py_RETURN_NONE;
+}
+
+METHOD(array_offsets)
+{
+    struct shi_machine *m = &MACHINE(object)->m;
+    uint32_t n = shi_load_acquire(&m->header->narrays), i;
+    (void)arg;
+    if (n > SHI_MAX_ARRAYS)
+        n = SHI_MAX_ARRAYS;
+    PyObject *list = PyList_New(n);
+    for (i = 0; list && i < n; i++) {
+        PyObject *offset =
+            PyLong_FromUnsignedLongLong(shi_load_relaxed(&m->header->arrays[i]));
+        if (!offset)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, offset);
+    }
+    return list;
+}
+
+/* Offset of an address in the mapping, or -1. */
+METHOD(offset_of)
+{
+    struct shi_machine *m = &MACHINE(object)->m;
+    unsigned long long address = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    uint64_t base = (uint64_t)(uintptr_t)m->base;
+    if (address < base || address >= base + m->total_bytes)
+        return PyLong_FromLong(-1);
+    return PyLong_FromUnsignedLongLong(address - base);
+}
+
+/* ---- fault tests ------------------------------------------------------------------------------------ */
+
+METHOD(arm_step)
+{
+    Machine *machine = MACHINE(object);
+    unsigned slot, action, skip = 0;
+    const char *name;
+    int step;
+    if (!PyArg_ParseTuple(arg, "IsI|I", &slot, &name, &action, &skip))
+        return NULL;
+    for (step = 1; step < SHI_STEP_COUNT; step++)
+        if (!strcmp(shi_step_names[step], name))
+            break;
+    if (step == SHI_STEP_COUNT || slot >= machine->m.nslots)
+        return PyErr_Format(PyExc_ValueError, "no step %s or slot %u", name, slot);
+    struct shi_slot *s = shi_slot(&machine->m, slot);
+    shi_store_relaxed(&s->step_action, action);
+    shi_store_relaxed(&s->step_skip, skip);
+    shi_store_relaxed(&s->step_hit, 0);
+    shi_store_release(&s->step, (uint32_t)step);
+    Py_RETURN_NONE;
+}
+
+METHOD(step_hit)
+{
+    Machine *machine = MACHINE(object);
+    uint32_t slot;
+    if (slot_arg(machine, arg, machine->m.nslots, &slot) < 0)
+        return NULL;
+    uint32_t hit = shi_load_acquire(&shi_slot(&machine->m, slot)->step_hit);
+    return PyUnicode_FromString(hit < SHI_STEP_COUNT ? shi_step_names[hit] : "?");
+}
+
+/* ---- getters ----------------------------------------------------------------------------------------- */
+
+#define GETTER(name, expression)                                                                 \
+    static PyObject *get_##name(PyObject *object, void *unused)                                  \
+    {                                                                                            \
+        Machine *machine = MACHINE(object);                                                      \
+        (void)unused;                                                                            \
+        return expression;                                                                       \
+    }
+GETTER(ncpus, PyLong_FromUnsignedLong(machine->m.ncpus))
+GETTER(nslots, PyLong_FromUnsignedLong(machine->m.nslots))
+GETTER(id, PyLong_FromUnsignedLong(machine->self.id))
+GETTER(is_cpu, PyBool_FromLong(!machine->self.host))
+GETTER(name, PyUnicode_DecodeUTF8(machine->m.header->name,
+                                  (Py_ssize_t)strnlen(machine->m.header->name, SHI_NAME_MAX),
+                                  "replace"))
+GETTER(arena_bytes, PyLong_FromUnsignedLongLong(machine->m.arena_bytes))
+GETTER(array_bytes, PyLong_FromUnsignedLongLong(machine->m.array_bytes))
+GETTER(state, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->machine_state)))
+GETTER(event, PyLong_FromUnsignedLong(shi_load_acquire(&machine->self.slot->event)))
+GETTER(hotplug_event,
+       PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->hotplug_event)))
+GETTER(firmware_pid, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->firmware_pid)))
+GETTER(host_pid, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->host_pid)))
+GETTER(boot_time, PyLong_FromUnsignedLongLong(machine->m.header->boot_time_ns))
+GETTER(doorbell, PyLong_FromUnsignedLong(machine->m.doorbell))
+GETTER(kick_signal, PyLong_FromUnsignedLong(machine->m.kick_signal))
+GETTER(kick, PyBool_FromLong(machine->m.kick))
+GETTER(oversubscribed, PyBool_FromLong(machine->m.oversubscribed))
+GETTER(chip, PyUnicode_FromString(machine->m.chip->name))
+GETTER(closed, PyBool_FromLong(machine->closed || machine->foreign))
+GETTER(slot_offset, PyLong_FromUnsignedLongLong(machine->m.slot_offset))
+GETTER(trace_offset, PyLong_FromUnsignedLongLong(machine->m.trace_offset))
+GETTER(trace_records, PyLong_FromUnsignedLong(machine->m.trace_records))
+
+#define GET(name) {#name, get_##name, NULL, NULL, NULL}
+static PyGetSetDef machine_getset[] = {
+    GET(ncpus), GET(nslots), GET(id), GET(is_cpu), GET(name), GET(arena_bytes),
+    GET(array_bytes), GET(state), GET(event), GET(hotplug_event), GET(firmware_pid),
+    GET(host_pid), GET(boot_time), GET(doorbell), GET(kick_signal), GET(kick),
+    GET(oversubscribed), GET(chip), GET(closed), GET(slot_offset), GET(trace_offset),
+    GET(trace_records), {NULL, NULL, NULL, NULL, NULL},
+};
+
+#define NOARGS(name, text) {#name, machine_##name, METH_NOARGS, #name "()\n--\n\n" text}
+#define ONE(name, text) {#name, machine_##name, METH_O, text}
+#define MANY(name, text) {#name, machine_##name, METH_VARARGS, text}
+PyMethodDef shi_machine_methods[] = {
+    NOARGS(close, "Refuse every further use."),
+    NOARGS(disown, "After a fork, in the child: not ours."),
+    ONE(become, "become(slot)"),
+    MANY(open_doorbells, "open_doorbells(prefix, eventfds)"),
+    ONE(slot, "slot(id) -> (pid, tid, core, state, generation, start_time, task, registered, "
+              "word, busy)"),
+    ONE(set_state, "set_state(state)"),
+    ONE(set_firmware, "set_firmware(pid)"),
+    ONE(set_current, "set_current(on): module-level shmipi.smp acts on this machine"),
+    MANY(set_idle, "set_idle(cpu, policy)"),
+    MANY(hotplug, "hotplug(cpu, offline)"),
+    MANY(wait_event, "wait_event(seen, seconds) -> count"),
+    NOARGS(ring_event, "Wake whoever waits for an event of this slot."),
+    MANY(wait_hotplug, "wait_hotplug(seen, seconds) -> count"),
+    ONE(reap_mark, "reap_mark(cpu)"),
+    ONE(reap_complete, "reap_complete(cpu) -> how many"),
+    ONE(reap_unguarded, "reap_unguarded(cpu) -> bool"),
+    ONE(reap_reset, "reap_reset(cpu) -> generation"),
+    NOARGS(reap_ring_all, "Ring every CPU that has work."),
+    NOARGS(stop_all, "The machine stops."),
+    MANY(back, "back(offset, length)"),
+    ONE(add_array, "add_array(nbytes) -> (index, offset)"),
+    MANY(publish_array, "publish_array(index, offset)"),
+    NOARGS(array_offsets, "Offsets of all array descriptors."),
+    ONE(offset_of, "offset_of(address) -> offset or -1"),
+    MANY(arm_step, "arm_step(slot, name, action, skip=0)"),
+    ONE(step_hit, "step_hit(slot) -> name"),
+    {NULL, NULL, 0, NULL},
+};
+
+/* ---- NativeHandler -------------------------------------------------------------------------------------- */
+
+static PyObject *native_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"name", NULL};
+    PyObject *name;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U:NativeHandler", names, &name))
+        return NULL;
+    const char *utf8 = PyUnicode_AsUTF8(name);
+    if (!utf8)
+        return NULL;
+    int index = shi_native_find(utf8);
+    if (index < 0)
+        return PyErr_Format(PyExc_LookupError,
+                            "no native handler %R: built-in ones are noop, count and stamp; "
+                            "others are named in Cluster(handlers=...)", name);
+    NativeHandler *handler = (NativeHandler *)type->tp_alloc(type, 0);
+    if (!handler)
+        return NULL;
+    handler->index = (uint32_t)index;
+    handler->name = Py_NewRef(name);
+    return (PyObject *)handler;
+}
+
+static void native_dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    Py_XDECREF(((NativeHandler *)object)->name);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+static PyObject *native_repr(PyObject *object)
+{
+    return PyUnicode_FromFormat("NativeHandler(%R)", ((NativeHandler *)object)->name);
+}
+
+static PyObject *native_reduce(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return Py_BuildValue("O(O)", Py_TYPE(object), ((NativeHandler *)object)->name);
+}
+
+static PyMethodDef native_methods[] = {
+    {"__reduce__", native_reduce, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+static PyType_Slot native_slots[] = {
+    {Py_tp_new, native_new},
+    {Py_tp_dealloc, native_dealloc},
+    {Py_tp_repr, native_repr},
+    {Py_tp_methods, native_methods},
+    {Py_tp_doc, "NativeHandler(name)\n--\n\n"
+                "A C function in the role of an IPI handler: give it where a function goes.\n\n"
+                "`name`: noop, count (adds 1 to a 64-bit word), stamp, or `FILE.so:symbol` as "
+                "given to\nCluster(handlers=...)."},
+    {0, NULL},
+};
+static PyType_Spec native_spec = {
+    .name = "shmipi._core.NativeHandler",
+    .basicsize = sizeof(NativeHandler),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = native_slots,
+};
+
+static PyObject *native_load(PyObject *module, PyObject *arg)
+{
+    char why[512];
+    const char *spec = PyUnicode_AsUTF8(arg);
+    (void)module;
+    if (!spec)
+        return NULL;
+    int err = shi_native_load(spec, why, sizeof why);
+    if (err < 0)
+        return shi_raise(shi_py.OSError, -err, -1, "native handler %s: %s", spec, why);
+    return PyLong_FromLong(err);
+}
+
+static PyObject *native_name(PyObject *module, PyObject *arg)
+{
+    const char *name = PyUnicode_AsUTF8(arg);
+    (void)module;
+    if (!name)
+        return NULL;
+    int err = shi_native_name(name);
+    if (err < 0)
+        return shi_raise(shi_py.OSError, -err, -1, "native handler %s: too many handlers", name);
+    return PyLong_FromLong(err);
+}
+
+static PyObject *kick_block(PyObject *module, PyObject *arg)
+{
+    unsigned signo;
+    int block;
+    sigset_t set;
+    (void)module;
+    if (!PyArg_ParseTuple(arg, "Ip", &signo, &block))
+        return NULL;
+    sigemptyset(&set);
+    sigaddset(&set, (int)signo);
+    pthread_sigmask(block ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL);
+    Py_RETURN_NONE;
+}
+
+/* die_with_parent(pid): SIGKILL for this process when the one that forked it ends. */
+static PyObject *die_with_parent(PyObject *module, PyObject *arg)
+{
+    long parent = PyLong_AsLong(arg);
+    (void)module;
+    if (PyErr_Occurred())
+        return NULL;
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
+        return os_error(errno, "prctl");
+    if (getppid() != parent)
+        _exit(1); /* it ended before the request was in force */
+    Py_RETURN_NONE;
+}
+
+PyMethodDef shi_machine_functions[] = {
+    {"die_with_parent", die_with_parent, METH_O, "die_with_parent(pid)"},
+    {"format_segment", (PyCFunction)(void (*)(void))format_segment, METH_VARARGS | METH_KEYWORDS,
+     "Size the file of a new machine, allocate its fixed part, write its header."},
+    {"native_load", native_load, METH_O, "native_load(spec) -> index"},
+    {"native_name", native_name, METH_O, "native_name(spec) -> index, without loading it"},
+    {"kick_block", kick_block, METH_VARARGS, "kick_block(signo, block)"},
+    {NULL, NULL, 0, NULL},
+};
+
+/* The type's methods come from three files. */
+static PyMethodDef *all_methods(void)
+{
+    static PyMethodDef all[96];
+    PyMethodDef *const parts[] = {shi_machine_methods, shi_call_methods, shi_cpu_methods,
+                                  shi_bench_methods};
+    size_t n = 0, p;
+    for (p = 0; p < sizeof parts / sizeof *parts; p++) {
+        PyMethodDef *def;
+        for (def = parts[p]; def->ml_name && n < sizeof all / sizeof *all - 1; def++)
+            all[n++] = *def;
+    }
+    return all;
+}
+
+int shi_machine_types(PyObject *module)
+{
+    PyType_Slot slots[] = {
+        {Py_tp_new, machine_new},
+        {Py_tp_dealloc, machine_dealloc},
+        {Py_tp_methods, all_methods()},
+        {Py_tp_getset, machine_getset},
+        {Py_bf_getbuffer, machine_getbuffer},
+        {Py_tp_doc, "Machine(fd, slot)\n--\n\nThis process's view of a machine."},
+        {0, NULL},
+    };
+    PyType_Spec spec = {
+        .name = "shmipi._core.Machine",
+        .basicsize = sizeof(Machine),
+        .flags = Py_TPFLAGS_DEFAULT,
+        .slots = slots,
+    };
+    shi_native_init();
+    if (!shi_machine_type)
+        shi_machine_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    if (!shi_native_type)
+        shi_native_type = (PyTypeObject *)PyType_FromSpec(&native_spec);
+    if (!shi_machine_type || !shi_native_type ||
+        PyModule_AddObjectRef(module, "Machine", (PyObject *)shi_machine_type) < 0)
+        return -1;
+    return PyModule_AddObjectRef(module, "NativeHandler", (PyObject *)shi_native_type);
+}

@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: MIT */
+/* What the files of the Python binding share.  Only module.c and py_*.c include it. */
+#ifndef SHI_PY_H
+#define SHI_PY_H
+
+#define PY_SSIZE_T_CLEAN
+#include "sys.h"
+
+#include <Python.h>
+
+#include "call.h"
+#include "csd.h"
+#include "func.h"
+#include "irq.h"
+#include "machine.h"
+#include "wait.h"
+
+#define SHI_GIL_SPIN_NS 20000u /* the interpreter is never held for longer by a spin */
+#define SHI_REPLY_ROOM 4096u   /* block for the result of a call */
+
+struct func_entry;
+
+/* Functions this process has sent: object -> number, by identity. */
+struct func_table {
+    struct func_entry **slots;
+    uint32_t size, used;
+};
+
+/* Functions this process has received, per sender. */
+struct func_cache {
+    uint16_t gen;
+    uint32_t size, live, misses;
+    struct func_cached {
+        uint32_t serial;
+        PyObject *function;
+    } *entries;
+};
+
+typedef struct {
+    PyObject_HEAD
+    struct shi_machine m;
+    struct shi_self self;
+    int attached; /* mapped, self initialised */
+    int closed;
+    int foreign; /* a fork's child: this machine is its parent's */
+    struct func_table sent;
+    struct func_cache *received;
+    PyObject *kept; /* results too large for their block: token -> bytes */
+    uint64_t next_token;
+    PyThreadState *released; /* CPU: the interpreter was given up by the core's hook */
+    PyObject *many_lock;
+} Machine;
+
+/* From Python, looked up once (module.c). */
+struct shi_python {
+    PyObject *dumps, *loads;       /* pickle by value where it must */
+    PyObject *dump_exception;      /* exception -> bytes */
+    PyObject *load_exception;      /* (bytes, cpu) -> exception */
+    PyObject *mask_cpus;           /* (mask, ncpus) -> list of int */
+    PyObject *task_name;           /* function -> str for messages */
+    PyObject *OfflineError, *DiedError, *MachineDiedError, *BusyError, *DeadlockError;
+    PyObject *TimeoutError, *ArenaError, *LayoutError, *StateError, *NoMachineError;
+    PyObject *RemoteError, *Warning, *OSError;
+};
+extern struct shi_python shi_py;
+
+extern PyTypeObject *shi_machine_type, *shi_native_type, *shi_csd_type;
+/* The machine module-level functions act on; borrowed. */
+extern Machine *shi_current;
+
+typedef struct {
+    PyObject_HEAD
+    uint32_t index;
+    PyObject *name;
+} NativeHandler;
+
+/* ---- errors: every errno of the core becomes a typed exception here ------------------ */
+PyObject *shi_raise(PyObject *kind, int err, int cpu, const char *format, ...);
+/* For a call to `cpu` that failed with -errno. */
+PyObject *shi_raise_errno(Machine *machine, int err, int cpu);
+/* 0 when this thread may use the machine, else -1 with an exception. */
+int shi_use(Machine *machine);
+Machine *shi_use_current(void);
+/* Give a ShmipiWarning; -1 when it was turned into an error. */
+int shi_warn_once(bool *given, const char *text);
+
+/* ---- functions (py_func.c) ------------------------------------------------------------ */
+/* Number of `function` for this sender: >= 0, -1 not by number (pickle it with the
+ * arguments), -2 with an exception set. */
+int64_t shi_function_number(Machine *machine, PyObject *function);
+/* A new reference to src's function, or NULL (with or without an exception). */
+PyObject *shi_function_received(Machine *machine, uint32_t src, uint16_t src_gen,
+                                uint32_t index, uint32_t serial);
+void shi_functions_clear(Machine *machine);
+
+/* ---- values (py_codec.c) -------------------------------------------------------------- */
+/* What a call is made of before it has a csd. */
+struct outgoing {
+    uint32_t func, serial;
+    int64_t number; /* of the function, or -1 */
+    uint8_t kind, length, apply;
+    union shi_value value;
+    PyObject *pickle; /* owned; NULL when the argument is inline */
+    uint32_t room;
+    Machine *holder; /* holds function `number` until cleared */
+};
+/* func(info). */
+int shi_outgoing_info(Machine *machine, struct outgoing *out, PyObject *function,
+                      PyObject *info);
+/* func(*args, **kwargs), result wanted. */
+int shi_outgoing_call(Machine *machine, struct outgoing *out, PyObject *function,
+                      PyObject *args, PyObject *kwargs);
+void shi_outgoing_clear(struct outgoing *out);
+/* Fill csd `local`; inside shi_enter/shi_leave.  0 or -errno. */
+int shi_outgoing_fill(Machine *machine, const struct outgoing *out, uint32_t local);
+/* Let `local` carry the same payload as `owner`. */
+void shi_outgoing_share(Machine *machine, const struct outgoing *out, uint32_t local,
+                        uint32_t owner);
+
+/* The result of an unlocked csd (not given back): new reference, or NULL. */
+PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t apply);
+
+/* Target side. */
+struct incoming {
+    PyObject *function; /* owned */
+    PyObject *args;     /* owned: tuple */
+    PyObject *kwargs;   /* owned or NULL */
+    uint8_t apply;
+    bool bare; /* `args` is the one argument itself */
+};
+/* 0, or -1 after the csd was completed with an error. */
+int shi_incoming(Machine *machine, struct incoming *in, struct shi_csd *csd, bool async);
+void shi_incoming_clear(struct incoming *in);
+PyObject *shi_incoming_apply(const struct incoming *in);
+/* Store the outcome of a SYNC csd (`value` NULL: the exception that is set). */
+void shi_outcome(Machine *machine, struct shi_csd *csd, PyObject *value, bool wanted);
+void shi_outcome_fetch(Machine *machine, struct shi_csd *csd);
+
+/* ---- calling (py_call.c) --------------------------------------------------------------- */
+/* Wait for csd `local`; serves the own queue.  0, or -1 with an exception (the csd is
+ * left behind, safely). */
+int shi_wait_csd(Machine *machine, uint32_t local, uint32_t dst, uint64_t deadline_ns);
+void shi_give_back(Machine *machine, uint32_t local);
+extern PyMethodDef shi_call_methods[]; /* of Machine */
+extern PyMethodDef shi_call_functions[]; /* of the module: on the current machine */
+
+/* ---- being a CPU (py_cpu.c) ------------------------------------------------------------ */
+void shi_cpu_hooks(Machine *machine);
+/* Run Python csds that the kick handler put off.  Holds the interpreter. */
+void shi_run_deferred(Machine *machine);
+extern PyMethodDef shi_cpu_methods[];
+extern PyMethodDef shi_cpu_functions[];
+
+extern PyMethodDef shi_machine_methods[];
+extern PyMethodDef shi_machine_functions[];
+extern PyMethodDef shi_atomic_functions[];
+extern PyMethodDef shi_bench_methods[];
+extern PyMethodDef shi_bench_functions[];
+
+int shi_machine_types(PyObject *module);
+int shi_csd_types(PyObject *module);
+int shi_bench_types(PyObject *module);
+
+/* The exception that is set, taken: new reference. */
+PyObject *shi_take_exception(void);
+
+/* Arguments by position or keyword: fills `out[0..n)`, NULL where absent. */
+int shi_parse(const char *function, const char *const *names, int required, int total,
+              PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames, PyObject **out);
+
+#endif

@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: MIT */
+#include "sys.h"
+
+#include <errno.h>
+
+#include "queue.h"
+#include "step.h"
+#include "trace.h"
+
+int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct shi_csd *csd)
+{
+    struct shi_slot *target = shi_slot(self->m, dst);
+    shi_prefetch_write(&target->word);
+    uint64_t lock = shi_load_relaxed(&csd->lock) & ~(0xffffull << SHI_CSD_GEN_SHIFT);
+    SHI_STEP(self, push);
+    uint64_t w = shi_load_relaxed(&target->word), next;
+    do {
+        if (!shi_word_online(w))
+            return -ENXIO;
+        shi_store_relaxed(&csd->next, shi_word_head(w));
+        /* The generation comes from the very word that is swapped: this csd cannot
+         * end up with a CPU that took the slot over in between. */
+        shi_store_relaxed(&csd->lock, lock | (uint64_t)shi_word_gen(w) << SHI_CSD_GEN_SHIFT);
+        next = (w & SHI_W_LOW) | (uint64_t)(index + 1) << SHI_W_HEAD_SHIFT;
+        /* Full: releases the csd's fields to the drain's read-modify-write. */
+    } while (!shi_cas_weak_full(&target->word, &w, next));
+    SHI_STEP(self, pushed);
+    shi_count(self, SHI_C_csd_queued);
+    SHI_TRACE(self, csd_queue_cpu, dst, index + 1, csd->func, 0);
+    if (w & SHI_W_ASKED && shi_word_state(w) == SHI_RUNNING) {
+        /* Python csds there wait for the interpreter, which will look at the queue:
+         * one more needs no kick.  A native one does, whatever it stands behind. */
+        if (csd->func & SHI_FUNC_NATIVE && !(w & SHI_W_KICKED))
+            return SHI_PUSH_RING;
+        shi_count(self, SHI_C_coalesced);
+        return SHI_PUSH_COALESCED;
+    }
+    if (shi_word_head(w)) {
+        shi_count(self, SHI_C_coalesced);
+        return SHI_PUSH_COALESCED;
+    }
+    if (shi_word_state(w) == SHI_POLLING) {
+        shi_count(self, SHI_C_elided);
+        SHI_TRACE(self, wake_idle_without_ipi, dst, index + 1, 0, 0);
+        return SHI_PUSH_ELIDED;
+    }
+    return SHI_PUSH_RING;
+}
+
+bool shi_csd_is_ours(const struct shi_self *self, uint32_t index)
+{
+    const struct shi_machine *m = self->m;
+    if (index >= m->ncsds)
+        return false;
+    uint32_t owner = index >> m->csd_shift;
+    if ((index & (m->csds_per_slot - 1)) >= shi_load_relaxed(&shi_slot(m, owner)->csd_top))
+        return false;
+    const struct shi_csd *csd = shi_csd(m, index);
+    uint64_t lock = shi_load_acquire(&csd->lock);
+    return (lock & SHI_CSD_LOCK) && (uint16_t)(lock >> SHI_CSD_DST_SHIFT) == self->id &&
+           (uint16_t)(lock >> SHI_CSD_GEN_SHIFT) == self->gen && csd->src == owner;
+}
+
+struct shi_list shi_queue_take(struct shi_self *self)
+{
+    const struct shi_machine *m = self->m;
+    struct shi_list list = {0, 0, 0};
+    uint32_t newest = shi_word_head(shi_load_relaxed(&self->slot->word));
+    if (newest && newest <= m->ncsds)
+        shi_prefetch_write(shi_csd(m, newest - 1)); /* comes along with the word below */
+    /*
+     * Full, and the acquire side of every push on the list.  NEED_RESCHED goes with
+     * it: whoever set it wanted this drain.  PENDING stays for the flow handler.
+     */
+    uint64_t w = shi_fetch_and_full(&self->slot->word, SHI_W_LOW & ~SHI_W_NEED_RESCHED);
+    uint32_t at = shi_word_head(w);
+    SHI_STEP(self, drain);
+    while (at) {
+        uint32_t index = at - 1;
+        if (!shi_csd_is_ours(self, index) || list.count == m->ncsds) {
+            shi_count(self, SHI_C_corrupt);
+            break; /* nothing behind a damaged entry can be believed */
+        }
+        struct shi_csd *csd = shi_csd(m, index);
+        uint32_t older = shi_load_relaxed(&csd->next);
+        /* Newest first becomes oldest first: put each before what we have.  A single
+         * csd is not written to: its line stays shared with the waiter. */
+        if (older != list.head)
+            shi_store_relaxed(&csd->next, list.head);
+        list.head = at;
+        if (!list.tail)
+            list.tail = at;
+        list.count++;
+        at = older;
+    }
+    return list;
+}
+
+void shi_list_append(const struct shi_machine *m, struct shi_list *list, uint32_t index)
+{
+    shi_store_relaxed(&shi_csd(m, index)->next, 0);
+    if (list->tail)
+        shi_store_relaxed(&shi_csd(m, list->tail - 1)->next, index + 1);
+    else
+        list->head = index + 1;
+    list->tail = index + 1;
+    list->count++;
+}
+
+uint32_t shi_list_pop(struct shi_self *self, struct shi_list *list)
+{
+    if (!list->head)
+        return UINT32_MAX;
+    uint32_t index = list->head - 1;
+    if (!list->count || !shi_csd_is_ours(self, index)) {
+        shi_count(self, SHI_C_corrupt);
+        *list = (struct shi_list){0, 0, 0};
+        return UINT32_MAX;
+    }
+    list->head = shi_load_relaxed(&shi_csd(self->m, index)->next);
+    list->count--;
+    if (!list->head)
+        *list = (struct shi_list){0, 0, 0};
+    return index;
+}

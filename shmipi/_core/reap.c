@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: MIT */
+#include "sys.h"
+
+#include "csd.h"
+#include "doorbell.h"
+#include "irq.h"
+#include "reap.h"
+
+void shi_reap_mark(struct shi_self *self, uint32_t cpu)
+{
+    struct shi_slot *slot = shi_slot(self->m, cpu);
+    uint64_t w = shi_load_relaxed(&slot->word);
+    /* The whole word: its list is left behind, never walked.  What was on it is found
+     * by the scan, which does not depend on links the dead may have half written. */
+    while (!shi_cas_full(&slot->word, &w, (w & SHI_W_GEN) | SHI_DEAD))
+        ;
+    shi_store_release(&slot->waiting_for, 0);
+    shi_store_release(&slot->ringing, 0);
+    shi_event_ring(&self->m->header->hotplug_event);
+}
+
+uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
+{
+    const struct shi_machine *m = self->m;
+    uint16_t gen = shi_word_gen(shi_load_relaxed(&shi_slot(m, cpu)->word));
+    uint32_t s, i, done = 0;
+    for (s = 0; s < m->nslots; s++) {
+        uint32_t top = shi_load_acquire(&shi_slot(m, s)->csd_top);
+        if (top > m->csds_per_slot)
+            top = m->csds_per_slot;
+        struct shi_csd *csd = (struct shi_csd *)shi_region(m, s);
+        for (i = 0; i < top; i++, csd++) {
+            uint64_t lock = shi_load_acquire(&csd->lock);
+            while (lock & SHI_CSD_LOCK && (uint16_t)(lock >> SHI_CSD_DST_SHIFT) == cpu &&
+                   (uint16_t)(lock >> SHI_CSD_GEN_SHIFT) == gen) {
+                /* The sequence number is in the word: if the sender has given up on
+                 * this use and begun another, the swap fails. */
+                if (!shi_cas_full(&csd->lock, &lock, (lock & SHI_CSD_SEQ) | SHI_CSD_DIED))
+                    continue;
+                done++;
+                if (lock & SHI_CSD_PARKED)
+                    shi_irq_ring_waiter(self, s);
+                break;
+            }
+        }
+    }
+    shi_fetch_add_relaxed(&shi_slot(m, cpu)->counters[SHI_CTX_TASK][SHI_C_died], done);
+    return done;
+}
+
+void shi_reap_ring_all(struct shi_self *self)
+{
+    uint32_t cpu;
+    for (cpu = 0; cpu < self->m->ncpus; cpu++)
+        shi_irq_rering(self, cpu);
+    shi_event_ring(&shi_slot(self->m, self->m->ncpus)->event);
+}
+
+bool shi_reap_unguarded(struct shi_self *self, uint32_t cpu)
+{
+    const struct shi_machine *m = self->m;
+    uint32_t s;
+    for (s = 0; s < m->nslots; s++) {
+        struct shi_slot *slot = shi_slot(m, s);
+        /* Full: after the word was made DEAD (see hazard_set). */
+        if (shi_load_full(&slot->ringing) != cpu + 1)
+            continue;
+        if (s >= m->ncpus || shi_word_online(shi_load_full(&slot->word)))
+            return false;
+    }
+    return true;
+}
+
+uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu)
+{
+    struct shi_slot *slot = shi_slot(self->m, cpu);
+    uint32_t i, gen = shi_load_relaxed(&slot->generation) + 1;
+    if (!(gen & 0xffff))
+        gen++; /* 0 means "not queued" in a csd's lock word */
+    for (i = 0; i < SHI_NLINES / 64; i++)
+        shi_store_relaxed(&slot->irr[i], 0);
+    shi_store_relaxed(&slot->registered, 0);
+    shi_store_relaxed(&slot->pid, 0);
+    shi_store_relaxed(&slot->tid, 0);
+    shi_store_relaxed(&slot->hotplug, SHI_HP_ONLINE);
+    shi_store_relaxed(&slot->cur_csd, 0);
+    shi_store_relaxed(&slot->task, 0);
+    shi_store_relaxed(&slot->step, 0);
+    shi_store_relaxed(&slot->generation, gen);
+    shi_store_full(&slot->word, (uint64_t)(uint16_t)gen << SHI_W_GEN_SHIFT | SHI_OFFLINE);
+    return gen;
+}
+
+void shi_reap_stop_all(struct shi_self *self)
+{
+    const struct shi_machine *m = self->m;
+    uint32_t cpu;
+    shi_store_full(&m->header->machine_state, SHI_M_STOPPING);
+    for (cpu = 0; cpu < m->ncpus; cpu++) {
+        /* A parked CPU sleeps on this value: it must change, not only be woken. */
+        shi_store_full(&shi_slot(m, cpu)->hotplug, SHI_HP_STOP);
+        shi_event_wake(&shi_slot(m, cpu)->hotplug);
+        m->chip->send_reschedule(self, cpu);
+    }
+    shi_event_ring(&shi_slot(m, m->ncpus)->event);
+    shi_event_ring(&m->header->hotplug_event);
+}

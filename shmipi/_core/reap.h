@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: MIT */
+/* What the firmware does for a CPU that died.  `self` is the firmware's slot. */
+#ifndef SHI_REAP_H
+#define SHI_REAP_H
+
+#include "machine.h"
+
+/* 1. From here on nobody can queue for it or ring it. */
+void shi_reap_mark(struct shi_self *self, uint32_t cpu);
+/* 2. Complete what was addressed to it; wake its parked waiters.  How many. */
+uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu);
+/* 3. Rings may have died with it: ring every CPU that has work. */
+void shi_reap_ring_all(struct shi_self *self);
+/* 4. May its pid be given up?  False while some live slot may still signal it. */
+bool shi_reap_unguarded(struct shi_self *self, uint32_t cpu);
+/* 5. Make the slot ready for a new process; its generation, never 0 in 16 bits. */
+uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu);
+
+/* The machine stops: wake everybody to see it. */
+void shi_reap_stop_all(struct shi_self *self);
+
+#endif

@@ -1,0 +1,234 @@
+/* SPDX-License-Identifier: MIT */
+#include "sys.h"
+
+#include <errno.h>
+
+#include "clock.h"
+#include "csd.h"
+#include "doorbell.h"
+#include "irq.h"
+#include "queue.h"
+#include "step.h"
+#include "wait.h"
+
+#define TICK_NS 10000000u      /* no progress for so long: ring again */
+#define DEADLOCK_TICK_NS 1000000u
+#define SPIN_ROUND 64          /* looks between two readings of the clock */
+
+/* Interrupts off: the waiter may not serve its own queue (kernel: that is the reason
+ * for the rule that interrupts must be on). */
+static bool may_serve(const struct shi_self *self)
+{
+    return !self->host && !self->irqs_off;
+}
+
+void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index,
+                    uint32_t dst, uint64_t deadline_ns)
+{
+    wait->csd = shi_csd(self->m, index);
+    wait->dst = dst;
+    wait->deadline_ns = deadline_ns;
+    wait->tick_ns = 0;
+    wait->seen = 0;
+    wait->rekicks = 0;
+    wait->published = false;
+    if (may_serve(self) &&
+        shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING)
+        shi_set_polling(self);
+}
+
+void shi_wait_end(struct shi_self *self, struct shi_wait *wait)
+{
+    if (wait->published)
+        shi_store_release(&self->slot->waiting_for, 0);
+    if (self->in_task && may_serve(self))
+        shi_set_running(self);
+}
+
+/* Serve the own queue.  True: there is Python work for the caller to run. */
+static bool serve(struct shi_self *self)
+{
+    self->in_core++;
+    shi_service(self);
+    self->in_core--;
+    if (self->happened)
+        shi_leave_slow(self);
+    return self->deferred.head != 0 && !self->in_irq;
+}
+
+static bool own_work(const struct shi_self *self)
+{
+    uint64_t w = shi_load_acquire(&self->slot->word);
+    return shi_word_work(w) || w & SHI_W_NEED_RESCHED;
+}
+
+uint64_t shi_wait_budget(const struct shi_self *self, uint32_t dst)
+{
+    const struct shi_machine *m = self->m;
+    if (!m->oversubscribed)
+        return 100000;
+    uint32_t mine = shi_load_relaxed(&self->slot->core);
+    uint32_t theirs = shi_load_relaxed(&shi_slot(m, dst)->core);
+    /* On one core nothing can happen while this process spins. */
+    return !self->host && mine == theirs ? 0 : 20000;
+}
+
+int shi_wait_spin(struct shi_self *self, struct shi_wait *wait, uint64_t budget_ns)
+{
+    bool service = may_serve(self);
+    uint64_t end = 0;
+    uint32_t i;
+    for (;;) {
+        for (i = 0; i < SPIN_ROUND; i++) {
+            if (!shi_csd_locked(wait->csd))
+                return SHI_WAIT_DONE;
+            if (service && own_work(self) && serve(self))
+                return SHI_WAIT_PYTHON;
+        }
+        uint64_t now = shi_now_ns();
+        if (!end)
+            end = now + budget_ns;
+        if (now >= end)
+            return SHI_WAIT_MORE;
+        shi_cpu_relax();
+    }
+}
+
+/*
+ * CPUs that wait for each other in a circle, all with interrupts off, wait for ever.
+ * Each entry is read twice: the circle is real when nothing in it moved.
+ */
+static bool deadlocked(struct shi_self *self)
+{
+    const struct shi_machine *m = self->m;
+    int pass;
+    for (pass = 0; pass < 2; pass++) {
+        uint32_t at = self->id, steps;
+        for (steps = 0; steps <= m->ncpus; steps++) {
+            uint64_t entry = shi_load_full(&shi_slot(m, at)->waiting_for);
+            uint32_t next = (uint32_t)entry;
+            if (!next || !(entry >> 32) || next > m->ncpus ||
+                !shi_word_online(shi_load_relaxed(&shi_slot(m, at)->word)))
+                return false;
+            at = next - 1;
+            if (at == self->id)
+                break;
+        }
+        if (at != self->id)
+            return false;
+    }
+    return true;
+}
+
+static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t now)
+{
+    uint32_t state = shi_load_acquire(&self->m->header->machine_state);
+    if (state == SHI_M_DEAD)
+        return -EOWNERDEAD;
+    if (wait->deadline_ns && now >= wait->deadline_ns)
+        return -ETIMEDOUT;
+    if (self->irqs_off && !self->host && deadlocked(self))
+        return -EDEADLK;
+    if (now >= wait->tick_ns) {
+        uint64_t w = shi_load_full(&shi_slot(self->m, wait->dst)->word);
+        /* A ring may have died with its ringer.  The head may have moved: others queue
+         * behind the stranded one and do not ring. */
+        if (wait->tick_ns && shi_word_work(w) && shi_word_work(wait->seen) &&
+            shi_irq_rering(self, wait->dst) && wait->rekicks < 6)
+            wait->rekicks++; /* back off: a stopped target's signals pile up */
+        wait->seen = w;
+        wait->tick_ns = now + ((uint64_t)TICK_NS << wait->rekicks);
+    }
+    return 0;
+}
+
+static void sleep_host(struct shi_self *self, struct shi_wait *wait, int64_t ns)
+{
+    uint32_t seen = shi_load_full(&self->slot->event);
+    uint64_t lock = shi_load_acquire(&wait->csd->lock);
+    while (lock & SHI_CSD_LOCK && !(lock & SHI_CSD_PARKED))
+        if (shi_cas_full(&wait->csd->lock, &lock, lock | SHI_CSD_PARKED))
+            break;
+    /* The count was read before PARKED was set: an unlock since has changed it. */
+    if (shi_csd_locked(wait->csd))
+        shi_event_wait(&self->slot->event, seen, ns);
+}
+
+static int sleep_cpu(struct shi_self *self, struct shi_wait *wait, int64_t ns)
+{
+    struct shi_slot *slot = self->slot;
+    bool service = may_serve(self);
+    uint64_t lock = shi_load_acquire(&wait->csd->lock), w, next;
+    int err = 0;
+    SHI_STEP(self, park);
+    do {
+        if (!(lock & SHI_CSD_LOCK))
+            return 0;
+    } while (!(lock & SHI_CSD_PARKED) &&
+             !shi_cas_full(&wait->csd->lock, &lock, lock | SHI_CSD_PARKED));
+    SHI_STEP(self, parked);
+    w = shi_load_relaxed(&slot->word);
+    enum shi_state before = shi_word_state(w);
+    do {
+        if (!shi_word_online(w) || (service && shi_word_work(w)))
+            return 0;
+        next = shi_word_with(w, SHI_HALTED);
+    } while (!shi_cas_full(&slot->word, &w, next));
+    SHI_STEP(self, halted);
+    /*
+     * HALTED first (the full exchange above), the lock again second.  The unlocker
+     * exchanges the lock first and reads this word second: one of the two sees the
+     * other.  Without this look its ring could fall between PARKED and HALTED.
+     */
+    if (shi_csd_locked(wait->csd)) {
+        if (self->m->doorbell == SHI_DB_SIGNAL)
+            shi_kick_block(self, true);
+        err = shi_doorbell_wait(self, (uint32_t)(next & SHI_W_LOW), ns);
+        if (self->m->doorbell == SHI_DB_SIGNAL && self->in_task)
+            shi_kick_block(self, false);
+    }
+    SHI_STEP(self, wake);
+    w = shi_load_relaxed(&slot->word);
+    do {
+        if (!shi_word_online(w))
+            break;
+        next = shi_word_with(w, before == SHI_RUNNING ? SHI_RUNNING : SHI_POLLING);
+    } while (!shi_cas_full(&slot->word, &w, next));
+    if (shi_word_state(w) == SHI_RUNG) {
+        shi_count(self, SHI_C_doorbells_received);
+        if (!shi_word_work(w) && shi_csd_locked(wait->csd))
+            shi_count(self, SHI_C_doorbells_spurious);
+    }
+    if (before == SHI_RUNNING && shi_word_work(w))
+        self->happened = 1; /* interrupts are off: replayed when they come on */
+    return err;
+}
+
+int shi_wait_sleep(struct shi_self *self, struct shi_wait *wait)
+{
+    bool service = may_serve(self);
+    if (!shi_csd_locked(wait->csd))
+        return SHI_WAIT_DONE;
+    if (!wait->published) {
+        /* Release: who finds the entry finds the csd queued. */
+        shi_store_full(&self->slot->waiting_for,
+                       (uint64_t)(wait->dst + 1) | (uint64_t)(self->irqs_off != 0) << 32);
+        wait->published = !self->host; /* threads of the host would overwrite it */
+    }
+    if (service && own_work(self) && serve(self))
+        return SHI_WAIT_PYTHON;
+    uint64_t now = shi_now_ns();
+    int err = look_around(self, wait, now);
+    if (err)
+        return shi_csd_locked(wait->csd) ? err : SHI_WAIT_DONE;
+    uint64_t ns = self->irqs_off ? DEADLOCK_TICK_NS : TICK_NS;
+    if (wait->deadline_ns && wait->deadline_ns - now < ns)
+        ns = wait->deadline_ns - now;
+    if (self->host)
+        sleep_host(self, wait, (int64_t)ns);
+    else
+        err = sleep_cpu(self, wait, (int64_t)ns);
+    if (!shi_csd_locked(wait->csd))
+        return SHI_WAIT_DONE;
+    return err == -EINTR || self->host ? SHI_WAIT_SIGNAL : SHI_WAIT_MORE;
+}

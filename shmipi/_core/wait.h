@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: MIT */
+/* csd_lock_wait: wait for a csd, serve the own queue meanwhile, and never for ever. */
+#ifndef SHI_WAIT_H
+#define SHI_WAIT_H
+
+#include "machine.h"
+
+struct shi_wait {
+    struct shi_csd *csd;
+    uint32_t dst;
+    uint64_t deadline_ns; /* shi_now_ns() clock; 0: none */
+    uint64_t tick_ns;     /* next look at progress */
+    uint64_t seen;        /* dst's word at the last look */
+    uint8_t rekicks;
+    bool published;
+};
+
+enum shi_waited {
+    SHI_WAIT_DONE = 0,
+    SHI_WAIT_MORE = 1,   /* still locked: go on, with shi_wait_sleep */
+    SHI_WAIT_PYTHON = 2, /* Python csds were deferred: run them, then go on */
+    SHI_WAIT_SIGNAL = 3, /* a signal came: let the interpreter look, then go on */
+};
+/* and -ETIMEDOUT, -EDEADLK, -EOWNERDEAD (the machine is gone) */
+
+/* The CPU publishes POLLING so that crossed calls cost no signal; nothing on the host
+ * or with interrupts off. */
+void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index,
+                    uint32_t dst, uint64_t deadline_ns);
+/* Spin for `budget_ns` at most. */
+int shi_wait_spin(struct shi_self *self, struct shi_wait *wait, uint64_t budget_ns);
+/* Sleep until something happens, 10 ms at most. */
+int shi_wait_sleep(struct shi_self *self, struct shi_wait *wait);
+/* Back to RUNNING if a task waited. */
+void shi_wait_end(struct shi_self *self, struct shi_wait *wait);
+
+/* How long a waiter should spin before it sleeps. */
+uint64_t shi_wait_budget(const struct shi_self *self, uint32_t dst);
+
+#endif

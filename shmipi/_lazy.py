@@ -1,0 +1,47 @@
+"""Where each name of the package's face lives: imported when it is first used."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+__all__ = ["load"]
+
+_MODULES = {"atomic": "shmipi.atomic", "smp": "shmipi.smp"}
+_HOMES = {
+    "shmipi.cluster": ("Cluster", "Cpu"),
+    "shmipi.cpumask": ("CpuMask",),
+    "shmipi.errors": (
+        "ArenaFullError",
+        "BootError",
+        "ClusterStateError",
+        "CpuDiedError",
+        "CpuOfflineError",
+        "CsdBusyError",
+        "IpiDeadlockError",
+        "IpiTimeoutError",
+        "LayoutError",
+        "MachineDiedError",
+        "NoMachineError",
+        "RemoteCallError",
+        "ShmipiError",
+        "ShmipiWarning",
+    ),
+    "shmipi.machine.arrays": ("SharedArray", "percpu", "shared"),
+    "shmipi.smp": ("CallSingleData", "NativeHandler"),
+}
+
+
+def load(name: str, package: str) -> object:
+    """Return attribute ``name`` of the package and keep it there.
+
+    Raises ``AttributeError`` for a name that the package does not have.
+    """
+    if name in _MODULES:
+        return import_module(_MODULES[name])
+    for home, names in _HOMES.items():
+        if name in names:
+            value: object = getattr(import_module(home), name)
+            setattr(sys.modules[package], name, value)
+            return value
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")

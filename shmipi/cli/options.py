@@ -1,0 +1,248 @@
+"""Options and parsers that commands share. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+from shmipi.cpumask import CpuMask
+from shmipi.errors import CommandError, ShmipiError
+
+if TYPE_CHECKING:
+    from shmipi.cluster import Cluster
+
+__all__ = [
+    "CONTROLLERS",
+    "DOORBELLS",
+    "IDLE_POLICIES",
+    "add_json_option",
+    "add_machine_options",
+    "boot",
+    "core_list",
+    "count",
+    "cpu_mask",
+    "document",
+    "duration",
+    "human_stream",
+    "integer",
+    "machine_kwargs",
+    "write_json",
+]
+
+IDLE_POLICIES: Final = ("auto", "poll", "haltpoll", "halt")
+DOORBELLS: Final = ("futex", "sem", "signal", "eventfd", "mqueue")
+CONTROLLERS: Final = ("apic",)
+
+_UNITS: Final = {
+    "": 1.0,
+    "us": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "m": 60.0,
+    "min": 60.0,
+    "h": 3600.0,
+}
+_SCALES: Final = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
+_MAX_SECONDS: Final = 365 * 24 * 3600.0
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return a parser (argparse's ``type``) of integers from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        try:
+            # Longer strings of digits are no number that anybody means, and int() has
+            # a limit of its own.
+            value = int(text) if len(text) <= 20 else None
+        except ValueError:
+            value = None
+        if value is None:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number")
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small: at least {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{value} is too large: at most {most}")
+        return value
+
+    return parse
+
+
+def count(text: str) -> int:
+    """Parse a positive number of things: ``20000``, ``20k``, ``1M``."""
+    match = re.fullmatch(r"([0-9]{1,12})([kMG]?)", text)
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a count: write 20000, 20k or 1M"
+        )
+    return int(match[1]) * _SCALES[match[2]]
+
+
+def duration(text: str) -> float:
+    """Parse a time into seconds: ``10s``, ``5m``, ``500ms``, ``2h``, ``10``."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(us|ms|s|min|m|h|)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a duration: write 10s, 5m or 500ms"
+        )
+    seconds = float(match[1]) * _UNITS[match[2]]
+    if seconds > _MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is longer than a year")
+    return seconds
+
+
+def cpu_mask(text: str) -> CpuMask:
+    """Parse a set of CPUs in the kernel's cpulist form: ``0-2,5``."""
+    try:
+        return CpuMask(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def core_list(text: str) -> str | list[int]:
+    """Parse ``auto`` or a list that keeps its order: ``2,0-1`` is [2, 0, 1]."""
+    if text == "auto":
+        return text
+    cores = [core for part in text.split(",") for core in cpu_mask(part)]
+    if not cores:
+        raise argparse.ArgumentTypeError("an empty list of cores: write 0-3 or auto")
+    return cores
+
+
+def add_machine_options(
+    parser: argparse.ArgumentParser, *, cpus: int | None = None
+) -> None:
+    """Add the options of every command that boots a machine.
+
+    ``cpus`` is the default of ``--cpus``; ``None`` leaves the number to the machine.
+    """
+    default = "the usable cores, at least 2" if cpus is None else str(cpus)
+    group = parser.add_argument_group("the machine")
+    group.add_argument(
+        "--cpus",
+        type=integer(1),
+        default=cpus,
+        metavar="N",
+        help=f"how many CPUs; may be far more than the cores (default: {default})",
+    )
+    group.add_argument(
+        "--idle",
+        choices=IDLE_POLICIES,
+        default="auto",
+        help="what an idle CPU does (default: auto, which polls if there is room)",
+    )
+    group.add_argument(
+        "--doorbell",
+        choices=DOORBELLS,
+        default="futex",
+        help="what wakes a halted CPU (default: futex)",
+    )
+    group.add_argument(
+        "--controller",
+        choices=CONTROLLERS,
+        default="apic",
+        help="the interrupt controller (default: apic)",
+    )
+    group.add_argument(
+        "--cores",
+        type=core_list,
+        default="auto",
+        metavar="LIST",
+        help="cores for the CPUs, used in turn, such as 0-3 (default: auto)",
+    )
+
+
+def machine_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what ``add_machine_options`` parsed as arguments of ``Cluster``."""
+    return {
+        "ncpus": args.cpus,
+        "idle": args.idle,
+        "doorbell": args.doorbell,
+        "controller": args.controller,
+        "cores": args.cores,
+    }
+
+
+def boot(args: argparse.Namespace, **more: Any) -> Cluster:
+    """Boot the machine that the options ask for; ``more`` are arguments of ``Cluster``.
+
+    Raises ``CommandError`` with status 2 for options that make no machine here, such
+    as a core that cannot be used, and whatever else ``Cluster`` raises.
+    """
+    from shmipi.cluster import Cluster
+
+    try:
+        return Cluster(**{**machine_kwargs(args), **more})
+    except ShmipiError:
+        raise
+    except ValueError as error:
+        raise CommandError(str(error), status=2) from None
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json FILE``, kept in ``args.json`` (``None`` when it is not given)."""
+    parser.add_argument(
+        "--json",
+        type=_json_target,
+        metavar="FILE",
+        help="write the result as JSON; - is standard output, and then nothing else"
+        " is printed there",
+    )
+
+
+def _json_target(text: str) -> str:
+    # Said before a run of minutes and not after it.
+    if text == "-":
+        return text
+    folder = os.path.dirname(text) or "."
+    if not text or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file")
+    if not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"there is no directory {folder!r}")
+    if not os.access(text if os.path.exists(text) else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"no permission to write {text!r}")
+    return text
+
+
+def human_stream(args: argparse.Namespace) -> TextIO:
+    """Return where text for people goes: standard error when JSON has the output."""
+    return sys.stderr if getattr(args, "json", None) == "-" else sys.stdout
+
+
+def document(command: str, /, **fields: Any) -> dict[str, Any]:
+    """Return the JSON document of a command: its schema first, then ``fields``."""
+    return {"schema": f"shmipi.{command}/1", **fields}
+
+
+def write_json(target: str | None, content: dict[str, Any]) -> None:
+    """Write a document to ``target`` as ``--json`` gave it; ``None`` writes nothing.
+
+    numpy numbers and arrays, masks and paths are converted. Raises ``CommandError``
+    when the file cannot be written, ``ValueError`` for NaN and infinity, which JSON
+    does not have.
+    """
+    if target is None:
+        return
+    text = json.dumps(content, indent=2, default=_plain, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        with open(target, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise CommandError(f"cannot write {target}: {error.strerror}") from None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, CpuMask | os.PathLike):
+        return str(value)
+    # numpy's numbers and arrays, without importing numpy to ask.
+    convert = getattr(value, "tolist", None)
+    if convert is None:
+        raise TypeError(f"{type(value).__name__} is not for JSON: {value!r}")
+    return convert()

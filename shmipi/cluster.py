@@ -1,0 +1,625 @@
+"""``Cluster``: the user's handle on a machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from shmipi import _core
+from shmipi.cpumask import CpuMask, MaskLike
+from shmipi.errors import (
+    BootError,
+    ClusterStateError,
+    CpuOfflineError,
+    IpiTimeoutError,
+    MachineDiedError,
+)
+from shmipi.irq.chips import CHIPS
+from shmipi.machine import segment, topology
+from shmipi.machine.arrays import Arrays, SharedArray
+from shmipi.machine.boot import DOORBELLS, IDLE, Host, Plan
+from shmipi.smp import BoundSmp
+from shmipi.trace.counters import Counters, interrupts
+
+__all__ = ["Cluster", "Cpu"]
+
+_Result = TypeVar("_Result")
+
+#: Words for the states of ``enum shi_state``; a rung CPU is a halted one still.
+_STATES = ("offline", "running", "polling", "halted", "halted", "dead")
+
+_HOTPLUG_LOOK_S = 0.05
+_KICK_OFFSET = 8  # SIGRTMIN + 8: glibc keeps the first two, others like the next few
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """A CPU of a machine, as it was when looked at.
+
+    ``state`` is one of offline, running, polling, halted, dead. ``generation`` counts
+    the processes that have been this CPU, from 1.
+    """
+
+    id: int
+    pid: int
+    core: int
+    state: str
+    generation: int
+
+
+class Cluster:
+    """A machine of ``ncpus`` pinned processes that interrupt each other.
+
+    Use it as a context manager; the machine ends with the block::
+
+        with Cluster(4) as cluster:
+            cluster.call(1, os.getpid)
+
+    Args:
+        ncpus: how many CPUs (1 to 4096); None: the number of usable cores, at least 2.
+            It may be far more than the cores.
+        idle: what a CPU with nothing to do does: "poll" (spin), "haltpoll" (spin for an
+            adaptive window, then halt), "halt", or "auto": poll only when every CPU has
+            a core to itself and one is left for the host, else haltpoll.
+        doorbell: what wakes a halted CPU: "futex", "sem" (POSIX semaphore), "signal",
+            "eventfd" or "mqueue" (POSIX message queue).
+        kick: True: a running CPU is interrupted by a real-time signal, SIGRTMIN+8; a
+            signal number: by that one; False: CPUs are cooperative and take interrupts
+            when a task ends, waits, or calls ``smp.cond_resched()``.
+        controller: the interrupt controller, "apic".
+        cores: "auto" (distinct physical cores first, then round robin) or a list of
+            core numbers used in turn (also a cpulist string).
+        name: for ``shmipi ps`` and ``shmipi interrupts``; None: a random one.
+        handlers: native handlers to load: "FILE.so:symbol". The built-in ones (noop,
+            count, stamp) are always there.
+        trace: True: record tracepoints, see ``trace_events()``.
+
+    Raises:
+        BootError: the machine could not be booted; its errno says why and its text what
+            to do. Nothing is left behind.
+        ValueError, TypeError: an argument that cannot be meant.
+    """
+
+    def __init__(
+        self,
+        ncpus: int | None = None,
+        *,
+        idle: str = "auto",
+        doorbell: str = "futex",
+        kick: bool | int = True,
+        controller: str = "apic",
+        cores: str | Sequence[int] = "auto",
+        name: str | None = None,
+        handlers: Iterable[str] = (),
+        trace: bool = False,
+    ) -> None:
+        plan = _plan(
+            ncpus, idle, doorbell, kick, controller, cores, name, handlers, trace
+        )
+        self._open(plan)
+
+    def _open(self, plan: Plan) -> None:
+        self._host = Host(plan)
+        self._machine = self._host.machine
+        self._arrays = Arrays(self._machine)
+        self._counters = Counters(self._machine)
+        self._futures = _Futures(self._machine)
+        self._hotplug_lock = threading.Lock()
+        #: ``shmipi.smp`` bound to this machine.
+        self.smp = BoundSmp(self._machine)
+        self._finalizer = weakref.finalize(
+            self, _close, self._host, self._futures, self._arrays
+        )
+        _open_clusters.add(self)
+        _choose_current()
+
+    # ---- life ---------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self._check()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """End the machine: CPUs leave their idle loops and end in order.
+
+        A CPU that is still busy after two seconds is killed. Pending futures fail with
+        ``MachineDiedError``. Arrays in use keep their memory. Calling it again, or in a
+        fork's child, does nothing.
+        """
+        if self._finalizer.alive and os.getpid() == self._host.owner:
+            _open_clusters.discard(self)
+            self._finalizer()
+            _choose_current()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return f"<Cluster {self.name!r} closed>"
+        plan = self._host.plan
+        return (
+            f"<Cluster {self.name!r}: {plan.ncpus} CPUs, {len(self.online_mask)} online,"
+            f" idle={plan.idle}, doorbell={plan.doorbell}, controller={plan.controller}>"
+        )
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Cluster is its host's and does not travel to CPUs: there, use shmipi.smp,"
+            " shmipi.shared and shmipi.percpu"
+        )
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self._host.plan.name
+
+    @property
+    def closed(self) -> bool:
+        """True after ``shutdown()``, and in a fork's child."""
+        return self._machine.closed
+
+    @property
+    def idle(self) -> str:
+        """The idle policy in force: what "auto" came to."""
+        return self._host.plan.idle
+
+    @property
+    def doorbell(self) -> str:
+        """The doorbell of a halted CPU."""
+        return self._host.plan.doorbell
+
+    @property
+    def controller(self) -> str:
+        """The interrupt controller."""
+        return self._host.plan.controller
+
+    @property
+    def arena_bytes(self) -> int:
+        """The most that one pickled argument or result may have, in bytes."""
+        return self._machine.arena_bytes
+
+    def _check(self) -> None:
+        if os.getpid() != self._host.owner:
+            raise ClusterStateError(
+                "this cluster belongs to the parent process: a fork's child can not use it"
+            )
+        if self.closed:
+            raise ClusterStateError("this cluster is closed")
+        if self._host.died:
+            raise MachineDiedError(
+                f"the machine {self.name} died: its firmware process is gone, and all"
+                " its CPUs with it"
+            )
+
+    # ---- what there is --------------------------------------------------------------------
+
+    @property
+    def ncpus(self) -> int:
+        """How many CPUs the machine has, online or not."""
+        return self._host.plan.ncpus
+
+    @property
+    def cpus(self) -> tuple[Cpu, ...]:
+        """Every CPU as it is now."""
+        self._check()
+        return tuple(self._cpu(number) for number in range(self.ncpus))
+
+    def _cpu(self, number: int) -> Cpu:
+        pid, _, core, state, generation, *_ = self._machine.slot(number)
+        word = _STATES[state] if state < len(_STATES) else "dead"
+        return Cpu(number, pid, core, word, generation)
+
+    @property
+    def online_mask(self) -> CpuMask:
+        """The CPUs that are online (the kernel's cpu_online_mask)."""
+        self._check()
+        return CpuMask(
+            n for n in range(self.ncpus) if self._cpu(n).state not in ("offline", "dead")
+        )
+
+    def counters(self) -> dict[str, NDArray[np.uint64]]:
+        """Return what each CPU counted since boot: name -> array of shape (ncpus,)."""
+        self._check()
+        return self._counters.cpus()
+
+    def host_counters(self) -> dict[str, int]:
+        """Return what the host counted as a sender: name -> number."""
+        self._check()
+        return self._counters.host()
+
+    def interrupts(self) -> str:
+        """Return the counts in the shape of ``/proc/interrupts``."""
+        self._check()
+        return interrupts(self._machine, self._counters)
+
+    # ---- calls -----------------------------------------------------------------------------
+
+    def call(
+        self,
+        cpu: int,
+        func: Callable[..., _Result],
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> _Result:
+        """Run ``func(*args, **kwargs)`` on ``cpu`` as an IPI handler; return its result.
+
+        It runs in interrupt context: with interrupts off on that CPU, on top of
+        whatever task is running there, at once if the CPU is idle, else at the task's
+        next bytecode boundary. So it must be short, must not wait for what that task
+        holds, and delays every other call to that CPU; ``run()`` is for longer work.
+
+        ``timeout`` is in seconds. Raises ``RemoteCallError`` (the function raised; the
+        original is its ``__cause__``), ``CpuOfflineError``, ``CpuDiedError``,
+        ``IpiTimeoutError`` (it stays queued and may still run), ``MachineDiedError``,
+        ``ArenaFullError``, and what pickling raises.
+        """
+        result: _Result = self._machine.call(cpu, func, args, kwargs or None, timeout)
+        return result
+
+    def submit(
+        self, cpu: int, func: Callable[..., _Result], /, *args: Any, **kwargs: Any
+    ) -> Future[_Result]:
+        """Start ``call(cpu, func, ...)``; return a ``concurrent.futures.Future``.
+
+        ``func`` runs in interrupt context, as with ``call``, whose errors are the
+        future's. A future that was started cannot be cancelled.
+        """
+        self._check()
+        return self._futures.submit(cpu, func, args, kwargs or None)
+
+    def run(
+        self, func: Callable[..., _Result], *args: Any, cpus: MaskLike | None = None
+    ) -> list[_Result]:
+        """Run ``func(*args)`` as a task on each CPU; return the results in CPU order.
+
+        A task may take long, sleep and be interrupted; a CPU runs one at a time, the
+        next when the one before it has ended. ``cpus=None``: the CPUs that are online.
+
+        Raises what one task's call raises, or an ``ExceptionGroup`` of several, after
+        all have ended; ``ValueError`` for an empty mask, ``CpuOfflineError`` at once
+        when a CPU is not online.
+        """
+        self._check()
+        mask = self.online_mask if cpus is None else CpuMask.of(cpus, self.ncpus)
+        if not mask:
+            raise ValueError("cpus is empty: there is nothing to run on")
+        offline = mask - self.online_mask
+        if offline:
+            first = next(iter(offline))
+            raise CpuOfflineError(
+                f"CPU {first} is offline: bring it back with cluster.online({first})",
+                cpu=first,
+            )
+        calls: list[tuple[int, int]] = []
+        failures: list[Exception] = []
+        results: list[_Result] = []
+        try:
+            for cpu in mask:
+                try:
+                    calls.append(
+                        (cpu, self._machine.post(cpu, func, args, None, True))
+                    )
+                except CpuOfflineError as error:
+                    failures.append(error)
+            while calls:
+                cpu, call = calls.pop(0)
+                try:
+                    results.append(self._machine.collect(call, cpu, None))
+                except Exception as error:
+                    failures.append(error)
+        finally:
+            for _, call in calls:  # interrupted: left behind, safely
+                with contextlib.suppress(ClusterStateError):
+                    self._machine.abandon(call)
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise ExceptionGroup("several CPUs failed", failures)
+        return results
+
+    # ---- memory -----------------------------------------------------------------------------
+
+    def percpu(
+        self, name: str, dtype: DTypeLike, shape: int | tuple[int, ...] = ()
+    ) -> SharedArray:
+        """Return array ``name`` with a row per CPU: shape (ncpus, *shape), zeroed.
+
+        Each row is on cache lines of its own. ``shmipi.percpu(name)`` on a CPU is the
+        same memory; so is the array when it is pickled. Raises ``ValueError`` when the
+        name is in use with another dtype or shape, ``ArenaFullError`` when /dev/shm is
+        full.
+        """
+        self._check()
+        return self._arrays.make("percpu", name, dtype, shape)
+
+    def shared(
+        self, name: str, dtype: DTypeLike, shape: int | tuple[int, ...] = ()
+    ) -> SharedArray:
+        """Return array ``name`` of ``shape``, zeroed, shared by all CPUs and the host.
+
+        As ``percpu`` otherwise. Use ``shmipi.atomic`` where several CPUs write.
+        """
+        self._check()
+        return self._arrays.make("shared", name, dtype, shape)
+
+    # ---- hotplug ------------------------------------------------------------------------------
+
+    def offline(self, cpu: int, timeout: float | None = None) -> None:
+        """Take ``cpu`` offline in order: it drains its queue and parks.
+
+        Whatever was queued has run; from then on calls to it raise ``CpuOfflineError``.
+        A task that it runs is stopped where it stands until ``online(cpu)``. Nothing
+        happens if it is offline already. Raises ``CpuOfflineError`` for a CPU that does
+        not exist, ``IpiTimeoutError`` after ``timeout`` seconds (the request stands
+        withdrawn), ``CpuDiedError``.
+        """
+        self._check()
+        self._exists(cpu)
+        with self._hotplug_lock:
+            if self._cpu(cpu).state in ("offline", "dead"):
+                return
+            self._machine.hotplug(cpu, True)
+            try:
+                self._await(cpu, lambda state: state in ("offline", "dead"), timeout)
+            except BaseException:
+                self._machine.hotplug(cpu, False)
+                raise
+
+    def online(self, cpu: int, timeout: float | None = None) -> None:
+        """Bring ``cpu`` back: a parked one goes on, a dead one is booted anew.
+
+        A new process in the slot has a new generation. Raises ``CpuOfflineError`` for a
+        CPU that does not exist, ``BootError``, ``IpiTimeoutError``.
+        """
+        self._check()
+        self._exists(cpu)
+        with self._hotplug_lock:
+            state = self._cpu(cpu).state
+            if state == "dead":
+                self._host.boot_cpu(cpu)
+            elif state == "offline":
+                self._machine.hotplug(cpu, False)
+                self._await(cpu, lambda state: state != "offline", timeout)
+
+    def _exists(self, cpu: int) -> None:
+        if not 0 <= cpu < self.ncpus:
+            raise CpuOfflineError(
+                f"CPU {cpu} does not exist: this machine has CPUs 0-{self.ncpus - 1}",
+                cpu=cpu,
+            )
+
+    def _await(
+        self, cpu: int, reached: Callable[[str], bool], timeout: float | None
+    ) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            seen = self._machine.hotplug_event
+            if reached(self._cpu(cpu).state):
+                return
+            self._check()
+            if deadline is not None and time.monotonic() >= deadline:
+                raise IpiTimeoutError(
+                    f"CPU {cpu} did not change its state in {timeout} s: is it stopped,"
+                    " or running with interrupts disabled?",
+                    cpu=cpu,
+                )
+            self._machine.wait_hotplug(seen, _HOTPLUG_LOOK_S)
+
+
+class _Futures:
+    """Completes the futures of ``submit``: a thread that sleeps on the host's doorbell."""
+
+    def __init__(self, machine: _core.Machine) -> None:
+        self._machine = machine
+        self._lock = threading.Lock()
+        self._pending: dict[int, tuple[int, Future[Any]]] = {}
+        self._thread: threading.Thread | None = None
+        self._stop = False
+
+    def submit(
+        self,
+        cpu: int,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
+    ) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._complete, name="shmipi-futures", daemon=True
+                )
+                self._thread.start()
+            # Under the lock: the thread must not meet a call it has no future for.
+            call = self._machine.post(cpu, func, args, kwargs, False)
+            self._pending[call] = (cpu, future)
+        return future
+
+    def _complete(self) -> None:
+        machine = self._machine
+        while not self._stop:
+            seen = machine.event
+            with self._lock:
+                done = [
+                    (call, *self._pending.pop(call))
+                    for call in list(self._pending)
+                    if machine.done(call)
+                ]
+                busy = bool(self._pending)
+            for call, cpu, future in done:
+                try:
+                    result = machine.collect(call, cpu, None)
+                except BaseException as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+            if machine.state == _core.DEAD:
+                self._fail()
+            if not done:
+                # A limit although every end rings: the ring may die with its ringer.
+                machine.wait_event(seen, 0.05 if busy else 1.0)
+
+    def _fail(self) -> None:
+        with self._lock:
+            pending, self._pending = self._pending, {}
+        for call, (cpu, future) in pending.items():
+            if self._machine.done(call):
+                with contextlib.suppress(Exception):
+                    future.set_result(self._machine.collect(call, cpu, None))
+                    continue
+            future.set_exception(
+                MachineDiedError(
+                    "the machine ended with this call in hand: it may or may not have"
+                    " run",
+                    cpu=cpu,
+                )
+            )
+
+    def close(self) -> None:
+        self._stop = True
+        with contextlib.suppress(ClusterStateError):
+            self._machine.ring_event()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(5.0)
+        self._fail()
+
+
+# ---- the clusters of this process --------------------------------------------------------
+
+_open_clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
+
+
+def _choose_current() -> None:
+    """Module-level ``shmipi.smp`` acts on the only open cluster, if there is just one."""
+    clusters = list(_open_clusters)
+    for cluster in clusters:
+        cluster._machine.set_current(False)
+    if len(clusters) == 1:
+        clusters[0]._machine.set_current(True)
+        clusters[0]._arrays.make_current()
+
+
+def _close(host: Host, futures: _Futures, arrays: Arrays) -> None:
+    if os.getpid() != host.owner:
+        return
+    host.close()
+    futures.close()
+    arrays.close()
+    host.machine.close()
+
+
+def _after_fork_in_child() -> None:
+    for cluster in list(_open_clusters):
+        cluster._finalizer.detach()
+        cluster._host.disown()
+    _open_clusters.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+# ---- checking arguments ------------------------------------------------------------------
+
+
+def _plan(
+    ncpus: int | None,
+    idle: str,
+    doorbell: str,
+    kick: bool | int,
+    controller: str,
+    cores: str | Sequence[int],
+    name: str | None,
+    handlers: Iterable[str],
+    trace: bool,
+    steps: bool = False,
+    arena_bytes: int = 0,
+) -> Plan:
+    if ncpus is None:
+        ncpus = topology.default_ncpus()
+    if isinstance(ncpus, bool) or not isinstance(ncpus, int):
+        raise TypeError(f"ncpus is {ncpus!r}: give a number of CPUs, or None")
+    chip = CHIPS.get(controller)
+    if chip is None:
+        raise ValueError(
+            f"controller is {controller!r}: choose from {', '.join(map(repr, CHIPS))}"
+        )
+    limit = min(_core.MAX_CPUS, chip.max_cpus)
+    if not 1 <= ncpus <= limit:
+        raise ValueError(f"ncpus is {ncpus}: a machine has 1 to {limit} CPUs")
+    if doorbell not in DOORBELLS:
+        raise ValueError(
+            f"doorbell is {doorbell!r}: choose from {', '.join(map(repr, DOORBELLS))}"
+        )
+    if idle not in ("auto", *IDLE):
+        raise ValueError(
+            f"idle is {idle!r}: choose from 'auto', {', '.join(map(repr, IDLE))}"
+        )
+    placement = topology.place(ncpus, cores)
+    if idle == "auto":
+        idle = topology.auto_idle(placement)
+    return Plan(
+        name=segment.check_name(name),
+        cores=placement,
+        idle=idle,
+        doorbell=doorbell,
+        kick=kick is not False,
+        kick_signal=_kick_signal(kick),
+        controller=controller,
+        handlers=_handlers(handlers),
+        oversubscribed=topology.oversubscribed(placement),
+        trace=bool(trace),
+        steps=steps,
+        arena_bytes=arena_bytes,
+    )
+
+
+def _kick_signal(kick: bool | int) -> int:
+    if isinstance(kick, bool):
+        return signal.SIGRTMIN + _KICK_OFFSET
+    if not isinstance(kick, int) or not signal.SIGRTMIN <= kick <= signal.SIGRTMAX:
+        raise ValueError(
+            f"kick is {kick!r}: True, False or a real-time signal"
+            f" ({int(signal.SIGRTMIN)} to {int(signal.SIGRTMAX)})"
+        )
+    return int(kick)
+
+
+def _handlers(handlers: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(handlers, str):
+        raise TypeError("handlers is a list of names, not one string")
+    builtin = ("noop", "count", "stamp")
+    chosen = []
+    for spec in handlers:
+        if spec in builtin:
+            continue
+        path, colon, symbol = str(spec).rpartition(":")
+        if not colon or not path or not symbol:
+            raise ValueError(
+                f"native handler {spec!r}: give FILE.so:symbol or one of"
+                f" {', '.join(builtin)}"
+            )
+        if not os.path.exists(path):
+            raise BootError(f"native handler {spec}: there is no file {path}", errno=2)
+        chosen.append(f"{os.path.abspath(path)}:{symbol}")
+    return tuple(chosen)

@@ -1,0 +1,126 @@
+"""Every exception and warning of shmipi.
+
+Each error is also the builtin that a caller who never heard of shmipi would catch:
+an ``OSError`` carrying the kernel's errno, a ``TimeoutError``, a ``ValueError``.
+Where an error concerns a CPU it carries ``cpu`` (its number, or ``None``).
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class ShmipiError(Exception):
+    """The base of everything that shmipi raises on purpose."""
+
+    cpu: int | None = None
+
+
+class ShmipiWarning(RuntimeWarning):
+    """Given once where the kernel has a ``WARN_ON_ONCE``; the call goes on."""
+
+
+class ShmipiOSError(ShmipiError, OSError):
+    """A refusal with an errno: the kernel's own, or the operating system's.
+
+    ``errno`` and ``strerror`` are those of ``OSError``; ``cpu`` is the CPU concerned.
+    """
+
+    default_errno = errno.EIO
+
+    def __init__(
+        self, message: str, *, cpu: int | None = None, errno: int | None = None
+    ) -> None:
+        super().__init__(self.default_errno if errno is None else errno, message)
+        self.cpu = cpu
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.strerror, self.cpu, self.errno)
+
+
+def _rebuild(
+    kind: type[ShmipiOSError], message: str, cpu: int | None, errno: int
+) -> ShmipiOSError:
+    return kind(message, cpu=cpu, errno=errno)
+
+
+class CpuOfflineError(ShmipiOSError):
+    """ENXIO: the CPU does not exist, is offline or is dead. Nothing was queued."""
+
+    default_errno = errno.ENXIO
+
+
+class CpuDiedError(ShmipiOSError):
+    """EOWNERDEAD: the CPU died with the call in hand: it may or may not have run."""
+
+    default_errno = errno.EOWNERDEAD
+
+
+class MachineDiedError(ShmipiOSError):
+    """EOWNERDEAD: the machine's firmware is gone, and every CPU with it."""
+
+    default_errno = errno.EOWNERDEAD
+
+
+class CsdBusyError(ShmipiOSError, BlockingIOError):
+    """EBUSY: the call_single_data is still in use by an earlier call."""
+
+    default_errno = errno.EBUSY
+
+
+class IpiDeadlockError(ShmipiOSError):
+    """EDEADLK: CPUs wait for each other in a circle, all with interrupts off."""
+
+    default_errno = errno.EDEADLK
+
+
+class IpiTimeoutError(ShmipiOSError, TimeoutError):
+    """ETIMEDOUT: no answer in time. The call stays queued and may still run."""
+
+    default_errno = errno.ETIMEDOUT
+
+
+class ArenaFullError(ShmipiOSError):
+    """ENOBUFS or E2BIG: an argument or result does not fit the sender's arena."""
+
+    default_errno = errno.ENOBUFS
+
+
+class BootError(ShmipiOSError):
+    """The machine could not be booted; errno says why, the text what to do."""
+
+
+class LayoutError(ShmipiError, ValueError):
+    """A segment that is not a machine of this version, or whose content is damaged."""
+
+
+class ClusterStateError(ShmipiError, RuntimeError):
+    """The cluster is closed, or belongs to another process (after a fork)."""
+
+
+class NoMachineError(ShmipiError, RuntimeError):
+    """``shmipi.smp`` has no machine to act on here; use ``cluster.smp``."""
+
+
+class RemoteCallError(ShmipiError, RuntimeError):
+    """A remote function raised. The text holds the remote traceback.
+
+    ``__cause__`` is the original exception, or ``None`` where it could not be
+    pickled: ``remote_repr`` is its repr in either case.
+    """
+
+    def __init__(self, message: str, *, cpu: int | None = None, remote_repr: str = "") -> None:
+        super().__init__(message)
+        self.cpu = cpu
+        self.remote_repr = remote_repr
+
+
+class CommandError(ShmipiError):
+    """A command cannot go on: the message is for a person, the status for a shell."""
+
+    def __init__(self, message: str, *, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status

@@ -1,0 +1,1 @@
+"""Interrupt controllers, and what stands between them and the layers above."""

@@ -1,0 +1,1 @@
+"""What a machine is made of: its segment, its firmware, its CPUs, its cores."""

@@ -1,0 +1,295 @@
+"""The firmware: a clean, single-threaded process that boots, watches and reaps CPUs.
+
+It is started by the host (``boot.py``) in a session of its own, imports once, and forks
+the CPUs. It owns the machine: whatever happens to the host, the CPUs end with the
+firmware, and the segment, semaphores and queues are removed by it.
+
+The host talks to it over a socket, one JSON object per message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import json
+import os
+import pickle
+import selectors
+import signal
+import socket
+import sys
+import time
+import warnings
+from typing import Any
+
+from shmipi import _core
+from shmipi.errors import ShmipiOSError
+from shmipi.machine import arrays, cpu, segment
+
+__all__ = ["main"]
+
+_MESSAGE_MAX = 1 << 16
+_REAP_RETRY_S = 0.005
+_KILL_WAIT_S = 5.0
+
+
+class Firmware:
+    """Boots CPUs of one machine, reaps them, and takes orders from the host."""
+
+    def __init__(self, control: socket.socket, config: dict[str, Any]) -> None:
+        self.control = control
+        self.config = config
+        self.segment_fd = segment.open_segment(config["segment"])
+        self.machine = _core.Machine(self.segment_fd, config["ncpus"] + 1)
+        self.pids: dict[int, int] = {}  # pid -> CPU
+        self.unreaped: set[int] = set()  # pids of the dead whose number is guarded
+        self.stopping = False
+        self.deadline = 0.0  # of an orderly stop
+        self.selector = selectors.DefaultSelector()
+
+    # ---- boot ---------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Load handlers, open doorbells, and get ready to fork."""
+        config = self.config
+        for spec in config["handlers"]:
+            _core.native_load(spec)
+        self.machine.open_doorbells(config["segment"], config["eventfds"])
+        self.arrays = arrays.Arrays(self.machine)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(config["kick_signal"], _core.irq_entry)
+        # Blocked across every fork: a kick must not meet a child that is no CPU yet.
+        _core.kick_block(config["kick_signal"], True)
+        self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self.wake_w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        self.host = os.pidfd_open(config["host_pid"])
+        self.selector.register(self.host, selectors.EVENT_READ, self.host_died)
+        self.selector.register(self.control, selectors.EVENT_READ, self.on_message)
+        self.selector.register(self.wake_r, selectors.EVENT_READ, self.on_signal)
+        gc.collect()
+        gc.freeze()  # a collection in a CPU must not copy every page of what we imported
+
+    def boot(self, cpus: list[int]) -> None:
+        """Fork these CPUs and wait until each is online or dead. ``OSError``."""
+        threads = len(os.listdir("/proc/self/task"))
+        if threads != 1:
+            raise OSError(
+                errno.EAGAIN,
+                f"the firmware has {threads} threads and cannot fork safely: a native"
+                " handler's library started one",
+            )
+        for number in cpus:
+            self.machine.reap_reset(number)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            pid = os.fork()
+            if pid == 0:
+                cpu.become(self, number)
+            self.pids[pid] = number
+        self.await_online(cpus)
+
+    def await_online(self, cpus: list[int]) -> None:
+        waiting = set(cpus)
+        while waiting:
+            seen = self.machine.hotplug_event
+            for number in sorted(waiting):
+                state = self.machine.slot(number)[3]
+                if state not in (_core.OFFLINE, _core.CPU_DEAD):
+                    waiting.discard(number)
+                elif state == _core.CPU_DEAD:
+                    raise OSError(
+                        errno.ECHILD, f"CPU {number} died before it was online"
+                    )
+                else:
+                    break  # they come up in about this order
+            if waiting:
+                self.machine.wait_hotplug(seen, 0.02)
+                self.reap()
+
+    # ---- events ---------------------------------------------------------------------
+
+    def loop(self) -> None:
+        """Serve until there is nothing left to serve."""
+        while not (self.stopping and not self.pids):
+            timeout = None
+            if self.unreaped:
+                timeout = _REAP_RETRY_S
+            if self.stopping:
+                timeout = max(0.0, self.deadline - time.monotonic())
+            for key, _ in self.selector.select(timeout):
+                key.data()
+            self.reap()
+            if self.stopping and time.monotonic() >= self.deadline:
+                self.kill_all()
+                return
+
+    def on_signal(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if signal.SIGTERM in os.read(self.wake_r, 4096):
+                self.stop(1.0)
+
+    def host_died(self) -> None:
+        self.kill_all()
+        self.stopping = True
+
+    def on_message(self) -> None:
+        data = self.control.recv(_MESSAGE_MAX)
+        if not data:
+            # The host closed its end, or died: its pidfd tells which, either ends us.
+            self.kill_all()
+            self.stopping = True
+            return
+        message = json.loads(data)
+        if message["op"] == "stop":
+            self.stop(message["grace"])
+        elif message["op"] == "boot":
+            self.answer(self.boot_one, message["cpu"])
+        elif message["op"] == "unlink_doorbells":
+            segment.unlink_doorbells(self.config["segment"], self.config["ncpus"])
+
+    def boot_one(self, number: int) -> None:
+        live = (cpu for pid, cpu in self.pids.items() if pid not in self.unreaped)
+        if number in live:
+            raise OSError(errno.EBUSY, f"CPU {number} is not dead")
+        self.boot([number])
+
+    def answer(self, work: Any, *args: Any) -> None:
+        try:
+            work(*args)
+            reply: dict[str, Any] = {"ok": True}
+        except OSError as error:
+            reply = {"error": error.strerror or str(error), "errno": error.errno}
+        self.send(reply)
+
+    def send(self, reply: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the host may be gone: its pidfd tells
+            self.control.send(json.dumps(reply).encode())
+
+    # ---- death -----------------------------------------------------------------------
+
+    def reap(self) -> None:
+        """Look after CPUs that died: mark, complete, ring, and only then wait for."""
+        dead = []
+        while True:
+            try:
+                found = os.waitid(
+                    os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT
+                )
+            except ChildProcessError:
+                break
+            if found is None or found.si_pid in self.unreaped:
+                break
+            self.unreaped.add(found.si_pid)
+            dead.append(found.si_pid)
+            self.bury(found.si_pid)
+        for pid in list(self.unreaped):
+            number = self.pids.get(pid)
+            # A sender may be about to signal this pid: it stays taken until none is.
+            if number is None or self.machine.reap_unguarded(number):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+                self.unreaped.discard(pid)
+                self.pids.pop(pid, None)
+        if dead and len(self.pids) and not self.unreaped:
+            self.reap_more()
+
+    def reap_more(self) -> None:
+        """waitid names one dead child at a time: look for the next."""
+        with contextlib.suppress(ChildProcessError):
+            if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                self.reap()
+
+    def bury(self, pid: int) -> None:
+        number = self.pids.get(pid)
+        if number is None:
+            return
+        self.machine.reap_mark(number)
+        if not self.stopping:
+            self.machine.reap_complete(number)
+            self.machine.reap_ring_all()
+
+    # ---- the end ----------------------------------------------------------------------
+
+    def stop(self, grace: float) -> None:
+        """Ask every CPU to end; those that have not after ``grace`` seconds are killed."""
+        self.machine.stop_all()
+        self.stopping = True
+        self.deadline = time.monotonic() + grace
+
+    def kill_all(self) -> None:
+        self.machine.set_state(_core.DEAD)
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # our child: not reaped, so its pid is its
+        deadline = time.monotonic() + _KILL_WAIT_S
+        while self.pids and time.monotonic() < deadline:
+            try:
+                pid, _ = os.waitpid(-1, 0)
+            except ChildProcessError:
+                break
+            self.pids.pop(pid, None)
+
+    def close(self) -> None:
+        """Remove what the machine has outside its processes."""
+        self.machine.set_state(_core.DEAD)
+        segment.remove(self.config["segment"])
+        segment.unlink_doorbells(self.config["segment"], self.config["ncpus"])
+
+
+def _restore(config: dict[str, Any]) -> None:
+    """Give this process, and so the CPUs, the host's surroundings."""
+    sys.path[:] = config["path"]
+    sys.argv[:] = config["argv"]
+    os.chdir(config["cwd"])
+    warnings.filters[:] = pickle.loads(config["filters"])
+    warnings._filters_mutated()  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Entry of the process; its arguments are the descriptors of config and control."""
+    config_fd, control_fd = (int(word) for word in sys.argv[1:3])
+    with os.fdopen(config_fd, "rb") as stream:
+        config = pickle.load(stream)
+    control = socket.socket(fileno=control_fd)
+    control.set_inheritable(False)
+    firmware = None
+    try:
+        _restore(config)
+        import numpy  # noqa: F401  imported once, here, for every CPU
+
+        # numpy's libraries have read these by now: CPUs see the host's environment.
+        for key, value in config["environment"].items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+        firmware = Firmware(control, config)
+        firmware.prepare()
+        firmware.machine.set_firmware(os.getpid())
+        firmware.machine.set_state(_core.BOOTING)
+        firmware.boot(list(range(config["ncpus"])))
+        firmware.machine.set_state(_core.UP)
+        firmware.send({"ok": True})
+        firmware.loop()
+    except (OSError, ShmipiOSError) as error:
+        reply = {"error": error.strerror or str(error), "errno": error.errno}
+        with contextlib.suppress(OSError):
+            control.send(json.dumps(reply).encode())
+    finally:
+        if firmware is not None:
+            if firmware.pids:
+                firmware.kill_all()
+            firmware.close()
+        else:
+            segment.remove(config["segment"])
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

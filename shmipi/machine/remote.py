@@ -1,0 +1,104 @@
+"""What travels between processes: pickles of functions, values and exceptions.
+
+The C core calls the functions of this module: it imports it with the first Machine.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import cloudpickle
+import numpy as np
+
+from shmipi import _core, errors
+from shmipi.cpumask import CpuMask, MaskLike
+from shmipi.errors import RemoteCallError
+
+__all__ = ["dump_exception", "dumps", "load_exception", "loads", "task_name"]
+
+_PROTOCOL = 5
+_PLAIN = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None)})
+
+loads: Callable[[bytes], Any] = pickle.loads
+
+
+def _is_plain(value: object) -> bool:
+    kind = type(value)
+    if kind in _PLAIN:
+        return True
+    if kind is np.ndarray:
+        return not value.dtype.hasobject  # type: ignore[attr-defined]
+    return kind is tuple and all(map(_is_plain, value))  # type: ignore[call-overload]
+
+
+def dumps(value: object) -> bytes:
+    """Pickle ``value``; what has no import path (lambdas, ``__main__``) by value.
+
+    Raises what pickling raises: ``TypeError`` or ``pickle.PicklingError``, with a note
+    that says what to do.
+    """
+    try:
+        if _is_plain(value):
+            return pickle.dumps(value, _PROTOCOL)
+        buffer = io.BytesIO()
+        cloudpickle.Pickler(buffer, _PROTOCOL).dump(value)
+        return buffer.getvalue()
+    except Exception as error:
+        error.add_note(
+            "shmipi: a function, its arguments and its result are pickled to reach"
+            " another CPU; pass what can be pickled, or names to look it up by there"
+        )
+        raise
+
+
+def dump_exception(error: BaseException) -> bytes:
+    """Pickle an exception with its traceback's text, whatever it holds."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        original: bytes | None = dumps(error)
+    except Exception:
+        original = None
+    return pickle.dumps((original, _safe_repr(error), text), _PROTOCOL)
+
+
+def load_exception(data: bytes, cpu: int) -> RemoteCallError:
+    """Make the ``RemoteCallError`` that a waiting caller gets."""
+    original, text_repr, text = pickle.loads(data)
+    error = RemoteCallError(
+        f"CPU {cpu}: {text_repr}\n\nthe traceback there:\n{text.rstrip()}",
+        cpu=cpu,
+        remote_repr=text_repr,
+    )
+    if original is not None:
+        try:
+            cause = pickle.loads(original)
+        except Exception:
+            cause = None
+        if isinstance(cause, BaseException):
+            error.__cause__ = cause
+    return error
+
+
+def task_name(function: object) -> str:
+    """Return the name of a task's function for messages."""
+    module = getattr(function, "__module__", None)
+    name = getattr(function, "__qualname__", None) or _safe_repr(function)
+    return f"{module}.{name}" if module else str(name)
+
+
+def _safe_repr(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:
+        return f"<{type(value).__name__} whose repr() raises>"
+
+
+def _mask_cpus(mask: MaskLike, ncpus: int) -> list[int]:
+    return list(CpuMask.of(mask, ncpus))
+
+
+_core.bind(errors, __import__(__name__, fromlist=["dumps"]), _mask_cpus)

@@ -1,0 +1,236 @@
+"""The shared-memory object of a machine: made, found, locked, removed.
+
+A machine is one object ``/shmipi.UID.NAME`` of mode 0600. It is alive while somebody
+holds a shared ``flock`` on it: the host, the firmware and its CPUs do, and the kernel
+drops the locks of a dead process. So liveness never depends on a pid, which means
+nothing in another PID namespace that shares /dev/shm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shmipi.errors import BootError
+
+__all__ = ["SHM", "Found", "check_name", "create", "find", "open_segment", "remove"]
+
+SHM = Path("/dev/shm")
+_PREFIX = "shmipi"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
+_MAGIC = b"shmipi\n\x1a"
+_HEAD = struct.Struct("<8sII64s")  # the first 80 bytes: the same in every version
+_YOUNG_S = 10.0  # an object without a header may be about to get one
+
+
+@dataclass(frozen=True)
+class Found:
+    """A machine's object in /dev/shm, of any version of shmipi."""
+
+    name: str
+    uid: int
+    path: Path
+    abi: int | None  #: layout version; None: not (yet) a machine
+    alive: bool  #: somebody holds its lock
+
+    @property
+    def full_name(self) -> str:
+        """``shmipi.UID.NAME``: also the prefix of its semaphores and queues."""
+        return self.path.name
+
+
+def check_name(name: str | None) -> str:
+    """Return ``name``, or a random one for None. ``ValueError`` for an unusable one."""
+    if name is None:
+        return secrets.token_hex(4)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"name is {name!r}: a machine's name has 1 to 32 letters, digits, '-' or '_'"
+        )
+    return name
+
+
+def full_name(name: str) -> str:
+    """Return ``shmipi.UID.NAME`` for a machine of this user."""
+    return f"{_PREFIX}.{os.getuid()}.{name}"
+
+
+def create(name: str) -> int:
+    """Make the object and lock it; return its descriptor.
+
+    Raises ``BootError``: EEXIST when the name is taken, ENOENT or EACCES when there is
+    no usable /dev/shm.
+    """
+    import posix_ipc  # lazily: it re-enables the GIL on free-threaded builds
+
+    try:
+        memory = posix_ipc.SharedMemory(
+            "/" + full_name(name), flags=posix_ipc.O_CREX, mode=0o600
+        )
+    except posix_ipc.ExistentialError:
+        raise BootError(
+            f"a machine named {name} exists already: choose another name, or remove it"
+            " with `shmipi clean` if it is dead (`shmipi ps` shows)",
+            errno=errno.EEXIST,
+        ) from None
+    except (OSError, posix_ipc.Error) as error:
+        raise BootError(
+            f"no shared memory ({error}): shmipi needs a writable /dev/shm"
+            " (mount -t tmpfs tmpfs /dev/shm)",
+            errno=getattr(error, "errno", None) or errno.ENOENT,
+        ) from None
+    fcntl.flock(memory.fd, fcntl.LOCK_SH)
+    return int(memory.fd)
+
+
+def open_segment(full: str) -> int:
+    """Open a machine's object by its full name; the descriptor is locked shared.
+
+    A new open file description: its lock is not the creator's. ``FileNotFoundError``
+    when it is gone.
+    """
+    fd = os.open(SHM / full, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
+
+
+def find(*, every_user: bool = False) -> Iterator[Found]:
+    """Yield the machines in /dev/shm, by name; those of others only if readable."""
+    pattern = re.compile(rf"{_PREFIX}\.(\d+)\.([^.]+)")
+    try:
+        entries = sorted(SHM.iterdir())
+    except OSError:
+        return
+    for path in entries:
+        match = pattern.fullmatch(path.name)
+        if not match or not (every_user or int(match[1]) == os.getuid()):
+            continue
+        with contextlib.suppress(OSError):
+            yield _look(path, int(match[1]), match[2])
+
+
+def _look(path: Path, uid: int, name: str) -> Found:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        head = os.pread(fd, _HEAD.size, 0)
+        magic, abi = (b"", 0)
+        if len(head) == _HEAD.size:
+            magic, abi, _, _ = _HEAD.unpack(head)
+        is_machine = magic == _MAGIC
+        alive = not _try_lock(fd)
+        if not is_machine and time.time() - os.fstat(fd).st_mtime < _YOUNG_S:
+            alive = True
+        return Found(name, uid, path, abi if is_machine else None, alive)
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove(full: str) -> None:
+    """Unlink a machine's object and the semaphores and queues that bear its name."""
+    import posix_ipc
+
+    with contextlib.suppress(OSError, posix_ipc.Error):
+        posix_ipc.unlink_shared_memory("/" + full)
+    unlink_doorbells(full)
+
+
+def unlink_doorbells(full: str, ncpus: int = 0) -> int:
+    """Unlink the semaphores and queues of a machine; return how many there were.
+
+    Names are found in /dev/shm and /dev/mqueue; where the latter is not mounted, the
+    names of CPUs 0 to ``ncpus`` - 1 are tried.
+    """
+    import posix_ipc
+
+    done = 0
+    pattern = re.compile(rf"(?:sem\.)?({re.escape(full)}\.\d+)")
+    names: dict[str, set[str]] = {"sem": set(), "mq": {f"{full}.{i}" for i in range(ncpus)}}
+    for folder, kind in ((SHM, "sem"), (Path("/dev/mqueue"), "mq")):
+        with contextlib.suppress(OSError):
+            for path in folder.iterdir():
+                match = pattern.fullmatch(path.name)
+                if match:
+                    names[kind].add(match[1])
+    for name in names["sem"]:
+        with contextlib.suppress(OSError, posix_ipc.Error):
+            posix_ipc.unlink_semaphore("/" + name)
+            done += 1
+    for name in names["mq"]:
+        with contextlib.suppress(OSError, posix_ipc.Error):
+            posix_ipc.unlink_message_queue("/" + name)
+            done += 1
+    return done
+
+
+def clean(*, every_user: bool = False) -> list[Found]:
+    """Remove what dead machines left; return them. Live ones are never touched.
+
+    The object is removed while its exclusive lock is held, so one cleaner wins and a
+    machine that is being booted under the name is not hit.
+    """
+    removed = []
+    for found in find(every_user=every_user):
+        if found.alive:
+            continue
+        with contextlib.suppress(OSError):
+            fd = os.open(found.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                if _try_lock(fd) and os.fstat(fd).st_nlink:
+                    head = os.pread(fd, 4096, 0)
+                    os.unlink(found.path)
+                    unlink_doorbells(found.full_name, _ncpus(head))
+                    removed.append(found)
+            finally:
+                os.close(fd)
+    removed += _orphan_doorbells(every_user)
+    return removed
+
+
+def _ncpus(head: bytes) -> int:
+    """CPUs in a header of this version's layout, else 0: only a hint for names."""
+    from shmipi import _core
+
+    if len(head) < 256 or head[:8] != _MAGIC or head[8:12] != struct.pack("<I", _core.ABI):
+        return 0
+    (ncpus,) = struct.unpack_from("<I", head, _core.NCPUS_OFFSET)
+    return min(int(ncpus), _core.MAX_CPUS)
+
+
+def _orphan_doorbells(every_user: bool) -> list[Found]:
+    """Semaphores and queues whose machine's object is gone."""
+    removed = []
+    owners: dict[str, Path] = {}
+    pattern = re.compile(rf"(?:sem\.)?({_PREFIX}\.(\d+)\.([^.]+))\.\d+")
+    for folder in (SHM, Path("/dev/mqueue")):
+        with contextlib.suppress(OSError):
+            for path in folder.iterdir():
+                match = pattern.fullmatch(path.name)
+                if match and (every_user or int(match[2]) == os.getuid()):
+                    owners[match[1]] = path
+    for full, path in owners.items():
+        if (SHM / full).exists():
+            continue
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime < _YOUNG_S:
+                continue
+        if unlink_doorbells(full):
+            _, uid, name = full.split(".", 2)
+            removed.append(Found(name, int(uid), SHM / full, None, alive=False))
+    return removed

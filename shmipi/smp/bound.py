@@ -1,0 +1,68 @@
+"""The call-function layer bound to one machine: ``cluster.smp``."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from shmipi import _core
+from shmipi.errors import ClusterStateError
+
+__all__ = ["BoundSmp"]
+
+
+class BoundSmp:
+    """``shmipi.smp`` for the host of one machine.
+
+    The host is an initiator and no CPU: it is in no mask, "others" means all CPUs, it
+    has no processor id and no interrupts to disable.
+    """
+
+    def __init__(self, machine: _core.Machine) -> None:
+        self._machine = machine
+        # The core's own methods, bound: nothing stands between them and the caller.
+        self.smp_call_function_single = machine.smp_call_function_single
+        self.smp_call_function_single_async = machine.smp_call_function_single_async
+        self.smp_call_function_many = machine.smp_call_function_many
+        self.smp_call_function = machine.smp_call_function
+        self.on_each_cpu = machine.on_each_cpu
+        self.on_each_cpu_mask = machine.on_each_cpu_mask
+        self.on_each_cpu_cond_mask = machine.on_each_cpu_cond_mask
+        self.smp_send_reschedule = machine.smp_send_reschedule
+
+    def CallSingleData(self, func: Any, info: Any = None) -> _core.CallSingleData:  # noqa: N802
+        """Make a caller-owned request for this machine."""
+        return _core.CallSingleData(func, info, machine=self._machine)
+
+    def smp_processor_id(self) -> NoReturn:
+        """Raise ``ClusterStateError``: the host is no CPU."""
+        raise _no_cpu()
+
+    def local_irq_disable(self) -> NoReturn:
+        """Raise ``ClusterStateError``: the host takes no interrupts."""
+        raise _no_cpu()
+
+    local_irq_enable = local_irq_save = local_irq_disable
+
+    def local_irq_restore(self, flags: int) -> NoReturn:
+        """Raise ``ClusterStateError``: the host takes no interrupts."""
+        raise _no_cpu()
+
+    def irqs_disabled(self) -> NoReturn:
+        """Raise ``ClusterStateError``: the host takes no interrupts."""
+        raise _no_cpu()
+
+    def in_task(self) -> bool:
+        """Return True: host code is never a handler."""
+        return True
+
+    def in_hardirq(self) -> bool:
+        """Return False."""
+        return False
+
+    in_interrupt = in_nmi = in_hardirq
+
+
+def _no_cpu() -> ClusterStateError:
+    return ClusterStateError(
+        "the host is no CPU: this only means something on a CPU of the machine"
+    )

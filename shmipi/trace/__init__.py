@@ -1,0 +1,1 @@
+"""What a machine counts and records, and the views of it."""

@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: MIT */
+/* A small machine over anonymous memory whose CPUs are threads: for tests of the core
+ * without Python, and for ThreadSanitizer, which cannot see across processes. */
+#ifndef RIG_H
+#define RIG_H
+
+#include "sys.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "call.h"
+#include "clock.h"
+#include "csd.h"
+#include "idle.h"
+#include "irq.h"
+#include "machine.h"
+#include "native.h"
+#include "reap.h"
+#include "wait.h"
+
+#define CHECK(what)                                                                       \
+    do {                                                                                  \
+        if (!(what)) {                                                                    \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #what);                    \
+            exit(1);                                                                      \
+        }                                                                                 \
+    } while (0)
+
+#define RIG_CPUS 8
+
+struct rig {
+    struct shi_machine m;
+    struct shi_self host, firmware, cpu[RIG_CPUS];
+    pthread_t thread[RIG_CPUS];
+    uint32_t ncpus;
+};
+
+static struct rig *rig_now;
+
+static void *rig_cpu(void *arg)
+{
+    uint32_t id = (uint32_t)(uintptr_t)arg;
+    struct shi_self *self = &rig_now->cpu[id];
+    CHECK(shi_self_init(self, &rig_now->m, id) == 0);
+    CHECK(shi_self_online(self) == 0);
+    while (shi_idle(self) != SHI_IDLE_STOP)
+        ;
+    shi_self_fini(self);
+    return NULL;
+}
+
+static inline void rig_boot(struct rig *r, uint32_t ncpus, enum shi_idle idle)
+{
+    struct shi_header *plan = calloc(1, sizeof *plan);
+    uint32_t i;
+    memset(r, 0, sizeof *r);
+    rig_now = r;
+    r->ncpus = ncpus;
+    shi_native_init();
+    CHECK(shi_layout_plan(plan, ncpus, 0, 1 << 20, 1 << 20) == 0);
+    strcpy(plan->chip, "apic");
+    plan->doorbell = SHI_DB_FUTEX;
+    plan->kick_signal = 40;
+    plan->oversubscribed = 1;
+    CHECK(shi_clock_calibrate(&plan->clock) == 0);
+    void *base = mmap(NULL, plan->total_bytes, PROT_READ | PROT_WRITE,
+                      MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    CHECK(base != MAP_FAILED);
+    memcpy(base, plan, sizeof *plan);
+    CHECK(shi_machine_attach(&r->m, base, plan->total_bytes, -1) == 0);
+    free(plan);
+    CHECK(shi_self_init(&r->host, &r->m, ncpus) == 0);
+    CHECK(shi_self_init(&r->firmware, &r->m, ncpus + 1) == 0);
+    for (i = 0; i < ncpus; i++) {
+        shi_reap_reset(&r->firmware, i);
+        shi_store_relaxed(&shi_slot(&r->m, i)->idle, idle);
+        CHECK(pthread_create(&r->thread[i], NULL, rig_cpu, (void *)(uintptr_t)i) == 0);
+    }
+    for (i = 0; i < ncpus; i++)
+        while (!shi_word_online(shi_load_acquire(&shi_slot(&r->m, i)->word)))
+            shi_cpu_relax();
+}
+
+static inline void rig_stop(struct rig *r)
+{
+    uint32_t i;
+    shi_reap_stop_all(&r->firmware);
+    for (i = 0; i < r->ncpus; i++)
+        CHECK(pthread_join(r->thread[i], NULL) == 0);
+    shi_self_fini(&r->host);
+    shi_self_fini(&r->firmware);
+    CHECK(munmap(r->m.base, r->m.total_bytes) == 0);
+}
+
+/* smp_call_function_single(dst, native, value, wait=1): 0 or -errno. */
+static inline int rig_call(struct shi_self *self, uint32_t dst, uint32_t native, uint64_t value,
+                           enum shi_kind kind)
+{
+    struct shi_wait wait;
+    shi_enter(self);
+    int64_t local = shi_csd_get(self);
+    CHECK(local >= 0);
+    struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
+    csd->func = SHI_FUNC_NATIVE | native;
+    csd->kind = (uint8_t)kind;
+    csd->value.u = value;
+    int err = shi_call_single(self, (uint32_t)local, SHI_CSD_SYNC, dst);
+    shi_leave(self);
+    if (!err) {
+        shi_wait_begin(self, &wait, shi_own_index(self, (uint32_t)local), dst, 0);
+        err = shi_wait_spin(self, &wait, shi_wait_budget(self, dst));
+        while (err > 0)
+            err = shi_wait_sleep(self, &wait);
+        shi_wait_end(self, &wait);
+    }
+    shi_enter(self);
+    shi_csd_put(self, (uint32_t)local);
+    shi_leave(self);
+    return err;
+}
+
+#endif
