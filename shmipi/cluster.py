@@ -31,6 +31,7 @@ from shmipi.machine import segment, topology
 from shmipi.machine.arrays import Arrays, SharedArray
 from shmipi.machine.boot import DOORBELLS, IDLE, Host, Plan
 from shmipi.smp import BoundSmp
+from shmipi.trace import events
 from shmipi.trace.counters import Counters, interrupts
 
 __all__ = ["Cluster", "Cpu"]
@@ -249,6 +250,16 @@ class Cluster:
         """Return the counts in the shape of ``/proc/interrupts``."""
         self._check()
         return interrupts(self._machine, self._counters)
+
+    def trace_events(self) -> NDArray[Any]:
+        """Return the tracepoints recorded so far, oldest first, as a structured array.
+
+        Fields: slot (who wrote it), stamp (ns, CLOCK_MONOTONIC), event (an index of
+        ``shmipi._core.TRACE_EVENTS``), cpu, csd, func, arg, seq. Empty unless the
+        cluster was made with ``trace=True``.
+        """
+        self._check()
+        return events.read(self._machine)
 
     # ---- calls -----------------------------------------------------------------------------
 

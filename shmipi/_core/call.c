@@ -13,7 +13,6 @@ int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_
     struct shi_csd *csd = shi_own_csd(self, local);
     if (dst >= self->m->ncpus)
         return -ENXIO;
-    shi_prefetch_write(&shi_slot(self->m, dst)->word); /* while the csd's line comes in */
     int err = shi_csd_trylock(self, csd, type, dst);
     if (err)
         return err;

@@ -94,14 +94,30 @@ void shi_sender_fini(struct shi_self *self)
     memset(s, 0, sizeof *s);
 }
 
+/*
+ * A csd that was just unlocked is shared with its target's cache, and the first store
+ * to it would wait for the target's copy to go.  So shi_csd_put asks for the line at
+ * once, and the csds used last are taken in turn: by then the line is there.
+ */
+#define TURNS 4u
+
+static uint32_t take_free(struct shi_sender *s)
+{
+    uint32_t top = s->nfree--, back = top < TURNS ? top : TURNS, i;
+    uint32_t index = s->free_csds[top - back];
+    for (i = top - back; i + 1 < top; i++)
+        s->free_csds[i] = s->free_csds[i + 1];
+    return index;
+}
+
 int64_t shi_csd_get(struct shi_self *self)
 {
     struct shi_sender *s = &self->sender;
-    if (s->nfree)
-        return s->free_csds[--s->nfree];
+    if (s->nfree >= TURNS || (s->nfree && s->csd_top >= TURNS))
+        return take_free(s);
     shi_csd_collect(self);
-    if (s->nfree)
-        return s->free_csds[--s->nfree];
+    if (s->nfree >= TURNS || (s->nfree && s->csd_top >= TURNS))
+        return take_free(s);
     if (s->csd_top == self->m->csds_per_slot)
         return -EAGAIN;
     if (s->csd_top % CSDS_PER_PAGE == 0) {
@@ -147,6 +163,7 @@ void shi_csd_put(struct shi_self *self, uint32_t index)
         note->func = 0;
     }
     put_block(self, index);
+    shi_prefetch_write(own(self, index));
     s->free_csds[s->nfree++] = index;
 }
 
@@ -184,47 +201,9 @@ void shi_csd_collect(struct shi_self *self)
     }
 }
 
-int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type, uint32_t dst)
-{
-    uint64_t old = shi_load_acquire(&csd->lock);
-    if (old & SHI_CSD_LOCK)
-        return -EBUSY;
-    /*
-     * A plain store: unlocked, the csd is its sender's alone (threads of the host come
-     * here one at a time).  A new sequence number each time: a reaper that still holds
-     * the old lock word cannot complete this use of the csd.
-     */
-    shi_store_relaxed(&csd->lock, ((old & SHI_CSD_SEQ) + (1ull << SHI_CSD_SEQ_SHIFT)) |
-                                      SHI_CSD_LOCK | type |
-                                      (uint64_t)dst << SHI_CSD_DST_SHIFT);
-    csd->src = (uint16_t)self->id;
-    csd->src_gen = self->gen;
-    shi_store_relaxed(&csd->status, SHI_S_DONE);
-    return 0;
-}
-
 void shi_csd_cancel(struct shi_csd *csd)
 {
     shi_fetch_and_full(&csd->lock, SHI_CSD_SEQ);
-}
-
-void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
-{
-    uint32_t src = csd->src; /* after the exchange the csd may be anything */
-    uint64_t seq = shi_load_relaxed(&csd->lock) & SHI_CSD_SEQ;
-    SHI_STEP(self, unlock);
-    /*
-     * Full: releases the handler's stores to the waiter's acquire load of the lock,
-     * and stands before the load of the waiter's word in shi_irq_ring_waiter.  A
-     * waiter that set PARKED before this exchange is rung; one that tries after it
-     * finds the csd unlocked.
-     */
-    uint64_t old = shi_xchg_full(&csd->lock, seq);
-    if (__builtin_expect((old & SHI_CSD_PARKED) != 0, 0)) {
-        SHI_STEP(self, unlock_ring);
-        if (src < self->m->nslots)
-            shi_irq_ring_waiter(self, src);
-    }
 }
 
 int64_t shi_csd_block(struct shi_self *self, uint32_t index, uint64_t length)

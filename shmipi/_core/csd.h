@@ -8,7 +8,11 @@
 #ifndef SHI_CSD_H
 #define SHI_CSD_H
 
+#include <errno.h>
+
+#include "irq.h"
 #include "machine.h"
+#include "step.h"
 
 int shi_sender_init(struct shi_self *self);
 void shi_sender_fini(struct shi_self *self);
@@ -25,17 +29,55 @@ void shi_csd_collect(struct shi_self *self);
 /* The oldest csd in flight, or UINT32_MAX. */
 uint32_t shi_csd_oldest(const struct shi_self *self);
 
-/* -EBUSY when in use.  Between shi_enter and shi_leave.  `type` is SHI_CSD_SYNC, ...; dst's generation is filled by push. */
-int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type, uint32_t dst);
 /* The sender takes back a csd that was never queued. */
 void shi_csd_cancel(struct shi_csd *csd);
-/* The target, after (SYNC) or before (ASYNC) the function: rings a parked waiter. */
-void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd);
 
 static inline bool shi_csd_locked(const struct shi_csd *csd)
 {
     /* Acquire pairs with the exchange in shi_csd_unlock: the handler's stores. */
     return (shi_load_acquire(&csd->lock) & SHI_CSD_LOCK) != 0;
+}
+
+/* -EBUSY when in use.  Between shi_enter and shi_leave.  `type` is SHI_CSD_SYNC, ...; the
+ * push fills in dst's generation. */
+static inline int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type,
+                                  uint32_t dst)
+{
+    uint64_t old = shi_load_acquire(&csd->lock);
+    if (old & SHI_CSD_LOCK)
+        return -EBUSY;
+    /*
+     * A plain store: unlocked, the csd is its sender's alone (threads of the host come
+     * here one at a time).  A new sequence number each time: a reaper that still holds
+     * the old lock word cannot complete this use of the csd.
+     */
+    shi_store_relaxed(&csd->lock, ((old & SHI_CSD_SEQ) + (1ull << SHI_CSD_SEQ_SHIFT)) |
+                                      SHI_CSD_LOCK | type |
+                                      (uint64_t)dst << SHI_CSD_DST_SHIFT);
+    csd->src = (uint16_t)self->id;
+    csd->src_gen = self->gen;
+    shi_store_relaxed(&csd->status, SHI_S_DONE);
+    return 0;
+}
+
+/* The target, after (SYNC) or before (ASYNC) the function: rings a parked waiter. */
+static inline void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
+{
+    uint32_t src = csd->src; /* after the exchange the csd may be anything */
+    uint64_t seq = shi_load_relaxed(&csd->lock) & SHI_CSD_SEQ;
+    SHI_STEP(self, unlock);
+    /*
+     * Full: releases the handler's stores to the waiter's acquire load of the lock,
+     * and stands before the load of the waiter's word in shi_irq_ring_waiter.  A
+     * waiter that set PARKED before this exchange is rung; one that tries after it
+     * finds the csd unlocked.
+     */
+    uint64_t old = shi_xchg_full(&csd->lock, seq);
+    if (__builtin_expect((old & SHI_CSD_PARKED) != 0, 0)) {
+        SHI_STEP(self, unlock_ring);
+        if (src < self->m->nslots)
+            shi_irq_ring_waiter(self, src);
+    }
 }
 
 /* Attach a new arena block of `length` bytes to a csd: its offset, or -errno. */

@@ -204,7 +204,7 @@ int shi_doorbell_wait(struct shi_self *self, uint32_t low, int64_t timeout_ns)
     return -EINVAL;
 }
 
-/* ---- the kick signal ---------------------------------------------------------------- */
+/* ---- the kick signal ------------------------------------------------------------- */
 
 /* One CPU a process: read by the handler. */
 static struct shi_self *volatile kick_self;
@@ -323,7 +323,7 @@ void shi_kick_block(const struct shi_self *self, bool block)
     pthread_sigmask(block ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL);
 }
 
-/* ---- the host's event count ----------------------------------------------------------- */
+/* ---- the host's event count ------------------------------------------------------ */
 
 void shi_event_wake(shi_a32 *event)
 {

@@ -18,7 +18,7 @@
 #define STORM_NS 50000u
 #define STORM_POLL_NS 2000u
 
-/* ---- ringing ---------------------------------------------------------------------------- */
+/* ---- ringing --------------------------------------------------------------------- */
 
 /*
  * The pid that a kick goes to must not be another process by then.  While `ringing`
@@ -166,7 +166,7 @@ int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst)
     return 0;
 }
 
-/* ---- running what arrived ---------------------------------------------------------------- */
+/* ---- running what arrived -------------------------------------------------------- */
 
 static void run_native(struct shi_self *self, uint32_t index, struct shi_csd *csd)
 {
@@ -235,10 +235,20 @@ void shi_csd_run(struct shi_self *self, uint32_t index)
 static void flush_queue(struct shi_self *self)
 {
     const struct shi_machine *m = self->m;
-    struct shi_list taken = shi_queue_take(self), later = {0, 0, 0};
-    uint32_t index;
-    if (taken.count > 1)
-        shi_prefetch_write(shi_csd(m, shi_load_relaxed(&shi_csd(m, taken.head - 1)->next) - 1));
+    uint32_t newest = shi_queue_grab(self), index = newest - 1;
+    struct shi_list taken, later = {0, 0, 0};
+    if (!newest)
+        return;
+    if (shi_csd_is_ours(self, index) && !shi_load_relaxed(&shi_csd(m, index)->next)) {
+        /* One only, which is what latency is made of: no lists, and its line is not
+         * written to before the unlock, so it stays shared with the waiter. */
+        if ((shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE) == SHI_CSD_TTWU)
+            shi_list_append(m, &self->tasks, index);
+        else
+            shi_csd_run(self, index);
+        return;
+    }
+    taken = shi_queue_in_order(self, newest);
     while ((index = shi_list_pop(self, &taken)) != UINT32_MAX) {
         uint64_t type = shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE;
         if (taken.head)
@@ -272,7 +282,7 @@ bool shi_service(struct shi_self *self)
     }
 }
 
-/* ---- the soft mask ------------------------------------------------------------------------- */
+/* ---- the soft mask --------------------------------------------------------------- */
 
 void shi_set_polling(struct shi_self *self)
 {
@@ -397,7 +407,7 @@ void shi_irq_restore(struct shi_self *self, uint8_t flags)
     shi_leave_slow(self);
 }
 
-/* ---- apic: the x86 local APIC's fixed vectors -------------------------------------------- */
+/* ---- apic: the x86 local APIC's fixed vectors ------------------------------------ */
 
 static void apic_send_call_single(struct shi_self *self, uint32_t dst)
 {

@@ -37,7 +37,7 @@
 #define SHI_NLINES 256u         /* interrupt lines (x86: vectors) of a CPU */
 #define SHI_MAX_ARRAYS 4096u
 
-/* ---- the word: queue head and CPU state in one atomic unit ---------------------- */
+/* ---- the word: queue head and CPU state in one atomic unit ----------------------- */
 
 enum shi_state {
     SHI_OFFLINE = 0,
@@ -184,7 +184,7 @@ struct shi_func {
 };
 _Static_assert(sizeof(struct shi_func) == 32, "function table entry");
 
-/* ---- counters ---------------------------------------------------------------------- */
+/* ---- counters -------------------------------------------------------------------- */
 
 #define SHI_COUNTERS(X)                                                                   \
     X(calls_single)       /* smp_call_function_single, call, submit */                    \
@@ -233,7 +233,7 @@ _Static_assert(SHI_NCOUNTERS <= SHI_COUNTER_ROOM, "counter row is full");
 /* One copy per context: an interrupt never writes the word its task was adding to. */
 enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 };
 
-/* ---- tracepoints -------------------------------------------------------------------- */
+/* ---- tracepoints ----------------------------------------------------------------- */
 
 #define SHI_TRACE_EVENTS(X)                                                               \
     X(csd_queue_cpu)                                                                      \
@@ -265,7 +265,7 @@ struct shi_trace_record {
 };
 _Static_assert(sizeof(struct shi_trace_record) == 32, "trace record");
 
-/* ---- a slot: one per CPU, then the host's, then the firmware's ------------------------- */
+/* ---- a slot: one per CPU, then the host's, then the firmware's ------------------- */
 
 struct shi_slot {
     /* What every sender writes.  Pending lines share the line of the queue head. */
@@ -306,7 +306,7 @@ _Static_assert(sizeof(struct shi_slot) <= SHI_PAGE, "a slot fits a page");
 #define SHI_SLOT_BYTES 2048u
 _Static_assert(sizeof(struct shi_slot) <= SHI_SLOT_BYTES, "slot stride");
 
-/* ---- the header ------------------------------------------------------------------------ */
+/* ---- the header ------------------------------------------------------------------ */
 
 enum shi_machine_state {
     SHI_M_NEW = 0,

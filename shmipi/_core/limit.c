@@ -83,7 +83,7 @@ static struct {
     shi_a32 active;
 } on_signal;
 
-/* ---- Small things --------------------------------------------------------------- */
+/* ---- Small things ---------------------------------------------------------------- */
 
 static long futex(shi_a32 *word, int op, uint32_t value, const struct timespec *when)
 {
@@ -206,7 +206,7 @@ static void wait_gap(uint32_t gap_ns)
         shi_cpu_relax();
 }
 
-/* ---- Deadline timer ------------------------------------------------------------- */
+/* ---- Deadline timer -------------------------------------------------------------- */
 
 /*
  * A sleeping side sleeps without a time-out: eventfd reads have none, and where there is
@@ -252,7 +252,7 @@ static int watch_start(struct run *r)
     return 0;
 }
 
-/* ---- The target's side of a signal ---------------------------------------------- */
+/* ---- The target's side of a signal ----------------------------------------------- */
 
 static void signal_handler(int signo, siginfo_t *info, void *context)
 {
@@ -356,7 +356,7 @@ static void give_back(struct run *r)
     }
 }
 
-/* ---- Beginning and end ---------------------------------------------------------- */
+/* ---- Beginning and end ----------------------------------------------------------- */
 
 static int check(const struct shi_limit_area *area, const struct shi_limit_params *p)
 {
@@ -526,7 +526,7 @@ static int end(struct run *r, int err)
     return err;
 }
 
-/* ---- One call ------------------------------------------------------------------- */
+/* ---- One call -------------------------------------------------------------------- */
 
 /* Sleep until ping has rung for the n-th time.  0, or why the wait ended. */
 static inline int sleep_for_ring(struct run *r, uint32_t n, const sigset_t *set)
@@ -640,7 +640,7 @@ static void tell_switches(struct shi_limit_area *area, const struct rusage *befo
     shi_store_relaxed(&area->preempted, (uint32_t)(now.ru_nivcsw - before->ru_nivcsw));
 }
 
-/* ---- The busy thread of membarrier ---------------------------------------------- */
+/* ---- The busy thread of membarrier ----------------------------------------------- */
 
 struct busy {
     pthread_t thread;
@@ -707,7 +707,7 @@ static int busy_start(struct run *r, struct busy *b)
     return err;
 }
 
-/* ---- The two roles -------------------------------------------------------------- */
+/* ---- The two roles --------------------------------------------------------------- */
 
 static int by_value(const void *a, const void *b)
 {
@@ -977,7 +977,7 @@ int shi_limit_pong(struct shi_limit_area *area, const struct shi_limit_params *p
     return end(&r, err);
 }
 
-/* ---- Names and defaults --------------------------------------------------------- */
+/* ---- Names and defaults ---------------------------------------------------------- */
 
 const char *shi_limit_name(int kind)
 {

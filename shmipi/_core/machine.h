@@ -102,6 +102,7 @@ struct shi_self {
     struct shi_list tasks;
     uint64_t storm_ns; /* when the kick handler last returned */
     uint64_t poll_ns;  /* haltpoll's window */
+    uint64_t spin_ns;  /* measuring: a waiter spins so long less one; 0: shi_wait_budget knows */
     struct shi_sender sender;
     struct shi_hooks hooks;
     pthread_mutex_t lock; /* host only: its threads share one sender */

@@ -7,9 +7,17 @@
 #include "trace.h"
 
 struct shi_python shi_py;
-int shi_function_types(void);
 
-/* ---- errors ------------------------------------------------------------------------------------ */
+int shi_bound(void)
+{
+    if (shi_py.dumps)
+        return 0;
+    PyObject *remote = PyImport_ImportModule("shmipi.machine.remote"); /* calls bind() */
+    Py_XDECREF(remote);
+    return remote ? 0 : -1;
+}
+
+/* ---- errors ---------------------------------------------------------------------- */
 
 PyObject *shi_take_exception(void)
 {
@@ -25,6 +33,12 @@ PyObject *shi_take_exception(void)
     Py_XDECREF(traceback);
     return error;
 #endif
+}
+
+PyObject *shi_os_error(int err, const char *what)
+{
+    errno = err;
+    return PyErr_SetFromErrnoWithFilename(PyExc_OSError, what);
 }
 
 /* Raise `kind` with a message; OSErrors of ours take cpu and errno by keyword. */
@@ -122,7 +136,7 @@ int shi_warn_once(bool *given, const char *text)
     return PyErr_WarnEx(shi_py.Warning, text, 1);
 }
 
-/* ---- arguments ------------------------------------------------------------------------------------ */
+/* ---- arguments ------------------------------------------------------------------- */
 
 int shi_parse(const char *function, const char *const *names, int required, int total,
               PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames, PyObject **out)
@@ -162,7 +176,7 @@ int shi_parse(const char *function, const char *const *names, int required, int 
     return 0;
 }
 
-/* ---- the module -------------------------------------------------------------------------------------- */
+/* ---- the module ------------------------------------------------------------------ */
 
 static int add_methods(PyObject *module, PyMethodDef *const *parts, size_t n)
 {
@@ -200,6 +214,49 @@ static const char *const counter_names[] = {
     SHI_COUNTERS(X)
 #undef X
 };
+
+/* Where a reader that maps nothing finds things: (name, offset, bytes), see inspect.py. */
+struct field {
+    const char *name;
+    size_t offset, size;
+};
+#define FIELD(type, name) {#name, offsetof(type, name), sizeof(((type *)0)->name)}
+
+static const struct field header_fields[] = {
+    FIELD(struct shi_header, magic),          FIELD(struct shi_header, abi),
+    FIELD(struct shi_header, header_bytes),   FIELD(struct shi_header, name),
+    FIELD(struct shi_header, slot_offset),    FIELD(struct shi_header, ncpus),
+    FIELD(struct shi_header, doorbell),       FIELD(struct shi_header, kick_signal),
+    FIELD(struct shi_header, kick),           FIELD(struct shi_header, boot_time_ns),
+    FIELD(struct shi_header, chip),           FIELD(struct shi_header, machine_state),
+    FIELD(struct shi_header, firmware_pid),   FIELD(struct shi_header, host_pid),
+};
+
+static const struct field slot_fields[] = {
+    FIELD(struct shi_slot, word),       FIELD(struct shi_slot, pid),
+    FIELD(struct shi_slot, generation), FIELD(struct shi_slot, core),
+    FIELD(struct shi_slot, idle),       FIELD(struct shi_slot, waiting_for),
+    FIELD(struct shi_slot, task),       FIELD(struct shi_slot, counters),
+    FIELD(struct shi_slot, task_name),
+};
+
+static int add_fields(PyObject *module, const char *attribute, const struct field *fields, size_t n)
+{
+    size_t i;
+    int err;
+    PyObject *tuple = PyTuple_New((Py_ssize_t)n);
+    for (i = 0; tuple && i < n; i++) {
+        PyObject *entry = Py_BuildValue("(snn)", fields[i].name, (Py_ssize_t)fields[i].offset,
+                                        (Py_ssize_t)fields[i].size);
+        if (!entry)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, (Py_ssize_t)i, entry);
+    }
+    err = tuple ? PyModule_AddObjectRef(module, attribute, tuple) : -1;
+    Py_XDECREF(tuple);
+    return err;
+}
 
 /* bind(errors, remote, mask_cpus): the Python this module calls back. */
 static PyObject *bind(PyObject *module, PyObject *args)
@@ -251,13 +308,19 @@ static int module_exec(PyObject *module)
 {
     PyMethodDef *const parts[] = {own_functions,     shi_call_functions,   shi_cpu_functions,
                                   shi_machine_functions, shi_atomic_functions,
+                                  shi_native_functions, shi_segment_functions,
                                   shi_bench_functions};
     if (add_methods(module, parts, sizeof parts / sizeof *parts) < 0 ||
-        shi_function_types() < 0 || shi_machine_types(module) < 0 || shi_csd_types(module) < 0 ||
+        shi_function_types() < 0 || shi_native_types(module) < 0 ||
+        shi_machine_types(module) < 0 || shi_csd_types(module) < 0 ||
         shi_bench_types(module) < 0)
         return -1;
     if (add_names(module, "COUNTERS", counter_names, SHI_NCOUNTERS) < 0 ||
-        add_names(module, "TRACE_EVENTS", shi_trace_names, SHI_T_COUNT) < 0)
+        add_names(module, "TRACE_EVENTS", shi_trace_names, SHI_T_COUNT) < 0 ||
+        add_fields(module, "HEADER_FIELDS", header_fields,
+                   sizeof header_fields / sizeof *header_fields) < 0 ||
+        add_fields(module, "SLOT_FIELDS", slot_fields,
+                   sizeof slot_fields / sizeof *slot_fields) < 0)
         return -1;
     const struct {
         const char *name;
@@ -274,6 +337,8 @@ static int module_exec(PyObject *module)
         {"TRACE_HEAD_OFFSET", offsetof(struct shi_slot, trace_head)},
         {"TRACE_RECORD_BYTES", sizeof(struct shi_trace_record)},
         {"NCPUS_OFFSET", offsetof(struct shi_header, ncpus)},
+        {"HEADER_BYTES", sizeof(struct shi_header)},
+        {"EXTRA_SLOTS", SHI_EXTRA_SLOTS},
         {"OFFLINE", SHI_OFFLINE},
         {"CPU_DEAD", SHI_DEAD},
         {"NEW", SHI_M_NEW},

@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-/* ---- values ---------------------------------------------------------------------------------- */
+/* ---- values ---------------------------------------------------------------------- */
 
 /* Inline when it fits the csd's own cache line: 1, else 0. */
 static int encode_inline(PyObject *object, uint8_t *kind, uint8_t *length, union shi_value *v)
@@ -102,7 +102,7 @@ static PyObject *decode(Machine *machine, uint32_t src, uint8_t kind, uint8_t le
                      kind);
 }
 
-/* ---- outgoing ---------------------------------------------------------------------------------- */
+/* ---- outgoing -------------------------------------------------------------------- */
 
 static int name_function(Machine *machine, struct outgoing *out, PyObject *function)
 {
@@ -296,7 +296,7 @@ void shi_outgoing_share(Machine *machine, const struct outgoing *out, uint32_t l
     }
 }
 
-/* ---- results, on the sender ----------------------------------------------------------------------- */
+/* ---- results, on the sender ------------------------------------------------------ */
 
 /* The target kept a result that was too large for its block: ask for it. */
 static PyObject *fetch(Machine *machine, uint32_t dst, uint64_t token, uint32_t length)
@@ -395,7 +395,7 @@ PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t app
     return decode(machine, machine->self.id, csd->kind, csd->length, &csd->value);
 }
 
-/* ---- incoming, on the target ------------------------------------------------------------------------- */
+/* ---- incoming, on the target ----------------------------------------------------- */
 
 static void broken(Machine *machine, struct shi_csd *csd, bool async)
 {

@@ -2,12 +2,18 @@
 /* Being a CPU: the idle loop, handlers, tasks, and the soft interrupt mask. */
 #include "py_shi.h"
 
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
 #include "doorbell.h"
 #include "idle.h"
 #include "queue.h"
 #include "trace.h"
 
-/* ---- hooks of the core ------------------------------------------------------------------------ */
+/* ---- hooks of the core ----------------------------------------------------------- */
 
 static void hold_interpreter(Machine *machine)
 {
@@ -109,7 +115,7 @@ void shi_run_deferred(Machine *machine)
     }
 }
 
-/* ---- interrupts while a task runs --------------------------------------------------------------- */
+/* ---- interrupts while a task runs ------------------------------------------------ */
 
 static int go_offline(Machine *machine)
 {
@@ -188,7 +194,7 @@ static void after_enable(Machine *machine)
         irq_window(machine);
 }
 
-/* ---- tasks ------------------------------------------------------------------------------------------ */
+/* ---- tasks ----------------------------------------------------------------------- */
 
 static int complain(const char *format, Machine *machine)
 {
@@ -293,7 +299,7 @@ static PyObject *cpu_loop(PyObject *object, PyObject *unused)
     }
 }
 
-/* ---- the soft mask, and where am I ---------------------------------------------------------------------- */
+/* ---- the soft mask, and where am I ----------------------------------------------- */
 
 static Machine *this_cpu(void)
 {
@@ -438,30 +444,133 @@ static PyObject *cond_resched(PyObject *module, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static PyObject *cpu_online(PyObject *object, PyObject *unused)
+/* ---- becoming one ---------------------------------------------------------------- */
+
+static void flush_standard_files(void)
 {
-    Machine *machine = (Machine *)object;
-    (void)unused;
-    if (shi_use(machine) < 0)
-        return NULL;
+    const char *const names[] = {"stdout", "stderr"};
+    size_t i;
+    for (i = 0; i < 2; i++) {
+        PyObject *file = PySys_GetObject(names[i]); /* borrowed */
+        PyObject *done = file && file != Py_None ? PyObject_CallMethod(file, "flush", NULL) : NULL;
+        Py_XDECREF(done);
+        PyErr_Clear();
+    }
+}
+
+/* Forked generators are alike: `random` reseeds itself, numpy's must be told. */
+static int own_randomness(void)
+{
+    PyObject *modules = PySys_GetObject("modules"); /* borrowed */
+    PyObject *module = modules ? PyDict_GetItemString(modules, "numpy.random") : NULL;
+    if (!module)
+        return 0;
+    PyObject *done = PyObject_CallMethod(module, "seed", NULL);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/*
+ * From here to the idle loop in C, with as little Python as can be: what the interpreter
+ * touches (reference counts, inline caches) is a private copy of a page, times the
+ * number of CPUs.
+ */
+static int become(Machine *machine, uint32_t number, pid_t firmware, const int *fds, size_t nfds)
+{
     struct shi_self *self = &machine->self;
-    if (self->host)
-        return shi_raise(shi_py.StateError, 0, -1, "the host is no CPU");
+    sigset_t all;
+    cpu_set_t core;
+    size_t i;
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
+        return -errno;
+    if (getppid() != firmware)
+        _exit(1); /* it ended before the request was in force */
+    for (i = 0; i < nfds; i++)
+        close(fds[i]);
+    shi_self_fini(self);
+    int err = shi_self_init(self, &machine->m, number);
+    if (err)
+        return err;
+    CPU_ZERO(&core);
+    CPU_SET(shi_load_relaxed(&self->slot->core) % CPU_SETSIZE, &core);
+    if (sched_setaffinity(0, sizeof core, &core))
+        return -errno;
+    if (own_randomness() < 0)
+        return -EIO;
     shi_cpu_hooks(machine);
-    int err = shi_kick_install(self);
+    err = shi_kick_install(self);
     if (!err)
         err = shi_self_online(self);
     if (err)
-        return shi_raise_errno(machine, err, (int)self->id);
-    shi_kick_block(self, false);
+        return err;
+    /* Signals were blocked across the fork: a kick in that window had killed us. */
+    sigemptyset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, NULL);
+    return 0;
+}
+
+/* fork_cpu(cpu, firmware_pid, fds) -> pid.  The child closes `fds`, takes the slot, and
+ * never returns. */
+static PyObject *fork_cpu(PyObject *object, PyObject *args)
+{
+    Machine *machine = (Machine *)object;
+    unsigned number;
+    int firmware;
+    PyObject *list;
+    int fds[16];
+    Py_ssize_t i;
+    if (!PyArg_ParseTuple(args, "IiO!", &number, &firmware, &PyList_Type, &list))
+        return NULL;
+    if (number >= machine->m.ncpus || PyList_GET_SIZE(list) > 16) {
+        PyErr_SetString(PyExc_ValueError, "fork_cpu");
+        return NULL;
+    }
+    for (i = 0; i < PyList_GET_SIZE(list); i++)
+        fds[i] = (int)PyLong_AsLong(PyList_GET_ITEM(list, i));
+    if (PyErr_Occurred())
+        return NULL;
+    PyOS_BeforeFork();
+    pid_t pid = fork();
+    if (pid) {
+        int saved = errno;
+        PyOS_AfterFork_Parent();
+        errno = saved;
+        return pid < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(pid);
+    }
+    PyOS_AfterFork_Child();
+    int err = become(machine, number, firmware, fds, (size_t)PyList_GET_SIZE(list));
+    if (err) {
+        fprintf(stderr, "shmipi: CPU %u does not start: %s\n", number, strerror(-err));
+        if (PyErr_Occurred())
+            PyErr_Print();
+        _exit(1);
+    }
+    shi_current = machine;
+    PyObject *done = cpu_loop(object, NULL);
+    if (!done)
+        PyErr_Print();
+    flush_standard_files();
+    _exit(done ? 0 : 1);
+}
+
+/* Run in the child of every fork: a CPU's is no CPU.  (In the firmware's it is one.) */
+static PyObject *forked(PyObject *object, PyObject *unused)
+{
+    Machine *machine = (Machine *)object;
+    (void)unused;
+    if (!machine->self.host) {
+        machine->foreign = 1;
+        if (shi_current == machine)
+            shi_current = NULL;
+        shi_kick_remove();
+        close(machine->m.fd); /* its lock says that the machine lives */
+    }
     Py_RETURN_NONE;
 }
 
 PyMethodDef shi_cpu_methods[] = {
-    {"online", cpu_online, METH_NOARGS,
-     "online()\n--\n\nTake the slot, install the kick handler, go online."},
-    {"cpu_loop", cpu_loop, METH_NOARGS,
-     "cpu_loop()\n--\n\nIdle, and run what comes, until the machine stops."},
+    {"fork_cpu", fork_cpu, METH_VARARGS, "fork_cpu(cpu, firmware_pid, fds) -> pid"},
+    {"forked", forked, METH_NOARGS, "forked()\n--\n\nA fork's child of a CPU is no CPU."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -22,7 +22,7 @@ struct func_entry {
     PyObject **cells; /* contents: a weak reference where possible, else strong */
 };
 
-/* ---- the table ---------------------------------------------------------------------------- */
+/* ---- the table ------------------------------------------------------------------- */
 
 static struct func_entry tombstone;
 
@@ -89,7 +89,7 @@ static void table_drop(struct func_table *t, const struct func_entry *entry)
         }
 }
 
-/* ---- entries -------------------------------------------------------------------------------- */
+/* ---- entries --------------------------------------------------------------------- */
 
 static void entry_forget_snapshot(struct func_entry *e)
 {
@@ -289,7 +289,7 @@ fail:
     return -2;
 }
 
-/* ---- target side ------------------------------------------------------------------------------ */
+/* ---- target side ----------------------------------------------------------------- */
 
 static void cache_sweep(Machine *machine, uint32_t src, struct func_cache *c)
 {
@@ -389,8 +389,6 @@ void shi_functions_clear(Machine *machine)
         machine->received = NULL;
     }
 }
-
-int shi_function_types(void);
 
 int shi_function_types(void)
 {

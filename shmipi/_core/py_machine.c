@@ -5,7 +5,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
+#include <sys/signalfd.h>
 #include <unistd.h>
 
 #include "clock.h"
@@ -15,115 +15,18 @@
 #include "step.h"
 #include "trace.h"
 
-PyTypeObject *shi_machine_type, *shi_native_type;
+PyTypeObject *shi_machine_type;
 Machine *shi_current;
 
-/* ---- making a segment ------------------------------------------------------------------------ */
-
-static PyObject *os_error(int err, const char *what)
-{
-    errno = err;
-    return PyErr_SetFromErrnoWithFilename(PyExc_OSError, what);
-}
-
-static int size_file(int fd, const struct shi_header *plan)
-{
-    uint64_t bytes = plan->trace_offset +
-                     (uint64_t)(plan->ncpus + SHI_EXTRA_SLOTS) * plan->trace_records *
-                         sizeof(struct shi_trace_record);
-    if (ftruncate(fd, (off_t)bytes))
-        return -errno;
-    if (fallocate(fd, 0, 0, (off_t)shi_layout_fixed(plan)))
-        return -errno;
-    if (plan->trace_records && fallocate(fd, 0, (off_t)plan->trace_offset,
-                                         (off_t)(bytes - plan->trace_offset)))
-        return -errno;
-    return 0;
-}
-
-static PyObject *format_segment(PyObject *module, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"fd",         "name",       "cores",          "idle",
-                            "doorbell",   "kick",       "kick_signal",    "chip",
-                            "cookie",     "sum_key",    "oversubscribed", "trace_records",
-                            "boot_time",  "steps",      "arena_bytes",    NULL};
-    int fd, kick, oversubscribed, steps = 0;
-    const char *name, *chip;
-    PyObject *cores;
-    unsigned idle, doorbell, kick_signal, cookie, trace_records;
-    unsigned long long sum_key, boot_time, arena_bytes = 0;
-    (void)module;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "isO!IIpIsIKpIK|pK:format_segment", names, &fd,
-                                     &name, &PyList_Type, &cores, &idle, &doorbell, &kick,
-                                     &kick_signal, &chip, &cookie, &sum_key, &oversubscribed,
-                                     &trace_records, &boot_time, &steps, &arena_bytes))
-        return NULL;
-    Py_ssize_t ncpus = PyList_GET_SIZE(cores), i;
-    struct shi_header *plan = PyMem_Calloc(1, sizeof *plan);
-    if (!plan)
-        return PyErr_NoMemory();
-    PyObject *result = NULL;
-    int err = ncpus > SHI_MAX_CPUS || strlen(name) >= sizeof plan->name ||
-                      strlen(chip) >= sizeof plan->chip || !shi_irq_chip_by_name(chip)
-                  ? -EINVAL
-                  : shi_layout_plan(plan, (uint32_t)ncpus, trace_records, arena_bytes, 0);
-    if (!err)
-        err = size_file(fd, plan);
-    if (err) {
-        os_error(-err, name);
-        goto out;
-    }
-    strcpy(plan->name, name);
-    strcpy(plan->chip, chip);
-    plan->doorbell = doorbell;
-    plan->kick = (uint32_t)kick;
-    plan->kick_signal = kick_signal;
-    plan->cookie = cookie;
-    plan->sum_key = sum_key;
-    plan->oversubscribed = (uint32_t)oversubscribed;
-    plan->boot_time_ns = boot_time;
-    shi_clock_calibrate(&plan->clock);
-    uint8_t *base = mmap(NULL, shi_layout_fixed(plan), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (base == MAP_FAILED) {
-        os_error(errno, name);
-        goto out;
-    }
-    struct shi_header *h = (struct shi_header *)base;
-    for (i = 0; i < ncpus; i++) {
-        struct shi_slot *slot =
-            (struct shi_slot *)(base + plan->slot_offset + (uint64_t)i * SHI_SLOT_BYTES);
-        shi_store_relaxed(&slot->core, (uint32_t)PyLong_AsUnsignedLong(PyList_GET_ITEM(cores, i)));
-        shi_store_relaxed(&slot->idle, idle);
-    }
-    memcpy((char *)h + sizeof h->magic, (char *)plan + sizeof h->magic,
-           offsetof(struct shi_header, machine_state) - sizeof h->magic);
-    shi_store_relaxed(&h->steps, (uint32_t)steps);
-    shi_store_relaxed(&h->host_pid, (uint32_t)getpid());
-    shi_store_full(&h->machine_state, SHI_M_NEW);
-    /* The magic last: without it nobody takes this for a machine. */
-    memcpy(h->magic, plan->magic, sizeof h->magic);
-    munmap(base, shi_layout_fixed(plan));
-    if (!PyErr_Occurred())
-        result = Py_NewRef(Py_None);
-out:
-    PyMem_Free(plan);
-    return result;
-}
-
-/* ---- the type ---------------------------------------------------------------------------------- */
+/* ---- the type -------------------------------------------------------------------- */
 
 static PyObject *machine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"fd", "slot", NULL};
     int fd, slot;
     struct shi_header *head;
-    if (!shi_py.dumps) {
-        /* The Python half binds itself when it is imported. */
-        PyObject *remote = PyImport_ImportModule("shmipi.machine.remote");
-        Py_XDECREF(remote);
-        if (!remote)
-            return NULL;
-    }
+    if (shi_bound() < 0)
+        return NULL;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ii:Machine", names, &fd, &slot))
         return NULL;
     head = PyMem_Calloc(1, sizeof *head);
@@ -144,7 +47,7 @@ static PyObject *machine_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         return shi_raise(shi_py.LayoutError, 0, -1, "the header of this machine is damaged");
     void *base = mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
     if (base == MAP_FAILED)
-        return os_error(errno, "mapping the machine's segment");
+        return shi_os_error(errno, "mapping the machine's segment");
     Machine *machine = (Machine *)type->tp_alloc(type, 0);
     if (!machine) {
         munmap(base, total);
@@ -209,6 +112,8 @@ int shi_use(Machine *machine)
 
 Machine *shi_use_current(void)
 {
+    if (shi_bound() < 0)
+        return NULL;
     if (!shi_current || shi_current->foreign) {
         shi_raise(shi_py.NoMachineError, 0, -1,
                   "shmipi.smp needs exactly one open Cluster in this process: use cluster.smp, "
@@ -245,20 +150,6 @@ METHOD(disown)
     Py_RETURN_NONE;
 }
 
-/* become(slot): the firmware's child takes a CPU's slot, on the same mapping. */
-METHOD(become)
-{
-    Machine *machine = MACHINE(object);
-    unsigned long slot = PyLong_AsUnsignedLong(arg);
-    if (PyErr_Occurred())
-        return NULL;
-    shi_self_fini(&machine->self);
-    int err = shi_self_init(&machine->self, &machine->m, (uint32_t)slot);
-    if (err)
-        return os_error(-err, "becoming a CPU");
-    Py_RETURN_NONE;
-}
-
 METHOD(open_doorbells)
 {
     Machine *machine = MACHINE(object);
@@ -282,7 +173,7 @@ METHOD(open_doorbells)
     int err = PyErr_Occurred() ? -EINVAL : shi_doorbell_open(&machine->m, prefix, fds);
     PyMem_Free(fds);
     if (err)
-        return PyErr_Occurred() ? NULL : os_error(-err, prefix);
+        return PyErr_Occurred() ? NULL : shi_os_error(-err, prefix);
     Py_RETURN_NONE;
 }
 
@@ -431,7 +322,7 @@ METHOD(wait_hotplug)
     return wait_word(&MACHINE(object)->m.header->hotplug_event, arg);
 }
 
-/* ---- the firmware's work ------------------------------------------------------------------------- */
+/* ---- the firmware's work --------------------------------------------------------- */
 
 #define CPU_METHOD(name, expression)                                                             \
     METHOD(name)                                                                                 \
@@ -470,7 +361,7 @@ METHOD(back)
         return NULL;
     int err = shi_machine_back(&MACHINE(object)->m, offset, length);
     if (err)
-        return os_error(-err, "/dev/shm");
+        return shi_os_error(-err, "/dev/shm");
     Py_RETURN_NONE;
 }
 
@@ -494,7 +385,7 @@ METHOD(add_array)
     }
     int err = shi_machine_back(m, m->array_offset + used, bytes);
     if (err)
-        return os_error(-err, "/dev/shm");
+        return shi_os_error(-err, "/dev/shm");
     shi_store_relaxed(&m->header->array_used, (used + bytes + SHI_PAGE - 1) / SHI_PAGE * SHI_PAGE);
     return Py_BuildValue("(IK)", n, (unsigned long long)(m->array_offset + used));
 }
@@ -549,7 +440,7 @@ METHOD(offset_of)
     return PyLong_FromUnsignedLongLong(address - base);
 }
 
-/* ---- fault tests ------------------------------------------------------------------------------------ */
+/* ---- fault tests ----------------------------------------------------------------- */
 
 METHOD(arm_step)
 {
@@ -582,7 +473,7 @@ METHOD(step_hit)
     return PyUnicode_FromString(hit < SHI_STEP_COUNT ? shi_step_names[hit] : "?");
 }
 
-/* ---- getters ----------------------------------------------------------------------------------------- */
+/* ---- getters --------------------------------------------------------------------- */
 
 #define GETTER(name, expression)                                                                 \
     static PyObject *get_##name(PyObject *object, void *unused)                                  \
@@ -632,7 +523,6 @@ static PyGetSetDef machine_getset[] = {
 PyMethodDef shi_machine_methods[] = {
     NOARGS(close, "Refuse every further use."),
     NOARGS(disown, "After a fork, in the child: not ours."),
-    ONE(become, "become(slot)"),
     MANY(open_doorbells, "open_doorbells(prefix, eventfds)"),
     ONE(slot, "slot(id) -> (pid, tid, core, state, generation, start_time, task, registered, "
               "word, busy)"),
@@ -660,96 +550,6 @@ PyMethodDef shi_machine_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-/* ---- NativeHandler -------------------------------------------------------------------------------------- */
-
-static PyObject *native_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"name", NULL};
-    PyObject *name;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U:NativeHandler", names, &name))
-        return NULL;
-    const char *utf8 = PyUnicode_AsUTF8(name);
-    if (!utf8)
-        return NULL;
-    int index = shi_native_find(utf8);
-    if (index < 0)
-        return PyErr_Format(PyExc_LookupError,
-                            "no native handler %R: built-in ones are noop, count and stamp; "
-                            "others are named in Cluster(handlers=...)", name);
-    NativeHandler *handler = (NativeHandler *)type->tp_alloc(type, 0);
-    if (!handler)
-        return NULL;
-    handler->index = (uint32_t)index;
-    handler->name = Py_NewRef(name);
-    return (PyObject *)handler;
-}
-
-static void native_dealloc(PyObject *object)
-{
-    PyTypeObject *type = Py_TYPE(object);
-    Py_XDECREF(((NativeHandler *)object)->name);
-    type->tp_free(object);
-    Py_DECREF(type);
-}
-
-static PyObject *native_repr(PyObject *object)
-{
-    return PyUnicode_FromFormat("NativeHandler(%R)", ((NativeHandler *)object)->name);
-}
-
-static PyObject *native_reduce(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    return Py_BuildValue("O(O)", Py_TYPE(object), ((NativeHandler *)object)->name);
-}
-
-static PyMethodDef native_methods[] = {
-    {"__reduce__", native_reduce, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL},
-};
-static PyType_Slot native_slots[] = {
-    {Py_tp_new, native_new},
-    {Py_tp_dealloc, native_dealloc},
-    {Py_tp_repr, native_repr},
-    {Py_tp_methods, native_methods},
-    {Py_tp_doc, "NativeHandler(name)\n--\n\n"
-                "A C function in the role of an IPI handler: give it where a function goes.\n\n"
-                "`name`: noop, count (adds 1 to a 64-bit word), stamp, or `FILE.so:symbol` as "
-                "given to\nCluster(handlers=...)."},
-    {0, NULL},
-};
-static PyType_Spec native_spec = {
-    .name = "shmipi._core.NativeHandler",
-    .basicsize = sizeof(NativeHandler),
-    .flags = Py_TPFLAGS_DEFAULT,
-    .slots = native_slots,
-};
-
-static PyObject *native_load(PyObject *module, PyObject *arg)
-{
-    char why[512];
-    const char *spec = PyUnicode_AsUTF8(arg);
-    (void)module;
-    if (!spec)
-        return NULL;
-    int err = shi_native_load(spec, why, sizeof why);
-    if (err < 0)
-        return shi_raise(shi_py.OSError, -err, -1, "native handler %s: %s", spec, why);
-    return PyLong_FromLong(err);
-}
-
-static PyObject *native_name(PyObject *module, PyObject *arg)
-{
-    const char *name = PyUnicode_AsUTF8(arg);
-    (void)module;
-    if (!name)
-        return NULL;
-    int err = shi_native_name(name);
-    if (err < 0)
-        return shi_raise(shi_py.OSError, -err, -1, "native handler %s: too many handlers", name);
-    return PyLong_FromLong(err);
-}
-
 static PyObject *kick_block(PyObject *module, PyObject *arg)
 {
     unsigned signo;
@@ -764,26 +564,37 @@ static PyObject *kick_block(PyObject *module, PyObject *arg)
     Py_RETURN_NONE;
 }
 
-/* die_with_parent(pid): SIGKILL for this process when the one that forked it ends. */
-static PyObject *die_with_parent(PyObject *module, PyObject *arg)
+/* signal_fd(signals): block them here and read them from the descriptor instead. */
+static PyObject *signal_fd(PyObject *module, PyObject *arg)
 {
-    long parent = PyLong_AsLong(arg);
+    sigset_t set;
+    Py_ssize_t i;
     (void)module;
+    sigemptyset(&set);
+    PyObject *list = PySequence_Fast(arg, "signals");
+    if (!list)
+        return NULL;
+    for (i = 0; i < PySequence_Fast_GET_SIZE(list); i++)
+        sigaddset(&set, (int)PyLong_AsLong(PySequence_Fast_GET_ITEM(list, i)));
+    Py_DECREF(list);
     if (PyErr_Occurred())
         return NULL;
-    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
-        return os_error(errno, "prctl");
-    if (getppid() != parent)
-        _exit(1); /* it ended before the request was in force */
-    Py_RETURN_NONE;
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    int fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
+    return fd < 0 ? shi_os_error(errno, "signalfd") : PyLong_FromLong(fd);
+}
+
+/* stamp_to_mono(stamp): CLOCK_MONOTONIC ns of a stamp of this machine's clock. */
+static PyObject *stamp_to_mono(PyObject *module, PyObject *arg)
+{
+    unsigned long long stamp = PyLong_AsUnsignedLongLong(arg);
+    (void)module;
+    return PyErr_Occurred() ? NULL : PyLong_FromUnsignedLongLong(shi_stamp_to_mono(stamp));
 }
 
 PyMethodDef shi_machine_functions[] = {
-    {"die_with_parent", die_with_parent, METH_O, "die_with_parent(pid)"},
-    {"format_segment", (PyCFunction)(void (*)(void))format_segment, METH_VARARGS | METH_KEYWORDS,
-     "Size the file of a new machine, allocate its fixed part, write its header."},
-    {"native_load", native_load, METH_O, "native_load(spec) -> index"},
-    {"native_name", native_name, METH_O, "native_name(spec) -> index, without loading it"},
+    {"stamp_to_mono", stamp_to_mono, METH_O, "stamp_to_mono(stamp) -> ns"},
+    {"signal_fd", signal_fd, METH_O, "signal_fd(signals) -> fd"},
     {"kick_block", kick_block, METH_VARARGS, "kick_block(signo, block)"},
     {NULL, NULL, 0, NULL},
 };
@@ -820,13 +631,9 @@ int shi_machine_types(PyObject *module)
         .flags = Py_TPFLAGS_DEFAULT,
         .slots = slots,
     };
-    shi_native_init();
     if (!shi_machine_type)
         shi_machine_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    if (!shi_native_type)
-        shi_native_type = (PyTypeObject *)PyType_FromSpec(&native_spec);
-    if (!shi_machine_type || !shi_native_type ||
-        PyModule_AddObjectRef(module, "Machine", (PyObject *)shi_machine_type) < 0)
-        return -1;
-    return PyModule_AddObjectRef(module, "NativeHandler", (PyObject *)shi_native_type);
+    return shi_machine_type ? PyModule_AddObjectRef(module, "Machine",
+                                                    (PyObject *)shi_machine_type)
+                            : -1;
 }

@@ -74,8 +74,13 @@ typedef struct {
     PyObject *name;
 } NativeHandler;
 
-/* ---- errors: every errno of the core becomes a typed exception here ------------------ */
+/* The Python half, imported when it is first needed.  0, or -1. */
+int shi_bound(void);
+
+/* ---- errors: every errno of the core becomes a typed exception here -------------- */
 PyObject *shi_raise(PyObject *kind, int err, int cpu, const char *format, ...);
+/* A plain OSError. */
+PyObject *shi_os_error(int err, const char *what);
 /* For a call to `cpu` that failed with -errno. */
 PyObject *shi_raise_errno(Machine *machine, int err, int cpu);
 /* 0 when this thread may use the machine, else -1 with an exception. */
@@ -84,7 +89,7 @@ Machine *shi_use_current(void);
 /* Give a ShmipiWarning; -1 when it was turned into an error. */
 int shi_warn_once(bool *given, const char *text);
 
-/* ---- functions (py_func.c) ------------------------------------------------------------ */
+/* ---- functions (py_func.c) ------------------------------------------------------- */
 /* Number of `function` for this sender: >= 0, -1 not by number (pickle it with the
  * arguments), -2 with an exception set. */
 int64_t shi_function_number(Machine *machine, PyObject *function);
@@ -93,7 +98,7 @@ PyObject *shi_function_received(Machine *machine, uint32_t src, uint16_t src_gen
                                 uint32_t index, uint32_t serial);
 void shi_functions_clear(Machine *machine);
 
-/* ---- values (py_codec.c) -------------------------------------------------------------- */
+/* ---- values (py_codec.c) --------------------------------------------------------- */
 /* What a call is made of before it has a csd. */
 struct outgoing {
     uint32_t func, serial;
@@ -136,27 +141,49 @@ PyObject *shi_incoming_apply(const struct incoming *in);
 void shi_outcome(Machine *machine, struct shi_csd *csd, PyObject *value, bool wanted);
 void shi_outcome_fetch(Machine *machine, struct shi_csd *csd);
 
-/* ---- calling (py_call.c) --------------------------------------------------------------- */
+/* ---- calling (py_call.c) --------------------------------------------------------- */
 /* Wait for csd `local`; serves the own queue.  0, or -1 with an exception (the csd is
  * left behind, safely). */
 int shi_wait_csd(Machine *machine, uint32_t local, uint32_t dst, uint64_t deadline_ns);
 void shi_give_back(Machine *machine, uint32_t local);
+/* The kernel's WARN_ON_ONCEs at the head of the cross calls. */
+int shi_check_context(const Machine *machine);
+void shi_leave_behind(Machine *machine, uint32_t local);
+/* A csd that holds `out`.  `nowait`: from the pool.  Local index, or -1. */
+int64_t shi_get_filled(Machine *machine, const struct outgoing *out, bool nowait);
+/* Every csd for wait=0 calls is in flight: wait for the oldest.  0, or -1. */
+int shi_wait_for_room(Machine *machine);
+/* func(info) here, with interrupts off: no csd, no doorbell. */
+int shi_run_local(Machine *machine, PyObject *function, PyObject *info, bool wait);
+int shi_as_cpu(PyObject *object, int64_t *cpu);
+int shi_as_bool(PyObject *object, int otherwise);
+/* CPU numbers of a mask argument (NULL: all), ascending; PyMem_Free them. */
+int shi_as_mask(Machine *machine, PyObject *mask, uint32_t **cpus, uint32_t *n);
+
+typedef PyObject *shi_smp_function(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
+                                   PyObject *kwnames);
+shi_smp_function shi_call_mask, shi_call_others, shi_each_cpu, shi_each_cpu_mask;
+shi_smp_function shi_each_cpu_cond_mask, shi_single_async;
 extern PyMethodDef shi_call_methods[]; /* of Machine */
 extern PyMethodDef shi_call_functions[]; /* of the module: on the current machine */
 
-/* ---- being a CPU (py_cpu.c) ------------------------------------------------------------ */
+/* ---- being a CPU (py_cpu.c) ------------------------------------------------------ */
 void shi_cpu_hooks(Machine *machine);
 /* Run Python csds that the kick handler put off.  Holds the interpreter. */
 void shi_run_deferred(Machine *machine);
 extern PyMethodDef shi_cpu_methods[];
 extern PyMethodDef shi_cpu_functions[];
 
+extern PyMethodDef shi_native_functions[];
+extern PyMethodDef shi_segment_functions[];
 extern PyMethodDef shi_machine_methods[];
 extern PyMethodDef shi_machine_functions[];
 extern PyMethodDef shi_atomic_functions[];
 extern PyMethodDef shi_bench_methods[];
 extern PyMethodDef shi_bench_functions[];
 
+int shi_native_types(PyObject *module);
+int shi_function_types(void);
 int shi_machine_types(PyObject *module);
 int shi_csd_types(PyObject *module);
 int shi_bench_types(PyObject *module);

@@ -10,10 +10,17 @@
 int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct shi_csd *csd)
 {
     struct shi_slot *target = shi_slot(self->m, dst);
-    shi_prefetch_write(&target->word);
     uint64_t lock = shi_load_relaxed(&csd->lock) & ~(0xffffull << SHI_CSD_GEN_SHIFT);
     SHI_STEP(self, push);
-    uint64_t w = shi_load_relaxed(&target->word), next;
+    /*
+     * The first try is a guess, not a load: polling with an empty queue.  Right or
+     * wrong it brings the line in to be written, where a load would bring it in to be
+     * read and the swap would have to ask for it again.
+     */
+    uint64_t w = (uint64_t)SHI_POLLING |
+                 (uint64_t)(uint16_t)shi_load_relaxed(&target->generation)
+                     << SHI_W_GEN_SHIFT,
+             next;
     do {
         if (!shi_word_online(w))
             return -ENXIO;
@@ -47,24 +54,9 @@ int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct s
     return SHI_PUSH_RING;
 }
 
-bool shi_csd_is_ours(const struct shi_self *self, uint32_t index)
+uint32_t shi_queue_grab(struct shi_self *self)
 {
     const struct shi_machine *m = self->m;
-    if (index >= m->ncsds)
-        return false;
-    uint32_t owner = index >> m->csd_shift;
-    if ((index & (m->csds_per_slot - 1)) >= shi_load_relaxed(&shi_slot(m, owner)->csd_top))
-        return false;
-    const struct shi_csd *csd = shi_csd(m, index);
-    uint64_t lock = shi_load_acquire(&csd->lock);
-    return (lock & SHI_CSD_LOCK) && (uint16_t)(lock >> SHI_CSD_DST_SHIFT) == self->id &&
-           (uint16_t)(lock >> SHI_CSD_GEN_SHIFT) == self->gen && csd->src == owner;
-}
-
-struct shi_list shi_queue_take(struct shi_self *self)
-{
-    const struct shi_machine *m = self->m;
-    struct shi_list list = {0, 0, 0};
     uint32_t newest = shi_word_head(shi_load_relaxed(&self->slot->word));
     if (newest && newest <= m->ncsds)
         shi_prefetch_write(shi_csd(m, newest - 1)); /* comes along with the word below */
@@ -73,8 +65,14 @@ struct shi_list shi_queue_take(struct shi_self *self)
      * it: whoever set it wanted this drain.  PENDING stays for the flow handler.
      */
     uint64_t w = shi_fetch_and_full(&self->slot->word, SHI_W_LOW & ~SHI_W_NEED_RESCHED);
-    uint32_t at = shi_word_head(w);
     SHI_STEP(self, drain);
+    return shi_word_head(w);
+}
+
+struct shi_list shi_queue_in_order(struct shi_self *self, uint32_t at)
+{
+    const struct shi_machine *m = self->m;
+    struct shi_list list = {0, 0, 0};
     while (at) {
         uint32_t index = at - 1;
         if (!shi_csd_is_ours(self, index) || list.count == m->ncsds) {
@@ -83,10 +81,8 @@ struct shi_list shi_queue_take(struct shi_self *self)
         }
         struct shi_csd *csd = shi_csd(m, index);
         uint32_t older = shi_load_relaxed(&csd->next);
-        /* Newest first becomes oldest first: put each before what we have.  A single
-         * csd is not written to: its line stays shared with the waiter. */
-        if (older != list.head)
-            shi_store_relaxed(&csd->next, list.head);
+        /* Newest first becomes oldest first: put each before what we have. */
+        shi_store_relaxed(&csd->next, list.head);
         list.head = at;
         if (!list.tail)
             list.tail = at;

@@ -65,6 +65,8 @@ static bool own_work(const struct shi_self *self)
 uint64_t shi_wait_budget(const struct shi_self *self, uint32_t dst)
 {
     const struct shi_machine *m = self->m;
+    if (self->spin_ns)
+        return self->spin_ns - 1;
     if (!m->oversubscribed)
         return 100000;
     uint32_t mine = shi_load_relaxed(&self->slot->core);

@@ -18,6 +18,7 @@ import pickle
 import selectors
 import signal
 import socket
+import struct
 import sys
 import time
 import warnings
@@ -25,7 +26,7 @@ from typing import Any
 
 from shmipi import _core
 from shmipi.errors import ShmipiOSError
-from shmipi.machine import arrays, cpu, segment
+from shmipi.machine import arrays, segment
 
 __all__ = ["main"]
 
@@ -46,7 +47,7 @@ class Firmware:
         self.unreaped: set[int] = set()  # pids of the dead whose number is guarded
         self.stopping = False
         self.deadline = 0.0  # of an orderly stop
-        self.selector = selectors.DefaultSelector()
+        self.selector = selectors.EpollSelector()
 
     # ---- boot ---------------------------------------------------------------------
 
@@ -61,14 +62,13 @@ class Firmware:
         signal.signal(config["kick_signal"], _core.irq_entry)
         # Blocked across every fork: a kick must not meet a child that is no CPU yet.
         _core.kick_block(config["kick_signal"], True)
-        self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(self.wake_w, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        self.signals = _core.signal_fd([signal.SIGCHLD, signal.SIGTERM])
+        self.arrays.make_current()
+        os.register_at_fork(after_in_child=self.machine.forked)
         self.host = os.pidfd_open(config["host_pid"])
         self.selector.register(self.host, selectors.EVENT_READ, self.host_died)
         self.selector.register(self.control, selectors.EVENT_READ, self.on_message)
-        self.selector.register(self.wake_r, selectors.EVENT_READ, self.on_signal)
+        self.selector.register(self.signals, selectors.EVENT_READ, self.on_signal)
         gc.collect()
         gc.freeze()  # a collection in a CPU must not copy every page of what we imported
 
@@ -81,14 +81,19 @@ class Firmware:
                 f"the firmware has {threads} threads and cannot fork safely: a native"
                 " handler's library started one",
             )
+        me = os.getpid()
+        private = [
+            self.control.fileno(),
+            self.host,
+            self.signals,
+            self.selector.fileno(),
+        ]
+        sys.stdout.flush()
+        sys.stderr.flush()
         for number in cpus:
             self.machine.reap_reset(number)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            pid = os.fork()
-            if pid == 0:
-                cpu.become(self, number)
-            self.pids[pid] = number
+            # Not os.fork(): the child goes to its idle loop without touching Python.
+            self.pids[self.machine.fork_cpu(number, me, private)] = number
         self.await_online(cpus)
 
     def await_online(self, cpus: list[int]) -> None:
@@ -128,8 +133,11 @@ class Firmware:
 
     def on_signal(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            if signal.SIGTERM in os.read(self.wake_r, 4096):
-                self.stop(1.0)
+            while True:
+                # struct signalfd_siginfo: 128 bytes, the number first.
+                (number,) = struct.unpack_from("I", os.read(self.signals, 128))
+                if number == signal.SIGTERM:
+                    self.stop(1.0)
 
     def host_died(self) -> None:
         self.kill_all()
@@ -244,7 +252,7 @@ def _restore(config: dict[str, Any]) -> None:
     sys.path[:] = config["path"]
     sys.argv[:] = config["argv"]
     os.chdir(config["cwd"])
-    warnings.filters[:] = pickle.loads(config["filters"])
+    warnings.filters[:] = pickle.loads(config["filters"])  # type: ignore[index]
     warnings._filters_mutated()  # type: ignore[attr-defined]
 
 

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import struct
 import time
 from collections.abc import Iterator
@@ -51,7 +50,7 @@ class Found:
 def check_name(name: str | None) -> str:
     """Return ``name``, or a random one for None. ``ValueError`` for an unusable one."""
     if name is None:
-        return secrets.token_hex(4)
+        return os.urandom(4).hex()
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
             f"name is {name!r}: a machine's name has 1 to 32 letters, digits, '-' or '_'"

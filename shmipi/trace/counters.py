@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
 from shmipi import _core
 from shmipi.irq.chips import CHIPS
 
-__all__ = ["Counters", "interrupts"]
+__all__ = ["Counters", "CountersOf", "interrupts"]
+
+
+class CountersOf(Protocol):
+    """What the counts are of: a machine of this process, or an inspector of one."""
+
+    @property
+    def ncpus(self) -> int:
+        """How many CPUs it has."""
+
+    @property
+    def chip(self) -> str:
+        """The name of its interrupt controller."""
 
 
 class Counters:
@@ -20,13 +34,20 @@ class Counters:
 
     def __init__(self, machine: _core.Machine) -> None:
         self._ncpus = machine.ncpus
-        self._rows = np.ndarray(
+        self._rows: NDArray[np.uint64] = np.ndarray(
             (machine.nslots, _core.CONTEXTS, _core.COUNTER_ROOM),
             np.uint64,
             memoryview(machine),
             machine.slot_offset + _core.COUNTER_OFFSET,
             (_core.SLOT_BYTES, _core.COUNTER_ROOM * 8, 8),
         )
+
+    @classmethod
+    def of_rows(cls, rows: NDArray[np.uint64], ncpus: int) -> Counters:
+        """Read counts that were taken before: shape (slots, contexts, counters)."""
+        self = cls.__new__(cls)
+        self._ncpus, self._rows = ncpus, rows
+        return self
 
     def _sum(self) -> NDArray[np.uint64]:
         total: NDArray[np.uint64] = self._rows.sum(axis=1, dtype=np.uint64)
@@ -45,7 +66,7 @@ class Counters:
         return {name: int(total[i]) for i, name in enumerate(_core.COUNTERS)}
 
 
-def interrupts(machine: _core.Machine, counters: Counters) -> str:
+def interrupts(machine: CountersOf, counters: Counters) -> str:
     """Return the counts in the shape of ``/proc/interrupts``.
 
     Calls that needed no interrupt because the target was polling are in a row of their

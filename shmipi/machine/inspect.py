@@ -1,0 +1,269 @@
+"""Looks at machines from outside: which there are, and what a live one is doing.
+
+An inspector must never be able to change a machine, nor to die with it. So it opens the
+object for reading, maps nothing (a mapping of a file that somebody truncates is a
+SIGBUS, a hole that is looked at becomes a page), registers nowhere, and holds no lock
+longer than it takes to try one. What it opened stays readable after the machine's end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shmipi import _core
+from shmipi.cpumask import CpuMask
+from shmipi.errors import LayoutError
+from shmipi.machine import segment
+from shmipi.machine.boot import DOORBELLS, IDLE
+
+__all__ = ["CpuView", "Inspector", "MachineView", "leftovers"]
+
+#: Words for ``enum shi_state``; a rung CPU is a halted one still.
+_CPU_STATES: Final = ("offline", "running", "polling", "halted", "halted", "dead")
+#: Words for ``enum shi_machine_state``.
+_STATES: Final = ("starting", "booting", "up", "stopping", "dead")
+_ABI_BYTES: Final = 16  # magic, ABI, size of the header: the same in every version
+
+
+def _dtype(fields: tuple[tuple[str, int, int], ...], size: int) -> np.dtype[Any]:
+    """Build a dtype from what the core says of a struct; other sizes are text."""
+    formats = {4: "<u4", 8: "<u8"}
+    texts = ("magic", "name", "chip", "task_name")
+    return np.dtype(
+        {
+            "names": [name for name, _, _ in fields],
+            "offsets": [offset for _, offset, _ in fields],
+            "formats": [
+                f"S{length}" if name in texts else formats.get(length, f"V{length}")
+                for name, _, length in fields
+            ],
+            "itemsize": size,
+        }
+    )
+
+
+_HEADER: Final = _dtype(_core.HEADER_FIELDS, _core.HEADER_BYTES)
+_SLOT: Final = _dtype(_core.SLOT_FIELDS, _core.SLOT_BYTES)
+
+
+@dataclass(frozen=True)
+class CpuView:
+    """A CPU as it was when looked at. ``task`` and ``waits_for`` are None for none."""
+
+    id: int
+    pid: int
+    core: int
+    state: str
+    generation: int
+    idle: str
+    queued: bool  #: calls are queued that it has not taken yet
+    task: str | None  #: name of the task that it runs
+    waits_for: int | None  #: the CPU whose answer it waits for
+
+
+@dataclass(frozen=True)
+class MachineView:
+    """A machine as it was when looked at.
+
+    ``uptime_s`` is in seconds, ``memory_bytes`` what its object takes of /dev/shm.
+    ``kick_signal`` is None for cooperative CPUs.
+    """
+
+    name: str
+    state: str
+    ncpus: int
+    idle: str
+    doorbell: str
+    controller: str
+    kick_signal: int | None
+    host_pid: int
+    firmware_pid: int
+    uptime_s: float
+    memory_bytes: int
+    cpus: tuple[CpuView, ...]
+
+    @property
+    def online(self) -> CpuMask:
+        """The CPUs that are online."""
+        return CpuMask(
+            cpu.id for cpu in self.cpus if cpu.state not in ("offline", "dead")
+        )
+
+
+class Inspector:
+    """Reads a machine of this user by its name; a context manager.
+
+    Raises ``FileNotFoundError`` when there is none of that name, ``LayoutError`` for one
+    of another version of shmipi or with a damaged header.
+    """
+
+    def __init__(self, name: str) -> None:
+        path = segment.SHM / segment.full_name(segment.check_name(name))
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            self._header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptor; calling it again does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def alive(self) -> bool:
+        """Is the machine's lock held by somebody, and its firmware not gone?"""
+        if int(self._header()["machine_state"]) == _core.DEAD:
+            return False
+        try:
+            # Only a try, and given back at once: nobody is kept waiting, and an
+            # inspector never looks like a process of the machine.
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        return False
+
+    def view(self) -> MachineView:
+        """Return the machine as it is now, or as its end left it. ``LayoutError``."""
+        header = self._header()
+        slots = self._slots(header)
+        ncpus = int(header["ncpus"])
+        status = os.fstat(self._fd)
+        started = int(header["boot_time_ns"]) / 1e9
+        return MachineView(
+            name=_text(header["name"]),
+            state=_word(_STATES, header["machine_state"]),
+            ncpus=ncpus,
+            idle=_word(IDLE, slots[0]["idle"]),
+            doorbell=_word(DOORBELLS, header["doorbell"]),
+            controller=_text(header["chip"]),
+            kick_signal=int(header["kick_signal"]) if header["kick"] else None,
+            host_pid=int(header["host_pid"]),
+            firmware_pid=int(header["firmware_pid"]),
+            uptime_s=max(0.0, time.time() - started),
+            memory_bytes=status.st_blocks * 512,
+            cpus=tuple(_cpu(number, slots[number]) for number in range(ncpus)),
+        )
+
+    # What trace.counters needs of a machine.
+
+    @property
+    def ncpus(self) -> int:
+        """How many CPUs the machine has."""
+        return int(self._header()["ncpus"])
+
+    @property
+    def chip(self) -> str:
+        """The name of its interrupt controller."""
+        return _text(self._header()["chip"])
+
+    def counter_rows(self) -> NDArray[np.uint64]:
+        """Return the counters now: shape (slots, contexts, counters)."""
+        raw = np.ascontiguousarray(self._slots(self._header())["counters"])
+        rows: NDArray[np.uint64] = raw.view("<u8").reshape(
+            len(raw), _core.CONTEXTS, _core.COUNTER_ROOM
+        )
+        return rows
+
+    def _header(self) -> Any:
+        data = os.pread(self._fd, _HEADER.itemsize, 0)
+        if len(data) < _ABI_BYTES or not data.startswith(_core.MAGIC.encode()):
+            raise LayoutError("this object is not a machine, or not one yet")
+        abi = int.from_bytes(data[8:12], "little")
+        if abi != _core.ABI:
+            raise LayoutError(
+                f"this machine has layout version {abi}, this shmipi reads"
+                f" {_core.ABI}: use the shmipi that booted it"
+            )
+        if len(data) < _HEADER.itemsize:
+            raise LayoutError("the machine's header is cut short")
+        header = np.frombuffer(data, _HEADER)[0]
+        if int(header["header_bytes"]) != _HEADER.itemsize:
+            raise LayoutError("the machine's header is not of this build of shmipi")
+        if not 1 <= int(header["ncpus"]) <= _core.MAX_CPUS:
+            raise LayoutError("the machine's header is damaged: its number of CPUs")
+        return header
+
+    def _slots(self, header: Any) -> NDArray[Any]:
+        count = int(header["ncpus"]) + _core.EXTRA_SLOTS
+        offset, size = int(header["slot_offset"]), count * _SLOT.itemsize
+        data = b""
+        if offset + size <= os.fstat(self._fd).st_size:
+            data = os.pread(self._fd, size, offset)
+        if len(data) != size:
+            raise LayoutError("the machine's header is damaged: where its slots lie")
+        slots: NDArray[Any] = np.frombuffer(data, _SLOT)
+        return slots
+
+
+def _cpu(number: int, slot: Any) -> CpuView:
+    word = int(slot["word"])
+    waiting = int(slot["waiting_for"]) & 0xFFFFFFFF
+    return CpuView(
+        id=number,
+        pid=int(slot["pid"]),
+        core=int(slot["core"]),
+        state=_word(_CPU_STATES, word & 7),
+        generation=int(slot["generation"]),
+        idle=_word(IDLE, slot["idle"]),
+        queued=bool(word >> 32),
+        task=(_text(slot["task_name"]) or "?") if slot["task"] else None,
+        waits_for=waiting - 1 if waiting else None,
+    )
+
+
+def _word(words: tuple[str, ...], number: Any) -> str:
+    return words[int(number)] if int(number) < len(words) else "?"
+
+
+def _text(raw: Any) -> str:
+    """Text of the segment for a terminal: nothing unprintable gets there."""
+    text = bytes(raw).partition(b"\0")[0].decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def leftovers() -> list[segment.Found]:
+    """Return what ``segment.clean()`` would remove now: nothing is touched."""
+    dead = [found for found in segment.find() if not found.alive]
+    return dead + [
+        segment.Found(name, os.getuid(), segment.SHM / full, None, alive=False)
+        for name, full in sorted(set(_doorbells()))
+        if not (segment.SHM / full).exists()
+    ]
+
+
+def _doorbells() -> Iterator[tuple[str, str]]:
+    """Machine and its full name, for each semaphore and queue that has an old name."""
+    pattern = re.compile(rf"(?:sem\.)?(shmipi\.{os.getuid()}\.([^.]+))\.\d+")
+    for folder in (segment.SHM, Path("/dev/mqueue")):
+        with contextlib.suppress(OSError):
+            for path in folder.iterdir():
+                match = pattern.fullmatch(path.name)
+                if match and time.time() - path.stat().st_mtime >= segment._YOUNG_S:
+                    yield match[2], match[1]

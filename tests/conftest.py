@@ -1,0 +1,265 @@
+"""What the tests share: machines that are always ended, and a look for what is left.
+
+Every test is followed by a look for processes and shared objects that it made and did
+not end: one that leaks fails, whatever it was about.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+import shmipi
+
+#: In the environment of everything the tests start: also finds what was orphaned.
+_TOKEN = f"SHMIPI_TEST_RUN={secrets.token_hex(8)}"
+os.environ.update([_TOKEN.split("=")])  # type: ignore[list-item]
+
+_SHM = Path("/dev/shm")
+_QUEUES = Path("/dev/mqueue")
+_LEAK_WAIT_S = 2.0
+#: Where this shmipi is: for hosts in processes of their own.
+PACKAGE_HOME = str(Path(shmipi.__file__).resolve().parents[1])
+
+
+# ---- the look for leaks ------------------------------------------------------------------
+
+
+def _processes() -> set[int]:
+    """Pids of live processes that the tests started, whoever their parent is now."""
+    token, found = _TOKEN.encode(), set()
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if token in Path(entry.path, "environ").read_bytes():
+                found.add(int(entry.name))
+    return found
+
+
+def _objects() -> set[Path]:
+    found: set[Path] = set()
+    for folder in (_SHM, _QUEUES):
+        with contextlib.suppress(OSError):
+            found |= {
+                path
+                for path in folder.iterdir()
+                if path.name.startswith(("shmipi.", "sem.shmipi."))
+            }
+    return found
+
+
+def _is_anothers(path: Path) -> bool:
+    """Does the object belong to a live machine? (Ours are ended: no process is left.)"""
+    from shmipi.machine import segment
+
+    full = ".".join(path.name.removeprefix("sem.").split(".")[:3])
+    with contextlib.suppress(OSError):
+        return any(m.alive for m in segment.find(every_user=True) if m.full_name == full)
+    return False
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fail a test that leaves a process or an object of its machine."""
+    processes, objects = _processes(), _objects()
+    yield
+    deadline = time.monotonic() + _LEAK_WAIT_S
+    while True:
+        left = _processes() - processes
+        lost = {path for path in _objects() - objects if left or not _is_anothers(path)}
+        if not left and not lost:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    names = [f"{pid}: {_describe(pid)}" for pid in sorted(left)]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for path in lost:
+        path.unlink(missing_ok=True)
+    pytest.fail(f"left behind: processes {names}, objects {sorted(map(str, lost))}")
+
+
+def _describe(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")[:80]
+        return f"{state} {line.decode(errors='replace')}"
+    return "gone by now"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def functions_travel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Send the functions of test modules by value: a CPU need not import pytest."""
+    cloudpickle.register_pickle_by_value(request.module)
+    yield
+    cloudpickle.unregister_pickle_by_value(request.module)
+
+
+# ---- machines ----------------------------------------------------------------------------
+
+
+def make_cluster(
+    ncpus: int | None = 2, *, steps: bool = False, arena_bytes: int = 0, **options: Any
+) -> Any:
+    """A Cluster; with `steps` or `arena_bytes`, which are for tests, past its face."""
+    from shmipi import cluster as module
+
+    if not steps and not arena_bytes:
+        return module.Cluster(ncpus, **options)
+    values: dict[str, Any] = {
+        "idle": "auto",
+        "doorbell": "futex",
+        "kick": True,
+        "controller": "apic",
+        "cores": "auto",
+        "name": None,
+        "handlers": (),
+        "trace": False,
+        **options,
+    }
+    plan = module._plan(ncpus, steps=steps, arena_bytes=arena_bytes, **values)
+    cluster = module.Cluster.__new__(module.Cluster)
+    cluster._open(plan)
+    return cluster
+
+
+@pytest.fixture
+def boot() -> Iterator[Callable[..., Any]]:
+    """`boot(ncpus, **options)`: a Cluster that ends with the test."""
+    clusters: list[Any] = []
+
+    def start(*args: Any, **options: Any) -> Any:
+        clusters.append(make_cluster(*args, **options))
+        return clusters[-1]
+
+    yield start
+    for cluster in clusters:
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Three CPUs that halt, shared by the tests of a module: leave them as they were."""
+    with make_cluster(3, idle="halt") as made:
+        yield made
+
+
+# ---- tools -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eventually() -> Callable[..., float]:
+    """`eventually(condition, seconds=5)`: wait for it; how long that took, in s."""
+
+    def wait(condition: Callable[[], object], seconds: float = 5.0) -> float:
+        start = time.monotonic()
+        while not condition():
+            assert time.monotonic() - start < seconds, "it did not happen"
+            time.sleep(0.001)
+        return time.monotonic() - start
+
+    return wait
+
+
+@pytest.fixture
+def background() -> Iterator[Callable[..., Any]]:
+    """`background(func, *args)`: a thread whose `.end(seconds)` gives result or error."""
+    started: list[Background] = []
+
+    def start(func: Callable[..., Any], *args: Any) -> Background:
+        started.append(Background(func, args))
+        return started[-1]
+
+    yield start
+    for thread in started:
+        thread.join(10.0)
+        assert not thread.is_alive(), "a thread of the test hangs"
+
+
+class Background(threading.Thread):
+    """Runs a function; daemonic, so that a hang fails the test and not the run."""
+
+    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        super().__init__(daemon=True)
+        self.work = lambda: func(*args)
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.finished_at = 0.0
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = self.work()
+        except BaseException as error:
+            self.error = error
+        self.finished_at = time.monotonic()
+
+    def end(self, seconds: float = 5.0) -> Any:
+        self.join(seconds)
+        assert not self.is_alive(), f"still at it after {seconds} s"
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """`script(text)`: start a Python program as a host of its own; a Popen.
+
+    Its standard output is a pipe; with `wait=True` (default) it has ended and what it
+    printed is in `.text`.
+    """
+    started: list[subprocess.Popen[str]] = []
+
+    def start(
+        text: str,
+        *args: str,
+        wait: bool = True,
+        timeout: float = 30.0,
+        status: int | None = 0,
+        prefix: tuple[str, ...] = (),
+        flags: tuple[str, ...] = ("-W", "error"),
+        **options: Any,
+    ) -> Any:
+        path = tmp_path / f"host{len(started)}.py"
+        path.write_text(textwrap.dedent(text))
+        environment = {**os.environ, "PYTHONPATH": PACKAGE_HOME}
+        process: Any = subprocess.Popen(
+            [*prefix, sys.executable, *flags, str(path), *args],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            **options,
+        )
+        started.append(process)
+        if wait:
+            try:
+                process.text, _ = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.text, _ = process.communicate()
+                pytest.fail(f"the program hangs; it printed:\n{process.text}")
+            assert status is None or process.returncode == status, process.text
+        return process
+
+    yield start
+    for process in started:
+        with process:
+            if process.poll() is None:
+                process.kill()
