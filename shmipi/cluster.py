@@ -193,9 +193,12 @@ class Cluster:
         return self._host.plan.controller
 
     @property
-    def arena_bytes(self) -> int:
-        """The most that one pickled argument or result may have, in bytes."""
-        return self._machine.arena_bytes
+    def payload_max(self) -> int:
+        """The most that one pickled argument or result may have, in bytes.
+
+        It is half of a sender's arena: 32 MiB with up to 62 CPUs, less with more.
+        """
+        return self._machine.payload_max
 
     def _check(self) -> None:
         if os.getpid() != self._host.owner:

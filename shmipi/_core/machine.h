@@ -125,6 +125,13 @@ void shi_self_fini(struct shi_self *self);
 /* CPU: take the slot (pid, start time, thread) and go online, polling. */
 int shi_self_online(struct shi_self *self);
 
+/* The largest single payload: half the arena, because the buddy allocator gives out
+ * halves and the functions a sender publishes lie in the same arena. */
+static inline uint64_t shi_payload_max(const struct shi_machine *m)
+{
+    return m->arena_bytes / 2;
+}
+
 static inline struct shi_slot *shi_slot(const struct shi_machine *m, uint32_t id)
 {
     return (struct shi_slot *)(m->base + m->slot_offset + (uint64_t)id * SHI_SLOT_BYTES);

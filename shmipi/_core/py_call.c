@@ -95,8 +95,8 @@ static int wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_
     }
     self->inline_python = inlined;
     shi_wait_end(self, &wait);
-    if (!self->host && self->deferred.head && !self->irqs_off)
-        shi_run_deferred(machine);
+    if (!self->host)
+        shi_take_deferred(machine);
     return rc;
 }
 
@@ -242,9 +242,9 @@ int shi_run_local(Machine *machine, PyObject *function, PyObject *info, bool wai
         Py_XDECREF(result);
     }
     shi_irq_restore(self, flags);
-    if (self->deferred.head && !self->irqs_off) {
+    if (self->deferred.head && !shi_masked(self)) {
         PyObject *error = err ? shi_take_exception() : NULL;
-        shi_run_deferred(machine);
+        shi_take_deferred(machine);
         if (error) {
             PyErr_SetObject((PyObject *)Py_TYPE(error), error);
             Py_DECREF(error);

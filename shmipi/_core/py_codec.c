@@ -45,11 +45,11 @@ static PyObject *pickled(Machine *machine, PyObject *object)
 {
     PyObject *bytes = PyObject_CallOneArg(shi_py.dumps, object);
     if (bytes && (!PyBytes_Check(bytes) ||
-                  (uint64_t)PyBytes_GET_SIZE(bytes) > machine->m.arena_bytes)) {
+                  (uint64_t)PyBytes_GET_SIZE(bytes) > shi_payload_max(&machine->m))) {
         shi_raise(shi_py.ArenaError, E2BIG, -1,
-                  "%zd bytes pickled: an argument or result may have %llu at most (the "
-                  "sender's arena); put large data in cluster.shared()",
-                  PyBytes_GET_SIZE(bytes), (unsigned long long)machine->m.arena_bytes);
+                  "%zd bytes pickled: an argument or result may have %llu at most (half "
+                  "the sender's arena); put large data in cluster.shared()",
+                  PyBytes_GET_SIZE(bytes), (unsigned long long)shi_payload_max(&machine->m));
         Py_CLEAR(bytes);
     }
     return bytes;
@@ -302,10 +302,10 @@ void shi_outgoing_share(Machine *machine, const struct outgoing *out, uint32_t l
 static PyObject *fetch(Machine *machine, uint32_t dst, uint64_t token, uint32_t length)
 {
     struct shi_self *self = &machine->self;
-    if (length > machine->m.arena_bytes)
+    if (length > shi_payload_max(&machine->m))
         return shi_raise(shi_py.ArenaError, E2BIG, (int)dst,
-                         "a result of %u bytes does not fit the arena of %llu", length,
-                         (unsigned long long)machine->m.arena_bytes);
+                         "a result of %u bytes is more than the %llu that one may have", length,
+                         (unsigned long long)shi_payload_max(&machine->m));
     shi_enter(self);
     int64_t local = shi_csd_get(self), at = 0;
     if (local >= 0) {

@@ -168,6 +168,17 @@ static void irq_window(Machine *machine)
     }
 }
 
+void shi_take_deferred(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    if (!self->deferred.head || shi_masked(self))
+        return;
+    if (self->in_task)
+        irq_window(machine); /* takes ASKED back, which keeps senders from kicking */
+    else
+        shi_run_deferred(machine);
+}
+
 /* The Python-level handler of the kick signal. */
 static PyObject *irq_entry(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {

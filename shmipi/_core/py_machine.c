@@ -489,7 +489,7 @@ GETTER(is_cpu, PyBool_FromLong(!machine->self.host))
 GETTER(name, PyUnicode_DecodeUTF8(machine->m.header->name,
                                   (Py_ssize_t)strnlen(machine->m.header->name, SHI_NAME_MAX),
                                   "replace"))
-GETTER(arena_bytes, PyLong_FromUnsignedLongLong(machine->m.arena_bytes))
+GETTER(payload_max, PyLong_FromUnsignedLongLong(shi_payload_max(&machine->m)))
 GETTER(array_bytes, PyLong_FromUnsignedLongLong(machine->m.array_bytes))
 GETTER(state, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->machine_state)))
 GETTER(event, PyLong_FromUnsignedLong(shi_load_acquire(&machine->self.slot->event)))
@@ -510,7 +510,7 @@ GETTER(trace_records, PyLong_FromUnsignedLong(machine->m.trace_records))
 
 #define GET(name) {#name, get_##name, NULL, NULL, NULL}
 static PyGetSetDef machine_getset[] = {
-    GET(ncpus), GET(nslots), GET(id), GET(is_cpu), GET(name), GET(arena_bytes),
+    GET(ncpus), GET(nslots), GET(id), GET(is_cpu), GET(name), GET(payload_max),
     GET(array_bytes), GET(state), GET(event), GET(hotplug_event), GET(firmware_pid),
     GET(host_pid), GET(boot_time), GET(doorbell), GET(kick_signal), GET(kick),
     GET(oversubscribed), GET(chip), GET(closed), GET(slot_offset), GET(trace_offset),

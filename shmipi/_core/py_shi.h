@@ -171,6 +171,8 @@ extern PyMethodDef shi_call_functions[]; /* of the module: on the current machin
 void shi_cpu_hooks(Machine *machine);
 /* Run Python csds that the kick handler put off.  Holds the interpreter. */
 void shi_run_deferred(Machine *machine);
+/* The same between two steps of a task: and senders kick again from then on. */
+void shi_take_deferred(Machine *machine);
 extern PyMethodDef shi_cpu_methods[];
 extern PyMethodDef shi_cpu_functions[];
 

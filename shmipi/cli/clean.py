@@ -6,8 +6,8 @@ import argparse
 
 HELP = """\
 Removes the shared memory, semaphores and message queues of machines of this user that
-are dead: all their processes are gone and nobody was left to tidy up. A live machine is
-never touched, whichever container it runs in: the kernel's file locks tell, not pids."""
+are dead: all their processes are gone and nobody was left to tidy up. A live machine
+is never touched, whichever container it runs in: file locks tell, not pids."""
 EXAMPLE = """\
 shmipi clean
 shmipi clean --dry-run"""

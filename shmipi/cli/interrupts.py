@@ -27,7 +27,9 @@ _LOOK_S = 0.2  # how soon the machine's end is noticed
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("name", metavar="NAME", help="the machine, as `shmipi ps` lists it")
+    parser.add_argument(
+        "name", metavar="NAME", help="the machine, as `shmipi ps` lists it"
+    )
     parser.add_argument(
         "--watch",
         action="store_true",

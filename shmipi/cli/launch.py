@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _deaf() -> None:
-    """The end has begun and is bounded in time: a second Ctrl-C must not cut it short."""
+    """The end has begun and takes seconds at most: nothing cuts it short now."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

@@ -52,7 +52,7 @@ def _find() -> list[Found]:
 
 
 def _look(found: Found) -> _Entry:
-    """Return the object, its state, what is in it, and words for what cannot be seen."""
+    """Return the object, its state, what is in it, or words for why that is unknown."""
     from shmipi.errors import LayoutError
     from shmipi.machine.inspect import Inspector
 
@@ -117,13 +117,12 @@ def _print(entries: list[_Entry], verbose: bool, stream: TextIO) -> None:
                 f"{view.memory_bytes / 1024:.0f} KiB",
             )
         out.print(listing)
-    for found, state, view, words in entries:
-        if view is None:
+    for found, state, nothing, words in entries:
+        if nothing is None:
             out.print(f"{found.name}: {state}: {words}")
-    for _, view in known:
-        if verbose:
-            out.print()
-            out.print(_cpus(view))
+    for _, view in known if verbose else ():
+        out.print()
+        out.print(_cpus(view))
 
 
 def _cpus(view: MachineView) -> Any:

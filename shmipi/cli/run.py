@@ -10,20 +10,24 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shmipi.cli import Parser
 from shmipi.cli.options import add_machine_options, boot
 from shmipi.cpumask import CpuMask
 from shmipi.errors import CommandError, ShmipiError
 
+if TYPE_CHECKING:
+    from shmipi.cluster import Cluster
+
 HELP = """\
-Boots a machine and runs a function of yours as a task on every CPU: `main` of a file, or
-the one that is named. Each CPU loads the file or module for itself; what follows `--` are
-the function's arguments, strings all, and sys.argv is what a script would see. Results
-that are not None are printed in CPU order. Exit status 1: your code raised (or said so
-with sys.exit); its traceback is printed once for all CPUs that raised it."""
+Boots a machine and runs a function of yours as a task on every CPU: `main` of a file,
+or the one that is named. Each CPU loads the file or module for itself. What follows
+`--` are the function's arguments, strings all; sys.argv is what a script would see.
+Results that are not None are printed in CPU order. When your code raises, its traceback
+is printed once for all CPUs that raised it, and the exit status is 1; sys.exit sets it."""
 EXAMPLE = """\
 shmipi run --cpus 4 program.py
 shmipi run program.py:measure --idle halt -- 1000 fast
@@ -35,47 +39,51 @@ _SCRIPT: Final = "__shmipi_script__"  # for a file whose own name is another mod
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.usage = "%(prog)s [OPTIONS] FILE.py[:FUNC] | MODULE:FUNC [OPTIONS] [-- ARGS]"
+    # The target and everything behind it, as it is: how argparse reads "--" and "*"
+    # differs between versions of Python, and both lose words here.
     parser.add_argument(
-        "target", metavar="FILE.py[:FUNC] | MODULE:FUNC", help="what to run"
+        "words",
+        nargs=argparse.PARSER,
+        metavar="FILE.py[:FUNC] | MODULE:FUNC",
+        help="what to run",
     )
-    # Not "*": argparse lets that match nothing when an option follows the target.
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     add_machine_options(parser)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to run: ``path`` of a file or the name of a ``module``, and a function's."""
+    """What to run: a file by its ``path``, or a ``module``, and the function's name.
 
-    text: str
+    ``folder`` and ``argv`` are what sys.path begins with and sys.argv is for it.
+    """
+
     path: str | None
     module: str
     func: str
+    folder: str
+    argv: list[str]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run it; return 0, or 1 (or what sys.exit was given) when the user's code failed."""
-    arguments = _split(args)
-    target = _target(args.target)
-    sys.argv[:] = [target.path or _origin(target.module), *arguments]
+    """Run it; return 0, 1 when the user's code raised, or what it gave to sys.exit."""
+    word, *rest = args.words
+    arguments = _arguments(rest, args)
+    target = _target(word, arguments)
     with boot(args) as cluster:
         cpus = cluster.online_mask
         outcomes = _each(cluster, _load, target, cpus)
-        if all(outcome.kind == "result" for outcome in outcomes.values()):
-            outcomes = _each(cluster, _call, target, cpus, *arguments)
+        if all(outcome.good for outcome in outcomes.values()):
+            outcomes = _each(cluster, _call, target, cpus)
     return _report(outcomes)
 
 
-# ---- what was asked for ------------------------------------------------------------------
+# ---- what was asked for --------------------------------------------------------------
 
 
-def _split(args: argparse.Namespace) -> list[str]:
-    """Return the function's arguments; parse options between the target and ``--``."""
-    rest: list[str] = args.rest
-    middle, arguments = rest, []
-    if "--" in rest:
-        cut = rest.index("--")
-        middle, arguments = rest[:cut], rest[cut + 1 :]
+def _arguments(rest: list[str], args: argparse.Namespace) -> list[str]:
+    """Return what is behind ``--``; parse options between the target and it."""
+    cut = rest.index("--") if "--" in rest else len(rest)
+    middle, arguments = rest[:cut], rest[cut + 1 :]
     if middle:
         parser = Parser(prog="shmipi run", description=HELP, example=EXAMPLE)
         parser.usage = "%(prog)s [OPTIONS] FILE.py[:FUNC] | MODULE:FUNC [-- ARGS]"
@@ -89,123 +97,139 @@ def _split(args: argparse.Namespace) -> list[str]:
     return arguments
 
 
-def _target(text: str) -> Target:
-    """Understand ``FILE.py[:FUNC]`` or ``MODULE:FUNC``; make it importable on CPUs."""
+def _target(text: str, arguments: list[str]) -> Target:
+    """Understand ``FILE.py[:FUNC]`` or ``MODULE:FUNC``; the file or module exists."""
     head, _, func = text.rpartition(":")
     if not head:
         head, func = text, ""
     if head.endswith(".py") or "/" in head:
-        path = os.path.abspath(head)
-        if not os.path.isfile(path):
+        if not os.path.isfile(head):
             raise CommandError(f"there is no file {head}", status=2)
-        # As for a script: what lies beside it can be imported.
-        sys.path.insert(0, os.path.dirname(path))
-        name = os.path.basename(path).removesuffix(".py")
-        return Target(text, path, _module_name(name, path), func or "main")
+        path = os.path.abspath(head)
+        folder, module = os.path.split(path)
+        module = module.removesuffix(".py")
+        return Target(path, module, func or "main", folder, [head, *arguments])
     if not func:
         raise CommandError(
             f"{text!r} is neither FILE.py nor FILE.py:FUNC nor MODULE:FUNC", status=2
         )
-    sys.path.insert(0, os.getcwd())
-    if _origin(head) is None:
+    origin = _origin(head)
+    if origin is None:
         raise CommandError(f"there is no module {head!r}", status=2)
-    return Target(text, None, head, func)
+    return Target(None, head, func, os.getcwd(), [origin, *arguments])
 
 
-def _module_name(name: str, path: str) -> str:
-    """Return the name under which CPUs import a file.
-
-    Its own, so that its functions travel between CPUs by name, unless that name means
-    something else here: a ``random.py`` must not become everybody's ``random``.
-    """
-    if name.isidentifier() and name not in sys.modules:
-        try:
-            spec = importlib.util.find_spec(name)
-        except (ImportError, ValueError):
-            spec = None
-        if spec is not None and spec.origin and os.path.samefile(spec.origin, path):
-            return name
-    return _SCRIPT
-
-
-def _origin(module: str) -> Any:
-    """Return the file of a module, its name if it has none, None if it does not exist."""
+def _origin(module: str) -> str | None:
+    """Return a module's file, or its name if it has none; None: there is no module."""
+    sys.path.insert(0, os.getcwd())  # as for `python -m`
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):  # a parent is missing, or no such name can be
-        return None
+        spec = None
+    finally:
+        del sys.path[0]
     return None if spec is None else spec.origin or module
 
 
-# ---- on the CPUs -------------------------------------------------------------------------
+# ---- on the CPUs ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How it ended on a CPU: result (repr), raised (traceback), missing, exit (code)."""
+    """How it ended on a CPU.
+
+    ``kind`` and ``text``: "result" and its repr, "nothing" (a result of None), "raised"
+    and the traceback, "missing" and what is, "exit" and its message with its ``code``.
+    """
 
     kind: str
     text: str = ""
     code: int = 0
 
+    @property
+    def good(self) -> bool:
+        """The user's code returned."""
+        return self.kind in ("result", "nothing")
+
+
+_loaded: ModuleType | None = None  # on a CPU: the user's module
+
 
 def _load(target: Target) -> Outcome:
     """Task: import the file or module and look for the function."""
-    return _guarded(lambda: _find(target))
+
+    def load() -> None:
+        global _loaded
+        # Only here, on the CPUs: what lies beside a file, its `random.py` say, must
+        # not be taken for a module that the host or the firmware wants.
+        sys.path.insert(0, target.folder)
+        sys.argv[:] = target.argv
+        _loaded = _module(target)
+        _function(target)
+
+    return _guarded(load)
 
 
-def _find(target: Target) -> None:
-    found: Any = _module(target)
-    for name in target.func.split("."):
-        found = getattr(found, name, _missing)
-    if found is _missing:
-        raise _Missing(f"{target.path or target.module} has no function {target.func!r}")
-    if not callable(found):
-        raise _Missing(f"{target.func!r} of {target.path or target.module} is no function")
-
-
-def _call(target: Target, *arguments: str) -> Outcome:
+def _call(target: Target) -> Outcome:
     """Task: call the function."""
 
     def call() -> str | None:
-        function: Any = sys.modules[target.module]
-        for name in target.func.split("."):
-            function = getattr(function, name)
-        result = function(*arguments)
+        result = _function(target)(*target.argv[1:])
         return None if result is None else repr(result)
 
     return _guarded(call)
 
 
-class _Missing(Exception):
+class _MissingError(Exception):
     """There is no such function."""
 
 
-_missing: Final = object()
+def _function(target: Target) -> Any:
+    found: Any = _loaded
+    where = target.path or target.module
+    for name in target.func.split("."):
+        if not hasattr(found, name):
+            raise _MissingError(f"{where} has no function {target.func!r}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise _MissingError(f"{target.func!r} of {where} is not a function")
+    return found
 
 
 def _module(target: Target) -> ModuleType:
-    if target.path is None or target.module != _SCRIPT:
+    """Import it; a file under its own name, so that its functions travel by name.
+
+    Unless that name means something else here: a ``random.py`` must not become
+    everybody's ``random``.
+    """
+    if target.path is None or _is_free(target.module, target.path):
         return import_module(target.module)
-    spec = importlib.util.spec_from_file_location(_SCRIPT, target.path)
+    loader = SourceFileLoader(_SCRIPT, target.path)
+    spec = importlib.util.spec_from_file_location(_SCRIPT, target.path, loader=loader)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[_SCRIPT] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[_SCRIPT]
-        raise
+    loader.exec_module(module)
     return module
+
+
+def _is_free(name: str, path: str) -> bool:
+    if not name.isidentifier() or name in sys.modules:
+        return False
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    origin = spec.origin if spec is not None else None
+    return origin is not None and os.path.realpath(origin) == os.path.realpath(path)
 
 
 def _guarded(work: Callable[[], str | None]) -> Outcome:
     """Run the user's code; whatever it raises becomes an outcome."""
     try:
         text = work()
-        return Outcome("result", "" if text is None else text, text is not None)
-    except _Missing as error:
+        return Outcome("nothing") if text is None else Outcome("result", text)
+    except _MissingError as error:
         return Outcome("missing", str(error))
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
@@ -224,7 +248,7 @@ def _guarded(work: Callable[[], str | None]) -> Outcome:
 
 def _users_part(trace: TracebackType | None) -> TracebackType | None:
     """Drop the frames of this file and of the import system in front."""
-    while trace is not None and trace.tb_next is not None:
+    while trace is not None:
         file = trace.tb_frame.f_code.co_filename
         ours = file == __file__ or file.startswith("<frozen importlib")
         if not (ours or file == importlib.__file__):
@@ -233,15 +257,15 @@ def _users_part(trace: TracebackType | None) -> TracebackType | None:
     return trace
 
 
-# ---- on the host -------------------------------------------------------------------------
+# ---- on the host ---------------------------------------------------------------------
 
 
 def _each(
-    cluster: Any, task: Callable[..., Outcome], target: Target, cpus: CpuMask, *args: str
+    cluster: Cluster, task: Callable[[Target], Outcome], target: Target, cpus: CpuMask
 ) -> dict[int, Outcome]:
     """Run a task of ours on all CPUs; a CPU that dies of it is an outcome too."""
     try:
-        results = cluster.run(task, target, *args, cpus=cpus)
+        results = cluster.run(task, target, cpus=cpus)
     except* ShmipiError as group:
         raise CommandError("; ".join(sorted(set(_messages(group))))) from None
     return dict(zip(cpus, results, strict=True))
@@ -258,12 +282,12 @@ def _messages(group: BaseExceptionGroup[Any]) -> Iterable[str]:
 def _report(outcomes: dict[int, Outcome]) -> int:
     """Print results in CPU order, and each different failure once."""
     for cpu, outcome in outcomes.items():
-        if outcome.kind == "result" and outcome.code:
+        if outcome.kind == "result":
             print(f"CPU {cpu}: {outcome.text}")
     sys.stdout.flush()
     failures: dict[Outcome, list[int]] = {}
     for cpu, outcome in outcomes.items():
-        if outcome.kind != "result":
+        if not outcome.good:
             failures.setdefault(outcome, []).append(cpu)
     status = 0
     for outcome, cpus in failures.items():

@@ -22,6 +22,7 @@ import struct
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from shmipi import _core
@@ -97,20 +98,17 @@ class Firmware:
         self.await_online(cpus)
 
     def await_online(self, cpus: list[int]) -> None:
-        waiting = set(cpus)
-        while waiting:
-            seen = self.machine.hotplug_event
-            for number in sorted(waiting):
+        """Return when every one of ``cpus`` is online. ``OSError`` when one died."""
+        for number in cpus:  # they come up in about this order
+            while True:
+                seen = self.machine.hotplug_event
                 state = self.machine.slot(number)[3]
-                if state not in (_core.OFFLINE, _core.CPU_DEAD):
-                    waiting.discard(number)
-                elif state == _core.CPU_DEAD:
+                if state == _core.CPU_DEAD:
                     raise OSError(
                         errno.ECHILD, f"CPU {number} died before it was online"
                     )
-                else:
-                    break  # they come up in about this order
-            if waiting:
+                if state != _core.OFFLINE:
+                    break
                 self.machine.wait_hotplug(seen, 0.02)
                 self.reap()
 
@@ -180,35 +178,36 @@ class Firmware:
 
     def reap(self) -> None:
         """Look after CPUs that died: mark, complete, ring, and only then wait for."""
-        dead = []
-        while True:
-            try:
-                found = os.waitid(
-                    os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT
-                )
-            except ChildProcessError:
-                break
-            if found is None or found.si_pid in self.unreaped:
-                break
-            self.unreaped.add(found.si_pid)
-            dead.append(found.si_pid)
-            self.bury(found.si_pid)
+        for pid in self.find_dead():
+            self.unreaped.add(pid)
+            self.bury(pid)
+            self.release(pid)
         for pid in list(self.unreaped):
-            number = self.pids.get(pid)
-            # A sender may be about to signal this pid: it stays taken until none is.
-            if number is None or self.machine.reap_unguarded(number):
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
-                self.unreaped.discard(pid)
-                self.pids.pop(pid, None)
-        if dead and len(self.pids) and not self.unreaped:
-            self.reap_more()
+            self.release(pid)
 
-    def reap_more(self) -> None:
-        """waitid names one dead child at a time: look for the next."""
+    def find_dead(self) -> Iterator[int]:
+        """Yield children that ended and are not waited for yet, each once."""
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
         with contextlib.suppress(ChildProcessError):
-            if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                self.reap()
+            while (found := os.waitid(os.P_ALL, 0, look)) is not None:
+                if found.si_pid in self.unreaped:
+                    break  # it stands in front of the others: ask for each
+                yield found.si_pid
+            else:
+                return
+        for pid in [pid for pid in self.pids if pid not in self.unreaped]:
+            with contextlib.suppress(ChildProcessError):
+                if os.waitid(os.P_PID, pid, look) is not None:
+                    yield pid
+
+    def release(self, pid: int) -> None:
+        """Give up a dead CPU's pid, unless a sender may be about to signal it."""
+        number = self.pids.get(pid)
+        if number is None or self.machine.reap_unguarded(number):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+            self.unreaped.discard(pid)
+            self.pids.pop(pid, None)
 
     def bury(self, pid: int) -> None:
         number = self.pids.get(pid)

@@ -105,8 +105,8 @@ class MachineView:
 class Inspector:
     """Reads a machine of this user by its name; a context manager.
 
-    Raises ``FileNotFoundError`` when there is none of that name, ``LayoutError`` for one
-    of another version of shmipi or with a damaged header.
+    Raises ``FileNotFoundError`` when there is none of that name, ``LayoutError`` for
+    one of another version of shmipi or with a damaged header.
     """
 
     def __init__(self, name: str) -> None:

@@ -177,6 +177,21 @@ class Book:
         senders = look_up("stress.head").shape[0]
         return cls(lambda name, dtype, shape: look_up(name), ncpus, senders)
 
+    def reset(self) -> None:
+        """Zero everything: before a run, while no call of an earlier one is open."""
+        for words in (
+            self.control_words,
+            self.plug,
+            self.kills,
+            self.fault_words,
+            self.head_words,
+            self.stat_words,
+            self.single_words,
+            self.many_words,
+            self.cells,
+        ):
+            words[...] = 0
+
     # ---- handlers ----------------------------------------------------------------------
 
     def ran_single(self, info: int, cpu: int) -> int:

@@ -1,0 +1,447 @@
+"""The latency of the full path: waiting calls from CPU 0 to one other CPU.
+
+Every row stands beside the raw limit of the same two processes: a block of the limit, a
+block of the row, and so on in turn. A row's ratio is the median over the blocks of (the
+row's median / the limit's median in that block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from shmipi import _core
+from shmipi.bench import limits, tasks
+from shmipi.bench.limits import BATCH, BATCHES, PLACEMENTS, Limit
+from shmipi.bench.runner import (
+    MISSED_SHARE,
+    Disturbance,
+    Progress,
+    Rig,
+    Seen,
+    choose_cores,
+    machine_facts,
+    median,
+    split,
+    spread,
+    unused_name,
+)
+from shmipi.errors import BootError
+
+__all__ = ["DOORBELLS", "HANDLERS", "Options", "run"]
+
+HANDLERS: Final = ("native", "python")
+#: What the rows can be chosen by: how the target is rung. "none" is the polling one.
+DOORBELLS: Final = ("none", "futex", "sem", "eventfd", "mqueue", "signal")
+
+#: The raw limit that has a doorbell's system calls and nothing else.
+_LIMIT_OF: Final = {
+    "futex": "futex",
+    "sem": "sem",
+    "eventfd": "eventfd",
+    "mqueue": "mqueue",
+    "signal": "sigwait",
+}
+#: How long a Python sender spins before it would sleep: for ever, or not at all.
+_SPIN_NS: Final = {"spin": 10**9, "park": 0}
+_PIPE_CALLS: Final = 200
+_STATES: Final = {
+    "polling": _core.POLLING,
+    "halted": _core.HALTED,
+    "running": _core.RUNNING,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure. ``calls`` is for each row, cut into ``blocks``."""
+
+    calls: int = 10_000
+    warmup: int = 50
+    doorbells: Sequence[str] = DOORBELLS
+    handlers: Sequence[str] = HANDLERS
+    cores: str | Sequence[int] = "auto"
+    gap_us: float = 30.0
+    blocks: int = 10
+    controller: str = "apic"
+
+    @property
+    def gap_ns(self) -> int:
+        """The pause before each call, but for polling rows, in ns."""
+        return round(self.gap_us * 1000)
+
+
+@dataclass
+class Row:
+    """One line of the result while it is being measured."""
+
+    handler: str
+    rtt: _core.Hist = field(default_factory=_core.Hist)
+    one_way: _core.Hist = field(default_factory=_core.Hist)
+    ratios: list[float] = field(default_factory=list)
+    batches: list[float] = field(default_factory=list)
+    seen: Seen = field(default_factory=Seen)
+    #: Calls in the blocks that ``seen`` looked at, warm-up included.
+    calls: int = 0
+    #: How often the target was not in its state when a call was due.
+    missed: int = 0
+    moved: bool = False
+
+
+@dataclass
+class Group:
+    """Rows that share a target's state, a doorbell and a limit."""
+
+    state: str
+    doorbell: str
+    wait: str
+    limit: str
+    rows: list[Row]
+    pipe: _core.Hist = field(default_factory=_core.Hist)
+
+    @property
+    def name(self) -> str:
+        """What to call it in a progress line."""
+        return " ".join(
+            word for word in (self.state, self.doorbell, self.wait) if word != "none"
+        )
+
+    def why(self, row: Row, limit: Limit) -> list[str]:
+        """Return why a row's figures are not what they claim to be."""
+        found = row.seen.why(row.calls) + limit.why()
+        if row.moved:
+            found.append("the sender changed its core")
+        if row.missed > MISSED_SHARE * row.calls:
+            found.append(
+                f"the target was not {self.state} at {row.missed} of {row.calls} calls"
+                " and was waited for"
+            )
+        counted = row.seen.counted
+        rung = {
+            "polling": counted.get("elided", 0),
+            "halted": counted.get("doorbells_sent", 0),
+            "running": counted.get("kicks_sent", 0),
+        }[self.state]
+        if rung < (1 - MISSED_SHARE) * row.calls:
+            found.append(
+                f"only {rung} of {row.calls} calls found the target {self.state}"
+            )
+        return found
+
+
+def _groups(options: Options) -> list[Group]:
+    wanted: list[tuple[str, str, str, str]] = []
+    for doorbell in DOORBELLS:
+        if doorbell not in options.doorbells:
+            continue
+        if doorbell == "none":
+            wanted.append(("polling", "none", "spin", "cacheline"))
+            continue
+        wanted.append(("halted", doorbell, "spin", _LIMIT_OF[doorbell]))
+        if doorbell == "futex":
+            wanted.append(("halted", doorbell, "park", "futex_park"))
+        if doorbell == "signal":
+            wanted.append(("running", doorbell, "spin", "signal"))
+    return [
+        Group(*parts, [Row(handler) for handler in HANDLERS if handler in options.handlers])
+        for parts in wanted
+    ]
+
+
+class _Run:
+    """A run: its rigs, its limits, and the passes over a group."""
+
+    def __init__(self, options: Options, progress: Progress | None) -> None:
+        self.options = options
+        self._progress = progress or (lambda text: None)
+        self.limits: dict[str, Limit] = {}
+        self.unavailable: dict[str, str] = {}
+
+    def _limit(self, name: str) -> Limit:
+        return self.limits.setdefault(name, Limit(name))
+
+    def measure(self, group: Group, rig: Rig) -> None:
+        """Measure all blocks of a group."""
+        one_block = self._polling if group.state == "polling" else self._rung
+        parts = split(self.options.calls, self.options.blocks)
+        for block, part in enumerate(parts):
+            self._progress(f"{group.name}, block {block + 1} of {len(parts)}")
+            one_block(group, rig, block, part)
+
+    # ---- a target that sleeps or is busy: every call is clocked ----------------------
+
+    def _rung(self, group: Group, rig: Rig, block: int, calls: int) -> None:
+        options, limit = self.options, self._limit(group.limit)
+        beside = limits.measure(
+            rig, limit, calls, gap_ns=options.gap_ns, warmup=options.warmup
+        )
+        limit.blocks.append(beside)
+        with ExitStack() as stack:
+            if group.state == "running":
+                rig.flags[0] = 0
+                job = rig.start(1, tasks.busy, 0)
+
+                def stop() -> None:
+                    rig.flags[0] = 1
+                    job.result()
+
+                stack.callback(stop)
+            for row in group.rows:
+                passes = _native if row.handler == "native" else _python
+                middle = passes(group, row, rig, calls, options)
+                if beside > 0:
+                    row.ratios.append(middle / beside)
+
+    # ---- a polling target: batches over placements, the distribution apart ------------
+
+    def _polling(self, group: Group, rig: Rig, block: int, calls: int) -> None:
+        plain, swap = self._limit("cacheline"), self._limit("cacheline_cas")
+        beside: list[float] = []
+        found: dict[str, list[float]] = {row.handler: [] for row in group.rows}
+        for place in range(PLACEMENTS):
+            cpu = 1 + place
+            placement = block * PLACEMENTS + place
+            beside.append(
+                limits.measure_batches(rig, plain, cpu=cpu, placement=placement)
+            )
+            limits.measure_batches(rig, swap, cpu=cpu, placement=placement)
+            with _polls(rig, cpu):
+                for row in group.rows:
+                    with Disturbance(rig, cpu, row.seen):
+                        found[row.handler].append(_batch(row, rig, cpu, place))
+        plain.blocks.append(median(beside))
+        for row in group.rows:
+            row.ratios.append(median(found[row.handler]) / median(beside))
+        # The distribution, with a clock around each call, of limit and rows alike.
+        cpu = 1 + block % PLACEMENTS
+        for limit in (plain, swap):
+            limits.measure(
+                rig, limit, calls, cpu=cpu, gap_ns=0, warmup=self.options.warmup
+            )
+        with _polls(rig, cpu):
+            for row in group.rows:
+                passes = _native if row.handler == "native" else _python
+                passes(group, row, rig, calls, self.options, cpu)
+        if any(row.handler == "python" for row in group.rows):
+            group.pipe.merge(_pipe(rig))
+
+
+class _polls:
+    """While it is entered, a CPU polls; before and after, it halts."""
+
+    def __init__(self, rig: Rig, cpu: int) -> None:
+        self._rig, self._cpu = rig, cpu
+
+    def __enter__(self) -> None:
+        self._rig.idle(self._cpu, "poll")
+
+    def __exit__(self, *_: object) -> None:
+        self._rig.idle(self._cpu, "halt")
+
+
+def _batch(row: Row, rig: Rig, cpu: int, skip: int) -> float:
+    """Measure one placement in batches; return ns per call."""
+    warmup = BATCH // 2
+    if row.handler == "native":
+        *_, batches, _, _, moved = rig.run(
+            0,
+            tasks.native_calls,
+            cpu,
+            BATCH * BATCHES,
+            {
+                "batch": BATCH,
+                "warmup": warmup,
+                "skip": skip,
+                "state": _core.POLLING,
+            },
+        )
+        row.moved |= bool(moved)
+    else:
+        batches = rig.run(
+            0, tasks.python_batches, cpu, BATCHES, BATCH, warmup, _core.POLLING
+        )
+    row.calls += BATCH * BATCHES + warmup
+    ns = median(batches)
+    row.batches.append(ns)
+    return ns
+
+
+def _native(
+    group: Group, row: Row, rig: Rig, calls: int, options: Options, cpu: int = 1
+) -> float:
+    """One block of a native row: round trips, then one way; return the median."""
+    common = {
+        "warmup": options.warmup,
+        "gap_ns": 0 if group.state == "polling" else options.gap_ns,
+        "state": _STATES[group.state],
+        "park": group.wait == "park",
+    }
+    with Disturbance(rig, cpu, row.seen):
+        rtt, _, _, missed, _, moved = rig.run(
+            0, tasks.native_calls, cpu, calls, common
+        )
+    row.calls += calls + options.warmup
+    row.missed += missed
+    row.moved |= bool(moved)
+    row.rtt.merge(rtt)
+    _, there, *_ = rig.run(
+        0, tasks.native_calls, cpu, _half(calls), {**common, "stamp": True}
+    )
+    row.one_way.merge(there)
+    return float(rtt.quantile(0.5))
+
+
+def _python(
+    group: Group, row: Row, rig: Rig, calls: int, options: Options, cpu: int = 1
+) -> float:
+    """One block of a Python row: round trips, then one way; return the median."""
+    gap_ns = 0 if group.state == "polling" else options.gap_ns
+    common = (options.warmup, gap_ns, _STATES[group.state], _SPIN_NS[group.wait])
+    with Disturbance(rig, cpu, row.seen):
+        rtt, missed = rig.run(0, tasks.python_calls, cpu, calls, *common)
+    row.calls += calls + options.warmup
+    row.missed += missed
+    row.rtt.merge(rtt)
+    row.one_way.merge(rig.run(0, tasks.python_one_way, cpu, _half(calls), *common))
+    return float(rtt.quantile(0.5))
+
+
+def _half(calls: int) -> int:
+    return max(1, calls // 2)
+
+
+def _pipe(rig: Rig) -> _core.Hist:
+    """Measure a round trip on a multiprocessing.Pipe between the same two processes."""
+    address = "\0" + unused_name("shmipi.bench")
+    warmup = 20
+    job = rig.start(1, tasks.pipe_pong, address, _PIPE_CALLS + warmup)
+    try:
+        found: _core.Hist = rig.run(0, tasks.pipe_ping, address, _PIPE_CALLS, warmup)
+    finally:
+        job.result()
+    return found
+
+
+# ---- the result ----------------------------------------------------------------------------
+
+
+def _row_json(group: Group, row: Row, limit: Limit, controller: str) -> dict[str, Any]:
+    why = group.why(row, limit)
+    if not row.ratios:
+        why.append(f"its limit {group.limit} is unavailable: {limit.unavailable}")
+    ipis = None
+    if row.seen.ipis_known and row.calls:
+        total = row.seen.target_ipis
+        total += row.seen.sender_ipis if group.wait == "park" else 0
+        ipis = total / row.calls
+    result: dict[str, Any] = {
+        "bench": "latency",
+        "target_state": group.state,
+        "doorbell": group.doorbell,
+        "sender_wait": group.wait,
+        "handler": row.handler,
+        "controller": controller,
+        "calls": row.rtt.count,
+        "rtt_ns": row.rtt.stats(),
+        "one_way_ns": row.one_way.stats(),
+        "limit": group.limit,
+        "ratio": median(row.ratios) if row.ratios else None,
+        "ratio_spread": spread(row.ratios) if row.ratios else None,
+        "ratio_blocks": row.ratios,
+        "valid": not why,
+        "real_ipis_per_call": ipis,
+        "missed_state": row.missed,
+        "stolen_s": row.seen.stolen_s,
+    }
+    if why:
+        result["why"] = why
+    if ipis is None:
+        result["real_ipis_note"] = (
+            "/proc/interrupts cannot be read here or has no rows RES and CAL"
+        )
+    if row.batches:
+        result["batch_ns"] = median(row.batches)
+        result["placements"] = PLACEMENTS
+    if group.pipe.count and row.handler == "python":
+        result["pipe_rtt_ns"] = group.pipe.stats()
+        result["times_faster_than_pipe"] = group.pipe.quantile(0.5) / median(row.batches)
+    return result
+
+
+def run(options: Options, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure and return the document of ``bench latency``, without its schema.
+
+    Raises ``CommandError`` for cores that cannot be used and what a boot raises, but for
+    a doorbell that cannot be had here: that one is listed under ``unavailable``.
+    """
+    sender, target = choose_cores(options.cores)
+    groups = _groups(options)
+    state = _Run(options, progress)
+    with ExitStack() as stack:
+        # The base polls and runs; its CPUs but one are all on the target's core, so that
+        # the line that is written to call the target lies at another place for each.
+        base = stack.enter_context(
+            limits.open_base([sender] + [target] * PLACEMENTS, options.controller)
+        )
+        rigs: dict[str, Rig] = {"none": base}
+        for group in groups:
+            rig = _rig_for(group, rigs, stack, state, [sender, target])
+            if rig is not None:
+                state.measure(group, rig)
+        for name in limits.ABOUT:
+            if name not in state.limits:
+                state._progress(f"limit {name}")
+                state.limits[name] = limits.measure_alone(
+                    base,
+                    name,
+                    calls=min(options.calls, 2000),
+                    blocks=5,
+                    gap_ns=options.gap_ns,
+                )
+        document = {
+            "bench": "latency",
+            "machine": machine_facts(sender_core=sender, target_core=target),
+            "timer_ns": base.timer_ns,
+            "clock": base.clock,
+            "gap_us": options.gap_us,
+            "calls": options.calls,
+            "blocks": options.blocks,
+            "gc": False,
+            "limits": {name: state.limits[name].as_json() for name in limits.ABOUT},
+            "rows": [
+                _row_json(group, row, state.limits[group.limit], options.controller)
+                for group in groups
+                if group.limit in state.limits
+                for row in group.rows
+                if row.rtt.count
+            ],
+        }
+    if state.unavailable:
+        document["unavailable"] = state.unavailable
+    return document
+
+
+def _rig_for(
+    group: Group,
+    rigs: dict[str, Rig],
+    stack: ExitStack,
+    state: _Run,
+    cores: Sequence[int],
+) -> Rig | None:
+    """Return the machine with a group's doorbell, booted when it is first needed."""
+    doorbell = "futex" if group.state == "running" else group.doorbell
+    if doorbell in state.unavailable:
+        return None
+    if doorbell not in rigs:
+        try:
+            rigs[doorbell] = stack.enter_context(
+                Rig(cores, doorbell=doorbell, controller=state.options.controller)
+            )
+        except BootError as error:
+            state.unavailable[doorbell] = str(error)
+            return None
+    return rigs[doorbell]
+
+

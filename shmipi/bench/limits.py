@@ -1,0 +1,283 @@
+"""The physical limits of this computer: raw round trips with nothing of shmipi's in them.
+
+Each runs between the same two pinned processes as the rows it stands beside: CPU 0 of a
+rig sends, another CPU answers, both in C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from shmipi import _core
+from shmipi.bench import tasks
+from shmipi.bench.runner import (
+    Disturbance,
+    Progress,
+    Rig,
+    Seen,
+    choose_cores,
+    machine_facts,
+    median,
+    next_session,
+    split,
+    unused_name,
+)
+from shmipi.errors import BootError
+
+__all__ = ["ABOUT", "BATCH", "BATCHES", "PLACEMENTS", "Limit", "measure", "run"]
+
+#: Every limit, and what its round trip is.
+ABOUT: Final = {
+    "cacheline": "a flag in shared memory: one store, the other spins on a load, and back",
+    "cacheline_cas": "the same where both poll by compare-and-swap: half the transfers",
+    "futex": "FUTEX_WAKE to a sleeper, the sender spins for the answer",
+    "sem": "sem_post to a sleeper, the sender spins",
+    "eventfd": "write to a sleeper in read, the sender spins",
+    "mqueue": "mq_send to a sleeper in mq_receive, the sender spins",
+    "sigwait": "tgkill to a sleeper in sigwaitinfo, the sender spins",
+    "futex_park": "FUTEX_WAKE there and back, both sleep",
+    "signal": "tgkill to a busy process, its handler stores, the sender spins",
+    "membarrier": "a private expedited membarrier: a real kernel IPI to the other core",
+}
+
+#: Lines that the cache-line figures are taken over: they differ by where a line lies.
+PLACEMENTS: Final = 16
+#: Round trips without a clock inside, and how many such batches at each placement.
+BATCH, BATCHES = 1000, 3
+
+_SLEEPING: Final = ("futex", "sem", "eventfd", "mqueue", "sigwait", "futex_park")
+#: More than this share of round trips to a target that was still awake: no limit.
+_AWAKE_SHARE: Final = 0.2
+
+
+@dataclass
+class Limit:
+    """A raw limit as it was measured: its distribution, and what disturbed it.
+
+    ``blocks`` are the medians of the blocks in ns, in their order; of ``cacheline`` over
+    its placements, in batches.
+    """
+
+    name: str
+    rtt: _core.Hist = field(default_factory=_core.Hist)
+    one_way: _core.Hist = field(default_factory=_core.Hist)
+    blocks: list[float] = field(default_factory=list)
+    batches: list[float] = field(default_factory=list)
+    calls: int = 0
+    slept: int = 0
+    preempted: int = 0
+    unavailable: str | None = None
+    seen: Seen = field(default_factory=Seen)
+
+    def why(self) -> list[str]:
+        """Return why its figures are not the box's own; empty if they are."""
+        found = self.seen.why(self.calls + len(self.batches) * BATCH)
+        if self.preempted > max(2.0, 0.01 * self.calls):
+            found.append(f"the limit's target was preempted {self.preempted} times")
+        awake = self.calls - self.slept
+        if self.name in _SLEEPING and awake > _AWAKE_SHARE * self.calls:
+            found.append(f"the limit's target was awake at {awake} of {self.calls} calls")
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for the ``limits`` of a document."""
+        if self.unavailable is not None:
+            return {"unavailable": self.unavailable}
+        why = self.why()
+        row: dict[str, Any] = {**self.rtt.stats(), "calls": self.calls}
+        if self.one_way.count:
+            row["one_way_ns"] = self.one_way.stats()
+        if self.batches:
+            row["batch_ns"] = median(self.batches)
+        row["valid"] = not why
+        if why:
+            row["why"] = why
+        return row
+
+
+def _options(rig: Rig, cpu: int, kind: str, **more: Any) -> dict[str, Any]:
+    return {
+        "core": rig.cores[cpu],
+        "eventfd": rig.eventfd(cpu) if kind == "eventfd" else -1,
+        "mq_name": "/" + unused_name("shmipi.limit") if kind == "mqueue" else "",
+        **more,
+    }
+
+
+def _pair(
+    rig: Rig, cpu: int, kind: str, calls: int, options: dict[str, Any]
+) -> tuple[_core.Hist, _core.Hist, float, int, int]:
+    """Run both roles once. Raises OSError: what the system forbids."""
+    session = next_session()
+    sender, target = rig.ids(0), rig.ids(cpu)
+    pong = rig.start(
+        cpu,
+        tasks.limit_pong,
+        kind,
+        session,
+        calls,
+        {**options, "peer_pid": sender[0], "peer_tid": sender[1]},
+    )
+    error: OSError | None = None
+    try:
+        result: tuple[_core.Hist, _core.Hist, float, int, int] = rig.run(
+            0,
+            tasks.limit_ping,
+            kind,
+            session,
+            calls,
+            {**options, "peer_pid": target[0], "peer_tid": target[1]},
+        )
+    except Exception as failure:
+        error = _cause(failure)
+    try:
+        pong.result()
+    except Exception as failure:
+        error = error or _cause(failure)
+    if error is not None:
+        raise error
+    return result
+
+
+def _cause(failure: Exception) -> OSError:
+    """Return the OSError behind a task's failure; anything else goes on."""
+    if isinstance(failure.__cause__, OSError):
+        return failure.__cause__
+    raise failure
+
+
+def measure(
+    rig: Rig, limit: Limit, calls: int, *, cpu: int = 1, gap_ns: int, warmup: int = 20
+) -> float:
+    """Measure one block of ``calls`` clocked round trips; return its median in ns.
+
+    The block is added to ``limit``. Where the system forbids it, ``limit.unavailable``
+    says why and the result is NaN.
+    """
+    if limit.unavailable is not None:
+        return float("nan")
+    kind, _, way = limit.name.partition("_cas")
+    del way
+    options = _options(
+        rig,
+        cpu,
+        kind,
+        warmup=warmup,
+        gap_ns=gap_ns,
+        clocked=True,
+        plain=limit.name == "cacheline",
+        one_way=kind != "membarrier",
+        deadline=_patience(calls + warmup, gap_ns),
+    )
+    if kind == "eventfd" and options["eventfd"] < 0:
+        limit.unavailable = "no eventfds: the limit of open files (ulimit -n)"
+        return float("nan")
+    try:
+        with Disturbance(rig, cpu, limit.seen):
+            rtt, there, _, slept, preempted = _pair(rig, cpu, kind, calls, options)
+    except OSError as error:
+        limit.unavailable = error.strerror or str(error)
+        return float("nan")
+    limit.rtt.merge(rtt)
+    limit.one_way.merge(there)
+    limit.calls += calls
+    limit.slept += slept
+    limit.preempted += preempted
+    return float(rtt.quantile(0.5))
+
+
+def measure_batches(rig: Rig, limit: Limit, *, cpu: int, placement: int) -> float:
+    """Measure a cache-line limit at one placement in batches; return ns a round trip."""
+    if limit.unavailable is not None:
+        return float("nan")
+    options = _options(
+        rig,
+        cpu,
+        "cacheline",
+        warmup=BATCH // 2,
+        batch=BATCH,
+        placement=placement % _core.LIMIT_PLACEMENTS,
+        plain=limit.name == "cacheline",
+        deadline=_patience(BATCH * BATCHES, 0),
+    )
+    try:
+        *_, ns, _, preempted = _pair(rig, cpu, "cacheline", BATCH * BATCHES, options)
+    except OSError as error:
+        limit.unavailable = error.strerror or str(error)
+        return float("nan")
+    limit.batches.append(ns)
+    limit.preempted += preempted
+    return ns
+
+
+def _patience(calls: int, gap_ns: int) -> float:
+    """Return after how many seconds a run is given up."""
+    return 15.0 + calls * (gap_ns + 200_000) * 10 / 1e9
+
+
+def measure_alone(
+    rig: Rig, name: str, *, calls: int, blocks: int, gap_ns: int, warmup: int = 20
+) -> Limit:
+    """Measure a limit that no row stands beside."""
+    limit = Limit(name)
+    for block, part in enumerate(split(calls, blocks)):
+        if name.startswith("cacheline"):
+            found = [
+                measure_batches(
+                    rig, limit, cpu=1, placement=block * PLACEMENTS + placement
+                )
+                for placement in range(PLACEMENTS)
+            ]
+            limit.blocks.append(median(found))
+        ns = measure(rig, limit, part, gap_ns=gap_ns, warmup=warmup)
+        if not name.startswith("cacheline"):
+            limit.blocks.append(ns)
+    return limit
+
+
+def open_base(cores: Sequence[int], controller: str = "apic") -> Rig:
+    """Boot the rig that can run every limit: with eventfds, if there may be some."""
+    try:
+        return Rig(cores, doorbell="eventfd", controller=controller)
+    except BootError:
+        return Rig(cores, controller=controller)
+
+
+def run(
+    *,
+    calls: int,
+    warmup: int = 20,
+    cores: str | Sequence[int] = "auto",
+    gap_us: float = 30,
+    blocks: int = 5,
+    names: Iterable[str] = tuple(ABOUT),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure the limits named and return the document of ``bench limits``.
+
+    ``calls`` is for each limit, cut into ``blocks``; ``gap_us`` is the pause before each
+    call. Raises ``CommandError`` for cores that cannot be used, and what a boot raises.
+    """
+    sender, target = choose_cores(cores)
+    gap_ns = round(gap_us * 1000)
+    found = {}
+    with open_base([sender, target]) as rig:
+        for name in names:
+            if progress is not None:
+                progress(name)
+            found[name] = measure_alone(
+                rig, name, calls=calls, blocks=blocks, gap_ns=gap_ns, warmup=warmup
+            )
+        return {
+            "bench": "limits",
+            "machine": machine_facts(sender_core=sender, target_core=target),
+            "timer_ns": rig.timer_ns,
+            "clock": rig.clock,
+            "gap_us": gap_us,
+            "blocks": blocks,
+            "gc": False,
+            "limits": {name: limit.as_json() for name, limit in found.items()},
+            "rows": [],
+        }

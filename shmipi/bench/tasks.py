@@ -1,0 +1,247 @@
+"""What runs on the CPUs of a machine that is measured: tasks and handlers.
+
+Each is found by name on the CPU, so none of them holds state but this module's: the
+shared arrays that ``prepare`` looks up. Times are integers in ns.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from shmipi import _core, atomic, smp
+from shmipi.machine.arrays import SharedArray, shared
+
+__all__ = [
+    "busy",
+    "flood_native",
+    "flood_python",
+    "limit_ping",
+    "limit_pong",
+    "native_calls",
+    "noop",
+    "pipe_ping",
+    "pipe_pong",
+    "prepare",
+    "python_batches",
+    "python_calls",
+    "python_one_way",
+    "settle",
+    "stamp_entry",
+]
+
+#: Names of the shared arrays of a rig.
+AREA, STAMPS, FLAGS = "bench.area", "bench.stamps", "bench.flags"
+
+_stamps: SharedArray
+_flags: SharedArray
+
+
+def prepare() -> tuple[float, str]:
+    """Make this CPU ready to be measured: what a stamp costs in ns, and by which clock.
+
+    Its garbage collector is off from now on: a collection is not an interrupt's latency.
+    """
+    global _stamps, _flags
+    _stamps, _flags = shared(STAMPS), shared(FLAGS)
+    gc.collect()
+    gc.disable()
+    return _core.timer_cost_ns(), _core.clock_source()
+
+
+def settle() -> int:
+    """Do nothing as a task; return the core that it ran on."""
+    return sorted(os.sched_getaffinity(0))[0]
+
+
+# --- handlers
+
+
+def noop(info: object) -> None:
+    """Do nothing: what a latency row measures is the interrupt."""
+
+
+def stamp_entry(index: int) -> None:
+    """Say when the handler was entered."""
+    now = _core.stamp()
+    _stamps[index] = now
+
+
+# --- the raw limits
+
+
+def limit_ping(
+    kind: str, session: int, calls: int, options: dict[str, Any]
+) -> tuple[_core.Hist, _core.Hist, float, int, int]:
+    """Be the sender of a raw limit."""
+    return _core.limit_ping(shared(AREA), kind, session, calls, **options)
+
+
+def limit_pong(kind: str, session: int, calls: int, options: dict[str, Any]) -> None:
+    """Be its target."""
+    _core.limit_pong(shared(AREA), kind, session, calls, **options)
+
+
+# --- waiting calls
+
+
+def native_calls(
+    cpu: int, calls: int, options: dict[str, Any]
+) -> tuple[_core.Hist, _core.Hist, list[float], int, int, bool]:
+    """Call a native handler of ``cpu`` from a native loop."""
+    return _core.bench_calls(cpu, calls, **options)
+
+
+def python_calls(
+    cpu: int, calls: int, warmup: int, gap_ns: int, state: int, spin_ns: int | None
+) -> tuple[_core.Hist, int]:
+    """Call a Python handler from Python: round trips, and how often ``cpu`` was late."""
+    call, pause, clock = (
+        smp.smp_call_function_single,
+        _core.bench_await,
+        time.perf_counter_ns,
+    )
+    rtt = _core.Hist()
+    record = rtt.record
+    missed = 0
+    _core.bench_spin(spin_ns)
+    try:
+        for _ in range(warmup):
+            pause(cpu, state, gap_ns)
+            call(cpu, noop)
+        for _ in range(calls):
+            missed += pause(cpu, state, gap_ns)
+            start = clock()
+            call(cpu, noop)
+            record(clock() - start)
+    finally:
+        _core.bench_spin(None)
+    return rtt, missed
+
+
+def python_one_way(
+    cpu: int, calls: int, warmup: int, gap_ns: int, state: int, spin_ns: int | None
+) -> _core.Hist:
+    """Time from before a call in Python to the entry of its Python handler."""
+    call, pause, clock = smp.smp_call_function_single, _core.bench_await, _core.stamp
+    there = _core.Hist()
+    _core.bench_spin(spin_ns)
+    try:
+        for _ in range(warmup):
+            pause(cpu, state, gap_ns)
+            call(cpu, stamp_entry, 0)
+        for _ in range(calls):
+            pause(cpu, state, gap_ns)
+            start = clock()
+            call(cpu, stamp_entry, 0)
+            there.record(max(0, int(_stamps[0]) - start))
+    finally:
+        _core.bench_spin(None)
+    return there
+
+
+def python_batches(
+    cpu: int, batches: int, batch: int, warmup: int, state: int
+) -> list[float]:
+    """Call a Python handler without a clock inside: ns per call of each batch."""
+    call, clock = smp.smp_call_function_single, time.perf_counter_ns
+    found = []
+    _core.bench_await(cpu, state, 0)
+    for _ in range(warmup):
+        call(cpu, noop)
+    for _ in range(batches):
+        _core.bench_await(cpu, state, 0)
+        start = clock()
+        for _ in itertools.repeat(None, batch):
+            call(cpu, noop)
+        found.append((clock() - start) / batch)
+    return found
+
+
+# --- what a target does meanwhile
+
+
+def busy(flag: int) -> None:
+    """Run Python bytecode until ``flag`` is set."""
+    flags = _flags
+    while not flags[flag]:
+        for _ in range(200):
+            pass
+
+
+# --- multiprocessing.Pipe, for comparison
+
+
+def pipe_pong(address: str, calls: int) -> None:
+    """Answer on a connection of the kind that ``multiprocessing.Pipe()`` returns."""
+    from multiprocessing.connection import Listener
+
+    with (
+        Listener(address, family="AF_UNIX") as listener,
+        listener.accept() as connection,
+    ):
+        for _ in range(calls):
+            connection.send_bytes(connection.recv_bytes())
+
+
+def pipe_ping(address: str, calls: int, warmup: int) -> _core.Hist:
+    """Send one byte there and back: round trips."""
+    from multiprocessing.connection import Client
+
+    clock = time.perf_counter_ns
+    rtt = _core.Hist()
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            connection = Client(address, family="AF_UNIX")
+            break
+        except (ConnectionRefusedError, FileNotFoundError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.001)
+    with connection:
+        for number in range(-warmup, calls):
+            start = clock()
+            connection.send_bytes(b"x")
+            connection.recv_bytes()
+            if number >= 0:
+                rtt.record(clock() - start)
+    return rtt
+
+
+# --- calls nobody waits for
+
+
+def _meet(flag: int, senders: int) -> None:
+    """Wait until all senders are here. They may share a core: no spinning for long."""
+    atomic.fetch_add(_flags, flag, 1)
+    while atomic.load(_flags, flag) < senders:
+        time.sleep(0.0001)
+
+
+def flood_native(
+    cpu: int, calls: int, until: int, flag: int, senders: int
+) -> tuple[int, int]:
+    """Send native calls that nobody waits for; return when all senders' have run."""
+    _meet(flag, senders)
+    return _core.bench_flood(cpu, calls, until)
+
+
+def flood_python(
+    cpu: int, calls: int, until: int, flag: int, senders: int
+) -> tuple[int, int]:
+    """Send Python calls that nobody waits for; return when all senders' have run."""
+    call: Callable[..., None] = smp.smp_call_function_single
+    counter = _core.COUNTERS.index("python_run")
+    _meet(flag, senders)
+    start = _core.stamp()
+    for _ in itertools.repeat(None, calls):
+        call(cpu, noop, None, False)
+    _core.bench_until(cpu, counter, until)
+    # All have been entered. This one is served when the last of them has returned.
+    call(cpu, noop)
+    return start, _core.stamp()
