@@ -313,3 +313,98 @@ def native_name(spec: str, /) -> int: ...
 def kick_block(signo: int, block: bool, /) -> None: ...
 def die_with_parent(pid: int, /) -> None: ...
 def irq_entry(signo: int = ..., frame: FrameType | None = ..., /) -> None: ...
+
+# ---- measuring -------------------------------------------------------------------------
+
+LIMIT_AREA_BYTES: Final[int]
+LIMIT_PLACEMENTS: Final[int]
+RUNNING: Final[int]
+POLLING: Final[int]
+HALTED: Final[int]
+
+@final
+class Hist:
+    """Counts nanoseconds in HdrHistogram's buckets, three significant digits."""
+
+    def __new__(cls, state: bytes = ...) -> Hist: ...
+    def __reduce__(self) -> tuple[type[Hist], tuple[bytes]]: ...
+    @property
+    def count(self) -> int: ...
+    def record(self, ns: int, count: int = ..., /) -> None: ...
+    def merge(self, other: Hist, /) -> None: ...
+    def quantile(self, q: float, /) -> int: ...
+    def stats(self) -> dict[str, float]: ...
+    def buckets(self) -> list[tuple[int, int, int]]: ...
+
+def stamp() -> int: ...
+def timer_cost_ns() -> float: ...
+def clock_source() -> str: ...
+def limit_ping(
+    area: NDArray[Any] | Buffer,
+    kind: str,
+    session: int,
+    calls: int,
+    *,
+    warmup: int = ...,
+    batch: int = ...,
+    placement: int = ...,
+    gap_ns: int = ...,
+    deadline: float = ...,
+    peer_pid: int = ...,
+    peer_tid: int = ...,
+    eventfd: int = ...,
+    mq_name: str = ...,
+    core: int = ...,
+    plain: bool = ...,
+    clocked: bool = ...,
+    one_way: bool = ...,
+) -> tuple[Hist, Hist, float, int, int]: ...
+def limit_pong(
+    area: NDArray[Any] | Buffer,
+    kind: str,
+    session: int,
+    calls: int,
+    *,
+    warmup: int = ...,
+    batch: int = ...,
+    placement: int = ...,
+    gap_ns: int = ...,
+    deadline: float = ...,
+    peer_pid: int = ...,
+    peer_tid: int = ...,
+    eventfd: int = ...,
+    mq_name: str = ...,
+    core: int = ...,
+    plain: bool = ...,
+    clocked: bool = ...,
+    one_way: bool = ...,
+) -> None: ...
+def bench_calls(
+    cpu: int,
+    calls: int,
+    *,
+    warmup: int = ...,
+    batch: int = ...,
+    gap_ns: int = ...,
+    skip: int = ...,
+    state: int = ...,
+    park: bool = ...,
+    stamp: bool = ...,
+    deadline: float = ...,
+) -> tuple[Hist, Hist, list[float], int, int, bool]: ...
+def bench_await(cpu: int, state: int, gap_ns: int, /) -> int: ...
+def bench_flood(
+    cpu: int, calls: int, until: int, seconds: float = ..., /
+) -> tuple[int, int]: ...
+def bench_until(
+    cpu: int, counter: int, until: int, seconds: float = ..., /
+) -> None: ...
+def bench_broadcast(
+    calls: int,
+    *,
+    warmup: int = ...,
+    gap_ns: int = ...,
+    state: int = ...,
+    deadline: float = ...,
+) -> tuple[list[float], int]: ...
+def bench_spin(ns: int | None, /) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -20,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 from shmipi import _core
 from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import (
+    ArenaFullError,
     BootError,
     ClusterStateError,
     CpuOfflineError,
@@ -459,16 +461,25 @@ class _Futures:
     ) -> Future[Any]:
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._complete, name="shmipi-futures", daemon=True
-                )
-                self._thread.start()
-            # Under the lock: the thread must not meet a call it has no future for.
-            call = self._machine.post(cpu, func, args, kwargs, False)
-            self._pending[call] = (cpu, future)
-        return future
+        while True:
+            seen = self._machine.event
+            with self._lock:
+                if self._thread is None:
+                    self._thread = threading.Thread(
+                        target=self._complete, name="shmipi-futures", daemon=True
+                    )
+                    self._thread.start()
+                # Under the lock: the thread must not meet a call without a future.
+                try:
+                    call = self._machine.post(cpu, func, args, kwargs, False)
+                except ArenaFullError as error:
+                    if error.errno != errno.EAGAIN or not self._pending:
+                        raise
+                else:
+                    self._pending[call] = (cpu, future)
+                    return future
+            # Every request is in flight: one of them has to end first.
+            self._machine.wait_event(seen, 0.01)
 
     def _complete(self) -> None:
         machine = self._machine

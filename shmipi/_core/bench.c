@@ -147,7 +147,7 @@ static int await(struct shi_self *self, struct shi_bench_calls *b)
     int64_t missed = shi_bench_await(self, b->dst, b->state, b->gap_ns, b->deadline_ns);
     if (missed < 0)
         return (int)missed;
-    b->missed += (uint32_t)missed;
+    b->missed += missed > 0;
     return 0;
 }
 
@@ -350,7 +350,8 @@ static int broadcast(struct shi_self *self, uint32_t func, uint32_t *locals, uin
     int err = 0, first = 0;
     shi_count(self, SHI_C_calls_many);
     for (cpu = 0; cpu < self->m->ncpus && !err; cpu++) {
-        if (cpu == self->id || !shi_word_online(shi_load_relaxed(&shi_slot(self->m, cpu)->word)))
+        uint64_t w = shi_load_relaxed(&shi_slot(self->m, cpu)->word);
+        if (cpu == self->id || !shi_word_online(w))
             continue;
         shi_enter(self);
         int64_t local = shi_csd_get(self);

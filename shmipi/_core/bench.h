@@ -29,7 +29,7 @@ struct shi_bench_calls {
     double *batches; /* ns per call of each batch: room for calls / batch */
 
     uint32_t nbatches;
-    uint32_t missed;    /* times dst was not in `state` after the pause: paused again */
+    uint32_t missed;    /* calls for which dst was not in `state`: paused again */
     uint64_t preempted; /* times this CPU was pushed off its core */
     bool moved;         /* and whether it ended on another */
 };

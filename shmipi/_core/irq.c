@@ -136,8 +136,10 @@ bool shi_irq_rering(struct shi_self *self, uint32_t dst)
     if (!shi_word_online(w) || state == SHI_POLLING || (state == SHI_RUNNING && !self->m->kick))
         return false;
     /* What died with a ringer may be no more than its promise to ring: RUNG or KICKED
-     * with nothing sent silences every later sender, work or no work. */
-    if (!shi_word_work(w) && state != SHI_RUNG && !(w & SHI_W_KICKED))
+     * with nothing sent silences every later sender, work or no work.  And a kick that
+     * came just before a task went to sleep in a system call has to come again: the
+     * interpreter was asked, but it never looked. */
+    if (!shi_word_work(w) && state != SHI_RUNG && !(w & (SHI_W_KICKED | SHI_W_ASKED)))
         return false;
     shi_count(self, SHI_C_rekicked);
     ring(self, dst, 0, false, true);
@@ -225,8 +227,8 @@ void shi_csd_run(struct shi_self *self, uint32_t index)
     struct shi_csd *csd = shi_csd(self->m, index);
     if (csd->func & SHI_FUNC_NATIVE)
         run_native(self, index, csd);
-    else if (self->inline_python && self->hooks.run)
-        self->hooks.run(self, index);
+    else if (self->inline_python && self->hooks.run && !self->deferred.head)
+        self->hooks.run(self, index); /* in order: not past one that was put off */
     else
         shi_list_append(self->m, &self->deferred, index);
 }

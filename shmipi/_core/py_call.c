@@ -75,8 +75,15 @@ static int wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_
     struct shi_wait wait;
     bool inlined = self->inline_python;
     shi_wait_begin(self, &wait, index, dst, deadline_ns);
-    if (!self->host)
+    if (!self->host) {
         self->inline_python = true;
+        if (self->deferred.head && !shi_masked(self)) {
+            /* Put off by a kick before this wait: whoever sent it may be waited for.
+             * POLLING now, so the kick handler puts off nothing more. */
+            shi_fetch_and_full(&self->slot->word, ~SHI_W_ASKED);
+            shi_run_deferred(machine);
+        }
+    }
     uint64_t budget = shi_wait_budget(self, dst);
     int rc = shi_wait_spin(self, &wait, budget < SHI_GIL_SPIN_NS ? budget : SHI_GIL_SPIN_NS);
     bool spun = budget <= SHI_GIL_SPIN_NS;
@@ -117,8 +124,11 @@ int shi_wait_for_room(Machine *machine)
     shi_enter(&machine->self);
     uint32_t oldest = shi_csd_oldest(&machine->self);
     shi_leave(&machine->self);
-    if (oldest == UINT32_MAX)
-        return 0;
+    if (oldest == UINT32_MAX) {
+        /* All belong to futures, tasks and CallSingleData: only their owners free them. */
+        shi_raise_errno(machine, -EAGAIN, -1);
+        return -1;
+    }
     uint64_t lock = shi_load_relaxed(&shi_own_csd(&machine->self, oldest)->lock);
     uint32_t dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
     if (dst >= machine->m.ncpus)

@@ -482,27 +482,38 @@ PyObject *shi_incoming_apply(const struct incoming *in)
 
 /* Keep `bytes` until the sender asks; the oldest go when nobody ever does. */
 #define KEPT_MAX 1024
+#define KEPT_BYTES (64 << 20)
+
+static void drop_oldest_kept(Machine *machine)
+{
+    Py_ssize_t at = 0;
+    PyObject *token, *bytes;
+    if (!PyDict_Next(machine->kept, &at, &token, &bytes))
+        return;
+    Py_INCREF(token);
+    machine->kept_bytes -= PyBytes_GET_SIZE(bytes);
+    PyDict_DelItem(machine->kept, token);
+    Py_DECREF(token);
+}
 
 static int keep(Machine *machine, struct shi_csd *csd, PyObject *bytes)
 {
     if (!machine->kept && !(machine->kept = PyDict_New()))
         return -1;
-    if (PyDict_GET_SIZE(machine->kept) >= KEPT_MAX) {
-        Py_ssize_t at = 0;
-        PyObject *key, *value;
-        if (PyDict_Next(machine->kept, &at, &key, &value)) {
-            Py_INCREF(key);
-            PyDict_DelItem(machine->kept, key);
-            Py_DECREF(key);
-        }
-    }
+    while (PyDict_GET_SIZE(machine->kept) > 0 &&
+           (PyDict_GET_SIZE(machine->kept) >= KEPT_MAX ||
+            machine->kept_bytes + PyBytes_GET_SIZE(bytes) > KEPT_BYTES))
+        drop_oldest_kept(machine);
     PyObject *token = PyLong_FromUnsignedLongLong(++machine->next_token);
     int err = token ? PyDict_SetItem(machine->kept, token, bytes) : -1;
     Py_XDECREF(token);
+    if (err)
+        return err;
+    machine->kept_bytes += PyBytes_GET_SIZE(bytes);
     csd->kind = SHI_K_FETCH;
     csd->value.fetch.token = machine->next_token;
     csd->value.fetch.length = (uint32_t)PyBytes_GET_SIZE(bytes);
-    return err;
+    return 0;
 }
 
 /* Into the block the sender gave, if it is there and large enough. */
@@ -563,8 +574,10 @@ void shi_outcome_fetch(Machine *machine, struct shi_csd *csd)
     PyObject *bytes = token && machine->kept ? PyDict_GetItem(machine->kept, token) : NULL;
     if (!bytes || !PyBytes_Check(bytes) || !reply(machine, csd, bytes))
         shi_store_relaxed(&csd->status, SHI_S_NOFUNC);
-    else
+    else {
+        machine->kept_bytes -= PyBytes_GET_SIZE(bytes);
         PyDict_DelItem(machine->kept, token);
+    }
     Py_XDECREF(token);
     PyErr_Clear();
 }

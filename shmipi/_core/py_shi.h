@@ -47,6 +47,7 @@ typedef struct {
     struct func_cache *received;
     PyObject *kept; /* results too large for their block: token -> bytes */
     uint64_t next_token;
+    Py_ssize_t kept_bytes;
     PyThreadState *released; /* CPU: the interpreter was given up by the core's hook */
     PyObject *many_lock;
 } Machine;

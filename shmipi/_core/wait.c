@@ -122,6 +122,12 @@ static bool deadlocked(struct shi_self *self)
     return true;
 }
 
+/* Work queued, or Python work put off, that its owner should have looked at by now. */
+static bool stuck(uint64_t w)
+{
+    return shi_word_work(w) || (w & SHI_W_ASKED);
+}
+
 static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t now)
 {
     uint32_t state = shi_load_acquire(&self->m->header->machine_state);
@@ -135,7 +141,7 @@ static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t no
         uint64_t w = shi_load_full(&shi_slot(self->m, wait->dst)->word);
         /* A ring may have died with its ringer.  The head may have moved: others queue
          * behind the stranded one and do not ring. */
-        if (wait->tick_ns && shi_word_work(w) && shi_word_work(wait->seen) &&
+        if (wait->tick_ns && stuck(w) && stuck(wait->seen) &&
             shi_irq_rering(self, wait->dst) && wait->rekicks < 6)
             wait->rekicks++; /* back off: a stopped target's signals pile up */
         wait->seen = w;

@@ -7,7 +7,7 @@ row's median / the limit's median in that block).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,7 +18,6 @@ from shmipi.bench.limits import BATCH, BATCHES, PLACEMENTS, Limit
 from shmipi.bench.runner import (
     MISSED_SHARE,
     Disturbance,
-    Progress,
     Rig,
     Seen,
     choose_cores,
@@ -85,7 +84,7 @@ class Row:
     seen: Seen = field(default_factory=Seen)
     #: Calls in the blocks that ``seen`` looked at, warm-up included.
     calls: int = 0
-    #: How often the target was not in its state when a call was due.
+    #: Calls for which the target was not in its state when they were due.
     missed: int = 0
     moved: bool = False
 
@@ -110,7 +109,9 @@ class Group:
 
     def why(self, row: Row, limit: Limit) -> list[str]:
         """Return why a row's figures are not what they claim to be."""
-        found = row.seen.why(row.calls) + limit.why()
+        # A batch is one sample: whatever happens in it moves it and no other.
+        found = row.seen.why(row.rtt.count + len(row.batches) * BATCHES)
+        found += limit.why()
         if row.moved:
             found.append("the sender changed its core")
         if row.missed > MISSED_SHARE * row.calls:
@@ -144,18 +145,18 @@ def _groups(options: Options) -> list[Group]:
             wanted.append(("halted", doorbell, "park", "futex_park"))
         if doorbell == "signal":
             wanted.append(("running", doorbell, "spin", "signal"))
-    return [
-        Group(*parts, [Row(handler) for handler in HANDLERS if handler in options.handlers])
-        for parts in wanted
-    ]
+    handlers = [handler for handler in HANDLERS if handler in options.handlers]
+    return [Group(*parts, [Row(handler) for handler in handlers]) for parts in wanted]
 
 
 class _Run:
     """A run: its rigs, its limits, and the passes over a group."""
 
-    def __init__(self, options: Options, progress: Progress | None) -> None:
+    def __init__(
+        self, options: Options, progress: Callable[[str], None] | None
+    ) -> None:
         self.options = options
-        self._progress = progress or (lambda text: None)
+        self.progress = progress or (lambda text: None)
         self.limits: dict[str, Limit] = {}
         self.unavailable: dict[str, str] = {}
 
@@ -167,7 +168,7 @@ class _Run:
         one_block = self._polling if group.state == "polling" else self._rung
         parts = split(self.options.calls, self.options.blocks)
         for block, part in enumerate(parts):
-            self._progress(f"{group.name}, block {block + 1} of {len(parts)}")
+            self.progress(f"{group.name}, block {block + 1} of {len(parts)}")
             one_block(group, rig, block, part)
 
     # ---- a target that sleeps or is busy: every call is clocked ----------------------
@@ -194,7 +195,7 @@ class _Run:
                 if beside > 0:
                     row.ratios.append(middle / beside)
 
-    # ---- a polling target: batches over placements, the distribution apart ------------
+    # ---- a polling target: batches over placements, the distribution apart -----------
 
     def _polling(self, group: Group, rig: Rig, block: int, calls: int) -> None:
         plain, swap = self._limit("cacheline"), self._limit("cacheline_cas")
@@ -279,9 +280,7 @@ def _native(
         "park": group.wait == "park",
     }
     with Disturbance(rig, cpu, row.seen):
-        rtt, _, _, missed, _, moved = rig.run(
-            0, tasks.native_calls, cpu, calls, common
-        )
+        rtt, _, _, missed, _, moved = rig.run(0, tasks.native_calls, cpu, calls, common)
     row.calls += calls + options.warmup
     row.missed += missed
     row.moved |= bool(moved)
@@ -324,7 +323,7 @@ def _pipe(rig: Rig) -> _core.Hist:
     return found
 
 
-# ---- the result ----------------------------------------------------------------------------
+# ---- the result ----------------------------------------------------------------------
 
 
 def _row_json(group: Group, row: Row, limit: Limit, controller: str) -> dict[str, Any]:
@@ -366,22 +365,25 @@ def _row_json(group: Group, row: Row, limit: Limit, controller: str) -> dict[str
         result["placements"] = PLACEMENTS
     if group.pipe.count and row.handler == "python":
         result["pipe_rtt_ns"] = group.pipe.stats()
-        result["times_faster_than_pipe"] = group.pipe.quantile(0.5) / median(row.batches)
+        times = group.pipe.quantile(0.5) / median(row.batches)
+        result["times_faster_than_pipe"] = times
     return result
 
 
-def run(options: Options, progress: Progress | None = None) -> dict[str, Any]:
+def run(
+    options: Options, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Measure and return the document of ``bench latency``, without its schema.
 
-    Raises ``CommandError`` for cores that cannot be used and what a boot raises, but for
-    a doorbell that cannot be had here: that one is listed under ``unavailable``.
+    Raises ``CommandError`` for cores that cannot be used, and what a boot raises; but a
+    doorbell that cannot be had here is listed under ``unavailable``.
     """
     sender, target = choose_cores(options.cores)
     groups = _groups(options)
     state = _Run(options, progress)
     with ExitStack() as stack:
-        # The base polls and runs; its CPUs but one are all on the target's core, so that
-        # the line that is written to call the target lies at another place for each.
+        # All CPUs of the base but one are on the target's core: the line that is
+        # written to call a polling target lies at another place for each of them.
         base = stack.enter_context(
             limits.open_base([sender] + [target] * PLACEMENTS, options.controller)
         )
@@ -392,7 +394,7 @@ def run(options: Options, progress: Progress | None = None) -> dict[str, Any]:
                 state.measure(group, rig)
         for name in limits.ABOUT:
             if name not in state.limits:
-                state._progress(f"limit {name}")
+                state.progress(f"limit {name}")
                 state.limits[name] = limits.measure_alone(
                     base,
                     name,
@@ -443,5 +445,3 @@ def _rig_for(
             state.unavailable[doorbell] = str(error)
             return None
     return rigs[doorbell]
-
-

@@ -1,4 +1,4 @@
-"""The physical limits of this computer: raw round trips with nothing of shmipi's in them.
+"""The physical limits of this computer: raw round trips without anything of shmipi.
 
 Each runs between the same two pinned processes as the rows it stands beside: CPU 0 of a
 rig sends, another CPU answers, both in C.
@@ -6,7 +6,7 @@ rig sends, another CPU answers, both in C.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -14,7 +14,6 @@ from shmipi import _core
 from shmipi.bench import tasks
 from shmipi.bench.runner import (
     Disturbance,
-    Progress,
     Rig,
     Seen,
     choose_cores,
@@ -30,7 +29,7 @@ __all__ = ["ABOUT", "BATCH", "BATCHES", "PLACEMENTS", "Limit", "measure", "run"]
 
 #: Every limit, and what its round trip is.
 ABOUT: Final = {
-    "cacheline": "a flag in shared memory: one store, the other spins on a load, and back",
+    "cacheline": "a flag in shared memory: a store, the other spins on loads, back",
     "cacheline_cas": "the same where both poll by compare-and-swap: half the transfers",
     "futex": "FUTEX_WAKE to a sleeper, the sender spins for the answer",
     "sem": "sem_post to a sleeper, the sender spins",
@@ -45,7 +44,7 @@ ABOUT: Final = {
 #: Lines that the cache-line figures are taken over: they differ by where a line lies.
 PLACEMENTS: Final = 16
 #: Round trips without a clock inside, and how many such batches at each placement.
-BATCH, BATCHES = 1000, 3
+BATCH, BATCHES = 250, 12
 
 _SLEEPING: Final = ("futex", "sem", "eventfd", "mqueue", "sigwait", "futex_park")
 #: More than this share of round trips to a target that was still awake: no limit.
@@ -56,8 +55,8 @@ _AWAKE_SHARE: Final = 0.2
 class Limit:
     """A raw limit as it was measured: its distribution, and what disturbed it.
 
-    ``blocks`` are the medians of the blocks in ns, in their order; of ``cacheline`` over
-    its placements, in batches.
+    ``blocks`` are the medians of the blocks in ns, in their order; those of
+    ``cacheline`` are over its placements, in batches.
     """
 
     name: str
@@ -73,13 +72,12 @@ class Limit:
 
     def why(self) -> list[str]:
         """Return why its figures are not the box's own; empty if they are."""
-        found = self.seen.why(self.calls + len(self.batches) * BATCH)
-        if self.preempted > max(2.0, 0.01 * self.calls):
-            found.append(f"the limit's target was preempted {self.preempted} times")
+        self.seen.preempted = self.preempted  # counted by the very thread that answers
+        found = self.seen.why(self.calls + len(self.batches) * BATCHES)
         awake = self.calls - self.slept
         if self.name in _SLEEPING and awake > _AWAKE_SHARE * self.calls:
-            found.append(f"the limit's target was awake at {awake} of {self.calls} calls")
-        return found
+            found.append(f"the target was awake at {awake} of {self.calls} calls")
+        return [f"limit {self.name}: {text}" for text in found]
 
     def as_json(self) -> dict[str, Any]:
         """Return it for the ``limits`` of a document."""
@@ -189,7 +187,7 @@ def measure(
 
 
 def measure_batches(rig: Rig, limit: Limit, *, cpu: int, placement: int) -> float:
-    """Measure a cache-line limit at one placement in batches; return ns a round trip."""
+    """Measure a cache-line limit at one placement, in batches: ns there and back."""
     if limit.unavailable is not None:
         return float("nan")
     options = _options(
@@ -253,12 +251,12 @@ def run(
     gap_us: float = 30,
     blocks: int = 5,
     names: Iterable[str] = tuple(ABOUT),
-    progress: Progress | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure the limits named and return the document of ``bench limits``.
 
-    ``calls`` is for each limit, cut into ``blocks``; ``gap_us`` is the pause before each
-    call. Raises ``CommandError`` for cores that cannot be used, and what a boot raises.
+    ``calls`` is for each limit, cut into ``blocks``; ``gap_us`` is the pause before
+    each. Raises ``CommandError`` for cores that cannot be used, and what a boot raises.
     """
     sender, target = choose_cores(cores)
     gap_ns = round(gap_us * 1000)

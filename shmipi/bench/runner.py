@@ -39,9 +39,11 @@ __all__ = [
     "unused_name",
 ]
 
-#: More stolen time than this share of a measurement makes it invalid.
-STOLEN_SHARE: Final = 0.01
-#: More preemptions of the target than this share of the calls likewise.
+#: More stolen time than this share of a measurement makes it invalid; one tick of the
+#: kernel's clock, in which it is counted, is no evidence.
+STOLEN_SHARE: Final = 0.02
+TICK_S: Final = 1.01 / os.sysconf("SC_CLK_TCK")
+#: More preemptions of the target than this share of the samples likewise.
 PREEMPTED_SHARE: Final = 0.01
 #: More calls than this share that had to wait for the target's state likewise.
 MISSED_SHARE: Final = 0.2
@@ -61,7 +63,7 @@ def spread(values: Sequence[float]) -> list[float]:
 
 
 def split(total: int, parts: int) -> list[int]:
-    """Cut ``total`` calls into ``parts`` blocks that differ by one at most, none empty."""
+    """Cut ``total`` calls into ``parts`` blocks, about the same and none empty."""
     whole, rest = divmod(total, parts)
     return [max(1, whole + (part < rest)) for part in range(parts)]
 
@@ -108,7 +110,7 @@ class Job:
     cpu: int
 
     def result(self) -> Any:
-        """Wait for it without touching the cores that are measured; return its result."""
+        """Wait for it, asleep: the cores that are measured are left alone."""
         machine = self.rig.machine
         while True:
             seen = machine.event
@@ -273,16 +275,19 @@ class Seen:
     moved: bool = False
     counted: dict[str, int] = field(default_factory=dict)
 
-    def why(self, calls: int) -> list[str]:
-        """Return why figures over ``calls`` calls are not the box's own."""
+    def why(self, samples: int | None) -> list[str]:
+        """Return why figures over so many samples are not the computer's own.
+
+        Preemptions do not matter where ``samples`` is None.
+        """
         found = []
         if self.moved:
             found.append("a CPU changed its core")
-        if self.stolen_s > STOLEN_SHARE * self.seconds:
+        if self.stolen_s > max(TICK_S, STOLEN_SHARE * self.seconds):
             found.append(
                 f"the hypervisor took {self.stolen_s:.2f} s of {self.seconds:.2f} s"
             )
-        if self.preempted > max(2.0, PREEMPTED_SHARE * calls):
+        if samples is not None and self.preempted > max(2.0, PREEMPTED_SHARE * samples):
             found.append(f"the target was preempted {self.preempted} times")
         return found
 
@@ -348,4 +353,3 @@ class Progress:
         if self._on:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
-

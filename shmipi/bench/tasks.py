@@ -44,7 +44,7 @@ _flags: SharedArray
 def prepare() -> tuple[float, str]:
     """Make this CPU ready to be measured: what a stamp costs in ns, and by which clock.
 
-    Its garbage collector is off from now on: a collection is not an interrupt's latency.
+    Its garbage collector is off from now on: a collection is no interrupt's latency.
     """
     global _stamps, _flags
     _stamps, _flags = shared(STAMPS), shared(FLAGS)
@@ -99,7 +99,7 @@ def native_calls(
 def python_calls(
     cpu: int, calls: int, warmup: int, gap_ns: int, state: int, spin_ns: int | None
 ) -> tuple[_core.Hist, int]:
-    """Call a Python handler from Python: round trips, and how often ``cpu`` was late."""
+    """Call a Python handler from Python: round trips; how often ``cpu`` was late."""
     call, pause, clock = (
         smp.smp_call_function_single,
         _core.bench_await,
@@ -114,7 +114,7 @@ def python_calls(
             pause(cpu, state, gap_ns)
             call(cpu, noop)
         for _ in range(calls):
-            missed += pause(cpu, state, gap_ns)
+            missed += pause(cpu, state, gap_ns) > 0
             start = clock()
             call(cpu, noop)
             record(clock() - start)

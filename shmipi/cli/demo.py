@@ -143,7 +143,10 @@ def _calls(cluster: Cluster) -> None:
         before = int(mine[0])
         for _ in range(256):
             smp.smp_call_function_single(last, count, mine, False)
-        cluster.call(last, _nothing)  # behind them in the queue
+        # A waiting call would be no barrier: the queue is drained waiting ones first.
+        deadline = time.monotonic() + 5.0
+        while int(mine[0]) - before < 256 and time.monotonic() < deadline:
+            time.sleep(0.0001)
         came(f"{int(mine[0]) - before} ran")
     with lines.line(f"smp_send_reschedule({last})") as came:
         smp.smp_send_reschedule(last)

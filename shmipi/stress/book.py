@@ -21,7 +21,8 @@ offline during the call itself     nobody can say whether it was queued)
 
 More than that is ``duplicated``, less is ``lost``. Whether a CPU stayed online is known
 exactly: who changes it (the driver) makes its ``plug`` word odd before it begins and
-even after it has ended, and adds to ``kills`` before it kills.
+even after it has ended, and the ``kills`` word likewise around a kill and the boot that
+follows it.
 
 A call that may not run any more is settled only after a proof: two waiting calls to its
 target, one after the other. Both are queued behind it; the second is taken off the
@@ -389,7 +390,7 @@ class Ledger:
     def died_single(self, record: int) -> None:
         """CpuDiedError: it may or may not have run. Unexpected if nobody was killed."""
         at, s = record * SINGLE_WORDS, self._s
-        if self.book.kill_view[s[at + CPU]] == s[at + KILLS]:
+        if not self._doomed(at):
             self.count("died")
             self.complain(
                 f"call {s[at + SEQ]}: CpuDiedError, and nobody had killed"
@@ -410,7 +411,7 @@ class Ledger:
         at = record * SINGLE_WORDS
         if self._await(
             lambda: self.completed(record),
-            lambda: self._killed(at),
+            lambda: self._doomed(at),
             lambda: [self._s[at + CPU]],
             f"the completion of call {self._s[at + SEQ]}",
         ):
@@ -418,15 +419,17 @@ class Ledger:
         else:
             self.settle_single(record)
 
-    def _killed(self, at: int) -> bool:
-        return bool(self.book.kill_view[self._s[at + CPU]] != self._s[at + KILLS])
+    def _doomed(self, at: int) -> bool:
+        """Was the target being killed when the call was made, or has been since?"""
+        then = self._s[at + KILLS]
+        return bool(then & 1 or self.book.kill_view[self._s[at + CPU]] != then)
 
     def settle_single(self, record: int) -> None:
         """Judge a call that nobody waited for, waiting until that can be done."""
         at, s = record * SINGLE_WORDS, self._s
         if self._await(
             lambda: s[at + COUNT] != s[at + BASE],
-            lambda: self._killed(at),
+            lambda: self._doomed(at),
             lambda: [s[at + CPU]],
             f"call {s[at + SEQ]}",
         ):
@@ -434,7 +437,7 @@ class Ledger:
             return
         self._prove([s[at + CPU]])
         ran = s[at + COUNT] != s[at + BASE]  # before the kills are read again
-        died = self._killed(at)
+        died = self._doomed(at)
         if died and not ran:
             self.count("in_flight")
         self._close_single(at, died=died)

@@ -415,6 +415,7 @@ class _Driver:
             if call is not None:
                 self.collect(cpu, call, may_die=True)
             self.cluster.online(cpu)
+            self.book.kills[cpu] += np.uint64(1)
             self.end(cpu)
             self.start(cpu)
         if self.options.kills is not None and self.hotplug.kills >= self.options.kills:

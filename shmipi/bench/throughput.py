@@ -1,0 +1,171 @@
+"""Throughput: calls per second that nobody waits for, each proven to have run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+from shmipi import _core
+from shmipi.bench import tasks
+from shmipi.bench.latency import HANDLERS
+from shmipi.bench.runner import (
+    Disturbance,
+    Rig,
+    Seen,
+    choose_cores,
+    machine_facts,
+    median,
+    split,
+    spread,
+)
+from shmipi.machine import topology
+
+__all__ = ["PATTERNS", "STATES", "run"]
+
+PATTERNS: Final = ("one_to_one", "all_to_one")
+STATES: Final = ("polling", "running")
+
+_COUNTER: Final = {"native": "native_run", "python": "python_run"}
+_TARGET: Final = 1
+
+
+def run(
+    *,
+    calls: int = 500_000,
+    cores: str | Sequence[int] = "auto",
+    handlers: Sequence[str] = HANDLERS,
+    patterns: Sequence[str] = PATTERNS,
+    doorbell: str = "futex",
+    controller: str = "apic",
+    blocks: int = 5,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure and return the document of ``bench throughput``, without its schema.
+
+    ``calls`` is for each row, all senders together, in ``blocks`` parts; a row's figure
+    is the median over these. The clock stops when the last handler has returned.
+    ``all_to_one`` has a sender on every usable core but the target's, at least two.
+
+    Raises ``CommandError`` for cores that cannot be used, and what a boot raises.
+    """
+    sender, target = choose_cores(cores)
+    others = [core for core in topology.usable_cores() if core not in (sender, target)]
+    if not isinstance(cores, str) or not others:
+        others = [sender]  # the two that were named, or all there are
+    rows = []
+    placement = [sender, target, *others]
+    with Rig(placement, doorbell=doorbell, controller=controller) as rig:
+        for pattern in patterns:
+            senders = [0] if pattern == "one_to_one" else [0, *range(2, len(placement))]
+            for state in STATES:
+                for handler in handlers:
+                    if progress is not None:
+                        progress(f"{pattern}, target {state}, {handler}")
+                    row = _row(rig, senders, state, handler, split(calls, blocks))
+                    row.update(
+                        pattern=pattern, doorbell=doorbell, controller=controller
+                    )
+                    rows.append(row)
+        return {
+            "bench": "throughput",
+            "machine": machine_facts(
+                sender_cores=[placement[cpu] for cpu in (0, *range(2, len(placement)))],
+                target_core=target,
+            ),
+            "timer_ns": rig.timer_ns,
+            "clock": rig.clock,
+            "calls": calls,
+            "blocks": blocks,
+            "gc": False,
+            "rows": rows,
+        }
+
+
+def _row(
+    rig: Rig, senders: Sequence[int], state: str, handler: str, parts: Sequence[int]
+) -> dict[str, Any]:
+    seen = Seen()
+    rates = []
+    sent = rung = elided = coalesced = 0
+    with _target(rig, state):
+        _block(rig, senders, handler, max(1000, parts[0] // 10))  # warm-up
+        for part in parts:
+            before = rig.cluster.counters()
+            with Disturbance(rig, _TARGET, seen):
+                calls, seconds = _block(rig, senders, handler, part)
+            after = rig.cluster.counters()
+            rates.append(calls / seconds)
+            sent += calls
+
+            def grown(name: str, was: Any = before, now: Any = after) -> int:
+                return sum(int(now[name][cpu] - was[name][cpu]) for cpu in senders)
+
+            rung += grown("doorbells_sent") + grown("kicks_sent")
+            elided += grown("elided")
+            coalesced += grown("coalesced")
+    why = seen.why(sent)
+    if state == "polling" and elided + coalesced < 0.8 * sent:
+        why.append(f"only {elided + coalesced} of {sent} found the target polling")
+    row: dict[str, Any] = {
+        "bench": "throughput",
+        "target_state": state,
+        "handler": handler,
+        "senders": len(senders),
+        "calls": sent,
+        "calls_per_s": median(rates),
+        "calls_per_s_spread": spread(rates),
+        "ns_per_call": 1e9 / median(rates),
+        "doorbells_per_call": rung / sent,
+        "coalesced_per_call": coalesced / sent,
+        "valid": not why,
+        "stolen_s": seen.stolen_s,
+    }
+    if why:
+        row["why"] = why
+    return row
+
+
+def _block(
+    rig: Rig, senders: Sequence[int], handler: str, calls: int
+) -> tuple[int, float]:
+    """Send ``calls`` calls, share and share alike; return how many and in what time."""
+    shares = split(calls, len(senders))
+    counter = _COUNTER[handler]
+    task = tasks.flood_native if handler == "native" else tasks.flood_python
+    until = rig.counters(_TARGET)[counter] + sum(shares)
+    rig.flags[1] = 0
+    jobs = [
+        rig.start(cpu, task, _TARGET, share, until, 1, len(senders))
+        for cpu, share in zip(senders, shares, strict=True)
+    ]
+    spans = [job.result() for job in jobs]
+    started = min(start for start, _ in spans)
+    ended = max(end for _, end in spans)
+    return sum(shares), (ended - started) / 1e9
+
+
+@contextmanager
+def _target(rig: Rig, state: str) -> Iterator[None]:
+    """Keep the target polling, or running Python bytecode."""
+    if state == "polling":
+        rig.idle(_TARGET, "poll")
+        rig.run(0, _reach, _TARGET, _core.POLLING)
+        try:
+            yield
+        finally:
+            rig.idle(_TARGET, "halt")
+        return
+    rig.flags[0] = 0
+    job = rig.start(_TARGET, tasks.busy, 0)
+    try:
+        rig.run(0, _reach, _TARGET, _core.RUNNING)
+        yield
+    finally:
+        rig.flags[0] = 1
+        job.result()
+
+
+def _reach(cpu: int, state: int) -> int:
+    """Task: wait until ``cpu`` is in ``state``."""
+    return _core.bench_await(cpu, state, 1000)

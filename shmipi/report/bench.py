@@ -1,0 +1,227 @@
+"""The results of ``shmipi bench`` for people: a table, on a terminal or as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TextIO, TypeAlias
+
+__all__ = ["render", "table"]
+
+_Cells: TypeAlias = list[str]
+_Rows: TypeAlias = list[_Cells]
+
+
+def render(result: dict[str, Any], stream: TextIO) -> None:
+    """Print the document of a ``bench`` command."""
+    machine = result["machine"]
+    print(
+        f"{machine['cpu_model']}, {machine['cores']} usable,"
+        f" {machine['kernel']}, {machine['python']}",
+        file=stream,
+    )
+    if "timer_ns" in result:
+        gap = f"; pause {result['gap_us']:g} us" if "gap_us" in result else ""
+        print(
+            f"a stamp ({result['clock']}) costs {result['timer_ns']:.0f} ns, which is"
+            f" not subtracted{gap}; gc is off on the CPUs",
+            file=stream,
+        )
+    print(file=stream)
+    header, rows, notes = _TABLES[result["bench"]](result)
+    table(header, rows, stream)
+    for note in notes:
+        print(note, file=stream)
+
+
+def table(header: Sequence[str], rows: Sequence[_Cells], stream: TextIO) -> None:
+    """Print rows under a header: numbers to the right, words to the left."""
+    numeric = [
+        all(_is_number(row[column]) for row in rows) for column in range(len(header))
+    ]
+    if stream.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = Table(box=None, padding=(0, 2, 0, 0))
+        for name, right in zip(header, numeric, strict=True):
+            shown.add_column(name, justify="right" if right else "left", no_wrap=True)
+        for row in rows:
+            style = "yellow" if row[-1].startswith("no") else ""
+            shown.add_row(*(Text(cell, style) for cell in row))
+        Console(file=stream).print(shown)
+        return
+    widths = [
+        max(len(header[column]), *(len(row[column]) for row in rows))
+        if rows
+        else len(header[column])
+        for column in range(len(header))
+    ]
+    for row in [list(header), *rows]:
+        cells = [
+            f"{cell:>{width}}" if right else f"{cell:{width}}"
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        print("  ".join(cells).rstrip(), file=stream)
+
+
+def _is_number(text: str) -> bool:
+    return not text or text == "-" or text[0].isdigit()
+
+
+def _time(ns: float | None) -> str:
+    """Return a time in the unit that suits it, three digits or so."""
+    if ns is None:
+        return "-"
+    for limit, unit, scale in ((1e3, "ns", 1), (1e6, "us", 1e3), (1e9, "ms", 1e6)):
+        if ns < limit:
+            value = ns / scale
+            return f"{value:.0f} {unit}" if unit == "ns" else f"{value:.3g} {unit}"
+    return f"{ns / 1e9:.3g} s"
+
+
+def _percentiles(stats: dict[str, float]) -> _Cells:
+    return [_time(stats[key]) for key in ("p50", "p90", "p99", "p999", "max")]
+
+
+def _valid(row: dict[str, Any], notes: list[str], name: str) -> str:
+    if row.get("valid", True):
+        return "yes"
+    why = "; ".join(dict.fromkeys(row["why"]))
+    notes.append(f"[{len(notes) + 1}] {name} is not valid: {why}")
+    return f"no [{len(notes)}]"
+
+
+_PERCENTILES: Final = ["p50", "p90", "p99", "p99.9", "max"]
+
+
+def _limits(result: dict[str, Any]) -> tuple[_Cells, list[_Cells], list[str]]:
+    from shmipi.bench.limits import ABOUT
+
+    rows: _Rows = []
+    notes: list[str] = []
+    missing = []
+    for name, limit in result["limits"].items():
+        if "unavailable" in limit:
+            missing.append(f"{name} is unavailable: {limit['unavailable']}")
+            continue
+        batch = _time(limit["batch_ns"]) if "batch_ns" in limit else "-"
+        rows.append([name, batch, *_percentiles(limit), _valid(limit, notes, name)])
+    about = ["", "each a round trip between two pinned processes:"]
+    about += [f"  {name:14} {text}" for name, text in ABOUT.items()]
+    return ["limit", "batched", *_PERCENTILES, "valid"], rows, notes + missing + about
+
+
+def _row_name(row: dict[str, Any]) -> str:
+    words = [row["target_state"], row["doorbell"], row["sender_wait"]]
+    return " ".join(word for word in words if word not in ("none", "spin"))
+
+
+def _latency(result: dict[str, Any]) -> tuple[_Cells, list[_Cells], list[str]]:
+    rows: _Rows = []
+    notes: list[str] = []
+    more = []
+    for row in result["rows"]:
+        name = _row_name(row)
+        limit = result["limits"][row["limit"]]
+        beside = limit.get("batch_ns", limit.get("p50"))
+        ratio = "-"
+        if row["ratio"] is not None:
+            low, high = row["ratio_spread"]
+            ratio = f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"
+        rows.append(
+            [
+                name,
+                row["handler"],
+                _time(row.get("batch_ns", row["rtt_ns"]["p50"])),
+                *_percentiles(row["rtt_ns"]),
+                _time(row["one_way_ns"]["p50"]),
+                row["limit"],
+                _time(beside),
+                ratio,
+                _valid(row, notes, f"{name} {row['handler']}"),
+            ]
+        )
+        if "times_faster_than_pipe" in row:
+            more.append(
+                f"{name} {row['handler']}: {row['times_faster_than_pipe']:.0f} times"
+                " faster than a multiprocessing.Pipe round trip between the same two"
+                f" processes ({_time(row['pipe_rtt_ns']['p50'])})"
+            )
+    header = ["target", "handler", "typical", *_PERCENTILES, "one way"]
+    header += ["limit", "typical", "ratio (spread)", "valid"]
+    more.append(
+        "typical: the median; of polling rows and cacheline over batches without a"
+        " clock inside"
+    )
+    more += [f"{name}: {why}" for name, why in result.get("unavailable", {}).items()]
+    return header, rows, notes + more
+
+
+def _throughput(result: dict[str, Any]) -> tuple[_Cells, list[_Cells], list[str]]:
+    rows: _Rows = []
+    notes: list[str] = []
+    for row in result["rows"]:
+        name = f"{row['pattern']} {row['target_state']}"
+        low, high = row["calls_per_s_spread"]
+        rows.append(
+            [
+                name,
+                row["handler"],
+                str(row["senders"]),
+                f"{row['calls_per_s'] / 1e6:.2f} M",
+                f"{low / 1e6:.2f}-{high / 1e6:.2f} M",
+                f"{row['ns_per_call']:.0f} ns",
+                f"{row['doorbells_per_call']:.4f}",
+                _valid(row, notes, f"{name} {row['handler']}"),
+            ]
+        )
+    header = ["pattern, target", "handler", "senders", "calls/s", "spread"]
+    return [*header, "per call", "doorbells/call", "valid"], rows, notes
+
+
+def _boot(result: dict[str, Any]) -> tuple[_Cells, list[_Cells], list[str]]:
+    rows = []
+    for row in result["rows"]:
+        private = row["private_kib_per_cpu"]
+        rows.append(
+            [
+                str(row["ncpus"]),
+                f"{row['boot_s']:.3f} s",
+                f"{row['shutdown_s']:.3f} s",
+                "-" if private is None else f"{private / 1024:.2f} MiB",
+                "-"
+                if row["shared_kib"] is None
+                else f"{row['shared_kib'] / 1024:.2f} MiB",
+            ]
+        )
+    return ["CPUs", "boot", "shutdown", "private per CPU", "shared"], rows, []
+
+
+def _broadcast(result: dict[str, Any]) -> tuple[_Cells, list[_Cells], list[str]]:
+    rows: _Rows = []
+    notes: list[str] = []
+    for row in result["rows"]:
+        low, high = row["ns_per_cpu_spread"]
+        rows.append(
+            [
+                str(row["ncpus"]),
+                _time(row["ns_per_cpu"]),
+                f"{_time(low)} - {_time(high)}",
+                _time(row["total_ns"]),
+                f"{row['shared_kib']} KiB",
+                _valid(row, notes, f"{row['ncpus']} CPUs"),
+            ]
+        )
+    header = ["halted CPUs", "per CPU", "spread", "broadcast", "shared", "valid"]
+    return header, rows, notes
+
+
+_Table: TypeAlias = Callable[[dict[str, Any]], tuple[_Cells, list[_Cells], list[str]]]
+_TABLES: Final[dict[str, _Table]] = {
+    "limits": _limits,
+    "latency": _latency,
+    "throughput": _throughput,
+    "boot": _boot,
+    "broadcast": _broadcast,
+}
