@@ -540,6 +540,7 @@ def _choose_current() -> None:
     clusters = list(_open_clusters)
     for cluster in clusters:
         cluster._machine.set_current(False)
+        cluster._arrays.make_current(False)
     if len(clusters) == 1:
         clusters[0]._machine.set_current(True)
         clusters[0]._arrays.make_current()

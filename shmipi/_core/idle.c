@@ -120,10 +120,11 @@ static int halt(struct shi_self *self)
     SHI_STEP(self, halted);
     SHI_TRACE(self, cpu_halt, self->id, 0, 0, 0);
     shi_count(self, SHI_C_halts);
-    while (shi_word_state(shi_load_full(&slot->word)) == SHI_HALTED) {
+    /* The low half anew each time: a late kick clears KICKED in it without ringing. */
+    while (shi_word_state(w = shi_load_full(&slot->word)) == SHI_HALTED) {
         if (stopping(self))
             break;
-        err = shi_doorbell_wait(self, (uint32_t)(next & SHI_W_LOW), -1);
+        err = shi_doorbell_wait(self, (uint32_t)(w & SHI_W_LOW), -1);
         if (err)
             break;
         if (shi_word_state(shi_load_full(&slot->word)) == SHI_HALTED)
@@ -200,6 +201,8 @@ int shi_cpu_offline(struct shi_self *self)
     }
     shi_event_ring(&self->m->header->hotplug_event);
     int err = 0;
+    if (self->hooks.release)
+        self->hooks.release(self); /* a handler just run may have taken it back */
     while (shi_load_acquire(&slot->hotplug) == SHI_HP_OFFLINE) {
         if (stopping(self)) {
             err = -ECANCELED;

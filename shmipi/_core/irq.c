@@ -315,7 +315,10 @@ void shi_set_running(struct shi_self *self)
                 continue;
             }
         }
-        next = shi_word_with(w, SHI_RUNNING) & ~(SHI_W_KICKED | SHI_W_NEED_RESCHED);
+        /* ASKED from a kick since may have been answered by run_deferred already, and a
+         * stale one keeps senders from kicking for ever. */
+        next = shi_word_with(w, SHI_RUNNING) &
+               ~(SHI_W_KICKED | SHI_W_NEED_RESCHED | SHI_W_ASKED);
         if (self->deferred.head)
             next |= SHI_W_ASKED;
         if (shi_cas_full(&self->slot->word, &w, next))
@@ -362,7 +365,8 @@ static void irq_work(struct shi_self *self)
     self->irqs_off = 0;
     self->ctx = ctx;
     self->inline_python = inline_python;
-    if (self->deferred.head && self->hooks.interrupt)
+    bool offline = shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
+    if ((self->deferred.head || offline) && self->hooks.interrupt)
         self->hooks.interrupt(self);
 }
 

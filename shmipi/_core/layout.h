@@ -267,6 +267,8 @@ _Static_assert(sizeof(struct shi_trace_record) == 32, "trace record");
 
 /* ---- a slot: one per CPU, then the host's, then the firmware's ------------------- */
 
+#define SHI_WAITS_IRQS_OFF 0x10000ull
+
 struct shi_slot {
     /* What every sender writes.  Pending lines share the line of the queue head. */
     _Alignas(SHI_PAIR) shi_a64 word;
@@ -286,7 +288,8 @@ struct shi_slot {
     shi_a32 event;      /* the host's doorbell: an event count */
 
     /* Published by the owner for others to read. */
-    _Alignas(SHI_PAIR) shi_a64 waiting_for; /* 0, or (cpu + 1) | irqs off << 32 */
+    /* 0, or cpu + 1 | SHI_WAITS_IRQS_OFF | (csd index + 1) << 32 */
+    _Alignas(SHI_PAIR) shi_a64 waiting_for;
     shi_a32 ringing;                        /* 0, or target + 1: pid hazard */
     shi_a32 cur_csd;                        /* index + 1 of what it executes, 0: nothing */
     shi_a32 task;                           /* 1 while a task runs */

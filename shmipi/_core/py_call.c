@@ -89,7 +89,7 @@ static int wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_
     bool spun = budget <= SHI_GIL_SPIN_NS;
     while (rc > 0) {
         if (rc == SHI_WAIT_PYTHON)
-            shi_run_deferred(machine);
+            shi_wait_python(machine);
         if (rc == SHI_WAIT_SIGNAL && PyErr_CheckSignals() < 0) {
             rc = -EINTR;
             break;
@@ -118,7 +118,9 @@ int shi_wait_csd(Machine *machine, uint32_t local, uint32_t dst, uint64_t deadli
     return -1;
 }
 
-/* Every csd for wait=0 calls is in flight: wait for the oldest.  0, or -1. */
+#define ROOM_LOOK_NS 1000000u
+
+/* Every csd for wait=0 calls is in flight: wait for the oldest.  0: look again, or -1. */
 int shi_wait_for_room(Machine *machine)
 {
     shi_enter(&machine->self);
@@ -133,7 +135,11 @@ int shi_wait_for_room(Machine *machine)
     uint32_t dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
     if (dst >= machine->m.ncpus)
         return 0;
-    int err = wait_unlocked(machine, shi_own_index(&machine->self, oldest), dst, 0);
+    /* Not for long: its target may be stopped, and others have ended since. */
+    int err = wait_unlocked(machine, shi_own_index(&machine->self, oldest), dst,
+                            shi_now_ns() + ROOM_LOOK_NS);
+    if (err == -ETIMEDOUT)
+        return 0;
     if (err && err != -EINTR)
         shi_raise_errno(machine, err, (int)dst);
     return err ? -1 : 0;

@@ -38,6 +38,40 @@ static void hook_interrupt(struct shi_self *self)
     PyErr_SetInterruptEx((int)self->m->kick_signal);
 }
 
+static void flush_standard_files(void)
+{
+    const char *const names[] = {"stdout", "stderr"};
+    size_t i;
+    for (i = 0; i < 2; i++) {
+        PyObject *file = PySys_GetObject(names[i]); /* borrowed */
+        PyObject *done = file && file != Py_None ? PyObject_CallMethod(file, "flush", NULL) : NULL;
+        Py_XDECREF(done);
+        PyErr_Clear();
+    }
+}
+
+/* The function forked and its child came back here: the child is no second CPU, and ends
+ * where the function does. */
+static void leave_if_forked(Machine *machine, PyObject *result)
+{
+    int status = 0;
+    if (__builtin_expect(!machine->foreign, 1))
+        return;
+    if (!result) {
+        PyObject *code = NULL, *error = shi_take_exception();
+        if (PyErr_GivenExceptionMatches(error, PyExc_SystemExit)) {
+            code = PyObject_GetAttrString(error, "code");
+            status = code && PyLong_Check(code) ? (int)PyLong_AsLong(code) : code != Py_None;
+        } else {
+            PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+            PyErr_Print();
+            status = 1;
+        }
+    }
+    flush_standard_files();
+    _exit(status);
+}
+
 /* Run one Python csd in interrupt context: soft-masked throughout, and whatever it
  * raises goes to its sender or to sys.unraisablehook, never into what it interrupted. */
 static void run_handler(Machine *machine, uint32_t index)
@@ -64,6 +98,7 @@ static void run_handler(Machine *machine, uint32_t index)
     if (async) /* the kernel's order: unlock, then run */
         shi_csd_unlock(self, csd);
     PyObject *result = shi_incoming_apply(&in);
+    leave_if_forked(machine, result);
     SHI_TRACE(self, csd_function_exit, self->id, index + 1, func, 0);
     if (!async) {
         shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
@@ -122,10 +157,9 @@ static int go_offline(Machine *machine)
     struct shi_self *self = &machine->self;
     int err;
     for (;;) {
-        hold_interpreter(machine);
-        PyThreadState *state = PyEval_SaveThread();
+        hook_release(self); /* by the hook: a handler run on the way can take it back */
         err = shi_cpu_offline(self);
-        PyEval_RestoreThread(state);
+        hold_interpreter(machine);
         if (err != -EBUSY)
             return err;
         shi_run_deferred(machine);
@@ -135,6 +169,13 @@ static int go_offline(Machine *machine)
 static bool hotplug_asked(const struct shi_self *self)
 {
     return shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
+}
+
+void shi_wait_python(Machine *machine)
+{
+    shi_run_deferred(machine);
+    if (hotplug_asked(&machine->self) && !shi_masked(&machine->self))
+        go_offline(machine);
 }
 
 /* Serve everything, Python included, then let the task go on. */
@@ -225,6 +266,25 @@ static void name_task(Machine *machine, PyObject *function)
     Py_XDECREF(text);
 }
 
+/* The interpreter has a handler of its own for each signal: put ours back there, and then
+ * the core's over it, because signal.signal installs the interpreter's. */
+static void restore_kick_handler(Machine *machine)
+{
+    PyObject *module = PyImport_ImportModule("signal");
+    PyObject *core = PyImport_ImportModule("shmipi._core");
+    PyObject *entry = core ? PyObject_GetAttrString(core, "irq_entry") : NULL;
+    PyObject *old = module && entry ? PyObject_CallMethod(module, "signal", "IO",
+                                                          machine->m.kick_signal, entry)
+                                    : NULL;
+    if (!old)
+        PyErr_WriteUnraisable(NULL);
+    Py_XDECREF(old);
+    Py_XDECREF(entry);
+    Py_XDECREF(core);
+    Py_XDECREF(module);
+    shi_kick_install(&machine->self);
+}
+
 static void run_task(Machine *machine)
 {
     struct shi_self *self = &machine->self;
@@ -245,6 +305,7 @@ static void run_task(Machine *machine)
     shi_kick_block(self, false);
     irq_window(machine); /* serves what came meanwhile, then RUNNING */
     PyObject *result = shi_incoming_apply(&in);
+    leave_if_forked(machine, result);
     shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
     Py_XDECREF(result);
     /* What the task left behind must not outlive it. */
@@ -255,6 +316,7 @@ static void run_task(Machine *machine)
     self->preempt = 0;
     switch (shi_kick_check(self)) {
     case -EEXIST:
+        restore_kick_handler(machine);
         complain("CPU %d: the task %s replaced the handler of the kick signal: calls waited "
                  "until it ended", machine);
         break;
@@ -456,18 +518,6 @@ static PyObject *cond_resched(PyObject *module, PyObject *unused)
 }
 
 /* ---- becoming one ---------------------------------------------------------------- */
-
-static void flush_standard_files(void)
-{
-    const char *const names[] = {"stdout", "stderr"};
-    size_t i;
-    for (i = 0; i < 2; i++) {
-        PyObject *file = PySys_GetObject(names[i]); /* borrowed */
-        PyObject *done = file && file != Py_None ? PyObject_CallMethod(file, "flush", NULL) : NULL;
-        Py_XDECREF(done);
-        PyErr_Clear();
-    }
-}
 
 /* Forked generators are alike: `random` reseeds itself, numpy's must be told. */
 static int own_randomness(void)

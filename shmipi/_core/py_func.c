@@ -200,7 +200,8 @@ static bool same_content(PyObject *kept, PyObject *now)
     Py_XDECREF(alive); /* `now` is alive anyway if it is the same */
     return alive == now;
 #else
-    return PyWeakref_GET_OBJECT(kept) == now;
+    /* A dead reference says None; None itself is never kept as a weak one. */
+    return now != Py_None && PyWeakref_GET_OBJECT(kept) == now;
 #endif
 }
 

@@ -248,5 +248,5 @@ PyObject *shi_each_cpu_cond_mask(Machine *machine, PyObject *const *args, Py_ssi
     PyObject *a[5];
     if (shi_parse("on_each_cpu_cond_mask", names, 2, 5, args, nargs, kwnames, a) < 0)
         return NULL;
-    return run_many(machine, a[4], a[1], a[2], a[3], true, a[0]);
+    return run_many(machine, a[4] == Py_None ? NULL : a[4], a[1], a[2], a[3], true, a[0]);
 }

@@ -16,6 +16,18 @@ static PyObject *native_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     if (!utf8)
         return NULL;
     int index = shi_native_find(utf8);
+    if (index < 0 && strchr(utf8, ':')) {
+        /* As given to Cluster, which keeps the absolute path. */
+        PyObject *path = PyImport_ImportModule("os.path");
+        PyObject *full = path ? PyObject_CallMethod(path, "abspath", "O", name) : NULL;
+        const char *text = full ? PyUnicode_AsUTF8(full) : NULL;
+        if (text)
+            index = shi_native_find(text);
+        Py_XDECREF(full);
+        Py_XDECREF(path);
+        if (!text)
+            return NULL;
+    }
     if (index < 0)
         return PyErr_Format(PyExc_LookupError,
                             "no native handler %R: built-in ones are noop, count and stamp; "
@@ -94,7 +106,25 @@ static PyObject *native_name(PyObject *module, PyObject *arg)
     return PyLong_FromLong(err);
 }
 
+/* Every name this process has numbered, in order: a firmware numbers them alike. */
+static PyObject *native_names(PyObject *module, PyObject *unused)
+{
+    uint32_t i;
+    const char *name;
+    (void)module;
+    (void)unused;
+    PyObject *list = PyList_New(0);
+    for (i = 0; list && (name = shi_native_name_of(i)); i++) {
+        PyObject *text = PyUnicode_FromString(name);
+        if (!text || PyList_Append(list, text) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(text);
+    }
+    return list;
+}
+
 PyMethodDef shi_native_functions[] = {
+    {"native_names", native_names, METH_NOARGS, "native_names() -> list"},
     {"native_load", native_load, METH_O, "native_load(spec) -> index"},
     {"native_name", native_name, METH_O, "native_name(spec) -> index, without loading it"},
     {NULL, NULL, 0, NULL},

@@ -174,6 +174,8 @@ void shi_cpu_hooks(Machine *machine);
 void shi_run_deferred(Machine *machine);
 /* The same between two steps of a task: and senders kick again from then on. */
 void shi_take_deferred(Machine *machine);
+/* What interrupts a wait: Python csds, and the request to go offline. */
+void shi_wait_python(Machine *machine);
 extern PyMethodDef shi_cpu_methods[];
 extern PyMethodDef shi_cpu_functions[];
 

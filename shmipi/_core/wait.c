@@ -27,6 +27,7 @@ void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index
 {
     wait->csd = shi_csd(self->m, index);
     wait->dst = dst;
+    wait->index = index;
     wait->deadline_ns = deadline_ns;
     wait->tick_ns = 0;
     wait->seen = 0;
@@ -45,7 +46,8 @@ void shi_wait_end(struct shi_self *self, struct shi_wait *wait)
         shi_set_running(self);
 }
 
-/* Serve the own queue.  True: there is Python work for the caller to run. */
+/* Serve the own queue.  True: the caller has Python work to run, or is asked to go
+ * offline. */
 static bool serve(struct shi_self *self)
 {
     self->in_core++;
@@ -53,7 +55,9 @@ static bool serve(struct shi_self *self)
     self->in_core--;
     if (self->happened)
         shi_leave_slow(self);
-    return self->deferred.head != 0 && !self->in_irq;
+    return (self->deferred.head != 0 ||
+            shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE) &&
+           !self->in_irq;
 }
 
 static bool own_work(const struct shi_self *self)
@@ -108,9 +112,12 @@ static bool deadlocked(struct shi_self *self)
         uint32_t at = self->id, steps;
         for (steps = 0; steps <= m->ncpus; steps++) {
             uint64_t entry = shi_load_full(&shi_slot(m, at)->waiting_for);
-            uint32_t next = (uint32_t)entry;
-            if (!next || !(entry >> 32) || next > m->ncpus ||
-                !shi_word_online(shi_load_relaxed(&shi_slot(m, at)->word)))
+            uint32_t next = (uint32_t)entry & 0xffff, csd = (uint32_t)(entry >> 32);
+            if (!next || !(entry & SHI_WAITS_IRQS_OFF) || next > m->ncpus || !csd ||
+                csd > m->ncsds || !shi_word_online(shi_load_relaxed(&shi_slot(m, at)->word)))
+                return false;
+            /* It may have its answer and not have woken up to it yet. */
+            if (!shi_csd_locked(shi_csd(m, csd - 1)))
                 return false;
             at = next - 1;
             if (at == self->id)
@@ -220,7 +227,8 @@ int shi_wait_sleep(struct shi_self *self, struct shi_wait *wait)
     if (!wait->published) {
         /* Release: who finds the entry finds the csd queued. */
         shi_store_full(&self->slot->waiting_for,
-                       (uint64_t)(wait->dst + 1) | (uint64_t)(self->irqs_off != 0) << 32);
+                       (uint64_t)(wait->dst + 1) | (self->irqs_off ? SHI_WAITS_IRQS_OFF : 0) |
+                           (uint64_t)(wait->index + 1) << 32);
         wait->published = !self->host; /* threads of the host would overwrite it */
     }
     if (service && own_work(self) && serve(self))

@@ -7,7 +7,7 @@
 
 struct shi_wait {
     struct shi_csd *csd;
-    uint32_t dst;
+    uint32_t dst, index;
     uint64_t deadline_ns; /* shi_now_ns() clock; 0: none */
     uint64_t tick_ns;     /* next look at progress */
     uint64_t seen;        /* dst's word at the last look */

@@ -14,20 +14,24 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shmipi.cli.console import count_of
 from shmipi.cli.options import add_machine_options, boot
+from shmipi.errors import CommandError, RemoteCallError
 
 if TYPE_CHECKING:
+    from shmipi.bench.runner import Progress
     from shmipi.cluster import Cluster
     from shmipi.stress.report import Report
 
 HELP = """\
 Boots a machine, makes each kind of call and says what travelled for it, tortures the
-machine for three seconds, measures its latencies beside the limits of this computer, and
-ends with a verdict. Takes about 15 seconds. Exit status 1 when a call was lost."""
+machine for three seconds, measures its latencies beside the limits of this computer,
+and ends with a verdict. Takes about 15 seconds. Exit status 1 when a call was lost."""
 EXAMPLE = """\
 shmipi demo
 shmipi demo --cpus 4 --idle halt"""
 
 _STRESS_S: Final = 3.0
+_CALLS: Final = 300  # of each row of the latencies, in so many blocks
+_BLOCKS: Final = 5
 #: What a line of the demo shows of the counters, in words for one and for several.
 _TRAVELLED: Final = {
     "csd_queued": ("csd", "csds"),
@@ -48,17 +52,28 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show it all; return 1 when the stress run found an error."""
+    from shmipi.bench.runner import Progress
+
+    progress = Progress("demo")
     start = time.perf_counter()
     with boot(args) as cluster:
         _machine(cluster, time.perf_counter() - start)
         _calls(cluster)
-        report = _stress(cluster)
+        try:
+            report = _stress(cluster, progress)
+        finally:
+            progress.clear()
         start = time.perf_counter()
-    print(f"\nshut down in {(time.perf_counter() - start) * 1e3:.0f} ms")
+    print(f"  machine shut down in {(time.perf_counter() - start) * 1e3:.0f} ms")
+    try:
+        latency = _latency(args, progress)
+    finally:
+        progress.clear()
+    print(f"\n{_verdict(report, latency)}")
     return 0 if report.verdict == "SUCCESS" else 1
 
 
-# ---- the machine ----------------------------------------------------------------------
+# ---- the machine ---------------------------------------------------------------------
 
 
 def _machine(cluster: Cluster, seconds: float) -> None:
@@ -75,7 +90,7 @@ def _machine(cluster: Cluster, seconds: float) -> None:
         print(f"  and {cluster.ncpus - 8} more")
 
 
-# ---- the calls ------------------------------------------------------------------------
+# ---- the calls -----------------------------------------------------------------------
 
 
 class _Lines:
@@ -165,8 +180,6 @@ def _cpulist(cpus: list[int]) -> str:
 
 
 def _error_of(cluster: Cluster, cpu: int) -> str:
-    from shmipi import RemoteCallError
-
     try:
         cluster.call(cpu, int, "seven")
     except RemoteCallError as error:
@@ -238,14 +251,138 @@ def _nothing_of(info: object) -> None:
     """Do nothing, as a handler of the smp_call_function family."""
 
 
-# ---- stress -----------------------------------------------------------------------------
+# ---- stress --------------------------------------------------------------------------
 
 
-def _stress(cluster: Cluster) -> Report:
+def _stress(cluster: Cluster, progress: Progress) -> Report:
+    """Torture the machine; say what came of it."""
     from shmipi import stress
 
-    print(f"\nstress: every CPU calls every other at random for {_STRESS_S:.0f} s")
-    return stress.run(stress.Options(duration=_STRESS_S), cluster=cluster)
+    print(
+        f"\nstress: for {_STRESS_S:.0f} s every CPU makes calls of all kinds at random",
+        flush=True,
+    )
+    report = stress.run(
+        stress.Options(duration=_STRESS_S),
+        cluster=cluster,
+        progress=lambda done: progress(f"stress, {done:.0f} of {_STRESS_S:.0f} s"),
+    )
+    progress.clear()
+    if report.interrupted:  # it ends in order by itself; so does the rest, here
+        raise KeyboardInterrupt
+    kinds = ", ".join(
+        f"{name} {number}" for name, number in report.by_primitive.items()
+    )
+    print(
+        f"  {report.calls} calls, {report.calls_per_s:,.0f} a second: {kinds}\n"
+        f"  lost {report.lost}, duplicated {report.duplicated}, errors {report.errors}"
+    )
+    for line in report.explain():
+        print(f"  {line}")
+    return report
 
 
-# ---- latency ----------------------------------------------------------------------------
+# ---- latency -------------------------------------------------------------------------
+
+
+def _latency(args: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
+    """Measure a few rows of `shmipi bench latency`, print them beside their limits.
+
+    Returns the rows; none where this computer has no two cores for it.
+    """
+    from shmipi.bench import latency
+    from shmipi.report.bench import table
+
+    cores = args.cores if len(set(args.cores)) > 1 else "auto"
+    options = latency.Options(
+        calls=_CALLS,
+        blocks=_BLOCKS,
+        doorbells=tuple(dict.fromkeys(("none", args.doorbell, "signal"))),
+        cores=cores,
+        controller=args.controller,
+    )
+    print(
+        f"\nlatency of a call, there and back: medians of {_CALLS} calls between two"
+        " cores,\nbeside the same round trip in C with nothing of shmipi in between",
+        flush=True,
+    )
+    try:
+        result = latency.run(options, progress)
+    except CommandError as error:
+        progress.clear()
+        print(f"  not measured: {error}")
+        return []
+    except RemoteCallError as error:
+        progress.clear()
+        print(f"  not measured: on CPU {error.cpu}: {error.remote_repr}")
+        return []
+    progress.clear()
+    print()
+    cells = []
+    for row in result["rows"]:
+        limit = result["limits"][row["limit"]]
+        beside = limit.get("batch_ns", limit.get("p50"))
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f} x"
+        cells.append(
+            [
+                _target(row),
+                row["handler"],
+                _us(_typical(row)),
+                row["limit"],
+                "-" if beside is None else _us(beside),
+                ratio,
+                "" if row["valid"] else "disturbed",
+            ]
+        )
+    header = [
+        "the target is",
+        "handler",
+        "round trip",
+        "limit",
+        "its time",
+        "ratio",
+        "",
+    ]
+    table(header, cells, sys.stdout)
+    disturbed = sum(not row["valid"] for row in result["rows"])
+    if disturbed:
+        print(
+            f"{disturbed} of {len(cells)} rows were disturbed by other work on this"
+            " computer: `shmipi bench latency`\nsays how, `shmipi doctor` what to do"
+        )
+    return list(result["rows"])
+
+
+def _target(row: dict[str, Any]) -> str:
+    """Return what a row's target does, and how it is rung."""
+    if row["target_state"] == "polling":
+        return "polling, not rung"
+    parked = ", caller sleeps too" if row["sender_wait"] == "park" else ""
+    return f"{row['target_state']}, {row['doorbell']}{parked}"
+
+
+def _typical(row: dict[str, Any]) -> float:
+    typical: float = row.get("batch_ns", row["rtt_ns"]["p50"])
+    return typical
+
+
+def _us(ns: float) -> str:
+    return f"{ns / 1e3:.2f} us"
+
+
+def _verdict(report: Report, rows: list[dict[str, Any]]) -> str:
+    """Return the last line: did it work, and what a call costs here."""
+    account = (
+        f"{report.calls} calls, none lost, none twice"
+        if report.verdict == "SUCCESS"
+        else f"{report.lost} calls lost, {report.duplicated} twice,"
+        f" {report.errors} other errors"
+    )
+    costs = []
+    for state in ("polling", "halted", "running"):
+        for row in rows:
+            if row["target_state"] == state and row["handler"] == "native":
+                costs.append(f"{_us(_typical(row))} to a {state} CPU")
+                break
+    cost = f"; a call costs {', '.join(costs)}" if costs else ""
+    return f"{report.verdict}: {account}{cost}"

@@ -26,8 +26,9 @@ HELP = """\
 Boots a machine and runs a function of yours as a task on every CPU: `main` of a file,
 or the one that is named. Each CPU loads the file or module for itself. What follows
 `--` are the function's arguments, strings all; sys.argv is what a script would see.
-Results that are not None are printed in CPU order. When your code raises, its traceback
-is printed once for all CPUs that raised it, and the exit status is 1; sys.exit sets it."""
+Results that are not None are printed in CPU order. When your code raises, its
+traceback is printed once for all CPUs that raised it, and the exit status is 1; what it
+gives to sys.exit is the exit status."""
 EXAMPLE = """\
 shmipi run --cpus 4 program.py
 shmipi run program.py:measure --idle halt -- 1000 fast

@@ -76,7 +76,7 @@ class Arrays:
         self.machine = machine
         self._lock = threading.Lock()
         self._known: dict[tuple[str, str], SharedArray] = {}
-        self._read = 0
+        self._read: set[int] = set()
         self._memory = memoryview(machine)
         _machines[machine.name] = self
 
@@ -90,10 +90,13 @@ class Arrays:
         self._known.clear()
         self._memory.release()
 
-    def make_current(self) -> None:
-        """Let ``shmipi.shared(name)`` of this process look here."""
+    def make_current(self, on: bool = True) -> None:
+        """Let ``shmipi.shared(name)`` of this process look here, or no longer."""
         global _current
-        _current = self
+        if on:
+            _current = self
+        elif _current is self:
+            _current = None
 
     def make(
         self, kind: str, name: str, dtype: DTypeLike, shape: int | tuple[int, ...]
@@ -158,8 +161,8 @@ class Arrays:
         """Return array ``name``. ``KeyError`` when the machine has none."""
         found = self._known.get((kind, name))
         if found is None:
-            with self._lock:
-                self._refresh()
+            # No lock: a handler may interrupt its own task right here and come in again.
+            self._refresh()
             found = self._known.get((kind, name))
         if found is None:
             raise KeyError(
@@ -169,11 +172,12 @@ class Arrays:
         return found
 
     def _refresh(self) -> None:
-        for offset in self.machine.array_offsets()[self._read :]:
-            array = self._describe(offset)
-            assert array._key is not None
-            self._known[array._key] = array
-            self._read += 1
+        for offset in self.machine.array_offsets():
+            if offset not in self._read:
+                array = self._describe(offset)
+                assert array._key is not None
+                self._known.setdefault(array._key, array)
+                self._read.add(offset)
 
     def _describe(self, offset: int) -> SharedArray:
         try:

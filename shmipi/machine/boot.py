@@ -170,6 +170,7 @@ class Host:
             "segment": self.full,
             "ncpus": plan.ncpus,
             "handlers": list(plan.handlers),
+            "handler_names": _core.native_names(),
             "kick_signal": plan.kick_signal,
             "eventfds": self._eventfds,
             "host_pid": self.owner,

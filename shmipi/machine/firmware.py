@@ -55,6 +55,9 @@ class Firmware:
     def prepare(self) -> None:
         """Load handlers, open doorbells, and get ready to fork."""
         config = self.config
+        # A number means the same function in the host and in all its machines.
+        for name in config["handler_names"]:
+            _core.native_name(name)
         for spec in config["handlers"]:
             _core.native_load(spec)
         self.machine.open_doorbells(config["segment"], config["eventfds"])

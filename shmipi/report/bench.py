@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TextIO, TypeAlias
 
@@ -9,6 +10,7 @@ __all__ = ["render", "table"]
 
 _Cells: TypeAlias = list[str]
 _Rows: TypeAlias = list[_Cells]
+_WIDE: Final = 100_000
 
 
 def render(result: dict[str, Any], stream: TextIO) -> None:
@@ -38,7 +40,7 @@ def table(header: Sequence[str], rows: Sequence[_Cells], stream: TextIO) -> None
     numeric = [
         all(_is_number(row[column]) for row in rows) for column in range(len(header))
     ]
-    if stream.isatty():
+    if stream.isatty() and os.environ.get("TERM") != "dumb":
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -49,7 +51,8 @@ def table(header: Sequence[str], rows: Sequence[_Cells], stream: TextIO) -> None
         for row in rows:
             style = "yellow" if row[-1].startswith("no") else ""
             shown.add_row(*(Text(cell, style) for cell in row))
-        Console(file=stream).print(shown)
+        # As wide as the table is: a narrow terminal folds lines, and cuts nothing.
+        Console(file=stream, width=_WIDE).print(shown)
         return
     widths = [
         max(len(header[column]), *(len(row[column]) for row in rows))

@@ -115,7 +115,7 @@ _WRONG_CPU, _MB_IN, _LATE = range(3)
 FAULT_WORDS: Final = 8
 
 # Words of the driver for everybody.
-K_STOP, K_PAUSE, K_LONGWAIT, K_SALT = range(4)
+K_STOP, K_PAUSE, K_LONGWAIT, K_SALT, K_READY, K_GO = range(6)
 CONTROL_WORDS: Final = 16
 
 #: Seconds without progress after which a wait is looked into.

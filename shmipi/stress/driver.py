@@ -30,8 +30,10 @@ from shmipi.stress.book import (
     H_BEAT,
     H_DOING,
     H_TARGET,
+    K_GO,
     K_LONGWAIT,
     K_PAUSE,
+    K_READY,
     K_SALT,
     K_STOP,
     M_BASE,
@@ -115,6 +117,9 @@ class _Driver:
         try:
             for cpu in range(self.senders):
                 self.start(cpu)
+            self.await_ready()
+            begun = time.monotonic()
+            self.book.control[K_GO] = 1
             threads = self.start_threads()
             self.serve(begun)
         except KeyboardInterrupt:
@@ -230,6 +235,21 @@ class _Driver:
         with self.lock:
             self.calls[cpu] = call
             self.beats.pop(cpu, None)
+
+    def await_ready(self) -> None:
+        """Wait until every invoker has started, as scftorture does."""
+        deadline = time.monotonic() + self.patience() + 0.3 * self.senders
+        while self.book.control[K_READY] < self.senders:
+            if time.monotonic() > deadline:
+                self.error("stalled", "the invokers have not all started")
+                return
+            for cpu, call in list(self.calls.items()):
+                if self.machine.done(call):  # it failed, or its CPU died
+                    self.collect(cpu, call, may_die=False)
+                    del self.calls[cpu]
+                    self.bury(cpu)
+                    self.book.control[K_READY] += 1
+            time.sleep(0.002)
 
     def take(self, cpu: int) -> int | None:
         """Return the call of a CPU's invoker; it is the caller's to collect now."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from shmipi import smp
+from shmipi import atomic, smp
 from shmipi.cpumask import CpuMask
 from shmipi.errors import (
     ArenaFullError,
@@ -25,8 +25,10 @@ from shmipi.errors import (
 from shmipi.machine import arrays
 from shmipi.stress.book import (
     H_INCARNATION,
+    K_GO,
     K_LONGWAIT,
     K_PAUSE,
+    K_READY,
     K_SALT,
     K_STOP,
     NATIVE,
@@ -50,7 +52,12 @@ def _the_book() -> Book:
     """Return the book of the machine that this process is a CPU of."""
     global _book
     if _book is None:
-        _book = Book.find(arrays.shared, arrays.shared("stress.plug").shape[0])
+        # A handler that interrupted this would look for them once more.
+        flags = smp.local_irq_save()
+        try:
+            _book = Book.find(arrays.shared, arrays.shared("stress.plug").shape[0])
+        finally:
+            smp.local_irq_restore(flags)
     return _book
 
 
@@ -115,6 +122,10 @@ def invoke(
     ledger = Ledger(book, cpu, lambda cpus: prove(cpus, cpu), pause)
     book.head_words[cpu, H_INCARNATION] = incarnation
     ledger.inherit()
+    # All begin at once: the first must not torture a machine that is still importing.
+    atomic.fetch_add(book.control, K_READY, 1)
+    while not (book.control[K_GO] or book.control[K_STOP]):
+        time.sleep(0.002)
     # A string: it is hashed, so that neighbours' choices have nothing in common.
     Invoker(
         book, ledger, cpu, Random(f"{seed}/{cpu}/{incarnation}"), weights, handler

@@ -57,7 +57,8 @@ class Counters:
         """Return each counter as an array of shape (ncpus,)."""
         total = self._sum()
         return {
-            name: total[: self._ncpus, i].copy() for i, name in enumerate(_core.COUNTERS)
+            name: total[: self._ncpus, i].copy()
+            for i, name in enumerate(_core.COUNTERS)
         }
 
     def host(self) -> dict[str, int]:
