@@ -4,12 +4,14 @@ Every test is followed by a look for processes and shared objects that it made a
 not end: one that leaks fails, whatever it was about.
 """
 
+import atexit
 import contextlib
 import os
 import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -31,6 +33,22 @@ _QUEUES = Path("/dev/mqueue")
 _LEAK_WAIT_S = 2.0
 #: Where this shmipi is: for hosts in processes of their own.
 PACKAGE_HOME = str(Path(shmipi.__file__).resolve().parents[1])
+#: The names of all machines that the tests made, hosts in other processes included.
+_NAMES = Path(tempfile.mkstemp(prefix="shmipi-tests-")[1])
+atexit.register(_NAMES.unlink, missing_ok=True)
+_NOTE_NAMES = f"""\
+import os as _os
+from shmipi.machine import segment as _segment
+
+def _create(name, create=_segment.create):
+    fd = _os.open({str(_NAMES)!r}, _os.O_WRONLY | _os.O_APPEND)
+    _os.write(fd, name.encode() + b"\\n")
+    _os.close(fd)
+    return create(name)
+
+_segment.create = _create
+"""
+exec(_NOTE_NAMES, {})
 
 
 # ---- the look for leaks ------------------------------------------------------------------
@@ -49,25 +67,15 @@ def _processes() -> set[int]:
 
 
 def _objects() -> set[Path]:
-    found: set[Path] = set()
+    """Shared objects of machines that the tests made: others may run here as well."""
+    names, found = set(_NAMES.read_text().split()), set()
     for folder in (_SHM, _QUEUES):
         with contextlib.suppress(OSError):
-            found |= {
-                path
-                for path in folder.iterdir()
-                if path.name.startswith(("shmipi.", "sem.shmipi."))
-            }
+            for path in folder.iterdir():
+                parts = path.name.removeprefix("sem.").split(".")
+                if parts[0] == "shmipi" and len(parts) > 2 and parts[2] in names:
+                    found.add(path)
     return found
-
-
-def _is_anothers(path: Path) -> bool:
-    """Does the object belong to a live machine? (Ours are ended: no process is left.)"""
-    from shmipi.machine import segment
-
-    full = ".".join(path.name.removeprefix("sem.").split(".")[:3])
-    with contextlib.suppress(OSError):
-        return any(m.alive for m in segment.find(every_user=True) if m.full_name == full)
-    return False
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +86,7 @@ def no_leaks() -> Iterator[None]:
     deadline = time.monotonic() + _LEAK_WAIT_S
     while True:
         left = _processes() - processes
-        lost = {path for path in _objects() - objects if left or not _is_anothers(path)}
+        lost = _objects() - objects
         if not left and not lost:
             return
         if time.monotonic() > deadline:
@@ -236,7 +244,7 @@ def script(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         **options: Any,
     ) -> Any:
         path = tmp_path / f"host{len(started)}.py"
-        path.write_text(textwrap.dedent(text))
+        path.write_text(_NOTE_NAMES + textwrap.dedent(text))
         environment = {**os.environ, "PYTHONPATH": PACKAGE_HOME}
         process: Any = subprocess.Popen(
             [*prefix, sys.executable, *flags, str(path), *args],

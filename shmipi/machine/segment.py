@@ -191,7 +191,7 @@ def clean(*, every_user: bool = False) -> list[Found]:
         with contextlib.suppress(OSError):
             fd = os.open(found.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
-                if _try_lock(fd) and os.fstat(fd).st_nlink:
+                if _try_lock(fd) and _still_dead(fd, found.path):
                     head = os.pread(fd, 4096, 0)
                     os.unlink(found.path)
                     unlink_doorbells(found.full_name, _ncpus(head))
@@ -200,6 +200,18 @@ def clean(*, every_user: bool = False) -> list[Found]:
                 os.close(fd)
     removed += _orphan_doorbells(every_user)
     return removed
+
+
+def _still_dead(fd: int, path: Path) -> bool:
+    """Is what we hold the exclusive lock of what the name stands for, and not newborn?
+
+    Between the look and the lock another cleaner may have removed the object and a new
+    machine taken the name; until its host has locked it, its age protects it.
+    """
+    ours, named = os.fstat(fd), path.stat()
+    if (ours.st_dev, ours.st_ino) != (named.st_dev, named.st_ino):
+        return False
+    return os.pread(fd, 8, 0) == _MAGIC or time.time() - ours.st_mtime >= _YOUNG_S
 
 
 def _ncpus(head: bytes) -> int:

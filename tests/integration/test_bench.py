@@ -1,0 +1,313 @@
+"""The measurements, short: shapes, and that each figure is of what it claims to be.
+
+No figure is compared with a time: the computer that runs the tests is busy with others.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shmipi import _core
+from shmipi.bench import broadcast, latency, limits, throughput
+from shmipi.bench.runner import Rig
+from shmipi.cli import main
+from shmipi.machine.topology import usable_cores
+
+pytestmark = pytest.mark.skipif(
+    len(usable_cores()) < 2, reason="sender and target need a core each"
+)
+
+STATS = {"min", "p50", "p90", "p99", "p999", "max", "mean"}
+
+
+def document(capfd, *arguments):
+    assert main(["bench", *arguments, "--json", "-"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    found = json.loads(out)
+    assert found["schema"] == "shmipi.bench/1"
+    assert found["bench"] == arguments[0]
+    return found
+
+
+def check_stats(stats):
+    assert stats.keys() >= STATS
+    order = [stats[key] for key in ("min", "p50", "p90", "p99", "p999", "max")]
+    assert order == sorted(order)
+    assert stats["min"] <= stats["mean"] <= stats["max"]
+
+
+@pytest.fixture(scope="module")
+def rig():
+    cores = usable_cores()[:2]
+    with Rig(cores) as made:
+        yield made
+
+
+# ---- the documents -------------------------------------------------------------------
+
+
+def test_limits(capfd):
+    found = document(capfd, "limits", "--calls", "100", "--blocks", "5")
+    assert found["gc"] is False
+    assert list(found["limits"]) == list(limits.ABOUT)
+    for name, limit in found["limits"].items():
+        if "unavailable" in limit:
+            continue
+        check_stats(limit)
+        assert limit["calls"] == 100
+        assert ("batch_ns" in limit) == name.startswith("cacheline")
+        assert limit["valid"] == ("why" not in limit)
+
+
+def test_latency_has_every_row(capfd):
+    found = document(capfd, "latency", "--calls", "60", "--blocks", "5")
+    rows = {
+        (r["target_state"], r["doorbell"], r["sender_wait"], r["handler"]): r
+        for r in found["rows"]
+    }
+    for handler in ("native", "python"):
+        assert ("polling", "none", "spin", handler) in rows
+        assert ("halted", "futex", "park", handler) in rows
+        assert ("running", "signal", "spin", handler) in rows
+        for doorbell in ("futex", "sem", "eventfd", "mqueue", "signal"):
+            if doorbell not in found.get("unavailable", {}):
+                assert ("halted", doorbell, "spin", handler) in rows
+    for row in found["rows"]:
+        check_stats(row["rtt_ns"])
+        check_stats(row["one_way_ns"])
+        assert row["calls"] == 60
+        assert len(row["ratio_blocks"]) == 5
+        low, high = row["ratio_spread"]
+        assert 0 < low <= row["ratio"] <= high
+        assert row["limit"] in found["limits"]
+        assert row["valid"] == ("why" not in row)
+        assert row["controller"] == "apic"
+    polling = rows["polling", "none", "spin", "python"]
+    assert polling["placements"] >= 16
+    assert polling["times_faster_than_pipe"] > 1
+    assert found["limits"].keys() == limits.ABOUT.keys()
+
+
+def test_a_subset_is_measured_alone(capfd):
+    found = document(
+        capfd,
+        *("latency", "--calls", "20", "--blocks", "5"),
+        *("--doorbell", "sem", "--handler", "native", "--gap", "100"),
+    )
+    assert found["gap_us"] == 100
+    assert [(r["doorbell"], r["handler"]) for r in found["rows"]] == [("sem", "native")]
+
+
+def test_throughput(capfd):
+    found = document(capfd, "throughput", "--calls", "2000", "--blocks", "5")
+    assert len(found["rows"]) == 8
+    for row in found["rows"]:
+        assert row["calls"] == 2000
+        assert row["calls_per_s"] > 0
+        assert 0 <= row["doorbells_per_call"] <= 1
+        assert row["senders"] == 1 or row["pattern"] == "all_to_one"
+    assert {r["senders"] > 1 for r in found["rows"]} == {True, False}
+
+
+def test_boot(capfd):
+    found = document(capfd, "boot", "--cpus", "2,5")
+    assert [row["ncpus"] for row in found["rows"]] == [2, 5]
+    for row in found["rows"]:
+        assert 0 < row["boot_s"] < 30
+        assert 0 < row["shutdown_s"] < 30
+        assert 100 < row["private_kib_per_cpu"] < 20_000
+        assert row["shared_kib"] > 0
+
+
+def test_broadcast(capfd):
+    found = document(capfd, "broadcast", "--cpus", "3,8", "--calls", "5")
+    assert [row["ncpus"] for row in found["rows"]] == [3, 8]
+    for row in found["rows"]:
+        assert row["ns_per_cpu"] * row["ncpus"] == pytest.approx(row["total_ns"])
+
+
+def test_the_text_is_for_people(capfd):
+    arguments = ("latency", "--calls", "10", "--blocks", "5", "--doorbell", "none")
+    assert main(["bench", *arguments]) == 0
+    out, err = capfd.readouterr()
+    assert "ratio (spread)" in out
+    assert "cacheline" in out
+    assert err == ""
+
+
+# ---- each figure is of what it claims to be ------------------------------------------
+
+
+def test_halted_calls_are_rung_each(rig):
+    from shmipi.bench import tasks
+
+    before = rig.counters(0)
+    calls = {"warmup": 0, "gap_ns": 30_000, "state": _core.HALTED}
+    rtt, _, batches, _, _, _ = rig.run(0, tasks.native_calls, 1, 200, calls)
+    after = rig.counters(0)
+    assert rtt.count == 200
+    assert batches == []
+    assert after["doorbells_sent"] - before["doorbells_sent"] >= 200
+    assert after["calls_single"] - before["calls_single"] == 200
+
+
+def test_a_call_waits_for_the_state_it_is_measured_in(rig):
+    """A target that never halts is not measured as halted: the run is given up."""
+    from shmipi import RemoteCallError
+    from shmipi.bench import tasks
+
+    rig.idle(1, "poll")
+    try:
+        options = {"warmup": 0, "state": _core.HALTED, "deadline": 0.2}
+        with pytest.raises(RemoteCallError, match="in time"):
+            rig.run(0, tasks.native_calls, 1, 10, options)
+        options = {"warmup": 0, "state": _core.POLLING, "batch": 50, "skip": 3}
+        before = rig.counters(0)
+        _, _, batches, *_ = rig.run(0, tasks.native_calls, 1, 200, options)
+        after = rig.counters(0)
+    finally:
+        rig.idle(1, "halt")
+    assert len(batches) == 4
+    assert after["csd_queued"] - before["csd_queued"] == 200
+    assert after["kicks_sent"] == before["kicks_sent"]
+    assert after["doorbells_sent"] - before["doorbells_sent"] <= 1  # the host's wake-up
+
+
+def test_a_parked_sender_halts(rig):
+    from shmipi.bench import tasks
+
+    before = rig.counters(0), rig.counters(1)
+    calls = {"warmup": 0, "gap_ns": 30_000, "state": _core.HALTED, "park": True}
+    rig.run(0, tasks.native_calls, 1, 100, calls)
+    _, missed = rig.run(0, tasks.python_calls, 1, 100, 0, 30_000, _core.HALTED, 0)
+    after = rig.counters(0), rig.counters(1)
+    assert missed <= 100
+    rung = after[1]["doorbells_sent"] - before[1]["doorbells_sent"]
+    assert rung > 150  # by the target, each time it unlocked for a sender that slept
+
+
+def test_running_calls_are_kicked(rig):
+    from shmipi.bench import tasks
+
+    rig.flags[0] = 0
+    job = rig.start(1, tasks.busy, 0)
+    try:
+        before = rig.counters(0)
+        calls = {"warmup": 0, "gap_ns": 30_000, "state": _core.RUNNING}
+        rig.run(0, tasks.native_calls, 1, 100, {**calls, "stamp": True})
+        rig.run(0, tasks.python_calls, 1, 100, 0, 30_000, _core.RUNNING, None)
+        after = rig.counters(0)
+    finally:
+        rig.flags[0] = 1
+        job.result()
+    assert after["kicks_sent"] - before["kicks_sent"] >= 200
+
+
+def test_one_way_is_part_of_the_way(rig):
+    from shmipi.bench import tasks
+
+    calls = {"warmup": 5, "gap_ns": 30_000, "state": _core.HALTED, "stamp": True}
+    rtt, there, *_ = rig.run(0, tasks.native_calls, 1, 300, calls)
+    assert there.count == rtt.count == 300
+    assert 0 < there.quantile(0.5) <= rtt.quantile(0.5)
+
+
+def test_a_flood_ends_when_all_have_run(rig):
+    from shmipi.bench import tasks
+
+    for task, counter in (
+        (tasks.flood_native, "native_run"),
+        (tasks.flood_python, "python_run"),
+    ):
+        rig.flags[1] = 0
+        before = rig.counters(1)[counter]
+        start, end = rig.run(0, task, 1, 3000, before + 3000, 1, 1)
+        assert start < end
+        assert (
+            rig.counters(1)[counter] == before + 3001
+        )  # and the one that is waited for
+
+
+def test_python_calls_to_a_running_cpu_are_not_left_lying(rig):
+    """Kicks arrive while handlers run, and nobody waits: all calls run all the same."""
+    from shmipi.bench import tasks
+
+    rig.flags[0] = 0
+    job = rig.start(1, tasks.busy, 0)
+    try:
+        for _ in range(20):
+            rig.flags[1] = 0
+            before = rig.counters(1)["python_run"]
+            rig.run(0, tasks.flood_python, 1, 500, before + 500, 1, 1)
+    finally:
+        rig.flags[0] = 1
+        job.result()
+
+
+def test_the_collector_is_off_on_the_cpus(rig):
+    import gc
+
+    assert rig.cluster.run(gc.isenabled) == [False, False]
+
+
+def test_a_limit_that_is_forbidden_says_why(rig):
+    limit = limits.Limit("eventfd")  # this rig has no eventfds
+    limits.measure(rig, limit, 10, gap_ns=0)
+    assert "ulimit -n" in limit.as_json()["unavailable"]
+
+
+def test_a_broadcast_reaches_all(rig):
+    before = rig.counters(1)["native_run"]
+    spans, _ = rig.run(0, broadcast.broadcasts, 7, 100_000)
+    assert len(spans) == 7
+    assert rig.counters(1)["native_run"] - before == 10  # and three to warm up
+
+
+# ---- what is not there, and the end --------------------------------------------------
+
+
+def test_a_doorbell_that_cannot_be_had_is_listed():
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, 0));"
+        "from shmipi.cli import main;"
+        "sys.exit(main(['bench', 'latency', '--doorbell', 'mqueue,none',"
+        " '--calls', '10', '--blocks', '5', '--handler', 'native', '--json', '-']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "RLIMIT_MSGQUEUE" in found["unavailable"]["mqueue"]
+    assert "unavailable" in found["limits"]["mqueue"]
+    assert [row["target_state"] for row in found["rows"]] == ["polling"]
+
+
+@pytest.mark.parametrize("after", [0.3, 1.5])
+def test_ctrl_c_leaves_nothing(after):
+    """Nothing of it is left: the fixture that follows every test looks."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shmipi", "bench", "latency", "--calls", "1M"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+    )
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in err or after < 1  # before main() it is the interpreter's
+
+
+def test_options_have_defaults_for_all():
+    options = latency.Options()
+    assert options.doorbells == latency.DOORBELLS
+    assert options.handlers == latency.HANDLERS == throughput.HANDLERS
+    assert options.gap_ns == 30_000

@@ -1,0 +1,302 @@
+"""What measuring is made of, without a machine: histograms, blocks, facts, tables."""
+
+import io
+import math
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shmipi import _core
+from shmipi.bench import boot, runner
+from shmipi.cli import main
+from shmipi.report import bench as report
+
+# ---- Hist ----------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 2**42 - 1), min_size=1, max_size=200))
+def test_a_hist_has_three_digits(values):
+    hist = _core.Hist()
+    for value in values:
+        hist.record(value)
+    ordered = sorted(values)
+    stats = hist.stats()
+    assert hist.count == len(values)
+    assert (stats["min"], stats["max"]) == (ordered[0], ordered[-1])
+    assert math.isclose(stats["mean"], sum(values) / len(values), rel_tol=1e-9)
+    for quantile in (0.5, 0.9, 0.99, 0.999, 1.0):
+        rank = max(1, int(quantile * len(values) + 0.5))
+        exact = ordered[rank - 1]
+        assert exact <= hist.quantile(quantile) <= exact * 1.001 + 1
+
+
+@given(st.lists(st.integers(0, 2**40), max_size=50), st.lists(st.integers(0, 2**40)))
+def test_a_hist_pickles_and_merges(first, second):
+    left, right, both = _core.Hist(), _core.Hist(), _core.Hist()
+    for value in first:
+        left.record(value)
+        both.record(value)
+    for value in second:
+        right.record(value)
+        both.record(value)
+    left.merge(pickle.loads(pickle.dumps(right)))
+    assert left.stats() == both.stats()
+    assert left.buckets() == both.buckets()
+    assert sum(count for _, _, count in left.buckets()) == len(first) + len(second)
+
+
+def test_an_empty_hist_is_all_zero():
+    assert set(_core.Hist().stats().values()) == {0}
+
+
+@pytest.mark.parametrize("state", [b"", b"x" * 48, b"\0" * 47, b"\xff" * 64])
+def test_a_damaged_hist_is_refused(state):
+    with pytest.raises(ValueError, match="not the state of a Hist"):
+        _core.Hist(state)
+
+
+def test_a_hist_counts_what_is_recorded_n_times():
+    hist = _core.Hist()
+    hist.record(100, 7)
+    assert hist.buckets() == [(100, 100, 7)]
+    with pytest.raises(OverflowError):
+        hist.record(-1)
+    with pytest.raises(TypeError):
+        hist.merge({})
+
+
+def test_stamps_follow_the_monotonic_clock():
+    import time
+
+    before = time.monotonic_ns()
+    stamp = _core.stamp()
+    after = time.monotonic_ns()
+    assert before - 100_000 <= stamp <= after + 100_000
+    assert 0 < _core.timer_cost_ns() < 10_000
+    assert _core.clock_source() in ("tsc", "cntvct", "monotonic")
+
+
+def test_loops_are_for_cpus_only():
+    for call in (
+        lambda: _core.bench_calls(1, 10),
+        lambda: _core.bench_await(1, 0, 0),
+        lambda: _core.bench_flood(1, 10, 10),
+        lambda: _core.bench_broadcast(1),
+        lambda: _core.bench_spin(None),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+# ---- blocks and facts ----------------------------------------------------------------
+
+
+@given(st.integers(1, 10**6), st.integers(1, 100))
+def test_split_loses_no_call(total, parts):
+    blocks = runner.split(total, parts)
+    assert len(blocks) == parts
+    assert min(blocks) >= 1
+    assert max(blocks) - min(blocks) <= 1
+    if total >= parts:
+        assert sum(blocks) == total
+
+
+INTERRUPTS = """\
+            CPU0       CPU1       CPU3
+  0:         10         20         30   IO-APIC    2-edge      timer
+RES:          1          2          3   Rescheduling interrupts
+CAL:        100        200        300   Function call interrupts
+TLB:       7000       7000       7000   TLB shootdowns
+"""
+
+
+def test_core_interrupts_are_res_and_cal(tmp_path):
+    (tmp_path / "interrupts").write_text(INTERRUPTS)
+    found = runner.core_interrupts([1, 3], proc=tmp_path)
+    assert found == {1: 202, 3: 303}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "           CPU0\n 0:  1  timer\n", INTERRUPTS.replace("CPU3", "CPU9")],
+)
+def test_core_interrupts_that_cannot_be_known(tmp_path, text):
+    assert runner.core_interrupts([3], proc=tmp_path) is None
+    (tmp_path / "interrupts").write_text(text)
+    assert runner.core_interrupts([3], proc=tmp_path) is None
+
+
+def test_preemptions_and_private_memory(tmp_path):
+    folder = tmp_path / "42"
+    folder.mkdir()
+    assert runner.preemptions(42, proc=tmp_path) == 0
+    assert boot.private_kib(42, proc=tmp_path) is None
+    (folder / "status").write_text(
+        "Name:\tx\nvoluntary_ctxt_switches:\t5\nnonvoluntary_ctxt_switches:\t17\n"
+    )
+    (folder / "smaps_rollup").write_text(
+        "Rss:  900 kB\nShared_Clean:  100 kB\nPrivate_Clean:  20 kB\n"
+        "Private_Dirty:  300 kB\nPrivate_Hugetlb:  0 kB\n"
+    )
+    assert runner.preemptions(42, proc=tmp_path) == 17
+    assert boot.private_kib(42, proc=tmp_path) == 320
+
+
+def test_what_makes_a_row_invalid():
+    seen = runner.Seen(seconds=1.0)
+    assert seen.why(1000) == []
+    seen.stolen_s = runner.TICK_S / 2  # one tick: how it is counted, no evidence
+    seen.preempted = 2
+    assert seen.why(100) == []
+    seen.stolen_s, seen.preempted, seen.moved = 0.5, 11, True
+    assert len(seen.why(1000)) == 3
+    assert len(seen.why(None)) == 2  # where preemptions do not matter
+    assert len(seen.why(10_000)) == 2
+
+
+# ---- the command line, where it needs no machine -------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["speed"],
+        ["latency", "--calls", "0"],
+        ["latency", "--calls", "1e9"],
+        ["latency", "--calls", "900G"],
+        ["latency", "--blocks", "4"],
+        ["latency", "--warmup", "0"],
+        ["latency", "--gap", "-1"],
+        ["latency", "--gap", "nan"],
+        ["latency", "--handler", "rust"],
+        ["latency", "--doorbell", "bell"],
+        ["latency", "--doorbell", ""],
+        ["latency", "--cores", "0"],
+        ["latency", "--cores", "0,0"],
+        ["latency", "--cores", "0,99999"],
+        ["throughput", "--handler", "native,"],
+        ["throughput", "--cores", "0,1,2"],
+        ["boot", "--cpus", "0"],
+        ["boot", "--cpus", "4097"],
+        ["boot", "--cpus", "2,,4"],
+        ["boot", "--idle", "sleep"],
+        ["broadcast", "--cpus", "4096"],
+        ["broadcast", "--doorbell", "none"],
+        ["limits", "--json", "/nowhere/x.json"],
+    ],
+    ids=" ".join,
+)
+def test_nonsense_is_one_line_and_status_2(capfd, monkeypatch, arguments):
+    monkeypatch.setattr("shmipi.machine.topology.usable_cores", lambda: [0, 1])
+    assert main(["bench", *arguments]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("shmipi bench")
+
+
+@pytest.mark.parametrize("what", ["limits", "latency", "throughput"])
+def test_one_core_is_told(capfd, monkeypatch, what):
+    monkeypatch.setattr("shmipi.machine.topology.usable_cores", lambda: [3])
+    assert main(["bench", what]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "core 3 only" in err
+
+
+@pytest.mark.parametrize(
+    "what", ["limits", "latency", "throughput", "boot", "broadcast"]
+)
+def test_help_has_an_example(capfd, what):
+    assert main(["bench", what, "--help"]) == 0
+    assert f"shmipi bench {what}" in capfd.readouterr().out.partition("example")[2]
+
+
+# ---- the report ----------------------------------------------------------------------
+
+STATS = {"min": 90, "p50": 100, "p90": 2_000, "p99": 30_000, "p999": 4e6, "max": 5e9}
+STATS["mean"] = 120.5
+MACHINE = {"cpu_model": "A [Model]", "cores": "0-1", "kernel": "Linux", "python": "C"}
+LATENCY = {
+    "bench": "latency",
+    "machine": MACHINE,
+    "timer_ns": 9.6,
+    "clock": "tsc",
+    "gap_us": 30.0,
+    "limits": {"cacheline": {**STATS, "batch_ns": 80}, "mqueue": {"unavailable": "no"}},
+    "rows": [
+        {
+            "target_state": "polling",
+            "doorbell": "none",
+            "sender_wait": "spin",
+            "handler": "python",
+            "rtt_ns": STATS,
+            "one_way_ns": STATS,
+            "limit": "cacheline",
+            "ratio": 1.234,
+            "ratio_spread": [1.1, 1.5],
+            "valid": False,
+            "why": ["time was stolen", "time was stolen"],
+            "batch_ns": 98.7,
+            "times_faster_than_pipe": 250.0,
+            "pipe_rtt_ns": STATS,
+        },
+        {
+            "target_state": "halted",
+            "doorbell": "mqueue",
+            "sender_wait": "park",
+            "handler": "native",
+            "rtt_ns": STATS,
+            "one_way_ns": STATS,
+            "limit": "mqueue",
+            "ratio": None,
+            "ratio_spread": None,
+            "valid": True,
+        },
+    ],
+    "unavailable": {"sem": "no semaphores here"},
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "term"),
+    [(io.StringIO, "xterm"), (Terminal, "dumb"), (Terminal, "xterm")],
+)
+def test_a_latency_table(monkeypatch, stream, term):
+    monkeypatch.setenv("COLUMNS", "60")  # too narrow: nothing is cut all the same
+    monkeypatch.setenv("TERM", term)
+    text = stream()
+    report.render(LATENCY, text)
+    shown = text.getvalue()
+    assert "1.23 (1.10-1.50)" in shown
+    assert "no [1]" in shown
+    assert shown.count("time was stolen") == 1
+    assert "250 times faster than a multiprocessing.Pipe" in shown
+    assert "halted mqueue park" in shown
+    assert "no semaphores here" in shown
+    assert "A [Model]" in shown  # is not taken for markup
+    assert "10 ns, which is not subtracted" in shown
+
+
+def test_every_column_of_the_text_lines_up():
+    text = io.StringIO()
+    report.table(["name", "p50"], [["a", "1 ns"], ["longer", "12.3 us"]], text)
+    assert text.getvalue() == "name        p50\na          1 ns\nlonger  12.3 us\n"
+
+
+def test_the_progress_line_is_for_terminals():
+    for stream, shown in ((io.StringIO(), False), (Terminal(), True)):
+        progress = runner.Progress("bench latency", stream)
+        progress("polling")
+        progress.clear()
+        assert ("polling" in stream.getvalue()) == shown
+        assert not shown or stream.getvalue().endswith("\r\x1b[K")
