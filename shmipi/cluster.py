@@ -24,6 +24,7 @@ from shmipi.errors import (
     ArenaFullError,
     BootError,
     ClusterStateError,
+    CpuDiedError,
     CpuOfflineError,
     IpiTimeoutError,
     MachineDiedError,
@@ -383,23 +384,27 @@ class Cluster:
     def offline(self, cpu: int, timeout: float | None = None) -> None:
         """Take ``cpu`` offline in order: it drains its queue and parks.
 
-        Whatever was queued has run; from then on calls to it raise ``CpuOfflineError``.
-        A task that it runs is stopped where it stands until ``online(cpu)``. Nothing
-        happens if it is offline already. Raises ``CpuOfflineError`` for a CPU that does
-        not exist, ``IpiTimeoutError`` after ``timeout`` seconds (the request stands
-        withdrawn), ``CpuDiedError``.
+        Calls that were queued have run; from then on calls to it raise
+        ``CpuOfflineError``. A task that it runs is stopped where it stands, and tasks
+        that it has not begun wait, until ``online(cpu)``. Nothing happens if it is
+        offline already. Raises ``CpuOfflineError`` for a CPU that does not exist,
+        ``IpiTimeoutError`` after ``timeout`` seconds (the request stands withdrawn),
+        ``CpuDiedError``.
         """
         self._check()
         self._exists(cpu)
         with self._hotplug_lock:
             if self._cpu(cpu).state in ("offline", "dead"):
                 return
-            self._machine.hotplug(cpu, True)
             try:
-                self._await(cpu, lambda state: state in ("offline", "dead"), timeout)
+                state = self._await(
+                    cpu, lambda state: state in ("offline", "dead"), timeout, ask=True
+                )
             except BaseException:
                 self._machine.hotplug(cpu, False)
                 raise
+            if state == "dead":
+                raise CpuDiedError(f"CPU {cpu} died before it was offline", cpu=cpu)
 
     def online(self, cpu: int, timeout: float | None = None) -> None:
         """Bring ``cpu`` back: a parked one goes on, a dead one is booted anew.
@@ -411,11 +416,11 @@ class Cluster:
         self._exists(cpu)
         with self._hotplug_lock:
             state = self._cpu(cpu).state
+            if state == "offline":
+                self._machine.hotplug(cpu, False)
+                state = self._await(cpu, lambda state: state != "offline", timeout)
             if state == "dead":
                 self._host.boot_cpu(cpu)
-            elif state == "offline":
-                self._machine.hotplug(cpu, False)
-                self._await(cpu, lambda state: state != "offline", timeout)
 
     def _exists(self, cpu: int) -> None:
         if not 0 <= cpu < self.ncpus:
@@ -425,13 +430,20 @@ class Cluster:
             )
 
     def _await(
-        self, cpu: int, reached: Callable[[str], bool], timeout: float | None
-    ) -> None:
+        self,
+        cpu: int,
+        reached: Callable[[str], bool],
+        timeout: float | None,
+        ask: bool = False,
+    ) -> str:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             seen = self._machine.hotplug_event
-            if reached(self._cpu(cpu).state):
-                return
+            if ask:  # again each time: the kick may have come just before a sleep
+                self._machine.hotplug(cpu, True)
+            state = self._cpu(cpu).state
+            if reached(state):
+                return state
             self._check()
             if deadline is not None and time.monotonic() >= deadline:
                 raise IpiTimeoutError(

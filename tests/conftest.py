@@ -51,7 +51,7 @@ _segment.create = _create
 exec(_NOTE_NAMES, {})
 
 
-# ---- the look for leaks ------------------------------------------------------------------
+# ---- the look for leaks --------------------------------------------------------------
 
 
 def _processes() -> set[int]:
@@ -117,7 +117,7 @@ def functions_travel(request: pytest.FixtureRequest) -> Iterator[None]:
     cloudpickle.unregister_pickle_by_value(request.module)
 
 
-# ---- machines ----------------------------------------------------------------------------
+# ---- machines ------------------------------------------------------------------------
 
 
 def make_cluster(
@@ -161,12 +161,12 @@ def boot() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Three CPUs that halt, shared by the tests of a module: leave them as they were."""
+    """Three CPUs that halt, shared by a module's tests: leave them as they were."""
     with make_cluster(3, idle="halt") as made:
         yield made
 
 
-# ---- tools -------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def eventually() -> Callable[..., float]:
 
 @pytest.fixture
 def background() -> Iterator[Callable[..., Any]]:
-    """`background(func, *args)`: a thread whose `.end(seconds)` gives result or error."""
+    """`background(func, *args)`: a thread; `.end(seconds)` gives result or error."""
     started: list[Background] = []
 
     def start(func: Callable[..., Any], *args: Any) -> Background:

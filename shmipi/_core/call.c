@@ -13,6 +13,8 @@ int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_
     struct shi_csd *csd = shi_own_csd(self, local);
     if (dst >= self->m->ncpus)
         return -ENXIO;
+    if (shi_load_relaxed(&self->m->header->machine_state) == SHI_M_DEAD)
+        return -EOWNERDEAD;
     int err = shi_csd_trylock(self, csd, type, dst);
     if (err)
         return err;

@@ -34,6 +34,18 @@ static void flight_push(struct shi_self *self, uint32_t index)
         index;
 }
 
+/* Another inherited csd has reserved this payload already: many() shares one. */
+static void share_inherited(struct shi_self *self, uint32_t index, uint64_t offset)
+{
+    struct shi_sender *s = &self->sender;
+    uint32_t i;
+    for (i = 0; i < index; i++)
+        if (s->notes[i].block && own(self, i)->value.ref.offset == offset) {
+            shi_csd_share(self, index, i);
+            return;
+        }
+}
+
 /*
  * The slot's earlier owner was killed.  What it sent may still be in queues, so those
  * csds, their payloads and the functions they name keep their places until unlocked.
@@ -58,6 +70,8 @@ static int inherit(struct shi_self *self)
                 int64_t at = shi_arena_reserve(&s->arena, offset, length);
                 if (at >= 0)
                     s->notes[i].block = (uint64_t)at + 1;
+                else
+                    share_inherited(self, i, offset);
             }
         }
         flight_push(self, i);
@@ -133,6 +147,27 @@ int64_t shi_csd_get(struct shi_self *self)
     return index;
 }
 
+/* The block goes on with one of those that share it (an earlier owner's csds only). */
+static void hand_over(struct shi_sender *s, uint32_t index, uint32_t n)
+{
+    struct shi_csd_note *note = &s->notes[index];
+    uint32_t heir = UINT32_MAX, i;
+    for (i = 0; i < n; i++) {
+        if (s->notes[i].shared != index + 1)
+            continue;
+        if (heir == UINT32_MAX) {
+            heir = i;
+            s->notes[i].shared = 0;
+            s->notes[i].block = note->block;
+            s->notes[i].users = note->users - 1;
+        } else {
+            s->notes[i].shared = heir + 1;
+        }
+    }
+    note->block = 0;
+    note->users = 0;
+}
+
 static void put_block(struct shi_self *self, uint32_t index)
 {
     struct shi_sender *s = &self->sender;
@@ -146,7 +181,9 @@ static void put_block(struct shi_self *self, uint32_t index)
         }
         return;
     }
-    if (note->block) {
+    if (note->block && note->users) {
+        hand_over(s, index, self->m->csds_per_slot);
+    } else if (note->block) {
         shi_arena_free(&s->arena, note->block - 1);
         note->block = 0;
     }
@@ -194,10 +231,17 @@ void shi_csd_collect(struct shi_self *self)
         uint32_t index = s->flight[s->flight_head];
         s->flight_head = (s->flight_head + 1) & (self->m->csds_per_slot - 1);
         s->flight_count--;
-        if (shi_csd_locked(own(self, index)))
-            flight_push(self, index); /* keep it: order among the rest stays */
-        else
+        uint64_t lock = shi_load_acquire(&own(self, index)->lock);
+        if (!(lock & SHI_CSD_LOCK)) {
             shi_csd_put(self, index);
+        } else if ((uint16_t)(lock >> SHI_CSD_DST_SHIFT) < self->m->ncpus) {
+            flight_push(self, index); /* keep it: order among the rest stays */
+        } else {
+            /* Damaged: nobody will ever unlock it.  Its place is lost, no more. */
+            shi_count(self, SHI_C_corrupt);
+            s->nowait -= s->notes[index].nowait;
+            s->notes[index].nowait = 0;
+        }
     }
 }
 

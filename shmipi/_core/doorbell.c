@@ -227,6 +227,8 @@ void shi_kick_send(struct shi_self *self, uint32_t dst)
     struct shi_slot *slot = shi_slot(self->m, dst);
     pid_t pid = (pid_t)shi_load_relaxed(&slot->pid), tid = (pid_t)shi_load_relaxed(&slot->tid);
     int tries, err;
+    if (shi_load_relaxed(&self->m->header->machine_state) == SHI_M_DEAD)
+        return; /* nobody guards the pids of its CPUs any more */
     if (pid <= 0 || tid <= 0)
         return; /* never a group, never everyone, whatever the segment says */
     for (tries = 0; tries < KICK_TRIES; tries++) {
@@ -240,6 +242,8 @@ void shi_kick_send(struct shi_self *self, uint32_t dst)
     }
     if (!err)
         shi_count(self, SHI_C_kicks_sent);
+    else /* none is outstanding: the next sender tries again */
+        shi_fetch_and_full(&slot->word, ~SHI_W_KICKED);
 }
 
 static void on_kick(int sig, siginfo_t *info, void *context)

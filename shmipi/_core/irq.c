@@ -187,7 +187,7 @@ static void run_native(struct shi_self *self, uint32_t index, struct shi_csd *cs
         info = (void *)(intptr_t)csd->value.i;
         break;
     case SHI_K_POINTER:
-        if (csd->value.u >= self->m->total_bytes) {
+        if (csd->value.u >= shi_array_end(self->m)) {
             shi_count(self, SHI_C_corrupt);
             shi_store_relaxed(&csd->status, SHI_S_BROKEN);
             shi_csd_unlock(self, csd);

@@ -293,7 +293,7 @@ struct shi_slot {
     shi_a32 ringing;                        /* 0, or target + 1: pid hazard */
     shi_a32 cur_csd;                        /* index + 1 of what it executes, 0: nothing */
     shi_a32 task;                           /* 1 while a task runs */
-    shi_a32 sleeping;
+    shi_a32 damaged; /* 1 once it dropped csds it could not believe */
 
     /* Tests: stop or die at a labelled step. */
     _Alignas(SHI_PAIR) shi_a32 step;

@@ -125,6 +125,13 @@ void shi_self_fini(struct shi_self *self);
 /* CPU: take the slot (pid, start time, thread) and go online, polling. */
 int shi_self_online(struct shi_self *self);
 
+/* Where the arrays made so far end. */
+static inline uint64_t shi_array_end(const struct shi_machine *m)
+{
+    uint64_t used = shi_load_acquire(&m->header->array_used);
+    return m->array_offset + (used < m->array_bytes ? used : m->array_bytes);
+}
+
 /* The largest single payload: half the arena, because the buddy allocator gives out
  * halves and the functions a sender publishes lie in the same arena. */
 static inline uint64_t shi_payload_max(const struct shi_machine *m)

@@ -106,6 +106,9 @@ PyObject *shi_raise_errno(Machine *machine, int err, int cpu)
         return shi_raise(shi_py.TimeoutError, ETIMEDOUT, cpu,
                          "no answer from CPU %d in time: the call stays queued and may still "
                          "run", cpu);
+    case EBADMSG:
+        return shi_raise(shi_py.LayoutError, 0, cpu,
+                         "CPU %d dropped calls: the segment is damaged", cpu);
     case ENOBUFS:
         return shi_raise(shi_py.ArenaError, ENOBUFS, cpu,
                          "the arena of this sender (%llu bytes) is full of payloads not yet "
@@ -123,8 +126,7 @@ PyObject *shi_raise_errno(Machine *machine, int err, int cpu)
         return shi_raise(shi_py.ArenaError, EAGAIN, cpu,
                          "all %u requests of this sender are in flight", machine->m.csds_per_slot);
     default:
-        errno = -err;
-        return PyErr_SetFromErrno(shi_py.OSError);
+        return shi_raise(shi_py.ArenaError, -err, cpu, "shared memory: %s", strerror(-err));
     }
 }
 

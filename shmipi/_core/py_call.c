@@ -68,6 +68,28 @@ static void take_back(Machine *machine, PyThreadState *mine)
     }
 }
 
+/*
+ * A CPU in a wait polls, and has run what a kick put off before: its sender may be the one
+ * that is waited for.  Python that runs inside the wait (handlers of other signals, of
+ * IPIs) may have left the CPU RUNNING, so this is asked again at every turn.
+ */
+static void settle(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    if (self->host)
+        return;
+    self->inline_python = true;
+    if (shi_masked(self))
+        return;
+    if (shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING)
+        shi_set_polling(self);
+    if (self->deferred.head) {
+        /* POLLING, so the kick handler puts off nothing more. */
+        shi_fetch_and_full(&self->slot->word, ~SHI_W_ASKED);
+        shi_run_deferred(machine);
+    }
+}
+
 /* Wait until the csd is unlocked.  0, or -errno (-EINTR: a Python exception is set). */
 static int wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_t deadline_ns)
 {
@@ -75,19 +97,12 @@ static int wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_
     struct shi_wait wait;
     bool inlined = self->inline_python;
     shi_wait_begin(self, &wait, index, dst, deadline_ns);
-    if (!self->host) {
-        self->inline_python = true;
-        if (self->deferred.head && !shi_masked(self)) {
-            /* Put off by a kick before this wait: whoever sent it may be waited for.
-             * POLLING now, so the kick handler puts off nothing more. */
-            shi_fetch_and_full(&self->slot->word, ~SHI_W_ASKED);
-            shi_run_deferred(machine);
-        }
-    }
+    settle(machine);
     uint64_t budget = shi_wait_budget(self, dst);
     int rc = shi_wait_spin(self, &wait, budget < SHI_GIL_SPIN_NS ? budget : SHI_GIL_SPIN_NS);
     bool spun = budget <= SHI_GIL_SPIN_NS;
     while (rc > 0) {
+        settle(machine);
         if (rc == SHI_WAIT_PYTHON)
             shi_wait_python(machine);
         if (rc == SHI_WAIT_SIGNAL && PyErr_CheckSignals() < 0) {
@@ -119,6 +134,7 @@ int shi_wait_csd(Machine *machine, uint32_t local, uint32_t dst, uint64_t deadli
 }
 
 #define ROOM_LOOK_NS 1000000u
+#define ROOM_LOOKS 16u
 
 /* Every csd for wait=0 calls is in flight: wait for the oldest.  0: look again, or -1. */
 int shi_wait_for_room(Machine *machine)
@@ -133,13 +149,27 @@ int shi_wait_for_room(Machine *machine)
     }
     uint64_t lock = shi_load_relaxed(&shi_own_csd(&machine->self, oldest)->lock);
     uint32_t dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
-    if (dst >= machine->m.ncpus)
+    if (dst >= machine->m.ncpus) {
+        shi_enter(&machine->self);
+        shi_csd_collect(&machine->self); /* damaged: dropped there */
+        shi_leave(&machine->self);
         return 0;
+    }
     /* Not for long: its target may be stopped, and others have ended since. */
     int err = wait_unlocked(machine, shi_own_index(&machine->self, oldest), dst,
                             shi_now_ns() + ROOM_LOOK_NS);
-    if (err == -ETIMEDOUT)
+    if (err == -ETIMEDOUT) {
+        if (++machine->room_looks % ROOM_LOOKS == 0) {
+            /* Each look is too short to notice that a ring was lost: ring again. */
+            shi_enter(&machine->self);
+            shi_irq_rering(&machine->self, dst);
+            shi_leave(&machine->self);
+        }
         return 0;
+    }
+    machine->room_looks = 0;
+    if (err == -EBADMSG)
+        return 0; /* damaged: collected as such */
     if (err && err != -EINTR)
         shi_raise_errno(machine, err, (int)dst);
     return err ? -1 : 0;
@@ -315,7 +345,7 @@ static PyObject *call_single(Machine *machine, PyObject *const *args, Py_ssize_t
         Py_RETURN_NONE;
     if (shi_wait_csd(machine, (uint32_t)local, (uint32_t)cpu, 0) < 0)
         return NULL;
-    PyObject *result = shi_result(machine, (uint32_t)local, (uint32_t)cpu, SHI_A_INFO);
+    PyObject *result = shi_result(machine, (uint32_t)local, (uint32_t)cpu, SHI_A_INFO, 0);
     shi_give_back(machine, (uint32_t)local);
     return result;
 }
@@ -424,7 +454,7 @@ static PyObject *machine_call(Machine *machine, PyObject *const *args, Py_ssize_
     int64_t local = post(machine, cpu, args[1], args[2], args[3], SHI_CSD_SYNC, &apply);
     if (local < 0 || shi_wait_csd(machine, (uint32_t)local, (uint32_t)cpu, deadline) < 0)
         return NULL;
-    PyObject *result = shi_result(machine, (uint32_t)local, (uint32_t)cpu, apply);
+    PyObject *result = shi_result(machine, (uint32_t)local, (uint32_t)cpu, apply, deadline);
     shi_give_back(machine, (uint32_t)local);
     return result;
 }
@@ -488,7 +518,7 @@ static PyObject *machine_collect(Machine *machine, PyObject *const *args, Py_ssi
     if (shi_wait_csd(machine, local, (uint32_t)cpu, deadline) < 0)
         return NULL;
     uint8_t apply = shi_own_csd(&machine->self, local)->apply;
-    PyObject *result = shi_result(machine, local, (uint32_t)cpu, apply);
+    PyObject *result = shi_result(machine, local, (uint32_t)cpu, apply, deadline);
     shi_give_back(machine, local);
     return result;
 }

@@ -299,7 +299,8 @@ void shi_outgoing_share(Machine *machine, const struct outgoing *out, uint32_t l
 /* ---- results, on the sender ------------------------------------------------------ */
 
 /* The target kept a result that was too large for its block: ask for it. */
-static PyObject *fetch(Machine *machine, uint32_t dst, uint64_t token, uint32_t length)
+static PyObject *fetch(Machine *machine, uint32_t dst, uint64_t token, uint32_t length,
+                       uint64_t deadline_ns)
 {
     struct shi_self *self = &machine->self;
     if (length > shi_payload_max(&machine->m))
@@ -333,7 +334,7 @@ static PyObject *fetch(Machine *machine, uint32_t dst, uint64_t token, uint32_t 
     shi_leave(self);
     if (local < 0 || err)
         return shi_raise_errno(machine, local < 0 ? (int)local : err, (int)dst);
-    if (shi_wait_csd(machine, (uint32_t)local, dst, 0) < 0)
+    if (shi_wait_csd(machine, (uint32_t)local, dst, deadline_ns) < 0)
         return NULL;
     struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
     PyObject *bytes = NULL;
@@ -347,16 +348,19 @@ static PyObject *fetch(Machine *machine, uint32_t dst, uint64_t token, uint32_t 
     return bytes;
 }
 
-static PyObject *result_bytes(Machine *machine, const struct shi_csd *csd, uint32_t dst)
+static PyObject *result_bytes(Machine *machine, const struct shi_csd *csd, uint32_t dst,
+                              uint64_t deadline_ns)
 {
     if (csd->kind == SHI_K_FETCH)
-        return fetch(machine, dst, csd->value.fetch.token, csd->value.fetch.length);
+        return fetch(machine, dst, csd->value.fetch.token, csd->value.fetch.length,
+                     deadline_ns);
     if (csd->kind != SHI_K_PICKLE)
         return shi_raise(shi_py.LayoutError, 0, (int)dst, "a result is damaged");
     return payload(machine, machine->self.id, &csd->value.ref);
 }
 
-PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t apply)
+PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t apply,
+                     uint64_t deadline_ns)
 {
     struct shi_csd *csd = shi_own_csd(&machine->self, local);
     if (shi_load_relaxed(&csd->lock) & SHI_CSD_DIED)
@@ -365,7 +369,7 @@ PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t app
     case SHI_S_DONE:
         break;
     case SHI_S_RAISED: {
-        PyObject *bytes = result_bytes(machine, csd, dst);
+        PyObject *bytes = result_bytes(machine, csd, dst, deadline_ns);
         if (!bytes)
             return NULL;
         PyObject *error = PyObject_CallFunction(shi_py.load_exception, "Ni", bytes, (int)dst);
@@ -385,7 +389,7 @@ PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t app
     if ((apply & ~SHI_A_INLINE_FUNC) == SHI_A_INFO)
         Py_RETURN_NONE;
     if (csd->kind == SHI_K_FETCH) {
-        PyObject *bytes = result_bytes(machine, csd, dst);
+        PyObject *bytes = result_bytes(machine, csd, dst, deadline_ns);
         if (!bytes)
             return NULL;
         PyObject *object = PyObject_CallOneArg(shi_py.loads, bytes);

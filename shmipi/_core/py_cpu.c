@@ -82,6 +82,8 @@ static void run_handler(Machine *machine, uint32_t index)
     struct incoming in;
     uint8_t flags = self->irqs_off;
     uint32_t func = csd->func;
+    /* What it interrupts may be about to raise: that stays its own. */
+    PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
     self->irqs_off = 1;
     self->in_irq++;
     shi_store_relaxed(&self->slot->cur_csd, index + 1);
@@ -113,6 +115,10 @@ out:
     shi_store_relaxed(&self->slot->cur_csd, 0);
     self->in_irq--;
     self->irqs_off = flags;
+    if (pending) {
+        PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
+        Py_DECREF(pending);
+    }
 }
 
 static void hook_run(struct shi_self *self, uint32_t index)
@@ -137,17 +143,12 @@ void shi_run_deferred(Machine *machine)
     struct shi_self *self = &machine->self;
     uint32_t index;
     hold_interpreter(machine);
-    PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
     self->in_core++;
     while ((index = shi_list_pop(self, &self->deferred)) != UINT32_MAX)
         run_handler(machine, index);
     self->in_core--;
     if (self->happened)
         shi_leave_slow(self);
-    if (pending) {
-        PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
-        Py_DECREF(pending);
-    }
 }
 
 /* ---- interrupts while a task runs ------------------------------------------------ */
@@ -393,6 +394,16 @@ static PyObject *smp_processor_id(PyObject *module, PyObject *unused)
     return machine ? PyLong_FromUnsignedLong(machine->self.id) : NULL;
 }
 
+/* A handler runs with interrupts off to its end; the kernel warns of one that does not. */
+static int refuse_in_handler(const Machine *machine)
+{
+    static bool given;
+    if (!machine->self.in_irq)
+        return 0;
+    return shi_warn_once(&given, "an IPI handler enables interrupts: they stay disabled until it "
+                                 "has returned");
+}
+
 static PyObject *irq_disable(PyObject *module, PyObject *unused)
 {
     Machine *machine = this_cpu();
@@ -409,9 +420,10 @@ static PyObject *irq_enable(PyObject *module, PyObject *unused)
     Machine *machine = this_cpu();
     (void)module;
     (void)unused;
-    if (!machine)
+    if (!machine || refuse_in_handler(machine) < 0)
         return NULL;
-    shi_irq_restore(&machine->self, 0);
+    if (!machine->self.in_irq)
+        shi_irq_restore(&machine->self, 0);
     after_enable(machine);
     Py_RETURN_NONE;
 }
@@ -437,7 +449,10 @@ static PyObject *irq_restore(PyObject *module, PyObject *flags)
         PyErr_SetString(PyExc_ValueError, "flags come from local_irq_save()");
         return NULL;
     }
-    shi_irq_restore(&machine->self, (uint8_t)value);
+    if (!value && refuse_in_handler(machine) < 0)
+        return NULL;
+    if (value || !machine->self.in_irq)
+        shi_irq_restore(&machine->self, (uint8_t)value);
     after_enable(machine);
     Py_RETURN_NONE;
 }
@@ -625,6 +640,7 @@ static PyObject *forked(PyObject *object, PyObject *unused)
             shi_current = NULL;
         shi_kick_remove();
         close(machine->m.fd); /* its lock says that the machine lives */
+        machine->m.fd = -1;
     }
     Py_RETURN_NONE;
 }

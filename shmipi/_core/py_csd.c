@@ -63,7 +63,9 @@ static void csd_dealloc(PyObject *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     if (csd->machine && !csd->machine->closed && !csd->machine->foreign) {
-        if (shi_csd_locked(shi_own_csd(&csd->machine->self, csd->local)))
+        if (shi_other_thread(csd->machine))
+            shi_late(csd->machine, csd->local, true);
+        else if (shi_csd_locked(shi_own_csd(&csd->machine->self, csd->local)))
             shi_leave_behind(csd->machine, csd->local);
         else
             shi_give_back(csd->machine, csd->local);

@@ -123,9 +123,13 @@ static PyObject *entry_call(PyObject *self, PyObject *args, PyObject *kwargs)
     (void)kwargs;
     if (machine && !machine->closed && !machine->foreign) {
         table_drop(&machine->sent, e);
-        shi_enter(&machine->self);
-        shi_func_retire(&machine->self, e->index);
-        shi_leave(&machine->self);
+        if (shi_other_thread(machine)) {
+            shi_late(machine, e->index, false);
+        } else {
+            shi_enter(&machine->self);
+            shi_func_retire(&machine->self, e->index);
+            shi_leave(&machine->self);
+        }
         e->machine = NULL;
         Py_DECREF(self); /* the table's reference */
     }
@@ -324,6 +328,8 @@ PyObject *shi_function_received(Machine *machine, uint32_t src, uint16_t src_gen
         if (!machine->received)
             return PyErr_NoMemory();
     }
+    if (src >= machine->m.nslots)
+        return shi_raise(shi_py.LayoutError, 0, -1, "slot %u does not exist", src);
     struct func_cache *c = &machine->received[src];
     if (__builtin_expect(index < c->size && c->gen == src_gen &&
                              c->entries[index].function && c->entries[index].serial == serial,

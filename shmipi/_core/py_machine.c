@@ -45,12 +45,20 @@ static PyObject *machine_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
                          "here %u)", abi, SHI_ABI);
     if (total > (1ull << 46) || total < sizeof(struct shi_header))
         return shi_raise(shi_py.LayoutError, 0, -1, "the header of this machine is damaged");
+    /* Its own number for the file: the caller may close his, and another file get it. */
+    fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (fd < 0)
+        return shi_os_error(errno, "the machine's segment");
     void *base = mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    if (base == MAP_FAILED)
-        return shi_os_error(errno, "mapping the machine's segment");
+    if (base == MAP_FAILED) {
+        shi_os_error(errno, "mapping the machine's segment");
+        close(fd);
+        return NULL;
+    }
     Machine *machine = (Machine *)type->tp_alloc(type, 0);
     if (!machine) {
         munmap(base, total);
+        close(fd);
         return NULL;
     }
     int err = shi_machine_attach(&machine->m, base, total, fd);
@@ -58,6 +66,7 @@ static PyObject *machine_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         err = shi_self_init(&machine->self, &machine->m, (uint32_t)slot);
     if (err) {
         munmap(base, total);
+        close(fd);
         Py_DECREF(machine);
         if (err == -ENOMEM)
             return PyErr_NoMemory();
@@ -79,6 +88,9 @@ static void machine_dealloc(PyObject *object)
         shi_doorbell_close(&machine->m);
         shi_self_fini(&machine->self);
         munmap(machine->m.base, machine->m.total_bytes);
+        if (machine->m.fd >= 0)
+            close(machine->m.fd);
+        PyMem_Free(machine->late);
     }
     Py_XDECREF(machine->kept);
     type->tp_free(object);
@@ -107,6 +119,8 @@ int shi_use(Machine *machine)
                         "on a CPU only the main thread is the CPU: call shmipi.smp there");
         return -1;
     }
+    if (__builtin_expect(machine->nlate != 0, 0))
+        shi_late_done(machine);
     return 0;
 }
 
@@ -121,6 +135,39 @@ Machine *shi_use_current(void)
         return NULL;
     }
     return shi_use(shi_current) < 0 ? NULL : shi_current;
+}
+
+/* Freed by another thread of a CPU's process, which may not touch the sender. */
+void shi_late(Machine *machine, uint32_t index, bool csd)
+{
+    if (machine->nlate == machine->late_room) {
+        uint32_t room = machine->late_room ? 2 * machine->late_room : 16;
+        uint64_t *grown = PyMem_Realloc(machine->late, room * sizeof *grown);
+        if (!grown)
+            return; /* a number less: no harm but its place */
+        machine->late = grown;
+        machine->late_room = room;
+    }
+    machine->late[machine->nlate++] = (uint64_t)index << 1 | csd;
+}
+
+void shi_late_done(Machine *machine)
+{
+    while (machine->nlate) {
+        uint64_t entry = machine->late[--machine->nlate];
+        uint32_t index = (uint32_t)(entry >> 1);
+        shi_enter(&machine->self);
+        if (!(entry & 1))
+            shi_func_retire(&machine->self, index);
+        else
+            shi_csd_leave(&machine->self, index);
+        shi_leave(&machine->self);
+    }
+}
+
+bool shi_other_thread(const Machine *machine)
+{
+    return !machine->self.host && !pthread_equal(pthread_self(), machine->self.thread);
 }
 
 #define MACHINE(object) ((Machine *)(object))
@@ -144,6 +191,9 @@ METHOD(disown)
 {
     (void)arg;
     MACHINE(object)->foreign = 1;
+    if (MACHINE(object)->m.fd >= 0)
+        close(MACHINE(object)->m.fd); /* and with it our hold on the lock */
+    MACHINE(object)->m.fd = -1;
     if (shi_current == MACHINE(object))
         shi_current = NULL;
     shi_kick_remove();
@@ -490,6 +540,7 @@ GETTER(name, PyUnicode_DecodeUTF8(machine->m.header->name,
                                   (Py_ssize_t)strnlen(machine->m.header->name, SHI_NAME_MAX),
                                   "replace"))
 GETTER(payload_max, PyLong_FromUnsignedLongLong(shi_payload_max(&machine->m)))
+GETTER(array_end, PyLong_FromUnsignedLongLong(shi_array_end(&machine->m)))
 GETTER(array_bytes, PyLong_FromUnsignedLongLong(machine->m.array_bytes))
 GETTER(state, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->machine_state)))
 GETTER(event, PyLong_FromUnsignedLong(shi_load_acquire(&machine->self.slot->event)))
@@ -511,7 +562,7 @@ GETTER(trace_records, PyLong_FromUnsignedLong(machine->m.trace_records))
 #define GET(name) {#name, get_##name, NULL, NULL, NULL}
 static PyGetSetDef machine_getset[] = {
     GET(ncpus), GET(nslots), GET(id), GET(is_cpu), GET(name), GET(payload_max),
-    GET(array_bytes), GET(state), GET(event), GET(hotplug_event), GET(firmware_pid),
+    GET(array_bytes), GET(array_end), GET(state), GET(event), GET(hotplug_event), GET(firmware_pid),
     GET(host_pid), GET(boot_time), GET(doorbell), GET(kick_signal), GET(kick),
     GET(oversubscribed), GET(chip), GET(closed), GET(slot_offset), GET(trace_offset),
     GET(trace_records), {NULL, NULL, NULL, NULL, NULL},

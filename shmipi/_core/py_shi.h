@@ -49,7 +49,9 @@ typedef struct {
     uint64_t next_token;
     Py_ssize_t kept_bytes;
     PyThreadState *released; /* CPU: the interpreter was given up by the core's hook */
-    PyObject *many_lock;
+    uint64_t *late; /* what other threads of a CPU's process freed: shi_late */
+    uint32_t nlate, late_room;
+    uint32_t room_looks; /* in vain, one after another, for room for wait=0 calls */
 } Machine;
 
 /* From Python, looked up once (module.c). */
@@ -90,6 +92,11 @@ Machine *shi_use_current(void);
 /* Give a ShmipiWarning; -1 when it was turned into an error. */
 int shi_warn_once(bool *given, const char *text);
 
+/* A function's number or a csd freed on another thread of a CPU: given back later. */
+bool shi_other_thread(const Machine *machine);
+void shi_late(Machine *machine, uint32_t index, bool csd);
+void shi_late_done(Machine *machine);
+
 /* ---- functions (py_func.c) ------------------------------------------------------- */
 /* Number of `function` for this sender: >= 0, -1 not by number (pickle it with the
  * arguments), -2 with an exception set. */
@@ -124,7 +131,8 @@ void shi_outgoing_share(Machine *machine, const struct outgoing *out, uint32_t l
                         uint32_t owner);
 
 /* The result of an unlocked csd (not given back): new reference, or NULL. */
-PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t apply);
+PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t apply,
+                     uint64_t deadline_ns);
 
 /* Target side. */
 struct incoming {

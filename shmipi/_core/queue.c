@@ -77,6 +77,7 @@ struct shi_list shi_queue_in_order(struct shi_self *self, uint32_t at)
         uint32_t index = at - 1;
         if (!shi_csd_is_ours(self, index) || list.count == m->ncsds) {
             shi_count(self, SHI_C_corrupt);
+            shi_store_release(&self->slot->damaged, 1);
             break; /* nothing behind a damaged entry can be believed */
         }
         struct shi_csd *csd = shi_csd(m, index);
@@ -110,6 +111,7 @@ uint32_t shi_list_pop(struct shi_self *self, struct shi_list *list)
     uint32_t index = list->head - 1;
     if (!list->count || !shi_csd_is_ours(self, index)) {
         shi_count(self, SHI_C_corrupt);
+        shi_store_release(&self->slot->damaged, 1);
         *list = (struct shi_list){0, 0, 0};
         return UINT32_MAX;
     }

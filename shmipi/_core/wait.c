@@ -135,6 +135,18 @@ static bool stuck(uint64_t w)
     return shi_word_work(w) || (w & SHI_W_ASKED);
 }
 
+/*
+ * The target dropped csds that it found damaged, and what stood behind them.  If it has
+ * nothing queued, runs nothing and is no task's, nobody has ours any more.
+ */
+static bool lost(const struct shi_slot *target, uint64_t w)
+{
+    enum shi_state state = shi_word_state(w);
+    return shi_load_acquire(&target->damaged) && !shi_word_work(w) &&
+           (state == SHI_HALTED || state == SHI_POLLING) &&
+           !shi_load_acquire(&target->cur_csd) && !shi_load_acquire(&target->task);
+}
+
 static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t now)
 {
     uint32_t state = shi_load_acquire(&self->m->header->machine_state);
@@ -145,7 +157,10 @@ static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t no
     if (self->irqs_off && !self->host && deadlocked(self))
         return -EDEADLK;
     if (now >= wait->tick_ns) {
-        uint64_t w = shi_load_full(&shi_slot(self->m, wait->dst)->word);
+        struct shi_slot *target = shi_slot(self->m, wait->dst);
+        uint64_t w = shi_load_full(&target->word);
+        if (wait->tick_ns && lost(target, w) && lost(target, wait->seen))
+            return -EBADMSG;
         /* A ring may have died with its ringer.  The head may have moved: others queue
          * behind the stranded one and do not ring. */
         if (wait->tick_ns && stuck(w) && stuck(wait->seen) &&
@@ -184,9 +199,12 @@ static int sleep_cpu(struct shi_self *self, struct shi_wait *wait, int64_t ns)
     SHI_STEP(self, parked);
     w = shi_load_relaxed(&slot->word);
     enum shi_state before = shi_word_state(w);
+    bool by_signal = self->m->doorbell == SHI_DB_SIGNAL;
+    if (by_signal) /* first: a ring from now on is for the wait below, not the handler */
+        shi_kick_block(self, true);
     do {
         if (!shi_word_online(w) || (service && shi_word_work(w)))
-            return 0;
+            goto out;
         next = shi_word_with(w, SHI_HALTED);
     } while (!shi_cas_full(&slot->word, &w, next));
     SHI_STEP(self, halted);
@@ -195,27 +213,27 @@ static int sleep_cpu(struct shi_self *self, struct shi_wait *wait, int64_t ns)
      * exchanges the lock first and reads this word second: one of the two sees the
      * other.  Without this look its ring could fall between PARKED and HALTED.
      */
-    if (shi_csd_locked(wait->csd)) {
-        if (self->m->doorbell == SHI_DB_SIGNAL)
-            shi_kick_block(self, true);
+    if (shi_csd_locked(wait->csd))
         err = shi_doorbell_wait(self, (uint32_t)(next & SHI_W_LOW), ns);
-        if (self->m->doorbell == SHI_DB_SIGNAL && self->in_task)
-            shi_kick_block(self, false);
-    }
     SHI_STEP(self, wake);
     w = shi_load_relaxed(&slot->word);
     do {
         if (!shi_word_online(w))
             break;
         next = shi_word_with(w, before == SHI_RUNNING ? SHI_RUNNING : SHI_POLLING);
+        if (by_signal)
+            next &= ~SHI_W_KICKED; /* the wait may have taken the kick itself */
     } while (!shi_cas_full(&slot->word, &w, next));
     if (shi_word_state(w) == SHI_RUNG) {
         shi_count(self, SHI_C_doorbells_received);
         if (!shi_word_work(w) && shi_csd_locked(wait->csd))
             shi_count(self, SHI_C_doorbells_spurious);
     }
-    if (before == SHI_RUNNING && shi_word_work(w))
+    if (before == SHI_RUNNING && (shi_word_work(w) || w & SHI_W_KICKED))
         self->happened = 1; /* interrupts are off: replayed when they come on */
+out:
+    if (by_signal && self->in_task)
+        shi_kick_block(self, false);
     return err;
 }
 

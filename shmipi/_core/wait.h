@@ -21,7 +21,7 @@ enum shi_waited {
     SHI_WAIT_PYTHON = 2, /* Python csds were deferred: run them, then go on */
     SHI_WAIT_SIGNAL = 3, /* a signal came: let the interpreter look, then go on */
 };
-/* and -ETIMEDOUT, -EDEADLK, -EOWNERDEAD (the machine is gone) */
+/* and -ETIMEDOUT, -EDEADLK, -EOWNERDEAD (the machine is gone), -EBADMSG (damage) */
 
 /* The CPU publishes POLLING so that crossed calls cost no signal; nothing on the host
  * or with interrupts off. */

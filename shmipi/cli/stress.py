@@ -103,9 +103,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     weights = parser.add_argument_group(
         "weights",
-        "How often each kind of call is chosen. -1 is the default: two for each CPU for"
-        "\nresched and the singles, 2 for the manys, 1 for the alls; or 0 as soon as one"
-        "\nweight is above 0. An explicit 0 removes a kind.",
+        "How often each kind of call is chosen. -1 is the default: 2 for each CPU for"
+        "\nresched and the singles, 2 for the manys, 1 for the alls; or 0 as soon as"
+        "\none weight is above 0. An explicit 0 removes a kind.",
     )
     for name in PRIMITIVES:
         weights.add_argument(

@@ -181,7 +181,12 @@ class Arrays:
 
     def _describe(self, offset: int) -> SharedArray:
         try:
+            end = self.machine.array_end  # beyond it the file may end: SIGBUS
+            if offset + _HEAD.size > end:
+                raise ValueError("outside the segment")
             data, nbytes, length = _HEAD.unpack_from(self._memory, offset)
+            if data + nbytes > end or offset + _HEAD.size + length > end:
+                raise ValueError("outside the segment")
             text = bytes(self._memory[offset + _HEAD.size :][:length])
             about = json.loads(text)
             dtype = np.lib.format.descr_to_dtype(_tuples(about["dtype"]))

@@ -81,7 +81,9 @@ class Host:
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._orders = 0
         self._fd = segment.create(plan.name)
+        self._identity = segment.identity(self._fd)
         try:
             self._boot()
         except BaseException:
@@ -273,7 +275,7 @@ class Host:
             self.machine.set_state(_core.DEAD)  # and wakes every waiter
         self.died = True
         if not self._closed:
-            segment.remove(self.full)
+            segment.remove(self.full, self._identity, self.plan.ncpus)
             if self.on_death is not None:
                 self.on_death()
         with self._answered:
@@ -282,19 +284,32 @@ class Host:
     def boot_cpu(self, cpu: int) -> None:
         """Have a dead CPU's slot booted anew. ``BootError``, ``MachineDiedError``."""
         with self._lock:
-            self._answers.clear()
-            self._order({"op": "boot", "cpu": cpu})
+            self._orders += 1
+            number = self._orders
+            self._order({"op": "boot", "cpu": cpu, "id": number})
             with self._answered:
-                self._answered.wait_for(lambda: self._answers or self.died, _BOOT_S)
-                reply = self._answers.pop() if self._answers else None
-        if reply is None:
+                self._answered.wait_for(
+                    lambda: self.died or self._answer(number) is not None, _BOOT_S
+                )
+                reply = self._answer(number)
+                self._answers.clear()
+        if self.died:
             raise _machine_died(self.plan.name)
+        if reply is None:
+            raise BootError(
+                f"CPU {cpu} did not boot in {_BOOT_S:.0f} s: is the computer overloaded?",
+                cpu=cpu,
+                errno=errno.ETIMEDOUT,
+            )
         if "error" in reply:
             raise BootError(
                 f"CPU {cpu} did not boot: {reply['error']} ({_process_limits()})",
                 cpu=cpu,
                 errno=reply["errno"],
             )
+
+    def _answer(self, number: int) -> dict[str, Any] | None:
+        return next((a for a in self._answers if a.get("id") == number), None)
 
     def _order(self, message: dict[str, Any]) -> None:
         assert self._control is not None
@@ -329,7 +344,7 @@ class Host:
         watcher = getattr(self, "_watcher", None)
         if watcher is not None and watcher is not threading.current_thread():
             watcher.join(5.0)
-        segment.remove(self.full)
+        segment.remove(self.full, self._identity, self.plan.ncpus)
         self._release()
 
     def _abort(self) -> None:
@@ -345,8 +360,7 @@ class Host:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        segment.remove(self.full)
-        segment.unlink_doorbells(self.full, self.plan.ncpus)
+        segment.remove(self.full, self._identity, self.plan.ncpus)
         self._release()
 
     def _release(self) -> None:

@@ -34,6 +34,7 @@ __all__ = ["main"]
 _MESSAGE_MAX = 1 << 16
 _REAP_RETRY_S = 0.005
 _KILL_WAIT_S = 5.0
+_ONLINE_S = 30.0
 
 
 class Firmware:
@@ -42,8 +43,10 @@ class Firmware:
     def __init__(self, control: socket.socket, config: dict[str, Any]) -> None:
         self.control = control
         self.config = config
-        self.segment_fd = segment.open_segment(config["segment"])
-        self.machine = _core.Machine(self.segment_fd, config["ncpus"] + 1)
+        fd = segment.open_segment(config["segment"])
+        self.identity = segment.identity(fd)
+        self.machine = _core.Machine(fd, config["ncpus"] + 1)
+        os.close(fd)  # the machine has a descriptor of its own: the lock is on that
         self.pids: dict[int, int] = {}  # pid -> CPU
         self.unreaped: set[int] = set()  # pids of the dead whose number is guarded
         self.stopping = False
@@ -102,6 +105,7 @@ class Firmware:
 
     def await_online(self, cpus: list[int]) -> None:
         """Return when every one of ``cpus`` is online. ``OSError`` when one died."""
+        deadline = time.monotonic() + _ONLINE_S + 0.05 * len(cpus)
         for number in cpus:  # they come up in about this order
             while True:
                 seen = self.machine.hotplug_event
@@ -112,6 +116,10 @@ class Firmware:
                     )
                 if state != _core.OFFLINE:
                     break
+                if self.host_is_gone():
+                    raise OSError(errno.ECHILD, "the host died")
+                if time.monotonic() > deadline:
+                    raise OSError(errno.ETIMEDOUT, f"CPU {number} does not come online")
                 self.machine.wait_hotplug(seen, 0.02)
                 self.reap()
 
@@ -155,7 +163,7 @@ class Firmware:
         if message["op"] == "stop":
             self.stop(message["grace"])
         elif message["op"] == "boot":
-            self.answer(self.boot_one, message["cpu"])
+            self.answer(message["id"], self.boot_one, message["cpu"])
         elif message["op"] == "unlink_doorbells":
             segment.unlink_doorbells(self.config["segment"], self.config["ncpus"])
 
@@ -165,12 +173,18 @@ class Firmware:
             raise OSError(errno.EBUSY, f"CPU {number} is not dead")
         self.boot([number])
 
-    def answer(self, work: Any, *args: Any) -> None:
+    def host_is_gone(self) -> bool:
+        """Has the host died, or closed its end, while we wait for something else?"""
+        with selectors.SelectSelector() as selector:
+            selector.register(self.host, selectors.EVENT_READ)
+            return bool(selector.select(0))
+
+    def answer(self, number: int, work: Any, *args: Any) -> None:
+        reply: dict[str, Any] = {"id": number}
         try:
             work(*args)
-            reply: dict[str, Any] = {"ok": True}
         except OSError as error:
-            reply = {"error": error.strerror or str(error), "errno": error.errno}
+            reply |= {"error": error.strerror or str(error), "errno": error.errno}
         self.send(reply)
 
     def send(self, reply: dict[str, Any]) -> None:
@@ -245,8 +259,7 @@ class Firmware:
     def close(self) -> None:
         """Remove what the machine has outside its processes."""
         self.machine.set_state(_core.DEAD)
-        segment.remove(self.config["segment"])
-        segment.unlink_doorbells(self.config["segment"], self.config["ncpus"])
+        segment.remove(self.config["segment"], self.identity, self.config["ncpus"])
 
 
 def _restore(config: dict[str, Any]) -> None:
@@ -293,8 +306,6 @@ def main() -> None:
             if firmware.pids:
                 firmware.kill_all()
             firmware.close()
-        else:
-            segment.remove(config["segment"])
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

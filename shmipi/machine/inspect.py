@@ -224,7 +224,7 @@ class Inspector:
 
 def _cpu(number: int, slot: Any) -> CpuView:
     word = int(slot["word"])
-    waiting = int(slot["waiting_for"]) & 0xFFFFFFFF
+    waiting = int(slot["waiting_for"]) & 0xFFFF
     return CpuView(
         id=number,
         pid=int(slot["pid"]),

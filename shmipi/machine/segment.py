@@ -141,13 +141,26 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def remove(full: str) -> None:
-    """Unlink a machine's object and the semaphores and queues that bear its name."""
+def identity(fd: int) -> tuple[int, int]:
+    """Return what tells a machine's object from a later one of the same name."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def remove(full: str, which: tuple[int, int], ncpus: int = 0) -> None:
+    """Unlink a machine's object and the semaphores and queues that bear its name.
+
+    Only if the name still stands for the object ``which`` (see ``identity``): another
+    machine may have taken the name since this one was removed.
+    """
     import posix_ipc
 
     with contextlib.suppress(OSError, posix_ipc.Error):
+        status = os.stat(SHM / full)
+        if (status.st_dev, status.st_ino) != which:
+            return
+        unlink_doorbells(full, ncpus)
         posix_ipc.unlink_shared_memory("/" + full)
-    unlink_doorbells(full)
 
 
 def unlink_doorbells(full: str, ncpus: int = 0) -> int:

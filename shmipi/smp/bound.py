@@ -42,6 +42,7 @@ class BoundSmp:
         raise _no_cpu()
 
     local_irq_enable = local_irq_save = local_irq_disable
+    preempt_disable = preempt_enable = cond_resched = local_irq_disable
 
     def local_irq_restore(self, flags: int) -> NoReturn:
         """Raise ``ClusterStateError``: the host takes no interrupts."""

@@ -122,6 +122,11 @@ CONTROL_WORDS: Final = 16
 STALL_S: Final = 10.0
 
 
+def _view(words: NDArray[np.uint64]) -> memoryview[int]:
+    view: memoryview[int] = memoryview(words)  # type: ignore[arg-type]
+    return view
+
+
 class Make(Protocol):
     """``cluster.shared``, ``shmipi.shared`` of a CPU, or zeros in a test."""
 
@@ -162,12 +167,12 @@ class Book:
         self.cells = words("cells", senders, deep, 3, ncpus)
         # Flat views of machine words: what is read and written one by one goes through
         # these, several times faster than through numpy.
-        self.control = memoryview(self.control_words)
-        self.faults = memoryview(self.fault_words.reshape(-1))
-        self.kill_view = memoryview(self.kills)
-        self.single = memoryview(self.single_words.reshape(-1))
-        self.many = memoryview(self.many_words.reshape(-1))
-        self.cell_view = memoryview(self.cells.reshape(-1))
+        self.control = _view(self.control_words)
+        self.faults = _view(self.fault_words.reshape(-1))
+        self.kill_view = _view(self.kills)
+        self.single = _view(self.single_words.reshape(-1))
+        self.many = _view(self.many_words.reshape(-1))
+        self.cell_view = _view(self.cells.reshape(-1))
         self._single_row = SINGLES * SINGLE_WORDS
         self._many_row = deep * MANY_WORDS
         self._cell_row = deep * 3 * ncpus
@@ -193,7 +198,7 @@ class Book:
         ):
             words[...] = 0
 
-    # ---- handlers ----------------------------------------------------------------------
+    # ---- handlers --------------------------------------------------------------------
 
     def ran_single(self, info: int, cpu: int) -> int:
         """A Python handler of a single call starts on ``cpu``: return its record.
@@ -208,14 +213,12 @@ class Book:
         if seen != seq:
             self._out_of_order(seen, seq, cpu)
         if single[at + CPU] != cpu and seen <= seq:
-            self.fault(
-                _WRONG_CPU, cpu, f"Wanted CPU {single[at + CPU]} got CPU {cpu}"
-            )
+            self.fault(_WRONG_CPU, cpu, f"Wanted CPU {single[at + CPU]} got CPU {cpu}")
         atomic.fetch_add(single, at + COUNT, 1)
         return at
 
     def left_single(self, at: int, info: int) -> None:
-        """The handler's store, for a waiting sender to see; also an RPC's completion."""
+        """The handler's store, for a waiting sender to see; an RPC's completion."""
         self.single[at + OUT] = info >> _SEQ_SHIFT
 
     def ran_many(self, info: int, cpu: int) -> int:
@@ -250,10 +253,10 @@ class Book:
         if atomic.fetch_add(self.faults, cpu * FAULT_WORDS + kind, 1) == 0:
             say(f"CPU {cpu}: {text}")
 
-    # ---- sums ----------------------------------------------------------------------------
+    # ---- sums ------------------------------------------------------------------------
 
     def totals(self) -> dict[str, int]:
-        """Return everything counted so far: ``STATS``, ``FAULTS`` and ``executions``."""
+        """Return the sums so far of ``STATS`` and ``FAULTS``, and ``executions``."""
         stats = self.stat_words.sum(axis=0)
         faults = self.fault_words.sum(axis=0)
         total = {name: int(stats[index]) for index, name in enumerate(STATS)}
@@ -302,8 +305,8 @@ class Ledger:
         self._s = book.single[row * book._single_row : (row + 1) * book._single_row]
         self._m = book.many[row * book._many_row : (row + 1) * book._many_row]
         self._cells = book.cells[row]
-        self._head = memoryview(book.head_words[row])
-        self._stats = memoryview(book.stat_words[row])
+        self._head = _view(book.head_words[row])
+        self._stats = _view(book.stat_words[row])
         # Made once: a native handler is given its word as an array.
         self._single_words = [
             self._s[r * SINGLE_WORDS + COUNT :][:1] for r in range(SINGLES)
@@ -333,7 +336,7 @@ class Ledger:
         self._head[H_BEAT] += 1
 
     def doing(self, primitive: int, target: int) -> None:
-        """Show the driver what this sender is about to do, and to whom (-1: several)."""
+        """Show the driver what comes next, and to whom (-1: several)."""
         self._head[H_DOING] = primitive
         self._head[H_TARGET] = target + 1
 
@@ -342,7 +345,7 @@ class Ledger:
         self._head[H_SEQ] = seq
         return seq
 
-    # ---- single calls -------------------------------------------------------------------
+    # ---- single calls ----------------------------------------------------------------
 
     def open_single(self, cpu: int, flags: int) -> tuple[int, Any]:
         """Put a call to ``cpu`` on record: (record, info for its handler).
@@ -460,7 +463,7 @@ class Ledger:
         self.count("duplicated", n)
         self.complain(f"{n} execution(s) more than calls")
 
-    # ---- broadcasts -----------------------------------------------------------------------
+    # ---- broadcasts ------------------------------------------------------------------
 
     def open_many(self, flags: int) -> tuple[int, Any]:
         """Put a broadcast on record: (record, info for its handler)."""
@@ -485,7 +488,7 @@ class Ledger:
         return record, seq << _SEQ_SHIFT | record << _ROW_BITS | self.row
 
     def before_many(self) -> NDArray[np.uint64]:
-        """Return what ``after_many`` compares with: call it just before the broadcast."""
+        """Return what ``after_many`` compares with: just before the broadcast."""
         return self.book.plug.copy()
 
     def after_many(
@@ -505,6 +508,9 @@ class Ledger:
         """A waiting broadcast returned (``died``: CpuDiedError): everything has run."""
         at, m = record * MANY_WORDS, self._m
         outs = self._cells[record, C_OUT] == m[at + M_SEQ]  # plain, and first
+        if not died and self._exact(record, outs):
+            self._free_many(record)
+            return
         if not m[at + M_STATE] & NATIVE:
             ran = self._cells[record, C_COUNT] != self._cells[record, C_BASE]
             hidden = ran & ~outs & (self._still(record) != 0)
@@ -553,11 +559,15 @@ class Ledger:
             owed = np.flatnonzero(self._still(record))
             return [int(cpu) for cpu in owed] if ran < len(owed) else []
         delta = self._ran(record)
-        return [int(cpu) for cpu in np.flatnonzero((delta == 0) & (self._still(record) != 0))]
+        owed = np.flatnonzero((delta == 0) & (self._still(record) != 0))
+        return [int(cpu) for cpu in owed]
 
     def settle_many(self, record: int) -> None:
         """Judge a broadcast that nobody waited for, waiting until that can be done."""
         at, m = record * MANY_WORDS, self._m
+        if self._exact(record):
+            self._free_many(record)
+            return
         if not self._await(
             lambda: not self._missing(record),
             lambda: False,
@@ -604,11 +614,30 @@ class Ledger:
             self.complain(
                 f"broadcast {m[at + M_SEQ]} ran on {stray} CPU(s) that it was not for"
             )
-        self._cells[record, C_BASE] = self._cells[record, C_COUNT]
+        self._free_many(record)
+
+    def _exact(self, record: int, outs: NDArray[np.bool_] | None = None) -> bool:
+        """Has every target run it once, and nobody else? Then nothing is to be judged.
+
+        ``outs``: whose store after it is visible; None: nobody waited for one.
+        """
+        at, m = record * MANY_WORDS, self._m
+        may = self._may[record]
+        if m[at + M_STATE] & NATIVE:
+            return m[at + M_COUNT] - m[at + M_BASE] == np.count_nonzero(may)
+        delta = self._cells[record, C_COUNT] - self._cells[record, C_BASE]
+        if not np.array_equal(delta, may):
+            return False
+        return outs is None or np.array_equal(outs, may)
+
+    def _free_many(self, record: int) -> None:
+        at, m = record * MANY_WORDS, self._m
+        cells = self._cells[record]
+        cells[C_BASE] = cells[C_COUNT]
         m[at + M_BASE] = m[at + M_COUNT]
         m[at + M_STATE] = FREE
 
-    # ---- all of them -------------------------------------------------------------------------
+    # ---- all of them -----------------------------------------------------------------
 
     def settle_all(self) -> None:
         """Judge every call that is still open: at the end of an invoker."""

@@ -1,4 +1,4 @@
-"""The host's side of a stress run: starts invokers, pulls CPUs away, closes the account."""
+"""The host's side of a stress run: invokers, hotplug, kills, and the final account."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class _Driver:
         self.failure: BaseException | None = None
         self.killed = threading.Event()  # as many as were asked for
 
-    # ---- the run ------------------------------------------------------------------------
+    # ---- the run ---------------------------------------------------------------------
 
     def run(self) -> Report:
         before = self.cluster.counters()
@@ -223,7 +223,7 @@ class _Driver:
             time.sleep(max(0.0, min(nap, deadline - now)))
         self.progress(min(time.monotonic() - begun, options.duration))
 
-    # ---- invokers -------------------------------------------------------------------------
+    # ---- invokers --------------------------------------------------------------------
 
     def start(self, cpu: int) -> None:
         """Post an invoker to ``cpu``; nobody waits for it."""
@@ -240,6 +240,7 @@ class _Driver:
         """Wait until every invoker has started, as scftorture does."""
         deadline = time.monotonic() + self.patience() + 0.3 * self.senders
         while self.book.control[K_READY] < self.senders:
+            self.cluster._check()
             if time.monotonic() > deadline:
                 self.error("stalled", "the invokers have not all started")
                 return
@@ -257,7 +258,7 @@ class _Driver:
             return self.calls.pop(cpu, None)
 
     def collect(self, cpu: int, call: int, *, may_die: bool) -> None:
-        """Take the end of an invoker: anything but a return or its murder is an error."""
+        """Take the end of an invoker: all but a return or its murder is an error."""
         try:
             self.machine.collect(call, cpu, STALL_S)
         except CpuDiedError:
@@ -266,7 +267,7 @@ class _Driver:
         except MachineDiedError:
             raise
         except IpiTimeoutError:
-            self.error("stalled", f"CPU {cpu} is dead and its invoker's call is not done")
+            self.error("stalled", f"CPU {cpu} died and its invoker's call is not done")
         except RemoteCallError as error:
             self.error("raised", f"the invoker of CPU {cpu} failed: {error}")
 
@@ -280,6 +281,7 @@ class _Driver:
 
     def watch(self, now: float) -> None:
         """Look for invokers that ended early, and for those that do not get on."""
+        self.cluster._check()  # the machine may have died
         with self.lock:
             running = dict(self.calls)
         for cpu, call in running.items():
@@ -298,7 +300,9 @@ class _Driver:
                 self.beats[cpu] = beat, now
             elif now - since > self.patience():
                 self.beats[cpu] = beat, now
-                self.error("stalled", f"no progress in {now - since:.0f} s: {self.who(cpu)}")
+                self.error(
+                    "stalled", f"no progress in {now - since:.0f} s: {self.who(cpu)}"
+                )
 
     def bury(self, cpu: int) -> None:
         """A CPU died by itself: let those who wait for it know, as for a killed one."""
@@ -307,7 +311,7 @@ class _Driver:
             self.book.kills[cpu] += np.uint64(1)
 
     def patience(self) -> float:
-        """Seconds without a sign of life that are too many; the ledger's own and more."""
+        """Seconds without a sign of life that are too many: more than a ledger's."""
         return 1.5 * STALL_S + 4.0 * self.options.longwait + 0.1 * self.cluster.ncpus
 
     def who(self, cpu: int) -> str:
@@ -325,7 +329,7 @@ class _Driver:
     def state(self, cpu: int) -> str:
         return self.cluster._cpu(cpu).state
 
-    # ---- hotplug and murder -----------------------------------------------------------------
+    # ---- hotplug and murder ----------------------------------------------------------
 
     def start_threads(self) -> list[threading.Thread]:
         jobs: list[tuple[str, float, Callable[[Random], None]]] = []
@@ -346,7 +350,9 @@ class _Driver:
             thread.start()
         return threads
 
-    def repeat(self, name: str, interval: float, work: Callable[[Random], None]) -> None:
+    def repeat(
+        self, name: str, interval: float, work: Callable[[Random], None]
+    ) -> None:
         random = Random(f"{self.seed}/{name}")
         try:
             while not self.stop.wait(interval):
@@ -453,7 +459,7 @@ class _Driver:
                 return False
             self.machine.wait_hotplug(seen, 0.05)
 
-    # ---- the end ------------------------------------------------------------------------------
+    # ---- the end ---------------------------------------------------------------------
 
     def finish(self) -> None:
         """End the invokers, flush every queue, and judge what is left."""
@@ -474,6 +480,7 @@ class _Driver:
                     self.collect(cpu, call, may_die=False)
             if not left or time.monotonic() > deadline:
                 break
+            self.cluster._check()
             self.machine.wait_event(seen, 0.1)
         for cpu, call in left.items():
             self.error("stalled", f"an invoker does not end: {self.who(cpu)}")
@@ -495,7 +502,7 @@ class _Driver:
                     continue
 
     def settle_rest(self, running: set[int]) -> None:
-        """Judge the calls of invokers that did not end, and look for late executions."""
+        """Judge the calls of invokers that died, and look for late executions."""
         book = self.book
         for row in range(self.senders):
             if row not in running:
@@ -512,7 +519,7 @@ class _Driver:
             Ledger(book, 0, lambda cpus: None, lambda turn: None).count(
                 "duplicated", extra
             )
-            self.line(f"shmipi-stress: !!! {extra} executions after the account was closed")
+            self.line(f"shmipi-stress: !!! {extra} executions of calls already settled")
 
     def compare(self, before: dict[str, Any]) -> None:
         """Look at the machine's own counters of what must not happen."""

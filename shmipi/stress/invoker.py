@@ -61,7 +61,7 @@ def _the_book() -> Book:
     return _book
 
 
-# ---- handlers ----------------------------------------------------------------------------
+# ---- handlers ------------------------------------------------------------------------
 
 
 def on_single(info: int) -> None:
@@ -102,12 +102,10 @@ def _burn(book: Book, number: int) -> None:
         pass
 
 
-# ---- the invoker ---------------------------------------------------------------------------
+# ---- the invoker ---------------------------------------------------------------------
 
 
-def invoke(
-    seed: int, incarnation: int, weights: tuple[int, ...], handler: str
-) -> None:
+def invoke(seed: int, incarnation: int, weights: tuple[int, ...], handler: str) -> None:
     """Call at random until told to stop: the task of one CPU.
 
     ``incarnation`` tells the invokers that this CPU has had apart: a killed one's

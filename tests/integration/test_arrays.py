@@ -100,10 +100,14 @@ def test_dtypes_and_shapes(cluster, dtype, shape):
             there = getattr(shmipi, kind)(name)
             return there.dtype.str, there.dtype.descr, there.shape
 
-        assert cluster.call(1, look) == (array.dtype.str, array.dtype.descr, array.shape)
+        assert cluster.call(1, look) == (
+            array.dtype.str,
+            array.dtype.descr,
+            array.shape,
+        )
 
 
-# ---- pickling -------------------------------------------------------------------------------
+# ---- pickling ------------------------------------------------------------------------
 
 
 def test_an_argument_is_the_same_memory(cluster):
@@ -202,7 +206,7 @@ def test_an_array_of_a_machine_that_is_not_here(cluster, boot):
     assert isinstance(caught.value.__cause__, NoMachineError)
 
 
-# ---- life -----------------------------------------------------------------------------------
+# ---- life ----------------------------------------------------------------------------
 
 
 def test_arrays_made_after_boot_are_found(cluster):

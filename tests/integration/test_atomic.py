@@ -160,5 +160,5 @@ def test_a_number_is_handed_out_once(cluster):
     def draw():
         return [atomic.fetch_add(ticket, 0, 1) for _ in range(5_000)]
 
-    drawn = sum(cluster.run(draw), [])
+    drawn = [number for part in cluster.run(draw) for number in part]
     assert sorted(drawn) == list(range(15_000))

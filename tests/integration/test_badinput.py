@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import shutil
 
 import pytest
@@ -19,7 +18,7 @@ from shmipi import (
 ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
 
-# ---- arguments of Cluster ---------------------------------------------------------------------
+# ---- arguments of Cluster ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -32,7 +31,11 @@ ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
         ({"ncpus": "2"}, TypeError, "number of CPUs"),
         ({"ncpus": 2.0}, TypeError, "number of CPUs"),
         ({"ncpus": True}, TypeError, "number of CPUs"),
-        ({"doorbell": "bell"}, ValueError, "'futex', 'sem', 'signal', 'eventfd', 'mqueue'"),
+        (
+            {"doorbell": "bell"},
+            ValueError,
+            "'futex', 'sem', 'signal', 'eventfd', 'mqueue'",
+        ),
         ({"doorbell": None}, ValueError, "futex"),
         ({"idle": "lazy"}, ValueError, "'auto', 'poll', 'haltpoll', 'halt'"),
         ({"controller": "pic"}, ValueError, "apic"),
@@ -77,7 +80,7 @@ def test_a_name_that_is_taken(boot):
     assert boot(1, name=name).call(0, int) == 0
 
 
-# ---- arguments of calls -------------------------------------------------------------------------
+# ---- arguments of calls --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cpu", ["1", 1.0, None, [1]])
@@ -190,7 +193,7 @@ def test_pending_futures_of_a_cluster_that_is_shut_down(boot):
     assert isinstance(future.exception(1), shmipi.MachineDiedError)
 
 
-# ---- a system that refuses ----------------------------------------------------------------------
+# ---- a system that refuses -----------------------------------------------------------
 
 BOOT = """
 import sys
@@ -315,7 +318,8 @@ def test_dev_shm_full_at_first_use(script):
                     what()
                     print("no error")
                 except ArenaFullError as error:
-                    print(error.errno, "/dev/shm" in str(error), "shm-size" in str(error))
+                    says = str(error)
+                    print(error.errno, "/dev/shm" in says, "shm-size" in says)
             print(cluster.call(1, len, bytes(1000)))
             array[:] = 1  # what was handed out is there
             with open("/dev/shm/filler", "wb", buffering=0) as file:
@@ -332,7 +336,8 @@ def test_dev_shm_full_at_first_use(script):
                     outcomes.add("ok")
                 except (ArenaFullError, RemoteCallError) as error:
                     outcomes.add(type(error).__name__)
-            print("ArenaFullError" in outcomes, [c.state != "dead" for c in cluster.cpus])
+            alive = [cpu.state != "dead" for cpu in cluster.cpus]
+            print("ArenaFullError" in outcomes, alive)
             os.unlink("/dev/shm/filler")
             print(cluster.call(1, len, bytes(50_000)))
         print("left", os.listdir("/dev/shm"))

@@ -24,9 +24,24 @@ class Layout:
 
     def __init__(self, machine):
         self.memory = memoryview(machine)
-        (_, _, _, _, total, slots, regions, region, funcs, arena, _, _, _, _, ncpus, _) = (
-            HEADER.unpack_from(self.memory, 0)
-        )
+        (
+            _,
+            _,
+            _,
+            _,
+            total,
+            slots,
+            regions,
+            region,
+            funcs,
+            arena,
+            _,
+            _,
+            _,
+            _,
+            ncpus,
+            _,
+        ) = HEADER.unpack_from(self.memory, 0)
         assert total == len(self.memory)
         assert ncpus == machine.ncpus
         assert slots == machine.slot_offset
@@ -47,7 +62,10 @@ class Layout:
         elif kind == "functions":
             at, size = base + self.funcs + rng.randrange(1024), rng.choice([1, 8, 32])
         else:
-            at, size = base + self.arena + rng.randrange(65_536), rng.choice([1, 64, 999])
+            at, size = (
+                base + self.arena + rng.randrange(65_536),
+                rng.choice([1, 64, 999]),
+            )
         if kind == "heads" and rng.random() < 0.5:
             data = struct.pack("<I", rng.randrange(60_000))  # indices that exist
         else:

@@ -27,7 +27,7 @@ def kill(cluster, cpu):
     return time.monotonic()
 
 
-# ---- a CPU ----------------------------------------------------------------------------------
+# ---- a CPU ---------------------------------------------------------------------------
 
 
 def test_everybody_who_waits_on_a_killed_cpu_hears_of_it(boot, eventually, background):
@@ -137,9 +137,7 @@ def test_a_dead_senders_requests_are_not_used_again(boot, eventually):
             log[value] += 1
 
         for n in range(50):
-            smp.smp_call_function_single(
-                1, note, (base + n, "f" * 1000), False
-            )
+            smp.smp_call_function_single(1, note, (base + n, "f" * 1000), False)
 
     future = cluster.submit(1, hold)
     eventually(lambda: gate[1])
@@ -213,7 +211,7 @@ def test_a_stopped_cpu_does_not_stop_the_shutdown(boot):
     assert time.monotonic() - start < 5
 
 
-# ---- the firmware -------------------------------------------------------------------------
+# ---- the firmware --------------------------------------------------------------------
 
 
 def test_the_firmware_killed(boot, eventually, background):
@@ -255,7 +253,7 @@ def test_the_firmware_killed(boot, eventually, background):
     assert cluster.closed
 
 
-# ---- the host -----------------------------------------------------------------------------
+# ---- the host ------------------------------------------------------------------------
 
 HOST = """
 import os, sys, time

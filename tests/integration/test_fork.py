@@ -104,7 +104,7 @@ def test_a_child_that_outlives_the_host_keeps_no_machine(boot, eventually):
         os.waitpid(pid, 0)
 
 
-# ---- in a task ------------------------------------------------------------------------------
+# ---- in a task -----------------------------------------------------------------------
 
 
 def test_a_task_that_forks_makes_no_second_cpu(cluster):
@@ -201,7 +201,9 @@ def test_a_program_that_outlives_the_machine_does_not_hold_it(boot, eventually):
 
     (pid,) = cluster.run(task)
     try:
-        targets = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        targets = [
+            os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")
+        ]
         assert not [t for t in targets if "shmipi" in t or "eventfd" in t]
         cluster.shutdown()
     finally:

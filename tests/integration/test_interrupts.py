@@ -43,7 +43,7 @@ def spin():
     return turns
 
 
-# ---- the kick ---------------------------------------------------------------------------------
+# ---- the kick ------------------------------------------------------------------------
 
 
 def test_a_python_loop_is_interrupted(cluster, running, eventually):
@@ -148,7 +148,7 @@ def test_many_senders_and_a_running_target(cluster, running):
     assert n[0] == 2002
 
 
-# ---- the soft mask ----------------------------------------------------------------------------
+# ---- the soft mask -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pair", ["enable", "restore"])
@@ -216,7 +216,7 @@ def test_a_task_that_ends_with_interrupts_disabled_is_named(boot, capfd):
     assert "interrupts disabled" in text
 
 
-# ---- foreign signals, and tasks that meddle ------------------------------------------------------
+# ---- foreign signals, and tasks that meddle ------------------------------------------
 
 
 def test_a_foreign_kick_is_spurious_and_changes_nothing(cluster, running, eventually):
@@ -289,7 +289,7 @@ def test_the_signal_can_be_chosen(boot, running):
     task.end()
 
 
-# ---- cooperative CPUs ------------------------------------------------------------------------
+# ---- cooperative CPUs ----------------------------------------------------------------
 
 
 def test_without_kicks_a_task_is_not_interrupted(boot, running):
@@ -316,7 +316,10 @@ def test_without_kicks_a_task_is_not_interrupted(boot, running):
     go[0] = 2
     assert thread.end()
     assert cluster.counters()["kicks_received"].sum() == 0
-    assert cluster.counters()["kicks_sent"].sum() + cluster.host_counters()["kicks_sent"] == 0
+    assert (
+        cluster.counters()["kicks_sent"].sum() + cluster.host_counters()["kicks_sent"]
+        == 0
+    )
 
 
 def test_without_kicks_the_end_of_a_task_takes_interrupts(boot, running):
@@ -343,7 +346,7 @@ def test_without_kicks_a_waiting_task_takes_interrupts(boot):
     assert cluster.run(task) == [0, 1]
 
 
-# ---- native handlers ----------------------------------------------------------------------------
+# ---- native handlers -----------------------------------------------------------------
 
 
 def test_builtin_native_handlers(cluster):

@@ -46,7 +46,7 @@ def run_on(cluster, cpu, func, *args):
     return cluster.run(func, *args, cpus=[cpu])[0]
 
 
-# ---- smp_call_function_single --------------------------------------------------------------
+# ---- smp_call_function_single --------------------------------------------------------
 
 
 def test_single_runs_there_and_returns_none(cluster):
@@ -54,7 +54,9 @@ def test_single_runs_there_and_returns_none(cluster):
         note(100 * smp.smp_processor_id() + info)
 
     assert cluster.smp.smp_call_function_single(1, f, 7) is None
-    assert cluster.smp.smp_call_function_single(cpu=2, func=f, info=8, wait=True) is None
+    assert (
+        cluster.smp.smp_call_function_single(cpu=2, func=f, info=8, wait=True) is None
+    )
     assert entries(cluster) == [107, 208]
 
 
@@ -165,7 +167,7 @@ def test_enxio_for_an_offline_cpu(boot):
     cluster.smp.smp_call_function_single_async(1, csd)
 
 
-# ---- smp_call_function_single_async ----------------------------------------------------------
+# ---- smp_call_function_single_async --------------------------------------------------
 
 
 def test_async_unlocks_before_the_function(cluster, eventually):
@@ -292,7 +294,7 @@ def test_more_csds_than_there_are(script):
     assert done.text == "True True\n0\n"
 
 
-# ---- order --------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------
 
 
 def held(cluster, cpu, queue):
@@ -387,7 +389,7 @@ def test_only_the_push_that_found_the_queue_empty_rings(cluster):
     assert rung - before["doorbells_sent"] - before["kicks_sent"] <= 3
 
 
-# ---- many ---------------------------------------------------------------------------------------
+# ---- many ----------------------------------------------------------------------------
 
 
 def where(_):
@@ -479,7 +481,8 @@ def test_one_payload_for_all_of_a_mask(boot):
     assert entries(cluster) == [300_000] * 24
     for _ in range(8):
         cluster.smp.smp_call_function_many("0-2", f, data, wait=False)
-        cluster.smp.on_each_cpu(id)
+        for cpu in range(3):
+            flush(cluster, cpu)
 
 
 def test_on_each_cpu_runs_the_local_part_while_the_others_run(cluster):
@@ -551,7 +554,7 @@ def test_cond_that_raises(cluster):
     assert entries(cluster) == [0]  # was queued before, and has been waited for
 
 
-# ---- wait=False: the pool --------------------------------------------------------------------
+# ---- wait=False: the pool ------------------------------------------------------------
 
 
 def test_a_pool_of_at_least_64_requests(cluster, background):
@@ -581,7 +584,7 @@ def test_a_pool_of_at_least_64_requests(cluster, background):
     assert entries(cluster) == list(range(300))
 
 
-# ---- smp_send_reschedule ------------------------------------------------------------------------
+# ---- smp_send_reschedule -------------------------------------------------------------
 
 
 def test_reschedule_nudges_and_is_counted(boot, eventually):
@@ -605,7 +608,7 @@ def test_reschedule_of_a_polling_cpu_is_only_a_flag(boot, eventually):
     assert cluster.counters()["irq_resched"].tolist() == [0, 0]
 
 
-# ---- interrupts disabled, warnings, deadlock ---------------------------------------------------
+# ---- interrupts disabled, warnings, deadlock -----------------------------------------
 
 
 def test_irq_flags_nest(cluster):
@@ -711,10 +714,10 @@ def test_a_circle_of_waiters_with_interrupts_off_is_edeadlk(boot):
         import warnings
 
         me = smp.smp_processor_id()
+        smp.local_irq_disable()
         ready[me] = 1
         while not ready.all():
             time.sleep(0.0005)
-        smp.local_irq_disable()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -735,7 +738,7 @@ def test_a_circle_of_waiters_with_interrupts_off_is_edeadlk(boot):
 
 
 def test_no_circle_no_deadlock(boot):
-    """Interrupts off, but the last of the chain answers: an ordinary, if warned, wait."""
+    """Interrupts off, but the last of the chain answers: an ordinary wait."""
     cluster = boot(3, idle="halt")
 
     def slow(_):
@@ -769,7 +772,7 @@ def test_a_waiter_serves_its_own_queue(cluster):
     assert entries(cluster) == [1]
 
 
-# ---- where it may be used -------------------------------------------------------------------------
+# ---- where it may be used ------------------------------------------------------------
 
 
 def test_the_host_is_no_cpu(cluster):

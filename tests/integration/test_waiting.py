@@ -25,9 +25,7 @@ def switches(pid):
     return voluntary, voluntary + values["nonvoluntary_ctxt_switches"]
 
 
-@pytest.mark.parametrize(
-    ("doorbell", "idle"), itertools.product(DOORBELLS, IDLE), ids="-".join
-)
+@pytest.mark.parametrize(("doorbell", "idle"), list(itertools.product(DOORBELLS, IDLE)))
 def test_every_doorbell_with_every_idle_policy(boot, eventually, doorbell, idle):
     cluster = boot(3, doorbell=doorbell, idle=idle)
     assert (cluster.doorbell, cluster.idle) == (doorbell, idle)
@@ -169,7 +167,7 @@ def test_a_handler_that_was_idle_can_use_the_interpreters_threads(boot, backgrou
         time.sleep(0.01)
 
 
-# ---- counters ---------------------------------------------------------------------------------
+# ---- counters ------------------------------------------------------------------------
 
 
 def test_counters_add_up(boot, background):
@@ -192,8 +190,12 @@ def test_counters_add_up(boot, background):
     host = cluster.host_counters()
     both = {name: cpus[name] + host[name] for name in cpus}
     # Everything queued was run, and everything run was a handler or a task.
-    assert both["csd_queued"] == cpus["csd_sync"] + cpus["csd_async"] + cpus["tasks_run"]
-    assert cpus["python_run"] + cpus["native_run"] == cpus["csd_sync"] + cpus["csd_async"]
+    assert (
+        both["csd_queued"] == cpus["csd_sync"] + cpus["csd_async"] + cpus["tasks_run"]
+    )
+    assert (
+        cpus["python_run"] + cpus["native_run"] == cpus["csd_sync"] + cpus["csd_async"]
+    )
     assert cpus["tasks_run"] == 9
     assert cpus["calls_single"] == 9 * 400
     assert cpus["calls_many"] == 9
@@ -202,7 +204,9 @@ def test_counters_add_up(boot, background):
     sent = both["doorbells_sent"] + both["kicks_sent"]
     assert both["elided"] + both["coalesced"] <= both["csd_queued"]
     assert cpus["irq_call_single"] + cpus["irq_call"] <= both["csd_queued"]
-    assert cpus["doorbells_received"] + cpus["kicks_received"] <= sent + both["rekicked"]
+    assert (
+        cpus["doorbells_received"] + cpus["kicks_received"] <= sent + both["rekicked"]
+    )
     assert cpus["kicks_spurious"] == cpus["corrupt"] == cpus["died"] == 0
     assert cpus["halts"] >= 3
 

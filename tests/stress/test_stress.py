@@ -128,7 +128,7 @@ def test_a_machine_that_is_up_is_left_as_it_was() -> None:
         assert cluster.run(os.getpid) == [cpu.pid for cpu in cluster.cpus]
 
 
-# ---- a machine that misbehaves must be found ---------------------------------------------------
+# ---- a machine that misbehaves must be found -----------------------------------------
 
 
 def test_a_cpu_that_dies_by_itself_is_an_error() -> None:
@@ -162,7 +162,7 @@ def test_the_firmwares_death_ends_it() -> None:
     assert time.monotonic() - begun < 10
 
 
-# ---- the command -------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------
 
 
 def shmipi_stress(*arguments: str) -> list[str]:

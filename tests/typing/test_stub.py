@@ -117,5 +117,7 @@ smp.local_irq_restore()
 """
     )
     done = mypy(str(program))
-    wrong = {line.split(":")[1] for line in done.stdout.splitlines() if ": error" in line}
+    wrong = {
+        line.split(":")[1] for line in done.stdout.splitlines() if ": error" in line
+    }
     assert wrong == {"4", "5", "6", "7"}, done.stdout
