@@ -285,6 +285,7 @@ struct shi_slot {
     shi_a32 csd_top;    /* csds below this may be in use: what the reaper scans */
     shi_a32 func_top;   /* functions below this may be published */
     shi_a32 registered; /* 1 once the process has taken the slot */
+    shi_a32 boot_error; /* errno of a process that could not become this CPU */
     shi_a32 event;      /* the host's doorbell: an event count */
 
     /* Published by the owner for others to read. */

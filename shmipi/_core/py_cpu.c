@@ -616,9 +616,9 @@ static PyObject *fork_cpu(PyObject *object, PyObject *args)
     PyOS_AfterFork_Child();
     int err = become(machine, number, firmware, fds, (size_t)PyList_GET_SIZE(list));
     if (err) {
-        fprintf(stderr, "shmipi: CPU %u does not start: %s\n", number, strerror(-err));
         if (PyErr_Occurred())
             PyErr_Print();
+        shi_store_release(&shi_slot(&machine->m, number)->boot_error, (uint32_t)-err);
         _exit(1);
     }
     shi_current = machine;

@@ -383,6 +383,8 @@ METHOD(wait_hotplug)
             return NULL;                                                                         \
         expression;                                                                              \
     }
+CPU_METHOD(boot_error, return PyLong_FromUnsignedLong(shi_load_acquire(
+                           &shi_slot(&machine->m, cpu)->boot_error)))
 CPU_METHOD(reap_mark, shi_reap_mark(&machine->self, cpu); Py_RETURN_NONE)
 CPU_METHOD(reap_complete,
            return PyLong_FromUnsignedLong(shi_reap_complete(&machine->self, cpu)))
@@ -585,6 +587,7 @@ PyMethodDef shi_machine_methods[] = {
     MANY(wait_event, "wait_event(seen, seconds) -> count"),
     NOARGS(ring_event, "Wake whoever waits for an event of this slot."),
     MANY(wait_hotplug, "wait_hotplug(seen, seconds) -> count"),
+    ONE(boot_error, "boot_error(cpu) -> errno"),
     ONE(reap_mark, "reap_mark(cpu)"),
     ONE(reap_complete, "reap_complete(cpu) -> how many"),
     ONE(reap_unguarded, "reap_unguarded(cpu) -> bool"),

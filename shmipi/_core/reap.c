@@ -80,6 +80,7 @@ uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu)
     for (i = 0; i < SHI_NLINES / 64; i++)
         shi_store_relaxed(&slot->irr[i], 0);
     shi_store_relaxed(&slot->registered, 0);
+    shi_store_relaxed(&slot->boot_error, 0);
     shi_store_relaxed(&slot->pid, 0);
     shi_store_relaxed(&slot->tid, 0);
     shi_store_relaxed(&slot->hotplug, SHI_HP_ONLINE);

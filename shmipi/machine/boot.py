@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shmipi import _core
-from shmipi.errors import BootError, MachineDiedError
+from shmipi.errors import BootError, MachineDiedError, ShmipiError
 from shmipi.machine import segment
 
 __all__ = ["DOORBELLS", "IDLE", "Host", "Plan"]
@@ -86,8 +86,10 @@ class Host:
         self._identity = segment.identity(self._fd)
         try:
             self._boot()
-        except BaseException:
+        except BaseException as error:
             self._abort()
+            if isinstance(error, OSError) and not isinstance(error, ShmipiError):
+                raise _refused(error) from None
             raise
 
     # ---- boot -------------------------------------------------------------------------
@@ -403,6 +405,15 @@ def _interpreter_flags() -> list[str]:
 def _machine_died(name: str) -> MachineDiedError:
     return MachineDiedError(
         f"the machine {name} died: its firmware process is gone, and all its CPUs with it"
+    )
+
+
+def _refused(error: OSError) -> BootError:
+    return BootError(
+        f"the machine did not boot: {error.strerror or error}; it needs pidfd_open (Linux"
+        " 5.3), eventfd, sockets and pipes: is a sandbox (seccomp) or the limit of open"
+        " files (ulimit -n) in the way? `shmipi doctor` shows limits",
+        errno=error.errno,
     )
 
 

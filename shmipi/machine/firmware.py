@@ -111,6 +111,9 @@ class Firmware:
                 seen = self.machine.hotplug_event
                 state = self.machine.slot(number)[3]
                 if state == _core.CPU_DEAD:
+                    code = self.machine.boot_error(number)
+                    if code:
+                        raise OSError(code, f"CPU {number}: {os.strerror(code)}")
                     raise OSError(
                         errno.ECHILD, f"CPU {number} died before it was online"
                     )
