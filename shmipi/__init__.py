@@ -64,8 +64,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Late: `shmipi --help` must not pay for numpy and the core.  Not `from shmipi import`:
-    # that would ask this function for the name.
+    # Late: `shmipi --help` must not pay for numpy and the core. And not `from shmipi
+    # import`: that would ask this function for the name.
     import shmipi._lazy as _lazy
 
     return _lazy.load(name, __name__)

@@ -18,7 +18,7 @@ else:
 _Function: TypeAlias = Callable[[Any], object] | NativeHandler
 _Element: TypeAlias = SupportsIndex | tuple[SupportsIndex, ...]
 
-# ---- constants of the layout ---------------------------------------------------------
+# ---- constants of the layout --------------------------------------------------------
 
 ABI: Final[int]
 MAGIC: Final[str]
@@ -55,7 +55,7 @@ DEAD: Final[int]
 STEP_STOP: Final[int]
 STEP_KILL: Final[int]
 
-# ---- a machine -----------------------------------------------------------------------
+# ---- a machine ----------------------------------------------------------------------
 
 @final
 class Machine:
@@ -75,6 +75,8 @@ class Machine:
     def name(self) -> str: ...
     @property
     def payload_max(self) -> int: ...
+    @property
+    def array_end(self) -> int: ...
     @property
     def array_bytes(self) -> int: ...
     @property
@@ -141,7 +143,9 @@ class Machine:
     def array_offsets(self) -> list[int]: ...
     def offset_of(self, address: int, /) -> int: ...
     # Fault tests.
-    def arm_step(self, slot: int, name: str, action: int, skip: int = ..., /) -> None: ...
+    def arm_step(
+        self, slot: int, name: str, action: int, skip: int = ..., /
+    ) -> None: ...
     def step_hit(self, slot: int, /) -> str: ...
     # Calls with a result.
     def call(
@@ -163,7 +167,9 @@ class Machine:
         /,
     ) -> int: ...
     def done(self, call: int, /) -> bool: ...
-    def collect(self, call: int, cpu: SupportsIndex, timeout: float | None, /) -> Any: ...
+    def collect(
+        self, call: int, cpu: SupportsIndex, timeout: float | None, /
+    ) -> Any: ...
     def abandon(self, call: int, /) -> None: ...
     # kernel/smp.c.
     def smp_call_function_single(
@@ -219,7 +225,7 @@ class NativeHandler:
     def __new__(cls, name: str) -> NativeHandler: ...
     def __reduce__(self) -> tuple[type[NativeHandler], tuple[str]]: ...
 
-# ---- the call-function layer, on the current machine -----------------------------------
+# ---- the call-function layer, on the current machine --------------------------------
 
 def smp_processor_id() -> int: ...
 def smp_call_function_single(
@@ -257,7 +263,7 @@ def in_interrupt() -> bool: ...
 def in_nmi() -> bool: ...
 def cond_resched() -> None: ...
 
-# ---- atomics ---------------------------------------------------------------------------
+# ---- atomics ------------------------------------------------------------------------
 
 def atomic_load(array: NDArray[Any] | Buffer, index: _Element, /) -> int: ...
 def atomic_store(
@@ -283,7 +289,7 @@ def atomic_compare_exchange(
     /,
 ) -> int: ...
 
-# ---- boot ------------------------------------------------------------------------------
+# ---- boot ---------------------------------------------------------------------------
 
 def bind(
     errors: ModuleType,
@@ -316,7 +322,7 @@ def signal_fd(signals: list[int], /) -> int: ...
 def stamp_to_mono(stamp: int, /) -> int: ...
 def irq_entry(signo: int = ..., frame: FrameType | None = ..., /) -> None: ...
 
-# ---- measuring -------------------------------------------------------------------------
+# ---- measuring ----------------------------------------------------------------------
 
 LIMIT_AREA_BYTES: Final[int]
 LIMIT_PLACEMENTS: Final[int]

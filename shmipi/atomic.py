@@ -1,8 +1,9 @@
 """Real atomic operations on elements of integer arrays in shared memory.
 
 ``index`` is an int, or a tuple for arrays of several dimensions. All are sequentially
-consistent. They raise ``TypeError`` for arrays that do not hold integers, ``IndexError``
-for an index out of range and ``OverflowError`` for a value that does not fit.
+consistent. They raise ``TypeError`` for arrays that do not hold integers,
+``IndexError`` for an index out of range and ``OverflowError`` for a value that does not
+fit.
 """
 
 from shmipi._core import atomic_compare_exchange as compare_exchange

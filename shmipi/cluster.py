@@ -129,7 +129,7 @@ class Cluster:
         _open_clusters.add(self)
         _choose_current()
 
-    # ---- life ---------------------------------------------------------------------------
+    # ---- life -----------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         self._check()
@@ -160,14 +160,15 @@ class Cluster:
             return f"<Cluster {self.name!r} closed>"
         plan = self._host.plan
         return (
-            f"<Cluster {self.name!r}: {plan.ncpus} CPUs, {len(self.online_mask)} online,"
-            f" idle={plan.idle}, doorbell={plan.doorbell}, controller={plan.controller}>"
+            f"<Cluster {self.name!r}: {plan.ncpus} CPUs, {len(self.online_mask)}"
+            f" online, idle={plan.idle}, doorbell={plan.doorbell},"
+            f" controller={plan.controller}>"
         )
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a Cluster is its host's and does not travel to CPUs: there, use shmipi.smp,"
-            " shmipi.shared and shmipi.percpu"
+            "a Cluster is its host's and does not travel to CPUs: there, use"
+            " shmipi.smp, shmipi.shared and shmipi.percpu"
         )
 
     @property
@@ -206,7 +207,8 @@ class Cluster:
     def _check(self) -> None:
         if os.getpid() != self._host.owner:
             raise ClusterStateError(
-                "this cluster belongs to the parent process: a fork's child can not use it"
+                "this cluster belongs to the parent process: a fork's child can not"
+                " use it"
             )
         if self.closed:
             raise ClusterStateError("this cluster is closed")
@@ -216,7 +218,7 @@ class Cluster:
                 " its CPUs with it"
             )
 
-    # ---- what there is --------------------------------------------------------------------
+    # ---- what there is --------------------------------------------------------------
 
     @property
     def ncpus(self) -> int:
@@ -239,7 +241,9 @@ class Cluster:
         """The CPUs that are online (the kernel's cpu_online_mask)."""
         self._check()
         return CpuMask(
-            n for n in range(self.ncpus) if self._cpu(n).state not in ("offline", "dead")
+            n
+            for n in range(self.ncpus)
+            if self._cpu(n).state not in ("offline", "dead")
         )
 
     def counters(self) -> dict[str, NDArray[np.uint64]]:
@@ -267,7 +271,7 @@ class Cluster:
         self._check()
         return events.read(self._machine)
 
-    # ---- calls -----------------------------------------------------------------------------
+    # ---- calls ----------------------------------------------------------------------
 
     def call(
         self,
@@ -278,7 +282,7 @@ class Cluster:
         timeout: float | None = None,
         **kwargs: Any,
     ) -> _Result:
-        """Run ``func(*args, **kwargs)`` on ``cpu`` as an IPI handler; return its result.
+        """Run ``func(*args, **kwargs)`` on ``cpu`` as an IPI handler: its result.
 
         It runs in interrupt context: with interrupts off on that CPU, on top of
         whatever task is running there, at once if the CPU is idle, else at the task's
@@ -333,9 +337,7 @@ class Cluster:
         try:
             for cpu in mask:
                 try:
-                    calls.append(
-                        (cpu, self._machine.post(cpu, func, args, None, True))
-                    )
+                    calls.append((cpu, self._machine.post(cpu, func, args, None, True)))
                 except CpuOfflineError as error:
                     failures.append(error)
             while calls:
@@ -354,7 +356,7 @@ class Cluster:
             raise ExceptionGroup("several CPUs failed", failures)
         return results
 
-    # ---- memory -----------------------------------------------------------------------------
+    # ---- memory ---------------------------------------------------------------------
 
     def percpu(
         self, name: str, dtype: DTypeLike, shape: int | tuple[int, ...] = ()
@@ -379,7 +381,7 @@ class Cluster:
         self._check()
         return self._arrays.make("shared", name, dtype, shape)
 
-    # ---- hotplug ------------------------------------------------------------------------------
+    # ---- hotplug --------------------------------------------------------------------
 
     def offline(self, cpu: int, timeout: float | None = None) -> None:
         """Take ``cpu`` offline in order: it drains its queue and parks.
@@ -455,7 +457,7 @@ class Cluster:
 
 
 class _Futures:
-    """Completes the futures of ``submit``: a thread that sleeps on the host's doorbell."""
+    """Completes ``submit``'s futures: a thread that sleeps on the host's doorbell."""
 
     def __init__(self, machine: _core.Machine) -> None:
         self._machine = machine
@@ -542,13 +544,13 @@ class _Futures:
         self._fail()
 
 
-# ---- the clusters of this process --------------------------------------------------------
+# ---- the clusters of this process ---------------------------------------------------
 
 _open_clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
 
 
 def _choose_current() -> None:
-    """Module-level ``shmipi.smp`` acts on the only open cluster, if there is just one."""
+    """Module-level ``shmipi.smp`` acts on the open cluster if there is just one."""
     clusters = list(_open_clusters)
     for cluster in clusters:
         cluster._machine.set_current(False)
@@ -577,7 +579,7 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-# ---- checking arguments ------------------------------------------------------------------
+# ---- checking arguments -------------------------------------------------------------
 
 
 def _plan(

@@ -112,7 +112,9 @@ class RemoteCallError(ShmipiError, RuntimeError):
     pickled: ``remote_repr`` is its repr in either case.
     """
 
-    def __init__(self, message: str, *, cpu: int | None = None, remote_repr: str = "") -> None:
+    def __init__(
+        self, message: str, *, cpu: int | None = None, remote_repr: str = ""
+    ) -> None:
         super().__init__(message)
         self.cpu = cpu
         self.remote_repr = remote_repr

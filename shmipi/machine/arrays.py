@@ -103,8 +103,8 @@ class Arrays:
     ) -> SharedArray:
         """Make array ``name``, zeroed, or return it if it is the same already.
 
-        Raises ``ValueError`` for another dtype or shape under a used name, ``TypeError``
-        for object dtypes, ``ArenaFullError`` (ENOSPC) when /dev/shm is full.
+        Raises ``ValueError`` for another dtype or shape under a used name,
+        ``TypeError`` for object dtypes, ``ArenaFullError`` (ENOSPC) when /dev/shm is full.
         """
         if not isinstance(name, str) or not 0 < len(name.encode()) <= 255:
             raise ValueError(f"name is {name!r}: give a string of 1 to 255 bytes")
@@ -121,7 +121,8 @@ class Arrays:
                 own = known.shape[1:] if kind == "percpu" else known.shape
                 if known.dtype != dtype or own != shape:
                     raise ValueError(
-                        f"{kind} {name!r} exists with dtype {known.dtype} and shape {own}"
+                        f"{kind} {name!r} exists with dtype {known.dtype} and"
+                        f" shape {own}"
                     )
                 return known
             return self._add(kind, name, dtype, shape)
@@ -161,7 +162,7 @@ class Arrays:
         """Return array ``name``. ``KeyError`` when the machine has none."""
         found = self._known.get((kind, name))
         if found is None:
-            # No lock: a handler may interrupt its own task right here and come in again.
+            # No lock: a handler may interrupt its own task right here and come again.
             self._refresh()
             found = self._known.get((kind, name))
         if found is None:
@@ -201,12 +202,16 @@ class Arrays:
                     (self.machine.ncpus, *shape),
                     dtype,
                     memory,
-                    strides=(about["stride"], *strides) if len(strides) == len(shape) else None,
+                    strides=(about["stride"], *strides)
+                    if len(strides) == len(shape)
+                    else None,
                 )
             else:
                 array = np.ndarray(shape, dtype, memory)
         except (ValueError, KeyError, TypeError, struct.error) as error:
-            raise LayoutError(f"the description of a shared array is damaged: {error}") from None
+            raise LayoutError(
+                f"the description of a shared array is damaged: {error}"
+            ) from None
         view = array.view(SharedArray)
         view._home, view._key = self, key
         return view
@@ -251,8 +256,6 @@ def _span(array: NDArray[Any]) -> int:
     return int(array.itemsize + sum((n - 1) * step for n, step in steps))
 
 
-
-
 def _tuples(descr: Any) -> Any:
     """JSON made lists of a structured dtype's tuples; undo it."""
     if isinstance(descr, str):
@@ -277,7 +280,8 @@ def _attach(
     home = _machines.get(machine)
     if home is None:
         raise NoMachineError(
-            f"{key[0]} array {key[1]!r} lives in machine {machine}, which is not open here"
+            f"{key[0]} array {key[1]!r} lives in machine {machine}, which is not open"
+            " here"
         )
     return home.view(key, offset, shape, strides, dtype)
 

@@ -34,8 +34,8 @@ _BOOT_S = 60.0  # and a little more for each CPU
 _STOP_GRACE_S = 2.0
 _TRACE_RECORDS = 8192
 
-# One thread each, in the firmware and so in the CPUs: a library's thread pool makes fork
-# unsafe, and thousands of pools on a few cores help nobody.
+# One thread each, in the firmware and so in the CPUs: a library's thread pool makes
+# fork unsafe, and thousands of pools on a few cores help nobody.
 _SINGLE_THREADED = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -92,7 +92,7 @@ class Host:
                 raise _refused(error) from None
             raise
 
-    # ---- boot -------------------------------------------------------------------------
+    # ---- boot -----------------------------------------------------------------------
 
     def _boot(self) -> None:
         plan = self.plan
@@ -229,7 +229,8 @@ class Host:
             selector.register(self._control, selectors.EVENT_READ)
             if not selector.select(limit):
                 raise BootError(
-                    f"no CPU count reached in {limit:.0f} s: is the computer overloaded?",
+                    f"the CPUs are not online in {limit:.0f} s: is the computer"
+                    " overloaded?",
                     errno=errno.ETIMEDOUT,
                 )
         data = self._control.recv(1 << 16)
@@ -248,7 +249,7 @@ class Host:
                 text += ": may this process pin itself (sched_setaffinity)?"
             raise BootError(f"the machine did not boot: {text}", errno=code)
 
-    # ---- while it is up -----------------------------------------------------------------
+    # ---- while it is up -------------------------------------------------------------
 
     def _watch(self) -> None:
         """Thread: notices the firmware's death, and hands out its answers."""
@@ -299,7 +300,8 @@ class Host:
             raise _machine_died(self.plan.name)
         if reply is None:
             raise BootError(
-                f"CPU {cpu} did not boot in {_BOOT_S:.0f} s: is the computer overloaded?",
+                f"CPU {cpu} did not boot in {_BOOT_S:.0f} s: is the computer"
+                " overloaded?",
                 cpu=cpu,
                 errno=errno.ETIMEDOUT,
             )
@@ -320,7 +322,7 @@ class Host:
         except OSError:
             raise _machine_died(self.plan.name) from None
 
-    # ---- the end -------------------------------------------------------------------------
+    # ---- the end --------------------------------------------------------------------
 
     def close(self, grace: float = _STOP_GRACE_S) -> None:
         """End the machine: in order, and by force what has not ended in ``grace`` s."""
@@ -404,14 +406,15 @@ def _interpreter_flags() -> list[str]:
 
 def _machine_died(name: str) -> MachineDiedError:
     return MachineDiedError(
-        f"the machine {name} died: its firmware process is gone, and all its CPUs with it"
+        f"the machine {name} died: its firmware process is gone, and all its CPUs with"
+        " it"
     )
 
 
 def _refused(error: OSError) -> BootError:
     return BootError(
-        f"the machine did not boot: {error.strerror or error}; it needs pidfd_open (Linux"
-        " 5.3), eventfd, sockets and pipes: is a sandbox (seccomp) or the limit of open"
+        f"the machine did not boot: {error.strerror or error}; it needs pidfd_open"
+        " (Linux 5.3), eventfd, sockets and pipes: is a sandbox (seccomp) or the limit of open"
         " files (ulimit -n) in the way? `shmipi doctor` shows limits",
         errno=error.errno,
     )
@@ -441,14 +444,14 @@ def _doorbell_error(kind: str, ncpus: int, error: Exception) -> BootError:
         "mqueue": "raise fs.mqueue.queues_max (sysctl) and RLIMIT_MSGQUEUE (ulimit -q)",
     }[kind]
     return BootError(
-        f"no {kind} for each of {ncpus} CPUs: {text}; {remedy}, or use doorbell='futex',"
-        " which needs none",
+        f"no {kind} for each of {ncpus} CPUs: {text}; {remedy}, or use"
+        " doorbell='futex', which needs none",
         errno=code,
     )
 
 
 def _process_limits() -> str:
     return (
-        "the limits are RLIMIT_NPROC (ulimit -u), the cgroup's pids.max and kernel.pid_max;"
-        " `shmipi doctor` shows them"
+        "the limits are RLIMIT_NPROC (ulimit -u), the cgroup's pids.max and"
+        " kernel.pid_max; `shmipi doctor` shows them"
     )

@@ -53,7 +53,7 @@ class Firmware:
         self.deadline = 0.0  # of an orderly stop
         self.selector = selectors.EpollSelector()
 
-    # ---- boot ---------------------------------------------------------------------
+    # ---- boot -----------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Load handlers, open doorbells, and get ready to fork."""
@@ -77,7 +77,7 @@ class Firmware:
         self.selector.register(self.control, selectors.EVENT_READ, self.on_message)
         self.selector.register(self.signals, selectors.EVENT_READ, self.on_signal)
         gc.collect()
-        gc.freeze()  # a collection in a CPU must not copy every page of what we imported
+        gc.freeze()  # a collection in a CPU must not copy every page of imports
 
     def boot(self, cpus: list[int]) -> None:
         """Fork these CPUs and wait until each is online or dead. ``OSError``."""
@@ -194,7 +194,7 @@ class Firmware:
         with contextlib.suppress(OSError):  # the host may be gone: its pidfd tells
             self.control.send(json.dumps(reply).encode())
 
-    # ---- death -----------------------------------------------------------------------
+    # ---- death ----------------------------------------------------------------------
 
     def reap(self) -> None:
         """Look after CPUs that died: mark, complete, ring, and only then wait for."""
@@ -238,10 +238,10 @@ class Firmware:
             self.machine.reap_complete(number)
             self.machine.reap_ring_all()
 
-    # ---- the end ----------------------------------------------------------------------
+    # ---- the end --------------------------------------------------------------------
 
     def stop(self, grace: float) -> None:
-        """Ask every CPU to end; those that have not after ``grace`` seconds are killed."""
+        """Ask every CPU to end; those that have not after ``grace`` s are killed."""
         self.machine.stop_all()
         self.stopping = True
         self.deadline = time.monotonic() + grace

@@ -33,7 +33,6 @@ def loads(data: bytes) -> Any:
     return pickle.loads(data)
 
 
-
 def _is_plain(value: object) -> bool:
     kind = type(value)
     if kind in _PLAIN:

@@ -53,7 +53,8 @@ def check_name(name: str | None) -> str:
         return os.urandom(4).hex()
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
-            f"name is {name!r}: a machine's name has 1 to 32 letters, digits, '-' or '_'"
+            f"name is {name!r}: a machine's name has 1 to 32 letters, digits, '-' or"
+            " '_'"
         )
     return name
 
@@ -173,7 +174,10 @@ def unlink_doorbells(full: str, ncpus: int = 0) -> int:
 
     done = 0
     pattern = re.compile(rf"(?:sem\.)?({re.escape(full)}\.\d+)")
-    names: dict[str, set[str]] = {"sem": set(), "mq": {f"{full}.{i}" for i in range(ncpus)}}
+    names: dict[str, set[str]] = {
+        "sem": set(),
+        "mq": {f"{full}.{i}" for i in range(ncpus)},
+    }
     for folder, kind in ((SHM, "sem"), (Path("/dev/mqueue"), "mq")):
         with contextlib.suppress(OSError):
             for path in folder.iterdir():
@@ -231,7 +235,11 @@ def _ncpus(head: bytes) -> int:
     """CPUs in a header of this version's layout, else 0: only a hint for names."""
     from shmipi import _core
 
-    if len(head) < 256 or head[:8] != _MAGIC or head[8:12] != struct.pack("<I", _core.ABI):
+    if (
+        len(head) < 256
+        or head[:8] != _MAGIC
+        or head[8:12] != struct.pack("<I", _core.ABI)
+    ):
         return 0
     (ncpus,) = struct.unpack_from("<I", head, _core.NCPUS_OFFSET)
     return min(int(ncpus), _core.MAX_CPUS)

@@ -29,7 +29,7 @@ class BoundSmp:
         self.on_each_cpu_cond_mask = machine.on_each_cpu_cond_mask
         self.smp_send_reschedule = machine.smp_send_reschedule
 
-    def CallSingleData(self, func: Any, info: Any = None) -> _core.CallSingleData:  # noqa: N802
+    def CallSingleData(self, func: Any, info: Any = None) -> _core.CallSingleData:
         """Make a caller-owned request for this machine."""
         return _core.CallSingleData(func, info, machine=self._machine)
 

@@ -808,8 +808,8 @@ def test_threads_of_the_host_all_call_at_once(cluster, background):
 def test_ctrl_c_ends_a_wait_and_leaves_the_machine_usable(script, what):
     done = script(
         """
-        import _thread, os, signal, sys, threading, time
-        from shmipi import Cluster
+        import signal, sys, threading, time
+        from shmipi import Cluster, atomic
 
         what = sys.argv[1]
 
@@ -822,7 +822,7 @@ def test_ctrl_c_ends_a_wait_and_leaves_the_machine_usable(script, what):
 
             def slow(_=None):
                 time.sleep(0.6)
-                ran[0] += 1
+                atomic.fetch_add(ran, 0, 1)
 
             for _ in range(2):
                 threading.Thread(target=interrupt).start()

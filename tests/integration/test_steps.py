@@ -322,7 +322,8 @@ def test_offline_step(rig, action):
     cluster = rig.cluster
     rig.arm(TARGET, "offline", action, 0)
     if action == KILL:
-        within(LIMIT_S, cluster.offline, TARGET)
+        with pytest.raises(CpuDiedError, match="before it was offline"):
+            within(LIMIT_S, cluster.offline, TARGET)
         assert cluster.cpus[TARGET].state == "dead"
     else:
         with pytest.raises(IpiTimeoutError):
