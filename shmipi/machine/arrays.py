@@ -104,7 +104,8 @@ class Arrays:
         """Make array ``name``, zeroed, or return it if it is the same already.
 
         Raises ``ValueError`` for another dtype or shape under a used name,
-        ``TypeError`` for object dtypes, ``ArenaFullError`` (ENOSPC) when /dev/shm is full.
+        ``TypeError`` for object dtypes, ``ArenaFullError`` (ENOSPC) when /dev/shm is
+        full.
         """
         if not isinstance(name, str) or not 0 < len(name.encode()) <= 255:
             raise ValueError(f"name is {name!r}: give a string of 1 to 255 bytes")

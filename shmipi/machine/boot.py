@@ -414,8 +414,8 @@ def _machine_died(name: str) -> MachineDiedError:
 def _refused(error: OSError) -> BootError:
     return BootError(
         f"the machine did not boot: {error.strerror or error}; it needs pidfd_open"
-        " (Linux 5.3), eventfd, sockets and pipes: is a sandbox (seccomp) or the limit of open"
-        " files (ulimit -n) in the way? `shmipi doctor` shows limits",
+        " (Linux 5.3), eventfd, sockets and pipes: is a sandbox (seccomp) or the limit"
+        " of open files (ulimit -n) in the way? `shmipi doctor` shows limits",
         errno=error.errno,
     )
 
