@@ -108,30 +108,14 @@ void shi_sender_fini(struct shi_self *self)
     memset(s, 0, sizeof *s);
 }
 
-/*
- * A csd that was just unlocked is shared with its target's cache, and the first store
- * to it would wait for the target's copy to go.  So shi_csd_put asks for the line at
- * once, and the csds used last are taken in turn: by then the line is there.
- */
-#define TURNS 4u
-
-static uint32_t take_free(struct shi_sender *s)
-{
-    uint32_t top = s->nfree--, back = top < TURNS ? top : TURNS, i;
-    uint32_t index = s->free_csds[top - back];
-    for (i = top - back; i + 1 < top; i++)
-        s->free_csds[i] = s->free_csds[i + 1];
-    return index;
-}
-
 int64_t shi_csd_get(struct shi_self *self)
 {
     struct shi_sender *s = &self->sender;
-    if (s->nfree >= TURNS || (s->nfree && s->csd_top >= TURNS))
-        return take_free(s);
+    if (s->nfree)
+        return s->free_csds[--s->nfree]; /* the one used last: its line is warm */
     shi_csd_collect(self);
-    if (s->nfree >= TURNS || (s->nfree && s->csd_top >= TURNS))
-        return take_free(s);
+    if (s->nfree)
+        return s->free_csds[--s->nfree]; /* the one used last: its line is warm */
     if (s->csd_top == self->m->csds_per_slot)
         return -EAGAIN;
     if (s->csd_top % CSDS_PER_PAGE == 0) {
@@ -200,7 +184,6 @@ void shi_csd_put(struct shi_self *self, uint32_t index)
         note->func = 0;
     }
     put_block(self, index);
-    shi_prefetch_write(own(self, index));
     s->free_csds[s->nfree++] = index;
 }
 

@@ -25,24 +25,10 @@ static bool stopping(const struct shi_self *self)
     return shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING;
 }
 
-static bool is_work(uint64_t w)
-{
-    return shi_word_work(w) || w & SHI_W_NEED_RESCHED;
-}
-
 static bool has_work(const struct shi_self *self)
 {
-    return is_work(shi_load_acquire(&self->slot->word));
-}
-
-/*
- * Look at the word with a swap that changes nothing: it brings the line in to be
- * written, which taking the queue needs at once, in the one transfer that a load would
- * cost.  While nobody pushes, the line stays here and nobody is disturbed.
- */
-static bool has_work_here(struct shi_self *self, uint64_t *seen)
-{
-    return !shi_cas_full(&self->slot->word, seen, *seen) && is_work(*seen);
+    uint64_t w = shi_load_acquire(&self->slot->word);
+    return shi_word_work(w) || w & SHI_W_NEED_RESCHED;
 }
 
 static uint64_t window(struct shi_self *self, enum shi_idle idle)
@@ -75,13 +61,11 @@ static void adapt(struct shi_self *self, uint64_t halted_ns)
 static bool poll(struct shi_self *self)
 {
     struct shi_slot *slot = self->slot;
-    uint64_t start = 0, now, released = 0, limit, seen = shi_load_acquire(&slot->word);
+    uint64_t start = 0, now, released = 0, limit;
     uint32_t i;
-    if (is_work(seen))
-        return true;
     for (;;) {
         for (i = 0; i < SPIN_ROUND; i++)
-            if (has_work_here(self, &seen))
+            if (has_work(self))
                 return true;
         now = shi_now_ns();
         if (!start)

@@ -335,6 +335,7 @@ static void irq_work(struct shi_self *self)
     if (shi_word_state(w) != SHI_RUNNING)
         return; /* a replay in another state: that state's owner looks */
     self->ctx = SHI_CTX_IRQ;
+    self->counts = self->slot->counters[SHI_CTX_IRQ];
     self->irqs_off = 1;
     self->in_irq++;
     self->inline_python = false;
@@ -364,6 +365,7 @@ static void irq_work(struct shi_self *self)
     self->in_irq--;
     self->irqs_off = 0;
     self->ctx = ctx;
+    self->counts = self->slot->counters[ctx];
     self->inline_python = inline_python;
     bool offline = shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
     if ((self->deferred.head || offline) && self->hooks.interrupt)

@@ -165,6 +165,7 @@ int shi_self_init(struct shi_self *self, struct shi_machine *m, uint32_t id)
     self->m = m;
     self->id = id;
     self->slot = shi_slot(m, id);
+    self->counts = self->slot->counters[SHI_CTX_TASK];
     self->host = id >= m->ncpus;
     self->gen = (uint16_t)shi_load_relaxed(&self->slot->generation);
     self->pid = getpid();

@@ -85,6 +85,7 @@ struct shi_self {
     bool host; /* or firmware: sends and waits, but is no CPU */
     pid_t pid, tid;
     pthread_t thread;
+    shi_a64 *counts; /* of the context it is in */
 
     /* Read by the kick handler of the same thread. */
     volatile uint8_t irqs_off; /* local_irq_disable, or a handler is running */
@@ -169,7 +170,7 @@ static inline uint8_t *shi_arena_base(const struct shi_machine *m, uint32_t id)
 
 static inline void shi_count_n(struct shi_self *self, enum shi_counter c, uint64_t n)
 {
-    shi_a64 *p = &self->slot->counters[self->ctx][c];
+    shi_a64 *p = &self->counts[c];
     if (self->host)
         shi_fetch_add_relaxed(p, n); /* its threads share the row */
     else

@@ -301,13 +301,72 @@ int shi_run_local(Machine *machine, PyObject *function, PyObject *info, bool wai
 
 /* ---- smp_call_function_single ---------------------------------------------------- */
 
+/* What is left of a waiting call once it is queued. */
+static PyObject *finish_single(Machine *machine, uint32_t local, uint32_t cpu)
+{
+    if (shi_wait_csd(machine, local, cpu, 0) < 0)
+        return NULL;
+    PyObject *result = shi_result(machine, local, cpu, SHI_A_INFO, 0);
+    shi_give_back(machine, local);
+    return result;
+}
+
+/*
+ * The common call: plain positional arguments, a function that is known, an argument that
+ * fits the csd.  One core section from getting the csd to ringing.  1: done, `result` is
+ * the answer; 0: the general way has to do it.
+ */
+static int quick_single(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
+                        PyObject **result)
+{
+    struct shi_self *self = &machine->self;
+    struct outgoing out;
+    bool wait = nargs < 4 || args[3] == Py_True;
+    *result = NULL;
+    if (nargs < 2 || nargs > 4 || (!wait && args[3] != Py_False) ||
+        !PyLong_CheckExact(args[0]) || self->in_irq || self->irqs_off)
+        return 0;
+    long cpu = PyLong_AsLong(args[0]);
+    if (cpu < 0 || cpu >= (long)machine->m.ncpus || (!self->host && cpu == (long)self->id)) {
+        PyErr_Clear();
+        return 0;
+    }
+    int ready = shi_outgoing_inline(machine, &out, args[1], nargs > 2 ? args[2] : Py_None);
+    if (ready <= 0)
+        return ready < 0;
+    shi_enter(self);
+    int64_t local = wait ? shi_csd_get(self) : shi_nowait_get(self);
+    if (local < 0) {
+        shi_leave(self);
+        return 0;
+    }
+    int err = shi_outgoing_fill(machine, &out, (uint32_t)local);
+    if (!err)
+        err = shi_call_single(self, (uint32_t)local, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC,
+                              (uint32_t)cpu);
+    if (err)
+        shi_csd_put(self, (uint32_t)local);
+    else if (!wait)
+        shi_csd_leave(self, (uint32_t)local);
+    shi_count(self, SHI_C_calls_single);
+    shi_leave(self);
+    if (err)
+        shi_raise_errno(machine, err, (int)cpu);
+    else
+        *result = wait ? finish_single(machine, (uint32_t)local, (uint32_t)cpu)
+                       : Py_NewRef(Py_None);
+    return 1;
+}
+
 static PyObject *call_single(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
                              PyObject *kwnames)
 {
     static const char *const names[] = {"cpu", "func", "info", "wait"};
-    PyObject *a[4];
+    PyObject *a[4], *quick;
     struct outgoing out;
     int64_t cpu;
+    if (!kwnames && quick_single(machine, args, nargs, &quick))
+        return quick;
     if (shi_parse("smp_call_function_single", names, 2, 4, args, nargs, kwnames, a) < 0)
         return NULL;
     PyObject *info = a[2] ? a[2] : Py_None;
@@ -343,11 +402,7 @@ static PyObject *call_single(Machine *machine, PyObject *const *args, Py_ssize_t
         return shi_raise_errno(machine, err, (int)cpu);
     if (!wait)
         Py_RETURN_NONE;
-    if (shi_wait_csd(machine, (uint32_t)local, (uint32_t)cpu, 0) < 0)
-        return NULL;
-    PyObject *result = shi_result(machine, (uint32_t)local, (uint32_t)cpu, SHI_A_INFO, 0);
-    shi_give_back(machine, (uint32_t)local);
-    return result;
+    return finish_single(machine, (uint32_t)local, (uint32_t)cpu);
 }
 
 /* ---- smp_send_reschedule --------------------------------------------------------- */

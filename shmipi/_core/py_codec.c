@@ -186,6 +186,25 @@ fail:
     return -1;
 }
 
+int shi_outgoing_inline(Machine *machine, struct outgoing *out, PyObject *function,
+                        PyObject *info)
+{
+    if (Py_TYPE(function) == shi_native_type || !PyCallable_Check(function) ||
+        !encode_inline(info, &out->kind, &out->length, &out->value))
+        return 0;
+    out->number = shi_function_number(machine, function);
+    if (out->number < 0)
+        return out->number == -2 ? -1 : 0;
+    out->func = (uint32_t)out->number;
+    out->serial = shi_load_relaxed(
+        &shi_func_entry(&machine->m, machine->self.id, out->func)->serial);
+    out->apply = SHI_A_INFO;
+    out->room = 0;
+    out->pickle = NULL;
+    out->holder = NULL; /* no Python runs before the csd holds the function */
+    return 1;
+}
+
 int shi_outgoing_call(Machine *machine, struct outgoing *out, PyObject *function,
                       PyObject *args, PyObject *kwargs)
 {

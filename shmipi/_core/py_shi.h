@@ -123,6 +123,9 @@ int shi_outgoing_info(Machine *machine, struct outgoing *out, PyObject *function
 /* func(*args, **kwargs), result wanted. */
 int shi_outgoing_call(Machine *machine, struct outgoing *out, PyObject *function,
                       PyObject *args, PyObject *kwargs);
+/* The same where nothing needs pickling or clearing: 1, else 0 (or -1, exception set). */
+int shi_outgoing_inline(Machine *machine, struct outgoing *out, PyObject *function,
+                        PyObject *info);
 void shi_outgoing_clear(struct outgoing *out);
 /* Fill csd `local`; inside shi_enter/shi_leave.  0 or -errno. */
 int shi_outgoing_fill(Machine *machine, const struct outgoing *out, uint32_t local);

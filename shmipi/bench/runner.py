@@ -249,7 +249,9 @@ class Disturbance:
             seen.ipis_known = False
         if stolen is not None and self._before[1] is not None:
             seen.stolen_s += stolen - self._before[1]
-        seen.preempted += preempted - self._before[2]
+        # Up to two are our own: the host runs before and after, and a CPU that polls has
+        # to leave it the core for that.
+        seen.preempted += max(0, preempted - self._before[2] - 2)
         for name, value in counters.items():
             seen.counted[name] = (
                 seen.counted.get(name, 0) + value - self._before[3][name]
