@@ -249,8 +249,8 @@ class Disturbance:
             seen.ipis_known = False
         if stolen is not None and self._before[1] is not None:
             seen.stolen_s += stolen - self._before[1]
-        # Up to two are our own: the host runs before and after, and a CPU that polls has
-        # to leave it the core for that.
+        # Up to two are our own: the host runs before and after, and a CPU that polls
+        # has to leave it the core for that.
         seen.preempted += max(0, preempted - self._before[2] - 2)
         for name, value in counters.items():
             seen.counted[name] = (

@@ -73,6 +73,7 @@ static inline void rig_boot(struct rig *r, uint32_t ncpus, enum shi_idle idle)
     memcpy(base, plan, sizeof *plan);
     CHECK(shi_machine_attach(&r->m, base, plan->total_bytes, -1) == 0);
     free(plan);
+    shi_store_relaxed(&r->m.header->array_used, SHI_PAGE); /* for handlers to point at */
     CHECK(shi_self_init(&r->host, &r->m, ncpus) == 0);
     CHECK(shi_self_init(&r->firmware, &r->m, ncpus + 1) == 0);
     for (i = 0; i < ncpus; i++) {
@@ -116,6 +117,8 @@ static inline int rig_call(struct shi_self *self, uint32_t dst, uint32_t native,
         while (err > 0)
             err = shi_wait_sleep(self, &wait);
         shi_wait_end(self, &wait);
+        if (!err)
+            CHECK(shi_load_relaxed(&shi_own_csd(self, (uint32_t)local)->status) == SHI_S_DONE);
     }
     shi_enter(self);
     shi_csd_put(self, (uint32_t)local);
