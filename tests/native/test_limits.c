@@ -580,7 +580,11 @@ int main(void)
     test_no_queue_left();
     test_nobody_comes();
     test_refusals();
+#if !defined(__SANITIZE_THREAD__)
+    /* ThreadSanitizer keeps a signal until the next call that it intercepts; with strays
+     * in between, a busy target makes none and the answer never comes. */
     test_stray_signals(SHI_LIMIT_SIGNAL);
+#endif
     test_stray_signals(SHI_LIMIT_SIGWAIT);
     for (int kind = 0; kind < SHI_LIMIT_KINDS; kind++) {
         test_target_killed(kind);
