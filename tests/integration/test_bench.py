@@ -191,8 +191,8 @@ def test_a_parked_sender_halts(rig):
     native = rung()
     _, missed = rig.run(0, tasks.python_calls, 1, 100, 0, 30_000, _core.HALTED, 0)
     assert missed <= 100
-    # A sender that loses its core between the call and the sleep finds the answer there,
-    # as a Python one on a busy computer may.
+    # A sender that loses its core between call and sleep finds the answer there, as a
+    # Python one on a busy computer may.
     assert native - start > 75
     assert rung() > native
 
