@@ -12,7 +12,7 @@
 
 #define CSDS_PER_PAGE (SHI_PAGE / SHI_LINE)
 
-static int sender_arena(struct shi_self *self)
+int shi_sender_arena(struct shi_self *self)
 {
     const struct shi_machine *m = self->m;
     if (self->sender.arena.m)
@@ -66,7 +66,7 @@ static int inherit(struct shi_self *self)
         if (csd->kind == SHI_K_PICKLE || csd->room) {
             uint64_t offset = csd->room ? csd->reply : csd->value.ref.offset;
             uint64_t length = csd->room ? csd->room : csd->value.ref.length;
-            if (sender_arena(self) == 0) {
+            if (shi_sender_arena(self) == 0) {
                 int64_t at = shi_arena_reserve(&s->arena, offset, length);
                 if (at >= 0)
                     s->notes[i].block = (uint64_t)at + 1;
@@ -235,7 +235,7 @@ void shi_csd_cancel(struct shi_csd *csd)
 
 int64_t shi_csd_block(struct shi_self *self, uint32_t index, uint64_t length)
 {
-    int err = sender_arena(self);
+    int err = shi_sender_arena(self);
     if (err)
         return err;
     int64_t at = shi_arena_alloc(&self->sender.arena, length);

@@ -16,6 +16,8 @@
 
 int shi_sender_init(struct shi_self *self);
 void shi_sender_fini(struct shi_self *self);
+/* Set the arena up, at its first use: its tables are private memory.  0 or -errno. */
+int shi_sender_arena(struct shi_self *self);
 
 /* A csd of this sender that nobody uses: its index, or -EAGAIN (all in flight),
  * -ENOSPC.  Call inside shi_enter/shi_leave. */

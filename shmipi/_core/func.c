@@ -10,15 +10,6 @@
 
 #define FUNCS_PER_PAGE (SHI_PAGE / sizeof(struct shi_func))
 
-static int arena(struct shi_self *self)
-{
-    const struct shi_machine *m = self->m;
-    if (self->sender.arena.m)
-        return 0;
-    uint64_t at = m->region_offset + (uint64_t)self->id * m->region_bytes + m->arena_offset;
-    return shi_arena_init(&self->sender.arena, m, at, m->arena_bytes);
-}
-
 static uint32_t new_serial(struct shi_self *self)
 {
     struct shi_sender *s = &self->sender;
@@ -35,7 +26,7 @@ static uint32_t new_serial(struct shi_self *self)
 int64_t shi_func_publish(struct shi_self *self, const void *pickle, uint32_t length)
 {
     struct shi_sender *s = &self->sender;
-    int err = arena(self);
+    int err = shi_sender_arena(self);
     if (err)
         return err;
     if (!s->nfree_funcs) {
@@ -118,7 +109,7 @@ int shi_func_inherit(struct shi_self *self)
         if (!note->in_flight) {
             struct shi_func *f = shi_func_entry(self->m, self->id, csd->func);
             int64_t at = -EINVAL;
-            if (arena(self) == 0)
+            if (shi_sender_arena(self) == 0)
                 at = shi_arena_reserve(&s->arena, f->offset, f->length);
             note->block = at < 0 ? 0 : (uint64_t)at + 1;
             note->dead = 1;
