@@ -123,8 +123,8 @@ STALL_S: Final = 10.0
 
 
 def _view(words: NDArray[np.uint64]) -> memoryview[int]:
-    view: memoryview[int] = memoryview(words)  # type: ignore[arg-type]
-    return view
+    buffer: Any = words  # numpy says that it is a buffer from Python 3.12 on only
+    return memoryview(buffer)
 
 
 class Make(Protocol):

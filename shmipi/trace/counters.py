@@ -86,7 +86,7 @@ def interrupts(machine: CountersOf, counters: Counters) -> str:
         ("DBL", now["doorbells_received"], "Doorbells taken while halted"),
         ("KIC", now["kicks_received"], "Kick signals taken while running"),
     ]
-    width = max(10, *(len(str(int(row.max(initial=0)))) for _, row, _ in rows))
+    width = max(10, *(len(str(n)) for _, row, _ in rows for n in row.tolist()))
     header = "".join(f"{f'CPU{cpu}':>{width + 1}}" for cpu in range(machine.ncpus))
     lines = [" " * 4 + header]
     for label, row, text in rows:

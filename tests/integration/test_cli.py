@@ -454,6 +454,10 @@ def test_an_inspector_reads_on_after_the_end_and_keeps_nothing_alive(
         flags = fcntl.fcntl(inspector._fd, fcntl.F_GETFL)
         assert flags & os.O_ACCMODE == os.O_RDONLY
         launched.kill_all()
+        # The CPUs follow the firmware within a second, and with them their locks.
+        deadline = time.monotonic() + 2.0
+        while inspector.alive and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert not inspector.alive
         assert inspector.view().ncpus == 2
         [found] = [f for f in segment.find() if f.name == launched.name]
