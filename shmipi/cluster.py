@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -29,7 +29,8 @@ from shmipi.errors import (
     IpiTimeoutError,
     MachineDiedError,
 )
-from shmipi.irq.chips import CHIPS
+from shmipi.irq.chips import CHIPS, Chip
+from shmipi.machine import controller as controllers
 from shmipi.machine import segment, topology
 from shmipi.machine.arrays import Arrays, SharedArray
 from shmipi.machine.boot import DOORBELLS, IDLE, Host, Plan
@@ -82,7 +83,9 @@ class Cluster:
         kick: True: a running CPU is interrupted by a real-time signal, SIGRTMIN+8; a
             signal number: by that one; False: CPUs are cooperative and take interrupts
             when a task ends, waits, or calls ``smp.cond_resched()``.
-        controller: the interrupt controller, "apic".
+        controller: the interrupt controller: "apic", "xive", "mips", "mips-gic",
+            "gicv2", "gicv3", "riscv", or a ``Chip`` (``shmipi.irq.chips``), your own
+            for example.
         cores: "auto" (distinct physical cores first, then round robin) or a list of
             core numbers used in turn (also a cpulist string).
         name: for ``shmipi ps`` and ``shmipi interrupts``; None: a random one.
@@ -103,7 +106,7 @@ class Cluster:
         idle: str = "auto",
         doorbell: str = "futex",
         kick: bool | int = True,
-        controller: str = "apic",
+        controller: str | Chip | type[Chip] = "apic",
         cores: str | Sequence[int] = "auto",
         name: str | None = None,
         handlers: Iterable[str] = (),
@@ -117,6 +120,7 @@ class Cluster:
     def _open(self, plan: Plan) -> None:
         self._host = Host(plan)
         self._machine = self._host.machine
+        self._chip = cast(Chip, controllers.register(self._machine, plan.controller))
         self._arrays = Arrays(self._machine)
         self._counters = Counters(self._machine)
         self._futures = _Futures(self._machine)
@@ -162,7 +166,7 @@ class Cluster:
         return (
             f"<Cluster {self.name!r}: {plan.ncpus} CPUs, {len(self.online_mask)}"
             f" online, idle={plan.idle}, doorbell={plan.doorbell},"
-            f" controller={plan.controller}>"
+            f" controller={plan.controller.name}>"
         )
 
     def __reduce__(self) -> Any:
@@ -193,8 +197,14 @@ class Cluster:
 
     @property
     def controller(self) -> str:
-        """The interrupt controller."""
-        return self._host.plan.controller
+        """The name of the interrupt controller."""
+        return str(self._host.plan.controller.name)
+
+    @property
+    def chip(self) -> Chip:
+        """The interrupt controller, bound to this machine: its registers."""
+        self._check()
+        return self._chip
 
     @property
     def payload_max(self) -> int:
@@ -259,7 +269,7 @@ class Cluster:
     def interrupts(self) -> str:
         """Return the counts in the shape of ``/proc/interrupts``."""
         self._check()
-        return interrupts(self._machine, self._counters)
+        return interrupts(self._counters)
 
     def trace_events(self) -> NDArray[Any]:
         """Return the tracepoints recorded so far, oldest first, as a structured array.
@@ -404,6 +414,9 @@ class Cluster:
                 )
             except BaseException:
                 self._machine.hotplug(cpu, False)
+                with contextlib.suppress(IpiTimeoutError, MachineDiedError):
+                    # It may have gone just then: the request stands withdrawn.
+                    self._await(cpu, lambda state: state != "offline", 1.0, start=True)
                 raise
             if state == "dead":
                 raise CpuDiedError(f"CPU {cpu} died before it was offline", cpu=cpu)
@@ -420,7 +433,9 @@ class Cluster:
             state = self._cpu(cpu).state
             if state == "offline":
                 self._machine.hotplug(cpu, False)
-                state = self._await(cpu, lambda state: state != "offline", timeout)
+                state = self._await(
+                    cpu, lambda state: state != "offline", timeout, start=True
+                )
             if state == "dead":
                 self._host.boot_cpu(cpu)
 
@@ -437,12 +452,15 @@ class Cluster:
         reached: Callable[[str], bool],
         timeout: float | None,
         ask: bool = False,
+        start: bool = False,
     ) -> str:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             seen = self._machine.hotplug_event
             if ask:  # again each time: the kick may have come just before a sleep
                 self._machine.hotplug(cpu, True)
+            if start:
+                self._chip.bring_up(cpu)
             state = self._cpu(cpu).state
             if reached(state):
                 return state
@@ -566,6 +584,7 @@ def _close(host: Host, futures: _Futures, arrays: Arrays) -> None:
     host.close()
     futures.close()
     arrays.close()
+    controllers.forget(host.machine)
     host.machine.close()
 
 
@@ -587,7 +606,7 @@ def _plan(
     idle: str,
     doorbell: str,
     kick: bool | int,
-    controller: str,
+    controller: str | Chip | type[Chip],
     cores: str | Sequence[int],
     name: str | None,
     handlers: Iterable[str],
@@ -599,14 +618,9 @@ def _plan(
         ncpus = topology.default_ncpus()
     if isinstance(ncpus, bool) or not isinstance(ncpus, int):
         raise TypeError(f"ncpus is {ncpus!r}: give a number of CPUs, or None")
-    chip = CHIPS.get(controller)
-    if chip is None:
-        raise ValueError(
-            f"controller is {controller!r}: choose from {', '.join(map(repr, CHIPS))}"
-        )
-    limit = min(_core.MAX_CPUS, chip.max_cpus)
-    if not 1 <= ncpus <= limit:
-        raise ValueError(f"ncpus is {ncpus}: a machine has 1 to {limit} CPUs")
+    if not 1 <= ncpus <= _core.MAX_CPUS:
+        raise ValueError(f"ncpus is {ncpus}: a machine has 1 to {_core.MAX_CPUS} CPUs")
+    chip = _chip(controller).for_cpus(ncpus)
     if doorbell not in DOORBELLS:
         raise ValueError(
             f"doorbell is {doorbell!r}: choose from {', '.join(map(repr, DOORBELLS))}"
@@ -625,13 +639,31 @@ def _plan(
         doorbell=doorbell,
         kick=kick is not False,
         kick_signal=_kick_signal(kick),
-        controller=controller,
+        nmi_signal=_nmi_signal(_kick_signal(kick)),
+        controller=chip,
         handlers=_handlers(handlers),
         oversubscribed=topology.oversubscribed(placement),
         trace=bool(trace),
         steps=steps,
         arena_bytes=arena_bytes,
     )
+
+
+def _chip(controller: str | Chip | type[Chip]) -> Chip:
+    if isinstance(controller, Chip):
+        return controller
+    if isinstance(controller, type) and issubclass(controller, Chip):
+        return controller()
+    if controller not in CHIPS:
+        raise ValueError(
+            f"controller is {controller!r}: choose from {', '.join(map(repr, CHIPS))},"
+            " or give a Chip of your own"
+        )
+    return CHIPS[controller]()
+
+
+def _nmi_signal(kick: int) -> int:
+    return kick + 1 if kick < signal.SIGRTMAX else kick - 1
 
 
 def _kick_signal(kick: bool | int) -> int:

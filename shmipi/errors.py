@@ -89,6 +89,39 @@ class ArenaFullError(ShmipiOSError):
     default_errno = errno.ENOBUFS
 
 
+class IrqError(ShmipiOSError):
+    """A refusal of the irq layer, with the kernel's errno (EINVAL, EBUSY, ENOMEM ...).
+
+    ``irq`` is the virq concerned, ``domain`` the name of the irq domain or controller;
+    ``None`` where there is none.
+    """
+
+    default_errno = errno.EINVAL
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        cpu: int | None = None,
+        errno: int | None = None,
+        irq: int | None = None,
+        domain: str | None = None,
+    ) -> None:
+        super().__init__(message, cpu=cpu, errno=errno)
+        self.irq = irq
+        self.domain = domain
+
+    def __reduce__(self) -> tuple[object, ...]:
+        what = (self.strerror, self.cpu, self.errno, self.irq, self.domain)
+        return _rebuild_irq, what
+
+
+def _rebuild_irq(
+    message: str, cpu: int | None, errno: int, irq: int | None, domain: str | None
+) -> IrqError:
+    return IrqError(message, cpu=cpu, errno=errno, irq=irq, domain=domain)
+
+
 class BootError(ShmipiOSError):
     """The machine could not be booted; errno says why, the text what to do."""
 

@@ -4,9 +4,10 @@
 #include <errno.h>
 
 #include "call.h"
+#include "chip.h"
 #include "csd.h"
-#include "irq.h"
 #include "queue.h"
+#include "trace.h"
 
 int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
 {
@@ -15,6 +16,7 @@ int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_
         return -ENXIO;
     if (shi_load_relaxed(&self->m->header->machine_state) == SHI_M_DEAD)
         return -EOWNERDEAD;
+    SHI_TRACE(self, call_begin, dst, shi_own_index(self, local) + 1, csd->func, (uint32_t)type);
     int err = shi_csd_trylock(self, csd, type, dst);
     if (err)
         return err;
@@ -28,16 +30,16 @@ int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32
 {
     int ipi = shi_call_queue(self, local, type, dst);
     if (ipi > 0)
-        self->m->chip->send_call_single(self, dst);
+        shi_chip_send_call_single(self, dst);
     return ipi < 0 ? ipi : 0;
 }
 
 void shi_call_ipi_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n)
 {
     if (n == 1)
-        self->m->chip->send_call_single(self, cpus[0]);
+        shi_chip_send_call_single(self, cpus[0]);
     else if (n)
-        self->m->chip->send_call_mask(self, cpus, n);
+        shi_chip_send_call_mask(self, cpus, n);
 }
 
 int64_t shi_nowait_get(struct shi_self *self)

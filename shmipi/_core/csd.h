@@ -13,6 +13,7 @@
 #include "irq.h"
 #include "machine.h"
 #include "step.h"
+#include "trace.h"
 
 int shi_sender_init(struct shi_self *self);
 void shi_sender_fini(struct shi_self *self);
@@ -68,6 +69,7 @@ static inline void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
     uint32_t src = csd->src; /* after the exchange the csd may be anything */
     uint64_t seq = shi_load_relaxed(&csd->lock) & SHI_CSD_SEQ;
     SHI_STEP(self, unlock);
+    SHI_TRACE(self, csd_unlock, src, 0, 0, 0);
     /*
      * Full: releases the handler's stores to the waiter's acquire load of the lock,
      * and stands before the load of the waiter's word in shi_irq_ring_waiter.  A

@@ -19,6 +19,7 @@
 
 #include "doorbell.h"
 #include "irq.h"
+#include "nmi.h"
 
 #define KICK_TRIES 200
 
@@ -209,30 +210,31 @@ int shi_doorbell_wait(struct shi_self *self, uint32_t low, int64_t timeout_ns)
 /* One CPU a process: read by the handler. */
 static struct shi_self *volatile kick_self;
 
-static int queue_signal(const struct shi_self *self, pid_t pid, pid_t tid, uint32_t from)
+static int queue_signal(const struct shi_self *self, uint32_t sig, pid_t pid, pid_t tid,
+                        uint32_t from)
 {
     const struct shi_machine *m = self->m;
     siginfo_t info;
     memset(&info, 0, sizeof info);
-    info.si_signo = (int)m->kick_signal;
+    info.si_signo = (int)sig;
     info.si_code = SI_QUEUE;
     info.si_pid = self->pid;
     info.si_uid = getuid();
     info.si_value.sival_ptr = (void *)(uintptr_t)((uint64_t)m->cookie << 32 | from);
-    return syscall(SYS_rt_tgsigqueueinfo, pid, tid, (int)m->kick_signal, &info) ? -errno : 0;
+    return syscall(SYS_rt_tgsigqueueinfo, pid, tid, (int)sig, &info) ? -errno : 0;
 }
 
-void shi_kick_send(struct shi_self *self, uint32_t dst)
+static int signal_cpu(struct shi_self *self, uint32_t dst, uint32_t sig)
 {
     struct shi_slot *slot = shi_slot(self->m, dst);
     pid_t pid = (pid_t)shi_load_relaxed(&slot->pid), tid = (pid_t)shi_load_relaxed(&slot->tid);
-    int tries, err;
+    int tries, err = -ESRCH;
     if (shi_load_relaxed(&self->m->header->machine_state) == SHI_M_DEAD)
-        return; /* nobody guards the pids of its CPUs any more */
+        return err; /* nobody guards the pids of its CPUs any more */
     if (pid <= 0 || tid <= 0)
-        return; /* never a group, never everyone, whatever the segment says */
+        return err; /* never a group, never everyone, whatever the segment says */
     for (tries = 0; tries < KICK_TRIES; tries++) {
-        err = queue_signal(self, pid, tid, self->id);
+        err = queue_signal(self, sig, pid, tid, self->id);
         if (err != -EAGAIN)
             break;
         /* RLIMIT_SIGPENDING: signals of others of this user wait to be taken.  If it
@@ -240,17 +242,39 @@ void shi_kick_send(struct shi_self *self, uint32_t dst)
         shi_count(self, SHI_C_kicks_retried);
         sched_yield();
     }
-    if (!err)
+    return err;
+}
+
+void shi_kick_send(struct shi_self *self, uint32_t dst)
+{
+    if (!signal_cpu(self, dst, self->m->kick_signal))
         shi_count(self, SHI_C_kicks_sent);
     else /* none is outstanding: the next sender tries again */
-        shi_fetch_and_full(&slot->word, ~SHI_W_KICKED);
+        shi_fetch_and_full(&shi_slot(self->m, dst)->word, ~SHI_W_KICKED);
+}
+
+void shi_nmi_signal(struct shi_self *self, uint32_t dst)
+{
+    /* One that cannot be queued stays pending: whoever waits for it signals again. */
+    signal_cpu(self, dst, self->m->nmi_signal);
+}
+
+/* What it interrupts may be in the middle of counting. */
+static void nmi(struct shi_self *self)
+{
+    shi_a64 *counts = self->counts;
+    uint8_t ctx = self->ctx;
+    self->counts = self->slot->counters[SHI_CTX_NMI];
+    self->ctx = SHI_CTX_NMI;
+    shi_nmi_entry(self);
+    self->ctx = ctx;
+    self->counts = counts;
 }
 
 static void on_kick(int sig, siginfo_t *info, void *context)
 {
     int saved = errno;
     struct shi_self *self = kick_self;
-    (void)sig;
     (void)context;
     if (!self)
         goto out; /* a child of a task is no CPU (forget, below) */
@@ -261,10 +285,13 @@ static void on_kick(int sig, siginfo_t *info, void *context)
     }
     if (!pthread_equal(pthread_self(), self->thread)) {
         /* A process-directed signal took another thread: pass it to the CPU's own. */
-        queue_signal(self, self->pid, self->tid, (uint32_t)value);
+        queue_signal(self, (uint32_t)sig, self->pid, self->tid, (uint32_t)value);
         goto out;
     }
-    shi_irq_entry(self);
+    if ((uint32_t)sig == self->m->kick_signal)
+        shi_irq_entry(self);
+    else
+        nmi(self);
 out:
     errno = saved;
 }
@@ -278,7 +305,11 @@ static int install(const struct shi_machine *m)
      * so that a Python handler runs; Python itself then resumes the call (PEP 475). */
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigemptyset(&action.sa_mask);
-    return sigaction((int)m->kick_signal, &action, NULL) ? -errno : 0;
+    if (sigaction((int)m->kick_signal, &action, NULL))
+        return -errno;
+    /* An NMI comes through everything; nothing comes through an NMI. */
+    sigaddset(&action.sa_mask, (int)m->kick_signal);
+    return sigaction((int)m->nmi_signal, &action, NULL) ? -errno : 0;
 }
 
 static void forget(void)

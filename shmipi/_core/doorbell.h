@@ -18,7 +18,9 @@ int shi_doorbell_wait(struct shi_self *self, uint32_t low, int64_t timeout_ns);
 
 /* Send the kick signal to a CPU that this caller's hazard protects. */
 void shi_kick_send(struct shi_self *self, uint32_t dst);
-/* Install the handler of the kick signal, for the process's CPU `self`. */
+/* Send the NMI signal to a CPU that this caller's hazard protects. */
+void shi_nmi_signal(struct shi_self *self, uint32_t dst);
+/* Install the handlers of the kick and the NMI signal, for the process's CPU `self`. */
 int shi_kick_install(struct shi_self *self);
 void shi_kick_remove(void);
 /* 0, or what task code did to the kick signal: -EEXIST replaced it, -EPERM blocks it.

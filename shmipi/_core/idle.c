@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <sched.h>
 
+#include "chip.h"
 #include "clock.h"
 #include "doorbell.h"
 #include "idle.h"
@@ -71,7 +72,7 @@ static bool poll(struct shi_self *self)
         if (!start)
             start = now;
         limit = window(self, (enum shi_idle)shi_load_relaxed(&slot->idle));
-        if (now - start >= limit || stopping(self) || self->deferred.head ||
+        if (now - start >= limit || stopping(self) || shi_python_waits(self) ||
             shi_load_relaxed(&slot->hotplug) != SHI_HP_ONLINE)
             return has_work(self);
         if (!released && now - start >= RELEASE_NS) {
@@ -139,7 +140,7 @@ enum shi_idle_why shi_idle(struct shi_self *self)
             if (self->happened)
                 shi_leave_slow(self);
         }
-        if (self->deferred.head)
+        if (shi_python_waits(self))
             return SHI_IDLE_PYTHON;
         if (stopping(self))
             return SHI_IDLE_STOP;
@@ -149,7 +150,7 @@ enum shi_idle_why shi_idle(struct shi_self *self)
             return SHI_IDLE_TASK;
         if (poll(self))
             continue;
-        if (self->deferred.head || stopping(self) ||
+        if (shi_python_waits(self) || stopping(self) ||
             shi_load_relaxed(&slot->hotplug) != SHI_HP_ONLINE)
             continue;
         if (self->hooks.release)
@@ -171,7 +172,7 @@ int shi_cpu_offline(struct shi_self *self)
         self->in_core++;
         shi_service(self);
         self->in_core--;
-        if (self->deferred.head)
+        if (shi_python_waits(self))
             return -EBUSY;
         SHI_STEP(self, offline);
         w = shi_load_relaxed(&slot->word);
@@ -187,15 +188,22 @@ int shi_cpu_offline(struct shi_self *self)
     int err = 0;
     if (self->hooks.release)
         self->hooks.release(self); /* a handler just run may have taken it back */
+    bool parked = false; /* or was the request withdrawn at once? */
     while (shi_load_acquire(&slot->hotplug) == SHI_HP_OFFLINE) {
+        parked = true;
         if (stopping(self)) {
             err = -ECANCELED;
             break;
         }
         shi_event_wait(&slot->hotplug, SHI_HP_OFFLINE, -1);
     }
+    /* What was sent to it meanwhile is lost: its part of the controller starts anew. */
+    shi_chip_reset(self->m, self->id);
+    if (!err && parked)
+        err = shi_chip_wait_startup(self);
     next = (w & SHI_W_GEN) | (was_running ? SHI_RUNNING : SHI_POLLING);
     shi_store_full(&slot->word, next); /* offline: nobody else writes it */
+    shi_chip_look(self, self->id, false);
     shi_event_ring(&self->m->header->hotplug_event);
     return err;
 }

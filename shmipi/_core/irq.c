@@ -4,11 +4,13 @@
 #include <errno.h>
 #include <string.h>
 
+#include "chip.h"
 #include "clock.h"
 #include "csd.h"
 #include "doorbell.h"
 #include "irq.h"
 #include "native.h"
+#include "nmi.h"
 #include "queue.h"
 #include "step.h"
 #include "trace.h"
@@ -63,29 +65,30 @@ static void ring(struct shi_self *self, uint32_t dst, uint64_t set, bool complet
 {
     struct shi_machine *m = self->m;
     struct shi_slot *slot = shi_slot(m, dst);
-    enum { NOTHING, DOORBELL, KICK } way;
+    enum shi_rung way;
     bool hazard = false;
-    uint64_t w = shi_load_relaxed(&slot->word), next;
+    /* Full: after the line was set, so that one who comes online sees it, or we see him. */
+    uint64_t w = shi_load_full(&slot->word), next;
     for (;;) {
         if (!hazard && needs_pid(m, w, again)) {
             hazard_set(self, dst);
             hazard = true;
             w = shi_load_relaxed(&slot->word);
         }
-        way = NOTHING;
+        way = SHI_RUNG_NOT;
         next = w | set;
         switch (shi_word_state(w)) {
         case SHI_HALTED:
             next = shi_word_with(next, SHI_RUNG);
-            way = DOORBELL;
+            way = SHI_RUNG_DOORBELL;
             break;
         case SHI_RUNG:
-            way = again ? DOORBELL : NOTHING;
+            way = again ? SHI_RUNG_DOORBELL : SHI_RUNG_NOT;
             break;
         case SHI_RUNNING:
             if (!completion && m->kick && (again || !(w & SHI_W_KICKED))) {
                 next |= SHI_W_KICKED;
-                way = KICK;
+                way = SHI_RUNG_KICK;
             }
             break;
         case SHI_POLLING:
@@ -99,9 +102,10 @@ static void ring(struct shi_self *self, uint32_t dst, uint64_t set, bool complet
             break;
     }
     SHI_STEP(self, ring);
-    if (way == DOORBELL)
+    SHI_TRACE(self, rung, dst, 0, 0, (uint32_t)way);
+    if (way == SHI_RUNG_DOORBELL)
         shi_doorbell_ring(self, dst);
-    else if (way == KICK)
+    else if (way == SHI_RUNG_KICK)
         shi_kick_send(self, dst);
     else if (shi_word_state(w) == SHI_RUNNING && !completion && m->kick)
         shi_count(self, SHI_C_kicks_coalesced);
@@ -111,12 +115,14 @@ out:
         hazard_clear(self);
 }
 
-void shi_irq_raise(struct shi_self *self, uint32_t dst, uint32_t line)
+void shi_irq_ring(struct shi_self *self, uint32_t dst)
 {
-    shi_fetch_or_full(&shi_slot(self->m, dst)->irr[line / 64], 1ull << (line % 64));
-    SHI_STEP(self, raise);
-    SHI_TRACE(self, ipi_send_cpu, dst, 0, 0, line);
     ring(self, dst, SHI_W_PENDING, false, false);
+}
+
+void shi_irq_ring_pending(struct shi_self *self, uint32_t dst, bool again)
+{
+    ring(self, dst, SHI_W_PENDING, false, again);
 }
 
 void shi_irq_ring_waiter(struct shi_self *self, uint32_t id)
@@ -133,8 +139,16 @@ bool shi_irq_rering(struct shi_self *self, uint32_t dst)
 {
     uint64_t w = shi_load_full(&shi_slot(self->m, dst)->word);
     enum shi_state state = shi_word_state(w);
-    if (!shi_word_online(w) || state == SHI_POLLING || (state == SHI_RUNNING && !self->m->kick))
+    if (!shi_word_online(w))
         return false;
+    shi_nmi_resend(self, dst);
+    /* A line whose sender died between setting it and ringing. */
+    uint64_t set = self->m->flow->pending(self->m, dst) ? SHI_W_PENDING : 0;
+    if (set & ~w) {
+        w |= set;
+    } else if (state == SHI_POLLING || (state == SHI_RUNNING && !self->m->kick)) {
+        return false;
+    }
     /* What died with a ringer may be no more than its promise to ring: RUNG or KICKED
      * with nothing sent silences every later sender, work or no work.  And a kick that
      * came just before a task went to sleep in a system call has to come again: the
@@ -142,7 +156,7 @@ bool shi_irq_rering(struct shi_self *self, uint32_t dst)
     if (!shi_word_work(w) && state != SHI_RUNG && !(w & (SHI_W_KICKED | SHI_W_ASKED)))
         return false;
     shi_count(self, SHI_C_rekicked);
-    ring(self, dst, 0, false, true);
+    ring(self, dst, set, false, true);
     return true;
 }
 
@@ -164,8 +178,42 @@ int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst)
         }
     }
     shi_count(self, SHI_C_resched_sent);
-    self->m->chip->send_reschedule(self, dst);
+    shi_chip_send_reschedule(self, dst);
     return 0;
+}
+
+/* ---- NMIs ------------------------------------------------------------------------ */
+
+void shi_irq_signal_nmi(struct shi_self *self, uint32_t dst)
+{
+    hazard_set(self, dst);
+    if (shi_word_online(shi_load_full(&shi_slot(self->m, dst)->word)))
+        shi_nmi_signal(self, dst);
+    hazard_clear(self);
+}
+
+void shi_irq_call_python_for_nmi(struct shi_self *self)
+{
+    shi_a64 *word = &self->slot->word;
+    uint64_t w = shi_load_relaxed(word), next;
+    if (self->hooks.nmi)
+        self->hooks.nmi(self); /* for a CPU that runs Python now, handlers included */
+    do {
+        switch (shi_word_state(w)) {
+        case SHI_POLLING:
+        case SHI_RUNG:
+            next = w | SHI_W_PENDING; /* the idle loop looks, finds no line, and Python's turn */
+            break;
+        case SHI_HALTED:
+            next = shi_word_with(w | SHI_W_PENDING, SHI_RUNG);
+            break;
+        default:
+            return;
+        }
+    } while (!shi_cas_full(word, &w, next));
+    /* This signal has woken it, unless it came just before it went to sleep. */
+    if (shi_word_state(w) == SHI_HALTED)
+        shi_doorbell_ring(self, self->id);
 }
 
 /* ---- running what arrived -------------------------------------------------------- */
@@ -227,14 +275,14 @@ void shi_csd_run(struct shi_self *self, uint32_t index)
     struct shi_csd *csd = shi_csd(self->m, index);
     if (csd->func & SHI_FUNC_NATIVE)
         run_native(self, index, csd);
-    else if (self->inline_python && self->hooks.run && !self->deferred.head)
+    else if (self->inline_python && self->hooks.run && !shi_python_waits(self))
         self->hooks.run(self, index); /* in order: not past one that was put off */
     else
         shi_list_append(self->m, &self->deferred, index);
 }
 
 /* __flush_smp_call_function_queue: SYNC, then ASYNC and irq_work, then wake-ups. */
-static void flush_queue(struct shi_self *self)
+void shi_flush_queue(struct shi_self *self)
 {
     const struct shi_machine *m = self->m;
     uint32_t newest = shi_queue_grab(self), index = newest - 1;
@@ -273,9 +321,9 @@ bool shi_service(struct shi_self *self)
         /* Acquire pairs with the push: but what is acted upon comes from the RMW. */
         uint64_t w = shi_load_acquire(&self->slot->word);
         if (w & SHI_W_PENDING)
-            self->m->chip->handle(self);
+            shi_chip_handle(self);
         else if (shi_word_head(w))
-            flush_queue(self);
+            shi_flush_queue(self);
         else if (w & SHI_W_NEED_RESCHED)
             shi_fetch_and_full(&self->slot->word, ~SHI_W_NEED_RESCHED);
         else
@@ -319,7 +367,7 @@ void shi_set_running(struct shi_self *self)
          * stale one keeps senders from kicking for ever. */
         next = shi_word_with(w, SHI_RUNNING) &
                ~(SHI_W_KICKED | SHI_W_NEED_RESCHED | SHI_W_ASKED);
-        if (self->deferred.head)
+        if (shi_python_waits(self))
             next |= SHI_W_ASKED;
         if (shi_cas_full(&self->slot->word, &w, next))
             return;
@@ -344,7 +392,7 @@ static void irq_work(struct shi_self *self)
         shi_count(self, SHI_C_kicks_empty);
     uint64_t now = shi_now_ns();
     if (now - self->storm_ns < STORM_NS) {
-        while (shi_now_ns() - now < STORM_POLL_NS && !self->deferred.head)
+        while (shi_now_ns() - now < STORM_POLL_NS && !shi_python_waits(self))
             if (shi_service(self))
                 now = shi_now_ns();
     }
@@ -358,7 +406,7 @@ static void irq_work(struct shi_self *self)
         if (!shi_word_online(w))
             break;
         next = shi_word_with(w, SHI_RUNNING);
-        if (self->deferred.head)
+        if (shi_python_waits(self))
             next |= SHI_W_ASKED;
         /* Compare-and-swap: a push since the last look makes it fail. */
     } while (!shi_cas_full(&self->slot->word, &w, next));
@@ -368,7 +416,7 @@ static void irq_work(struct shi_self *self)
     self->counts = self->slot->counters[ctx];
     self->inline_python = inline_python;
     bool offline = shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
-    if ((self->deferred.head || offline) && self->hooks.interrupt)
+    if ((shi_python_waits(self) || offline) && self->hooks.interrupt)
         self->hooks.interrupt(self);
 }
 
@@ -378,8 +426,10 @@ void shi_irq_entry(struct shi_self *self)
     uint64_t w = shi_fetch_and_full(&self->slot->word, ~SHI_W_KICKED);
     SHI_STEP(self, ack);
     shi_fetch_add_relaxed(&self->slot->counters[SHI_CTX_NMI][SHI_C_kicks_received], 1);
+    SHI_TRACE(self, irq_entry, self->id, 0, 0, 0);
     if (shi_masked(self)) {
         self->happened = 1;
+        shi_chip_note_masked(self);
         return;
     }
     /* A late kick: polling or halted, the owner finds the work by that state's rules,
@@ -413,75 +463,4 @@ void shi_irq_restore(struct shi_self *self, uint8_t flags)
     self->irqs_off = flags;
     shi_signal_fence();
     shi_leave_slow(self);
-}
-
-/* ---- apic: the x86 local APIC's fixed vectors ------------------------------------ */
-
-static void apic_send_call_single(struct shi_self *self, uint32_t dst)
-{
-    shi_irq_raise(self, dst, SHI_VEC_CALL_FUNCTION_SINGLE);
-}
-
-static void apic_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n)
-{
-    uint32_t i;
-    for (i = 0; i < n; i++)
-        shi_irq_raise(self, cpus[i], SHI_VEC_CALL_FUNCTION);
-}
-
-static void apic_send_reschedule(struct shi_self *self, uint32_t dst)
-{
-    shi_irq_raise(self, dst, SHI_VEC_RESCHEDULE);
-}
-
-static void apic_handle(struct shi_self *self)
-{
-    int word;
-    /* The summary first, the lines second: a line set in between sets it again. */
-    shi_fetch_and_full(&self->slot->word, ~SHI_W_PENDING);
-    SHI_TRACE(self, ipi_entry, self->id, 0, 0, 0);
-    for (word = SHI_NLINES / 64 - 1; word >= 0; word--) {
-        if (!shi_load_relaxed(&self->slot->irr[word]))
-            continue;
-        uint64_t lines = shi_xchg_full(&self->slot->irr[word], 0);
-        while (lines) {
-            uint32_t bit = 63u - (uint32_t)__builtin_clzll(lines); /* highest first */
-            lines &= ~(1ull << bit);
-            switch ((uint32_t)word * 64 + bit) {
-            case SHI_VEC_RESCHEDULE:
-                shi_count(self, SHI_C_irq_resched); /* the nudge is all there is to it */
-                break;
-            case SHI_VEC_CALL_FUNCTION:
-                shi_count(self, SHI_C_irq_call);
-                flush_queue(self);
-                break;
-            case SHI_VEC_CALL_FUNCTION_SINGLE:
-                shi_count(self, SHI_C_irq_call_single);
-                flush_queue(self);
-                break;
-            default:
-                shi_count(self, SHI_C_irq_other);
-            }
-        }
-    }
-    SHI_TRACE(self, ipi_exit, self->id, 0, 0, 0);
-}
-
-static const struct shi_irq_chip apic = {
-    .name = "apic",
-    .send_call_single = apic_send_call_single,
-    .send_call_mask = apic_send_call_mask,
-    .send_reschedule = apic_send_reschedule,
-    .handle = apic_handle,
-};
-
-static const struct shi_irq_chip *const chips[] = {&apic};
-
-const struct shi_irq_chip *shi_irq_chip_by_name(const char *name)
-{
-    size_t i;
-    for (i = 0; i < sizeof chips / sizeof *chips; i++)
-        if (strcmp(chips[i]->name, name) == 0)
-            return chips[i];
-    return NULL;
 }

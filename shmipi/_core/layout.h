@@ -2,7 +2,7 @@
 /*
  * The shared segment, byte by byte.
  *
- *   header | array directory | slots | per-slot regions | arrays
+ *   header | array directory | slots | irq area | per-slot regions | arrays
  *
  * A per-slot region is what one sender owns: its call_single_data, its function
  * table and its payload arena.  Everything is named by offset or index, never by
@@ -21,7 +21,7 @@
 #include "clock.h"
 
 #define SHI_MAGIC "shmipi\n\x1a"
-#define SHI_ABI 1u
+#define SHI_ABI 2u
 
 #define SHI_LINE 64u
 #define SHI_PAIR 128u /* two lines: the adjacent-line prefetcher moves pairs */
@@ -34,7 +34,12 @@
 #define SHI_NOWAIT_POOL 64u     /* wait=0 calls in flight, per sender */
 #define SHI_CSD_SPARE 4096u     /* csds per slot beyond two for every CPU, at least */
 #define SHI_FUNCS 16384u        /* functions one sender can have registered at a time */
-#define SHI_NLINES 256u         /* interrupt lines (x86: vectors) of a CPU */
+#define SHI_NLINES 256u         /* interrupt lines (x86: vectors) of a chip */
+#define SHI_NO_LINE UINT32_MAX
+#define SHI_NROWS 32u           /* rows of /proc/interrupts that a chip may have */
+#define SHI_NR_IRQS 1024u       /* irq descriptors; virq 0 is none */
+#define SHI_NCOPROC 8u          /* processes that take interrupts and are no CPUs */
+#define SHI_EQ 64u              /* entries of an event queue: a power of two */
 #define SHI_MAX_ARRAYS 4096u
 
 /* ---- the word: queue head and CPU state in one atomic unit ----------------------- */
@@ -50,7 +55,7 @@ enum shi_state {
 
 #define SHI_W_STATE 0x7ull
 #define SHI_W_KICKED 0x10ull       /* a kick signal is outstanding */
-#define SHI_W_PENDING 0x20ull      /* some bit of irr[] is set */
+#define SHI_W_PENDING 0x20ull      /* the chip has something for this CPU */
 #define SHI_W_NEED_RESCHED 0x40ull /* set instead of a reschedule IPI while polling */
 #define SHI_W_ASKED 0x80ull /* running: the interpreter was asked to run Python csds */
 #define SHI_W_GEN_SHIFT 16
@@ -217,7 +222,12 @@ _Static_assert(sizeof(struct shi_func) == 32, "function table entry");
     X(irq_call_single)    /* CAL: function call interrupts taken */                       \
     X(irq_call)           /* CAL: function call interrupts taken (many) */                \
     X(irq_other)          /* lines nobody claimed */                                      \
-    X(nmi)                                                                                \
+    X(irq_handled)        /* lines that a requested irq's handler took */                 \
+    X(irq_spurious)       /* the chip had nothing when it was asked */                    \
+    X(chip_writes)        /* stores to the chip's registers that sent an IPI */           \
+    X(nmi)                /* NMIs taken */                                                \
+    X(nmi_sent)                                                                           \
+    X(nmi_collapsed)      /* as many as can be were pending already */                    \
     X(died)               /* call_single_data completed by the reaper for this CPU */     \
     X(corrupt)            /* damaged entries found and dropped */
 
@@ -244,7 +254,25 @@ enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 
     X(ipi_exit)                                                                           \
     X(wake_idle_without_ipi)                                                              \
     X(cpu_halt)                                                                           \
-    X(cpu_wake)
+    X(cpu_wake)                                                                           \
+    X(call_begin)    /* a sender has a csd filled and goes for the queue */               \
+    X(call_end)      /* a waiting sender has seen its csd unlocked */                     \
+    X(csd_unlock)                                                                         \
+    X(flush)         /* the whole queue was taken */                                      \
+    X(irq_entry)     /* the kick signal's handler acknowledged */                         \
+    X(irq_exit)                                                                           \
+    X(irq_masked)    /* it found interrupts off: replayed later */                        \
+    X(line_set)      /* arg: line made pending */                                         \
+    X(line_kept)     /* arg: line that needed no ring: pending already, or masked */      \
+    X(chip_message)  /* arg: message stored behind a muxed line */                        \
+    X(chip_trigger)  /* arg: P and Q of the source before */                              \
+    X(rung)          /* arg: enum shi_rung */                                             \
+    X(chip_eoi)      /* arg: 1 if the source was triggered again */                       \
+    X(line_ack)      /* arg: line taken from the chip */                                  \
+    X(line_eoi)      /* arg: line given back to the chip */                               \
+    X(nmi_send)                                                                           \
+    X(nmi_entry)                                                                          \
+    X(nmi_exit)
 
 enum shi_trace_event {
     SHI_T_none = 0,
@@ -265,12 +293,130 @@ struct shi_trace_record {
 };
 _Static_assert(sizeof(struct shi_trace_record) == 32, "trace record");
 
+/* ---- interrupt controllers ------------------------------------------------------- */
+
+/* How lines become pending, are taken and are ended: what differs between chips. */
+enum shi_flow_kind {
+    SHI_FLOW_VECTOR = 0,  /* bits by priority class, in-service bits, EOI (local APIC) */
+    SHI_FLOW_MAILBOX = 1, /* bits, read and cleared all at once, least first (mailbox) */
+    SHI_FLOW_MUX = 2,     /* the same, a ring for each bit that goes 0 to 1 (ipi-mux) */
+    SHI_FLOW_SGI = 3,     /* by priority, active until deactivated (GIC) */
+    SHI_FLOW_SHARED = 4,  /* one register for all, each bit routed to a CPU (MIPS GIC) */
+    SHI_FLOW_ESB = 5,     /* messages behind one source with P and Q (XIVE) */
+    SHI_NFLOWS
+};
+
+/* What taking a line means. */
+enum shi_line_use {
+    SHI_USE_NONE = 0,
+    SHI_USE_RESCHEDULE = 1,
+    SHI_USE_CALL = 2,
+    SHI_USE_CALL_SINGLE = 3,
+    SHI_USE_NMI = 4, /* chips without one: a line that can be masked stands in */
+    SHI_USE_IRQ = 5, /* of an IPI domain: whoever requested the irq */
+    SHI_USE_COUNT = 6, /* counted and nothing else */
+};
+
+/* A chip, as its class in shmipi/irq/chips/ describes it. */
+struct shi_chip {
+    char name[16];
+    uint32_t flow; /* enum shi_flow_kind */
+    uint32_t nlines;
+    uint32_t call_single, call, reschedule;
+    uint32_t nmi;       /* SHI_NO_LINE: a real one, that nothing masks */
+    uint32_t per_cpu;   /* 1: of a system IPI's lines, CPU n has line + n */
+    uint32_t group;     /* CPUs that one register write reaches in one go; 0: any mask */
+    uint32_t shorthand; /* 1: all but self is one register write */
+    uint32_t startup;   /* 1: secondary CPUs wait for a STARTUP IPI */
+    uint32_t banked;    /* sgi: 1: pending for each source apart (GICv2) */
+    uint32_t siblings;  /* esb: CPUs in a core, that ring each other's doorbells */
+    uint32_t nrows;
+    uint8_t use[SHI_NLINES]; /* enum shi_line_use */
+    uint8_t row[SHI_NLINES]; /* where a line is counted; SHI_NROWS and over: nowhere */
+    struct {
+        char label[8];
+        char text[52];
+        uint32_t counter; /* enum shi_counter, or SHI_NO_LINE: counted in shi_pic.rows */
+    } rows[SHI_NROWS];
+};
+
+/* What a CPU's part of the controller holds, beside irr[]. */
+struct shi_pic {
+    _Alignas(SHI_PAIR) shi_a64 enable[SHI_NLINES / 64]; /* lines that are not masked */
+    shi_a64 messages; /* esb: one byte each, PPC_MSG_* */
+    shi_a32 nmi;      /* pending | SHI_NMI_IN_SERVICE */
+    shi_a32 startup;  /* enum shi_startup: futex of a CPU that waits for STARTUP */
+    shi_a8 bank[16];  /* sgi: CPUs that sent it */
+    /* Written by the owner only. */
+    _Alignas(SHI_PAIR) shi_a64 isr[SHI_NLINES / 64]; /* in service, or active */
+    shi_a32 threshold;  /* TPR, CPPR, PMR */
+    shi_a32 spurious;   /* 1: asserted, and masked before it was taken */
+    shi_a32 happened;   /* esb: paca->irq_happened */
+    shi_a32 iar;        /* sgi: what the last acknowledge read; esb: priority in service */
+    shi_a8 priority[32]; /* sgi: of each line, 0 is the highest */
+    shi_a32 eq_at;      /* esb: how many entries were read */
+    shi_a32 eq_put;     /* and how many were written */
+    shi_a32 eq[SHI_EQ]; /* generation << 31 | source + 1 */
+    _Alignas(SHI_PAIR) shi_a64 rows[SHI_NROWS]; /* interrupts taken */
+};
+
+#define SHI_NMI_PENDING 0xfu
+#define SHI_NMI_IN_SERVICE 0x10u
+
+enum shi_startup { SHI_SU_NONE = 0, SHI_SU_WAITING = 1, SHI_SU_STARTED = 2, SHI_SU_ASKED = 3 };
+
+/* ---- irq descriptors ------------------------------------------------------------- */
+
+enum shi_irq_action { SHI_IA_NONE = 0, SHI_IA_NATIVE = 1, SHI_IA_PYTHON = 2 };
+
+/* struct irq_desc and irq_data of the kernel in one; filled under the irq area's lock. */
+struct shi_irqdesc {
+    shi_a32 used;  /* 1: allocated */
+    uint32_t flags; /* shmipi/irq/desc.py */
+    uint32_t domain; /* 1 + its place in the machine's list of domains */
+    uint32_t hwirq;
+    uint32_t ipi_base;   /* first virq of the block that was reserved with it */
+    uint32_t ipi_nr;     /* virqs in the block */
+    uint32_t ipi_offset; /* first CPU of the block */
+    shi_a32 action;      /* enum shi_irq_action: published last */
+    uint32_t func;       /* native: its number; Python: of the requester's table */
+    uint32_t serial;
+    uint16_t src, src_gen; /* the requester */
+    uint32_t kind;         /* native: enum shi_kind of info */
+    uint64_t info;
+    char name[32];
+    uint32_t lines[2]; /* mapped root lines: first, and how many */
+    uint32_t reserved[8];
+};
+_Static_assert(sizeof(struct shi_irqdesc) == 128, "an irq descriptor is a line pair");
+
+struct shi_coproc {
+    _Alignas(SHI_PAIR) shi_a32 pending; /* one bit: a SINGLE domain has one hwirq */
+    shi_a32 event;                      /* its doorbell */
+    shi_a32 pid;
+    shi_a32 virq;
+    char name[32];
+};
+
+/* What the CPUs' parts of the controller have in common. */
+struct shi_irq_area {
+    _Alignas(SHI_PAIR) shi_a64 shared[SHI_NLINES / 64]; /* shared: pending */
+    _Alignas(SHI_PAIR) shi_a64 mask[SHI_NLINES / 64];   /* shared: enabled */
+    shi_a32 route[SHI_NLINES];     /* shared: 1 + the CPU a line is mapped to */
+    shi_a32 line_virq[SHI_NLINES]; /* descriptor of a SHI_USE_IRQ line, 0: none */
+    _Alignas(SHI_PAIR) shi_a64 lock; /* 0, or slot + 1 | generation << 32 */
+    struct shi_coproc coproc[SHI_NCOPROC];
+    struct shi_irqdesc desc[SHI_NR_IRQS]; /* desc[0] is the NMI's */
+    /* then the affinity mask of each descriptor: 64-bit words, as many as ncpus needs */
+};
+
 /* ---- a slot: one per CPU, then the host's, then the firmware's ------------------- */
 
 #define SHI_WAITS_IRQS_OFF 0x10000ull
 
 struct shi_slot {
-    /* What every sender writes.  Pending lines share the line of the queue head. */
+    /* What every sender writes.  Pending lines share the line of the queue head: what
+     * a bit means is the chip's flow's. */
     _Alignas(SHI_PAIR) shi_a64 word;
     shi_a64 irr[SHI_NLINES / 64];
 
@@ -305,9 +451,11 @@ struct shi_slot {
     _Alignas(SHI_PAIR) shi_a64 counters[SHI_NCTX][SHI_COUNTER_ROOM];
     _Alignas(SHI_PAIR) shi_a64 trace_head;
     char task_name[120];
+
+    struct shi_pic pic;
 };
 _Static_assert(sizeof(struct shi_slot) <= SHI_PAGE, "a slot fits a page");
-#define SHI_SLOT_BYTES 2048u
+#define SHI_SLOT_BYTES 4096u
 _Static_assert(sizeof(struct shi_slot) <= SHI_SLOT_BYTES, "slot stride");
 
 /* ---- the header ------------------------------------------------------------------ */
@@ -333,6 +481,7 @@ struct shi_header {
 
     uint64_t total_bytes; /* of the mapping; the file may be shorter at its end */
     uint64_t slot_offset;
+    uint64_t irq_offset;
     uint64_t region_offset;
     uint64_t region_bytes; /* per slot: csds, function table, arena */
     uint64_t func_offset;  /* in a region */
@@ -351,7 +500,8 @@ struct shi_header {
     uint32_t oversubscribed;
     uint64_t sum_key;
     uint64_t boot_time_ns; /* CLOCK_REALTIME */
-    char chip[16];
+    uint32_t nmi_signal;
+    struct shi_chip chip;
     struct shi_clock clock;
 
     _Alignas(SHI_PAIR) shi_a32 machine_state; /* enum shi_machine_state */

@@ -9,9 +9,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "chip.h"
 #include "csd.h"
 #include "doorbell.h"
 #include "irq.h"
+#include "irqdesc.h"
 #include "machine.h"
 #include "step.h"
 #include "trace.h"
@@ -48,7 +50,11 @@ int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records
     while ((1u << h->csd_shift) < 2 * ncpus + SHI_CSD_SPARE)
         h->csd_shift++;
     h->slot_offset = round_up(sizeof *h, SHI_PAGE);
-    h->region_offset = round_up(h->slot_offset + (uint64_t)nslots * SHI_SLOT_BYTES, SHI_PAGE);
+    h->irq_offset = round_up(h->slot_offset + (uint64_t)nslots * SHI_SLOT_BYTES, SHI_PAGE);
+    h->region_offset =
+        round_up(h->irq_offset + sizeof(struct shi_irq_area) +
+                     (uint64_t)SHI_NR_IRQS * shi_affinity_words(ncpus) * sizeof(uint64_t),
+                 SHI_PAGE);
     h->func_offset = round_up((uint64_t)SHI_LINE << h->csd_shift, SHI_PAGE);
     h->arena_offset =
         round_up(h->func_offset + (uint64_t)SHI_FUNCS * sizeof(struct shi_func), SHI_PAGE);
@@ -87,7 +93,7 @@ int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
     if (shi_layout_plan(&plan, h->ncpus, h->trace_records, h->arena_bytes, h->array_bytes))
         return -EINVAL;
     if (plan.total_bytes != h->total_bytes || plan.slot_offset != h->slot_offset ||
-        plan.region_offset != h->region_offset || plan.region_bytes != h->region_bytes ||
+        plan.irq_offset != h->irq_offset || plan.region_offset != h->region_offset || plan.region_bytes != h->region_bytes ||
         plan.func_offset != h->func_offset || plan.arena_offset != h->arena_offset ||
         plan.trace_offset != h->trace_offset || plan.array_offset != h->array_offset ||
         plan.csd_shift != h->csd_shift || mapped < plan.total_bytes)
@@ -96,6 +102,7 @@ int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
     m->header = h;
     m->total_bytes = plan.total_bytes;
     m->slot_offset = plan.slot_offset;
+    m->irq_offset = plan.irq_offset;
     m->region_offset = plan.region_offset;
     m->region_bytes = plan.region_bytes;
     m->func_offset = plan.func_offset;
@@ -113,17 +120,16 @@ int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
     m->sum_key = h->sum_key;
     m->cookie = h->cookie;
     m->kick_signal = h->kick_signal;
+    m->nmi_signal = h->nmi_signal;
     m->doorbell = (enum shi_doorbell)h->doorbell;
     m->kick = h->kick != 0;
     m->oversubscribed = h->oversubscribed != 0;
     m->fd = fd;
-    if (m->doorbell > SHI_DB_MQUEUE || m->kick_signal > 64)
+    m->chip = h->chip;
+    if (m->doorbell > SHI_DB_MQUEUE || m->kick_signal > 64 || m->nmi_signal > 64 ||
+        shi_chip_check(&m->chip, m->ncpus))
         return -EINVAL;
-    char chip[sizeof h->chip + 1] = {0};
-    memcpy(chip, h->chip, sizeof h->chip);
-    m->chip = shi_irq_chip_by_name(chip);
-    if (!m->chip)
-        return -EINVAL;
+    m->flow = shi_flow_of(m->chip.flow);
     shi_clock_adopt(&h->clock);
     return 0;
 }
@@ -213,6 +219,9 @@ int shi_self_online(struct shi_self *self)
     shi_store_relaxed(&s->tid, (uint32_t)self->tid);
     shi_store_relaxed(&s->start_time, own_start_time());
     shi_store_release(&s->registered, 1);
+    int err = shi_chip_wait_startup(self);
+    if (err)
+        return err;
     SHI_STEP(self, online);
     /* Identity first, online second: who sees the CPU online can ring it. */
     uint64_t w = shi_load_relaxed(&s->word), next;
@@ -221,6 +230,8 @@ int shi_self_online(struct shi_self *self)
             return -EBUSY;
         next = (uint64_t)SHI_POLLING | (uint64_t)self->gen << SHI_W_GEN_SHIFT;
     } while (!shi_cas_full(&s->word, &w, next));
+    /* A line set just before, whose sender saw OFFLINE and did not ring. */
+    shi_chip_look(self, self->id, false);
     shi_event_ring(&self->m->header->hotplug_event);
     return 0;
 }

@@ -11,22 +11,23 @@
 #include "layout.h"
 
 struct shi_self;
-struct shi_irq_chip;
+struct shi_flow;
 
 /* Geometry, copied out of the header once and checked: never read from there again. */
 struct shi_machine {
     uint8_t *base;
     struct shi_header *header;
     uint64_t total_bytes;
-    uint64_t slot_offset, region_offset, region_bytes, func_offset, arena_offset;
+    uint64_t slot_offset, irq_offset, region_offset, region_bytes, func_offset, arena_offset;
     uint64_t arena_bytes, trace_offset, array_offset, array_bytes, sum_key;
     uint32_t ncpus, nslots, csd_shift, csds_per_slot, ncsds, trace_records;
-    uint32_t cookie, kick_signal;
+    uint32_t cookie, kick_signal, nmi_signal;
     enum shi_doorbell doorbell;
     bool kick;
     bool oversubscribed;
     int fd; /* of the segment, for fallocate */
-    const struct shi_irq_chip *chip;
+    struct shi_chip chip; /* checked */
+    const struct shi_flow *flow;
     int *eventfds; /* per CPU, or NULL */
     void **sems;   /* sem_t *, per CPU, or NULL */
     int *mqueues;  /* mqd_t, per CPU, or NULL */
@@ -75,6 +76,10 @@ struct shi_hooks {
     void (*release)(struct shi_self *);
     /* Called in the kick handler when Python work was deferred: async-signal-safe. */
     void (*interrupt)(struct shi_self *);
+    /* Run the Python handler of a requested irq's line now, and end it.  Soft-masked. */
+    void (*irq)(struct shi_self *, uint32_t line);
+    /* An NMI's handler is Python's.  In the NMI's signal handler: async-signal-safe. */
+    void (*nmi)(struct shi_self *);
 };
 
 struct shi_self {
@@ -93,6 +98,8 @@ struct shi_self {
     volatile uint8_t happened; /* a kick came while masked */
     volatile uint8_t in_irq;   /* depth of hard-irq context */
     volatile uint8_t ctx;      /* enum shi_ctx for counters */
+    volatile uint8_t in_nmi;
+    volatile uint8_t nmi_waits; /* an NMI is in service, and Python has to handle it */
     bool inline_python;        /* the idle loop or a waiter: run Python csds at once */
     bool in_task;
     uint32_t preempt;
@@ -101,6 +108,10 @@ struct shi_self {
 
     struct shi_list deferred; /* Python csds waiting for the interpreter */
     struct shi_list tasks;
+    uint16_t later[SHI_NLINES]; /* lines of requested irqs waiting for the interpreter */
+    uint32_t nlater;
+    uint64_t taken[SHI_NLINES / 64]; /* read from the chip, and not dispatched yet */
+    uint8_t demuxing;                /* esb: in smp_ipi_demux, and how it came there */
     uint64_t storm_ns; /* when the kick handler last returned */
     uint64_t poll_ns;  /* haltpoll's window */
     uint64_t spin_ns;  /* measuring: a waiter spins so long less one; 0: shi_wait_budget knows */
@@ -215,6 +226,12 @@ static inline void shi_leave(struct shi_self *self)
 static inline bool shi_masked(const struct shi_self *self)
 {
     return self->irqs_off || self->in_core;
+}
+
+/* Does anything wait for the interpreter? */
+static inline bool shi_python_waits(const struct shi_self *self)
+{
+    return self->deferred.head || self->nlater || self->nmi_waits;
 }
 
 /* Keyed checksum of a payload: guards against damage, not against an attacker. */

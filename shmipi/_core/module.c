@@ -230,7 +230,11 @@ static const struct field header_fields[] = {
     FIELD(struct shi_header, slot_offset),    FIELD(struct shi_header, ncpus),
     FIELD(struct shi_header, doorbell),       FIELD(struct shi_header, kick_signal),
     FIELD(struct shi_header, kick),           FIELD(struct shi_header, boot_time_ns),
-    FIELD(struct shi_header, chip),           FIELD(struct shi_header, machine_state),
+    FIELD(struct shi_header, machine_state),
+    FIELD(struct shi_header, irq_offset),
+    {"chip", offsetof(struct shi_header, chip.name), sizeof ((struct shi_chip *)0)->name},
+    {"chip_nrows", offsetof(struct shi_header, chip.nrows), sizeof(uint32_t)},
+    {"chip_rows", offsetof(struct shi_header, chip.rows), sizeof ((struct shi_chip *)0)->rows},
     FIELD(struct shi_header, firmware_pid),   FIELD(struct shi_header, host_pid),
 };
 
@@ -240,6 +244,22 @@ static const struct field slot_fields[] = {
     FIELD(struct shi_slot, idle),       FIELD(struct shi_slot, waiting_for),
     FIELD(struct shi_slot, task),       FIELD(struct shi_slot, counters),
     FIELD(struct shi_slot, task_name),
+    {"rows", offsetof(struct shi_slot, pic.rows), sizeof ((struct shi_pic *)0)->rows},
+};
+
+/* The irq descriptors, as shmipi/irq/desc.py reads and fills them. */
+static const struct field irqdesc_fields[] = {
+    FIELD(struct shi_irqdesc, used),       FIELD(struct shi_irqdesc, flags),
+    FIELD(struct shi_irqdesc, domain),     FIELD(struct shi_irqdesc, hwirq),
+    FIELD(struct shi_irqdesc, ipi_base),   FIELD(struct shi_irqdesc, ipi_nr),
+    FIELD(struct shi_irqdesc, ipi_offset), FIELD(struct shi_irqdesc, action),
+    FIELD(struct shi_irqdesc, name),       FIELD(struct shi_irqdesc, lines),
+    FIELD(struct shi_irqdesc, src),
+};
+
+static const char *const flow_names[SHI_NFLOWS] = {
+    [SHI_FLOW_VECTOR] = "vector", [SHI_FLOW_MAILBOX] = "mailbox", [SHI_FLOW_MUX] = "mux",
+    [SHI_FLOW_SGI] = "sgi",       [SHI_FLOW_SHARED] = "shared",   [SHI_FLOW_ESB] = "esb",
 };
 
 static int add_fields(PyObject *module, const char *attribute, const struct field *fields, size_t n)
@@ -311,7 +331,8 @@ static int module_exec(PyObject *module)
     PyMethodDef *const parts[] = {own_functions,     shi_call_functions,   shi_cpu_functions,
                                   shi_machine_functions, shi_atomic_functions,
                                   shi_native_functions, shi_segment_functions,
-                                  shi_bench_functions};
+                                  shi_bench_functions,
+                                  shi_irq_functions};
     if (add_methods(module, parts, sizeof parts / sizeof *parts) < 0 ||
         shi_function_types() < 0 || shi_native_types(module) < 0 ||
         shi_machine_types(module) < 0 || shi_csd_types(module) < 0 ||
@@ -321,6 +342,9 @@ static int module_exec(PyObject *module)
         add_names(module, "TRACE_EVENTS", shi_trace_names, SHI_T_COUNT) < 0 ||
         add_fields(module, "HEADER_FIELDS", header_fields,
                    sizeof header_fields / sizeof *header_fields) < 0 ||
+        add_names(module, "FLOWS", flow_names, SHI_NFLOWS) < 0 ||
+        add_fields(module, "IRQDESC_FIELDS", irqdesc_fields,
+                   sizeof irqdesc_fields / sizeof *irqdesc_fields) < 0 ||
         add_fields(module, "SLOT_FIELDS", slot_fields,
                    sizeof slot_fields / sizeof *slot_fields) < 0)
         return -1;
@@ -348,6 +372,21 @@ static int module_exec(PyObject *module)
         {"UP", SHI_M_UP},
         {"STOPPING", SHI_M_STOPPING},
         {"DEAD", SHI_M_DEAD},
+        {"NLINES", SHI_NLINES},
+        {"NO_LINE", SHI_NO_LINE},
+        {"NROWS", SHI_NROWS},
+        {"NR_IRQS", SHI_NR_IRQS},
+        {"NCOPROC", SHI_NCOPROC},
+        {"IRQDESC_OFFSET", offsetof(struct shi_irq_area, desc)},
+        {"IRQDESC_BYTES", sizeof(struct shi_irqdesc)},
+        {"ROWS_OFFSET", offsetof(struct shi_slot, pic.rows)},
+        {"USE_NONE", SHI_USE_NONE},
+        {"USE_RESCHEDULE", SHI_USE_RESCHEDULE},
+        {"USE_CALL", SHI_USE_CALL},
+        {"USE_CALL_SINGLE", SHI_USE_CALL_SINGLE},
+        {"USE_NMI", SHI_USE_NMI},
+        {"USE_IRQ", SHI_USE_IRQ},
+        {"USE_COUNT", SHI_USE_COUNT},
         {"STEP_STOP", 1},
         {"STEP_KILL", 2},
     };

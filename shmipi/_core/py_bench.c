@@ -35,7 +35,7 @@ static bool loop_begin(Machine *machine)
 static void loop_end(Machine *machine, bool inlined)
 {
     machine->self.inline_python = inlined;
-    if (machine->self.deferred.head && !machine->self.irqs_off)
+    if (shi_python_waits(&machine->self) && !machine->self.irqs_off)
         shi_run_deferred(machine);
 }
 

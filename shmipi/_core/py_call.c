@@ -83,7 +83,7 @@ static void settle(Machine *machine)
         return;
     if (shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING)
         shi_set_polling(self);
-    if (self->deferred.head) {
+    if (shi_python_waits(self)) {
         /* POLLING, so the kick handler puts off nothing more. */
         shi_fetch_and_full(&self->slot->word, ~SHI_W_ASKED);
         shi_run_deferred(machine);
@@ -125,6 +125,8 @@ static int wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_
 int shi_wait_csd(Machine *machine, uint32_t local, uint32_t dst, uint64_t deadline_ns)
 {
     int err = wait_unlocked(machine, shi_own_index(&machine->self, local), dst, deadline_ns);
+    SHI_TRACE(&machine->self, call_end, dst, shi_own_index(&machine->self, local) + 1, 0,
+              (uint32_t)-err);
     if (!err)
         return 0;
     shi_leave_behind(machine, local);
@@ -288,7 +290,7 @@ int shi_run_local(Machine *machine, PyObject *function, PyObject *info, bool wai
         Py_XDECREF(result);
     }
     shi_irq_restore(self, flags);
-    if (self->deferred.head && !shi_masked(self)) {
+    if (shi_python_waits(self) && !shi_masked(self)) {
         PyObject *error = err ? shi_take_exception() : NULL;
         shi_take_deferred(machine);
         if (error) {

@@ -10,6 +10,7 @@
 
 #include "doorbell.h"
 #include "idle.h"
+#include "irqdesc.h"
 #include "queue.h"
 #include "trace.h"
 
@@ -36,6 +37,11 @@ static void hook_interrupt(struct shi_self *self)
     /* Async-signal-safe, unlike Py_AddPendingCall, which takes a lock: the handler of
      * this signal (irq_entry, below) runs at the next bytecode boundary. */
     PyErr_SetInterruptEx((int)self->m->kick_signal);
+}
+
+static void hook_nmi(struct shi_self *self)
+{
+    PyErr_SetInterruptEx((int)self->m->nmi_signal); /* its handler is nmi_entry, below */
 }
 
 static void flush_standard_files(void)
@@ -128,6 +134,13 @@ static void hook_run(struct shi_self *self, uint32_t index)
     run_handler(machine, index);
 }
 
+static void hook_irq(struct shi_self *self, uint32_t line)
+{
+    Machine *machine = self->hooks.arg;
+    hold_interpreter(machine);
+    shi_run_line(machine, line);
+}
+
 void shi_cpu_hooks(Machine *machine)
 {
     machine->self.hooks = (struct shi_hooks){
@@ -135,15 +148,21 @@ void shi_cpu_hooks(Machine *machine)
         .run = hook_run,
         .release = hook_release,
         .interrupt = hook_interrupt,
+        .irq = hook_irq,
+        .nmi = hook_nmi,
     };
 }
 
 void shi_run_deferred(Machine *machine)
 {
     struct shi_self *self = &machine->self;
-    uint32_t index;
+    uint32_t index, line;
     hold_interpreter(machine);
+    if (self->nmi_waits)
+        shi_run_nmi(machine);
     self->in_core++;
+    while ((line = shi_irqdesc_pop(self)) != SHI_NO_LINE)
+        shi_run_line(machine, line);
     while ((index = shi_list_pop(self, &self->deferred)) != UINT32_MAX)
         run_handler(machine, index);
     self->in_core--;
@@ -201,10 +220,10 @@ static void irq_window(Machine *machine)
                 break;
             continue;
         }
-        if (self->deferred.head)
+        if (shi_python_waits(self))
             continue;
         shi_set_running(self);
-        if (!self->deferred.head)
+        if (!shi_python_waits(self))
             return;
         shi_set_polling(self);
     }
@@ -213,7 +232,7 @@ static void irq_window(Machine *machine)
 void shi_take_deferred(Machine *machine)
 {
     struct shi_self *self = &machine->self;
-    if (!self->deferred.head || shi_masked(self))
+    if (!shi_python_waits(self) || shi_masked(self))
         return;
     if (self->in_task)
         irq_window(machine); /* takes ASKED back, which keeps senders from kicking */
@@ -240,11 +259,24 @@ static PyObject *irq_entry(PyObject *module, PyObject *const *args, Py_ssize_t n
 }
 
 /* After interrupts came on again: run what the replay left for the interpreter. */
-static void after_enable(Machine *machine)
+void shi_after_enable(Machine *machine)
 {
     struct shi_self *self = &machine->self;
-    if (self->in_task && !shi_masked(self) && (self->deferred.head || hotplug_asked(self)))
+    if (self->in_task && !shi_masked(self) && (shi_python_waits(self) || hotplug_asked(self)))
         irq_window(machine);
+}
+
+/* The Python-level handler of the NMI signal: nothing holds it up. */
+static PyObject *nmi_entry(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    Machine *machine = shi_current;
+    (void)module;
+    (void)args;
+    (void)nargs;
+    if (machine && !machine->self.host && !machine->foreign &&
+        pthread_equal(pthread_self(), machine->self.thread))
+        shi_run_nmi(machine);
+    Py_RETURN_NONE;
 }
 
 /* ---- tasks ----------------------------------------------------------------------- */
@@ -424,7 +456,7 @@ static PyObject *irq_enable(PyObject *module, PyObject *unused)
         return NULL;
     if (!machine->self.in_irq)
         shi_irq_restore(&machine->self, 0);
-    after_enable(machine);
+    shi_after_enable(machine);
     Py_RETURN_NONE;
 }
 
@@ -453,7 +485,7 @@ static PyObject *irq_restore(PyObject *module, PyObject *flags)
         return NULL;
     if (value || !machine->self.in_irq)
         shi_irq_restore(&machine->self, (uint8_t)value);
-    after_enable(machine);
+    shi_after_enable(machine);
     Py_RETURN_NONE;
 }
 
@@ -498,12 +530,20 @@ static PyObject *in_hardirq(PyObject *module, PyObject *unused)
     return machine ? PyBool_FromLong(machine->self.in_irq) : NULL;
 }
 
+static PyObject *in_interrupt(PyObject *module, PyObject *unused)
+{
+    Machine *machine = shi_use_current();
+    (void)module;
+    (void)unused;
+    return machine ? PyBool_FromLong(machine->self.in_irq || machine->self.in_nmi) : NULL;
+}
+
 static PyObject *in_nmi(PyObject *module, PyObject *unused)
 {
     Machine *machine = shi_use_current();
     (void)module;
     (void)unused;
-    return machine ? PyBool_FromLong(machine->self.ctx == SHI_CTX_NMI) : NULL;
+    return machine ? PyBool_FromLong(machine->self.in_nmi) : NULL;
 }
 
 static PyObject *in_task(PyObject *module, PyObject *unused)
@@ -511,9 +551,7 @@ static PyObject *in_task(PyObject *module, PyObject *unused)
     Machine *machine = shi_use_current();
     (void)module;
     (void)unused;
-    return machine ? PyBool_FromLong(!machine->self.in_irq &&
-                                     machine->self.ctx != SHI_CTX_NMI)
-                   : NULL;
+    return machine ? PyBool_FromLong(!machine->self.in_irq && !machine->self.in_nmi) : NULL;
 }
 
 /* A point at which a cooperative CPU (kick=False) takes what waits for it. */
@@ -526,7 +564,7 @@ static PyObject *cond_resched(PyObject *module, PyObject *unused)
         return NULL;
     struct shi_self *self = &machine->self;
     if (self->in_task && !shi_masked(self) &&
-        (shi_word_work(shi_load_acquire(&self->slot->word)) || self->deferred.head ||
+        (shi_word_work(shi_load_acquire(&self->slot->word)) || shi_python_waits(self) ||
          hotplug_asked(self)))
         irq_window(machine);
     Py_RETURN_NONE;
@@ -655,6 +693,8 @@ PyMethodDef shi_cpu_methods[] = {
 PyMethodDef shi_cpu_functions[] = {
     {"irq_entry", (PyCFunction)(void (*)(void))irq_entry, METH_FASTCALL,
      DOC(irq_entry, "The Python-level handler of the kick signal.")},
+    {"nmi_entry", (PyCFunction)(void (*)(void))nmi_entry, METH_FASTCALL,
+     DOC(nmi_entry, "The Python-level handler of the NMI signal.")},
     {"smp_processor_id", smp_processor_id, METH_NOARGS,
      DOC(smp_processor_id, "The number of this CPU.  ClusterStateError on the host.")},
     {"local_irq_disable", irq_disable, METH_NOARGS,
@@ -675,7 +715,7 @@ PyMethodDef shi_cpu_functions[] = {
      DOC(preempt_enable, "ClusterStateError without a preempt_disable().")},
     {"in_task", in_task, METH_NOARGS, DOC(in_task, "Not in an interrupt handler or NMI.")},
     {"in_hardirq", in_hardirq, METH_NOARGS, DOC(in_hardirq, "In an IPI handler.")},
-    {"in_interrupt", in_hardirq, METH_NOARGS, DOC(in_interrupt, "In an IPI handler or NMI.")},
+    {"in_interrupt", in_interrupt, METH_NOARGS, DOC(in_interrupt, "In an IPI handler or NMI.")},
     {"in_nmi", in_nmi, METH_NOARGS, DOC(in_nmi, "In an NMI handler.")},
     {"cond_resched", cond_resched, METH_NOARGS,
      DOC(cond_resched, "Take pending interrupts now: for tasks of a machine with kick=False.")},

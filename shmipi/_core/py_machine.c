@@ -8,8 +8,10 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
+#include "chip.h"
 #include "clock.h"
 #include "doorbell.h"
+#include "irqdesc.h"
 #include "native.h"
 #include "reap.h"
 #include "step.h"
@@ -308,7 +310,7 @@ METHOD(set_idle)
     }
     shi_store_full(&shi_slot(&machine->m, cpu)->idle, idle);
     shi_enter(&machine->self);
-    machine->m.chip->send_reschedule(&machine->self, cpu);
+    shi_chip_send_reschedule(&machine->self, cpu);
     shi_leave(&machine->self);
     Py_RETURN_NONE;
 }
@@ -328,10 +330,12 @@ METHOD(hotplug)
     while (old != SHI_HP_STOP && !shi_cas_full(&slot->hotplug, &old, want))
         ;
     shi_event_wake(&slot->hotplug);
+    if (!offline && machine->m.chip.startup)
+        shi_chip_startup(&machine->self, cpu); /* dropped unless it waits for it */
     if (offline) {
         /* Any interrupt makes it look. */
         shi_enter(&machine->self);
-        machine->m.chip->send_reschedule(&machine->self, cpu);
+        shi_chip_send_reschedule(&machine->self, cpu);
         shi_leave(&machine->self);
     }
     Py_RETURN_NONE;
@@ -553,10 +557,13 @@ GETTER(host_pid, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->ho
 GETTER(boot_time, PyLong_FromUnsignedLongLong(machine->m.header->boot_time_ns))
 GETTER(doorbell, PyLong_FromUnsignedLong(machine->m.doorbell))
 GETTER(kick_signal, PyLong_FromUnsignedLong(machine->m.kick_signal))
+GETTER(nmi_signal, PyLong_FromUnsignedLong(machine->m.nmi_signal))
 GETTER(kick, PyBool_FromLong(machine->m.kick))
 GETTER(oversubscribed, PyBool_FromLong(machine->m.oversubscribed))
-GETTER(chip, PyUnicode_FromString(machine->m.chip->name))
+GETTER(chip, PyUnicode_FromString(machine->m.chip.name))
 GETTER(closed, PyBool_FromLong(machine->closed || machine->foreign))
+GETTER(irq_offset, PyLong_FromUnsignedLongLong(machine->m.irq_offset))
+GETTER(affinity_offset, PyLong_FromUnsignedLongLong(shi_affinity_offset(&machine->m)))
 GETTER(slot_offset, PyLong_FromUnsignedLongLong(machine->m.slot_offset))
 GETTER(trace_offset, PyLong_FromUnsignedLongLong(machine->m.trace_offset))
 GETTER(trace_records, PyLong_FromUnsignedLong(machine->m.trace_records))
@@ -567,7 +574,8 @@ static PyGetSetDef machine_getset[] = {
     GET(array_bytes), GET(array_end), GET(state), GET(event), GET(hotplug_event), GET(firmware_pid),
     GET(host_pid), GET(boot_time), GET(doorbell), GET(kick_signal), GET(kick),
     GET(oversubscribed), GET(chip), GET(closed), GET(slot_offset), GET(trace_offset),
-    GET(trace_records), {NULL, NULL, NULL, NULL, NULL},
+    GET(trace_records), GET(nmi_signal), GET(irq_offset), GET(affinity_offset),
+    {NULL, NULL, NULL, NULL, NULL},
 };
 
 #define NOARGS(name, text) {#name, machine_##name, METH_NOARGS, #name "()\n--\n\n" text}
@@ -656,9 +664,9 @@ PyMethodDef shi_machine_functions[] = {
 /* The type's methods come from three files. */
 static PyMethodDef *all_methods(void)
 {
-    static PyMethodDef all[96];
+    static PyMethodDef all[128];
     PyMethodDef *const parts[] = {shi_machine_methods, shi_call_methods, shi_cpu_methods,
-                                  shi_bench_methods};
+                                  shi_bench_methods, shi_irq_methods};
     size_t n = 0, p;
     for (p = 0; p < sizeof parts / sizeof *parts; p++) {
         PyMethodDef *def;

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "chip.h"
 #include "clock.h"
 #include "trace.h"
 
@@ -27,18 +28,18 @@ static int size_file(int fd, const struct shi_header *plan)
 static PyObject *format_segment(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"fd",         "name",       "cores",          "idle",
-                            "doorbell",   "kick",       "kick_signal",    "chip",
+                            "doorbell",   "kick",       "kick_signal",    "nmi_signal", "chip",
                             "cookie",     "sum_key",    "oversubscribed", "trace_records",
                             "boot_time",  "steps",      "arena_bytes",    NULL};
     int fd, kick, oversubscribed, steps = 0;
-    const char *name, *chip;
-    PyObject *cores;
-    unsigned idle, doorbell, kick_signal, cookie, trace_records;
+    const char *name;
+    PyObject *cores, *chip;
+    unsigned idle, doorbell, kick_signal, nmi_signal, cookie, trace_records;
     unsigned long long sum_key, boot_time, arena_bytes = 0;
     (void)module;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "isO!IIpIsIKpIK|pK:format_segment", names, &fd,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "isO!IIpIIOIKpIK|pK:format_segment", names, &fd,
                                      &name, &PyList_Type, &cores, &idle, &doorbell, &kick,
-                                     &kick_signal, &chip, &cookie, &sum_key, &oversubscribed,
+                                     &kick_signal, &nmi_signal, &chip, &cookie, &sum_key, &oversubscribed,
                                      &trace_records, &boot_time, &steps, &arena_bytes))
         return NULL;
     Py_ssize_t ncpus = PyList_GET_SIZE(cores), i;
@@ -46,8 +47,10 @@ static PyObject *format_segment(PyObject *module, PyObject *args, PyObject *kwar
     if (!plan)
         return PyErr_NoMemory();
     PyObject *result = NULL;
+    if (shi_chip_from_python(chip, &plan->chip) < 0)
+        goto out;
     int err = ncpus > SHI_MAX_CPUS || strlen(name) >= sizeof plan->name ||
-                      strlen(chip) >= sizeof plan->chip || !shi_irq_chip_by_name(chip)
+                      shi_chip_check(&plan->chip, (uint32_t)ncpus)
                   ? -EINVAL
                   : shi_layout_plan(plan, (uint32_t)ncpus, trace_records, arena_bytes, 0);
     if (!err)
@@ -57,10 +60,10 @@ static PyObject *format_segment(PyObject *module, PyObject *args, PyObject *kwar
         goto out;
     }
     strcpy(plan->name, name);
-    strcpy(plan->chip, chip);
     plan->doorbell = doorbell;
     plan->kick = (uint32_t)kick;
     plan->kick_signal = kick_signal;
+    plan->nmi_signal = nmi_signal;
     plan->cookie = cookie;
     plan->sum_key = sum_key;
     plan->oversubscribed = (uint32_t)oversubscribed;

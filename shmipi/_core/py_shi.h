@@ -179,6 +179,16 @@ shi_smp_function shi_each_cpu_cond_mask, shi_single_async;
 extern PyMethodDef shi_call_methods[]; /* of Machine */
 extern PyMethodDef shi_call_functions[]; /* of the module: on the current machine */
 
+/* ---- interrupts (py_irq.c) ------------------------------------------------------- */
+/* The Python handler of a requested irq's line: run, then end the line.  Soft-masked. */
+void shi_run_line(Machine *machine, uint32_t line);
+/* The Python handler of the NMI that is in service, and of those after it. */
+void shi_run_nmi(Machine *machine);
+/* Fill `chip` from the description that shmipi/irq/chips/base.py makes: 0, or -1. */
+int shi_chip_from_python(PyObject *description, struct shi_chip *chip);
+/* Interrupts came on, or something was let through: take what is there now. */
+void shi_after_enable(Machine *machine);
+
 /* ---- being a CPU (py_cpu.c) ------------------------------------------------------ */
 void shi_cpu_hooks(Machine *machine);
 /* Run Python csds that the kick handler put off.  Holds the interpreter. */
@@ -197,6 +207,8 @@ extern PyMethodDef shi_machine_functions[];
 extern PyMethodDef shi_atomic_functions[];
 extern PyMethodDef shi_bench_methods[];
 extern PyMethodDef shi_bench_functions[];
+extern PyMethodDef shi_irq_methods[];
+extern PyMethodDef shi_irq_functions[];
 
 int shi_native_types(PyObject *module);
 int shi_function_types(void);

@@ -66,6 +66,7 @@ uint32_t shi_queue_grab(struct shi_self *self)
      */
     uint64_t w = shi_fetch_and_full(&self->slot->word, SHI_W_LOW & ~SHI_W_NEED_RESCHED);
     SHI_STEP(self, drain);
+    SHI_TRACE(self, flush, self->id, shi_word_head(w), 0, 0);
     return shi_word_head(w);
 }
 

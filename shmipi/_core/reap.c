@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "sys.h"
 
+#include "chip.h"
 #include "csd.h"
 #include "doorbell.h"
 #include "irq.h"
@@ -74,11 +75,10 @@ bool shi_reap_unguarded(struct shi_self *self, uint32_t cpu)
 uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu)
 {
     struct shi_slot *slot = shi_slot(self->m, cpu);
-    uint32_t i, gen = shi_load_relaxed(&slot->generation) + 1;
+    uint32_t gen = shi_load_relaxed(&slot->generation) + 1;
     if (!(gen & 0xffff))
         gen++; /* 0 means "not queued" in a csd's lock word */
-    for (i = 0; i < SHI_NLINES / 64; i++)
-        shi_store_relaxed(&slot->irr[i], 0);
+    shi_chip_reset(self->m, cpu);
     shi_store_relaxed(&slot->registered, 0);
     shi_store_relaxed(&slot->boot_error, 0);
     shi_store_relaxed(&slot->pid, 0);
@@ -102,7 +102,7 @@ void shi_reap_stop_all(struct shi_self *self)
         /* A parked CPU sleeps on this value: it must change, not only be woken. */
         shi_store_full(&shi_slot(m, cpu)->hotplug, SHI_HP_STOP);
         shi_event_wake(&shi_slot(m, cpu)->hotplug);
-        m->chip->send_reschedule(self, cpu);
+        shi_chip_send_reschedule(self, cpu);
     }
     shi_event_ring(&shi_slot(m, m->ncpus)->event);
     shi_event_ring(&m->header->hotplug_event);

@@ -28,7 +28,9 @@
     X(park)        /* waiter: about to set PARKED */                                      \
     X(parked)      /* waiter: PARKED set, HALTED not yet published */                     \
     X(online)      /* identity published, word still OFFLINE */                           \
-    X(offline)     /* drained, about to publish OFFLINE */
+    X(offline)     /* drained, about to publish OFFLINE */                                \
+    X(line)        /* target: line taken from the chip, nothing done for it */            \
+    X(nmi)         /* NMI pending, not yet signalled */
 
 enum shi_step {
     SHI_STEP_none = 0,

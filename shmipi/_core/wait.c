@@ -55,7 +55,7 @@ static bool serve(struct shi_self *self)
     self->in_core--;
     if (self->happened)
         shi_leave_slow(self);
-    return (self->deferred.head != 0 ||
+    return (shi_python_waits(self) ||
             shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE) &&
            !self->in_irq;
 }

@@ -86,8 +86,13 @@ def run(args: argparse.Namespace) -> int:
 def _text(inspector: Inspector) -> str:
     from shmipi.trace.counters import Counters, interrupts
 
-    counters = Counters.of_rows(inspector.counter_rows(), inspector.ncpus)
-    return interrupts(inspector, counters)
+    counters = Counters.of_rows(
+        inspector.counter_rows(),
+        inspector.ncpus,
+        inspector.interrupt_counts(),
+        inspector.rows(),
+    )
+    return interrupts(counters)
 
 
 def _looks(inspector: Inspector, interval: float) -> Iterator[str]:

@@ -1,1 +1,5 @@
-"""Interrupt controllers, and what stands between them and the layers above."""
+"""Interrupt controllers, irq descriptors, IPI domains."""
+
+from shmipi.irq.current import chip
+
+__all__ = ["chip"]

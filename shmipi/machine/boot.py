@@ -22,7 +22,8 @@ from typing import Any
 
 from shmipi import _core
 from shmipi.errors import BootError, MachineDiedError, ShmipiError
-from shmipi.machine import segment
+from shmipi.machine import remote, segment
+from shmipi.machine.controller import Controller
 
 __all__ = ["DOORBELLS", "IDLE", "Host", "Plan"]
 
@@ -49,7 +50,8 @@ class Plan:
     doorbell: str
     kick: bool
     kick_signal: int
-    controller: str
+    nmi_signal: int
+    controller: Controller
     handlers: Sequence[str]
     oversubscribed: bool
     trace: bool
@@ -107,7 +109,8 @@ class Host:
                 doorbell=DOORBELLS.index(plan.doorbell),
                 kick=plan.kick,
                 kick_signal=plan.kick_signal,
-                chip=plan.controller,
+                nmi_signal=plan.nmi_signal,
+                chip=plan.controller.describe(plan.ncpus),
                 cookie=secrets.randbits(32),
                 sum_key=secrets.randbits(64),
                 oversubscribed=plan.oversubscribed,
@@ -119,6 +122,7 @@ class Host:
         except OSError as error:
             raise _no_room(error) from None
         self.machine = _core.Machine(self._fd, plan.ncpus)
+        plan.controller.prepare(self.machine)
         self._make_doorbells()
         self._start_firmware()
         self._await_boot()
@@ -176,6 +180,8 @@ class Host:
             "handlers": list(plan.handlers),
             "handler_names": _core.native_names(),
             "kick_signal": plan.kick_signal,
+            "nmi_signal": plan.nmi_signal,
+            "controller": remote.dumps(plan.controller),
             "eventfds": self._eventfds,
             "host_pid": self.owner,
             "path": list(sys.path),

@@ -27,7 +27,7 @@ from typing import Any
 
 from shmipi import _core
 from shmipi.errors import ShmipiOSError
-from shmipi.machine import arrays, segment
+from shmipi.machine import arrays, controller, segment
 
 __all__ = ["main"]
 
@@ -69,8 +69,13 @@ class Firmware:
         signal.signal(config["kick_signal"], _core.irq_entry)
         # Blocked across every fork: a kick must not meet a child that is no CPU yet.
         _core.kick_block(config["kick_signal"], True)
+        signal.signal(config["nmi_signal"], _core.nmi_entry)
+        _core.kick_block(config["nmi_signal"], True)
         self.signals = _core.signal_fd([signal.SIGCHLD, signal.SIGTERM])
         self.arrays.make_current()
+        self.controller = controller.register(
+            self.machine, pickle.loads(config["controller"])
+        )
         os.register_at_fork(after_in_child=self.machine.forked)
         self.host = os.pidfd_open(config["host_pid"])
         self.selector.register(self.host, selectors.EVENT_READ, self.host_died)
@@ -119,6 +124,7 @@ class Firmware:
                     )
                 if state != _core.OFFLINE:
                     break
+                self.controller.bring_up(number)
                 if self.host_is_gone():
                     raise OSError(errno.ECHILD, "the host died")
                 if time.monotonic() > deadline:

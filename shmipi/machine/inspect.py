@@ -28,7 +28,7 @@ from shmipi.errors import LayoutError
 from shmipi.machine import segment
 from shmipi.machine.boot import DOORBELLS, IDLE
 
-__all__ = ["CpuView", "Inspector", "MachineView", "leftovers"]
+__all__ = ["CpuView", "Inspector", "MachineView", "RowView", "leftovers", "row_views"]
 
 #: Words for ``enum shi_state``; a rung CPU is a halted one still.
 _CPU_STATES: Final = ("offline", "running", "polling", "halted", "halted", "dead")
@@ -56,6 +56,40 @@ def _dtype(fields: tuple[tuple[str, int, int], ...], size: int) -> np.dtype[Any]
 
 _HEADER: Final = _dtype(_core.HEADER_FIELDS, _core.HEADER_BYTES)
 _SLOT: Final = _dtype(_core.SLOT_FIELDS, _core.SLOT_BYTES)
+
+
+_ROW: Final = np.dtype([("label", "S8"), ("text", "S52"), ("counter", "<u4")])
+
+
+@dataclass(frozen=True)
+class RowView:
+    """A row of ``/proc/interrupts`` that the machine's controller has.
+
+    ``counter`` is an index of ``_core.COUNTERS``, or None: its own counts.
+    """
+
+    label: str
+    text: str
+    counter: int | None
+
+
+def row_views(header: Any) -> list[RowView]:
+    """Return the rows that a machine's header names; damaged ones are left out."""
+    count = min(int(header["chip_nrows"]), _core.NROWS)
+    rows = np.frombuffer(bytes(header["chip_rows"]), _ROW)[:count]
+    return [
+        RowView(
+            _text(row["label"]),
+            _text(row["text"]),
+            None if row["counter"] >= len(_core.COUNTERS) else int(row["counter"]),
+        )
+        for row in rows
+    ]
+
+
+def header_of(machine: _core.Machine) -> Any:
+    """Return a copy of the header of a machine that is mapped here."""
+    return np.frombuffer(bytes(memoryview(machine)[: _HEADER.itemsize]), _HEADER)[0]
 
 
 @dataclass(frozen=True)
@@ -178,10 +212,15 @@ class Inspector:
         """How many CPUs the machine has."""
         return int(self._header()["ncpus"])
 
-    @property
-    def chip(self) -> str:
-        """The name of its interrupt controller."""
-        return _text(self._header()["chip"])
+    def rows(self) -> list[RowView]:
+        """Return the rows of its interrupt controller."""
+        return row_views(self._header())
+
+    def interrupt_counts(self) -> NDArray[np.uint64]:
+        """Return what each CPU counted in them: shape (slots, rows)."""
+        raw = np.ascontiguousarray(self._slots(self._header())["rows"])
+        counts: NDArray[np.uint64] = raw.view("<u8").reshape(len(raw), _core.NROWS)
+        return counts
 
     def counter_rows(self) -> NDArray[np.uint64]:
         """Return the counters now: shape (slots, contexts, counters)."""

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import NDArray
 
 from shmipi import _core
-from shmipi.irq.chips import CHIPS
+from shmipi.machine.inspect import RowView, header_of, row_views
 
-__all__ = ["Counters", "CountersOf", "interrupts"]
-
-
-class CountersOf(Protocol):
-    """What the counts are of: a machine of this process, or an inspector of one."""
-
-    @property
-    def ncpus(self) -> int:
-        """How many CPUs it has."""
-
-    @property
-    def chip(self) -> str:
-        """The name of its interrupt controller."""
+__all__ = ["Counters", "interrupts"]
 
 
 class Counters:
@@ -41,13 +27,52 @@ class Counters:
             machine.slot_offset + _core.COUNTER_OFFSET,
             (_core.SLOT_BYTES, _core.COUNTER_ROOM * 8, 8),
         )
+        self._interrupts: NDArray[np.uint64] = np.ndarray(
+            (machine.nslots, _core.NROWS),
+            np.uint64,
+            memoryview(machine),
+            machine.slot_offset + _core.ROWS_OFFSET,
+            (_core.SLOT_BYTES, 8),
+        )
+        self._row_views = row_views(header_of(machine))
 
     @classmethod
-    def of_rows(cls, rows: NDArray[np.uint64], ncpus: int) -> Counters:
-        """Read counts that were taken before: shape (slots, contexts, counters)."""
+    def of_rows(
+        cls,
+        rows: NDArray[np.uint64],
+        ncpus: int,
+        interrupts: NDArray[np.uint64],
+        row_views: list[RowView],
+    ) -> Counters:
+        """Read counts that were taken before.
+
+        ``rows`` has shape (slots, contexts, counters), ``interrupts`` (slots, rows).
+        """
         self = cls.__new__(cls)
         self._ncpus, self._rows = ncpus, rows
+        self._interrupts, self._row_views = interrupts, row_views
         return self
+
+    @property
+    def ncpus(self) -> int:
+        """How many CPUs are counted."""
+        return self._ncpus
+
+    def interrupts(self) -> list[tuple[str, str, NDArray[np.uint64]]]:
+        """Return the controller's rows: label, words, counts of shape (ncpus,)."""
+        total = self._sum()
+        return [
+            (
+                row.label,
+                row.text,
+                (
+                    self._interrupts[: self._ncpus, number]
+                    if row.counter is None
+                    else total[: self._ncpus, row.counter]
+                ).copy(),
+            )
+            for number, row in enumerate(self._row_views)
+        ]
 
     def _sum(self) -> NDArray[np.uint64]:
         total: NDArray[np.uint64] = self._rows.sum(axis=1, dtype=np.uint64)
@@ -67,29 +92,27 @@ class Counters:
         return {name: int(total[i]) for i, name in enumerate(_core.COUNTERS)}
 
 
-def interrupts(machine: CountersOf, counters: Counters) -> str:
+def interrupts(counters: Counters) -> str:
     """Return the counts in the shape of ``/proc/interrupts``.
 
-    Calls that needed no interrupt because the target was polling are in a row of their
-    own (``ELI``), never in the controller's rows; so are coalesced ones (``COA``),
-    which the CPU that sent them counts.
+    The controller's rows first. Calls that needed no interrupt because the target was
+    polling are in a row of their own (``ELI``), never in those; so are coalesced ones
+    (``COA``), which the CPU that sent them counts.
     """
     now = counters.cpus()
-    zero = np.zeros(machine.ncpus, np.uint64)
-    rows = [
-        (row.label, sum((now[name] for name in row.counters), zero), row.text)
-        for row in CHIPS[machine.chip].rows
-    ]
+    rows = counters.interrupts()
     rows += [
-        ("ELI", now["elided"], "Calls sent without interrupt, target polling"),
-        ("COA", now["coalesced"], "Calls sent without interrupt, queue not empty"),
-        ("DBL", now["doorbells_received"], "Doorbells taken while halted"),
-        ("KIC", now["kicks_received"], "Kick signals taken while running"),
+        ("ELI", "Calls sent without interrupt, target polling", now["elided"]),
+        ("COA", "Calls sent without interrupt, queue not empty", now["coalesced"]),
+        ("DBL", "Doorbells taken while halted", now["doorbells_received"]),
+        ("KIC", "Kick signals taken while running", now["kicks_received"]),
+        ("BAD", "Interrupts that nobody handled", now["irq_other"]),
     ]
-    width = max(10, *(len(str(n)) for _, row, _ in rows for n in row.tolist()))
-    header = "".join(f"{f'CPU{cpu}':>{width + 1}}" for cpu in range(machine.ncpus))
-    lines = [" " * 4 + header]
-    for label, row, text in rows:
+    first = max(3, *(len(label) for label, _, _ in rows))
+    width = max(10, *(len(str(n)) for _, _, row in rows for n in row.tolist()))
+    header = "".join(f"{f'CPU{n}':>{width + 1}}" for n in range(counters.ncpus))
+    lines = [" " * (first + 1) + header]
+    for label, text, row in rows:
         counts = "".join(f"{int(n):>{width + 1}}" for n in row)
-        lines.append(f"{label:>3}:{counts}   {text}")
+        lines.append(f"{label:>{first}}:{counts}   {text}")
     return "\n".join(lines) + "\n"

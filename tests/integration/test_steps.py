@@ -109,6 +109,8 @@ CASES = [
     ("wake", SENDER, long_call, 1),
     ("wake", TARGET, plain_call, 0),
     ("drain", TARGET, plain_call, 0),
+    ("line", TARGET, plain_call, 0),
+    ("line", TARGET, call_to_running, 1),
     ("run", TARGET, plain_call, 0),
     ("unlock", TARGET, plain_call, 0),
     ("halt", TARGET, plain_call, 0),
@@ -388,8 +390,30 @@ def test_the_firmware_reaps_while_a_booting_cpu_is_stopped(rig, background):
     thread.end()
 
 
+@ACTIONS
+def test_nmi_step(rig, action):
+    """Its sender stops or dies between making an NMI pending and signalling it."""
+    cluster = rig.cluster
+    rig.arm(SENDER, "nmi", action, 0)
+    _, call = rig.task(SENDER, lambda: shmipi.irq.chip().send_nmi(1))
+    rig.await_hit(SENDER, "nmi")
+    if action == KILL:  # the reaper signals for it
+        rig.wait(lambda: cluster.counters()["nmi"][TARGET] == 1)
+        with pytest.raises(CpuDiedError):
+            rig.machine.collect(call, SENDER, 5.0)
+        cluster.online(SENDER)
+    else:
+        rig.await_stopped()
+        assert cluster.counters()["nmi"][TARGET] == 0
+        rig.resume()
+        rig.machine.collect(call, SENDER, 5.0)
+        rig.wait(lambda: cluster.counters()["nmi"][TARGET] == 1)
+    assert cluster.counters()["nmi_sent"][TARGET] == 0
+    assert cluster.call(TARGET, smp.smp_processor_id, timeout=5) == TARGET
+
+
 def test_every_step_has_a_case():
-    text = {step for step, *_ in CASES} | {"offline", "online"}
+    text = {step for step, *_ in CASES} | {"offline", "online", "nmi"}
     source = Path(__file__).resolve().parents[2] / "shmipi" / "_core" / "step.h"
     lines = source.read_text().splitlines()
     named = {line.split("X(")[1].split(")")[0] for line in lines if "    X(" in line}

@@ -41,6 +41,24 @@ struct rig {
 
 static struct rig *rig_now;
 
+/* The local APIC's system vectors. */
+static inline void rig_chip(struct shi_chip *chip)
+{
+    strcpy(chip->name, "apic");
+    chip->flow = SHI_FLOW_VECTOR;
+    chip->nlines = 256;
+    chip->call_single = 0xfb;
+    chip->call = 0xfc;
+    chip->reschedule = 0xfd;
+    chip->nmi = SHI_NO_LINE;
+    chip->group = 1;
+    chip->siblings = 1;
+    memset(chip->row, 0xff, sizeof chip->row);
+    chip->use[0xfb] = SHI_USE_CALL_SINGLE;
+    chip->use[0xfc] = SHI_USE_CALL;
+    chip->use[0xfd] = SHI_USE_RESCHEDULE;
+}
+
 static void *rig_cpu(void *arg)
 {
     uint32_t id = (uint32_t)(uintptr_t)arg;
@@ -62,9 +80,10 @@ static inline void rig_boot(struct rig *r, uint32_t ncpus, enum shi_idle idle)
     r->ncpus = ncpus;
     shi_native_init();
     CHECK(shi_layout_plan(plan, ncpus, 0, 1 << 20, 1 << 20) == 0);
-    strcpy(plan->chip, "apic");
+    rig_chip(&plan->chip);
     plan->doorbell = SHI_DB_FUTEX;
     plan->kick_signal = 40;
+    plan->nmi_signal = 41;
     plan->oversubscribed = 1;
     CHECK(shi_clock_calibrate(&plan->clock) == 0);
     void *base = mmap(NULL, plan->total_bytes, PROT_READ | PROT_WRITE,

@@ -1,31 +1,290 @@
-"""What the Python side knows of an interrupt controller."""
+"""What an interrupt controller is: the base class of every chip.
+
+A chip is a description and an interface. The description says which lines the
+controller has, what each is for, in which of the core's flows they are taken and ended,
+and how they are counted; it is written into the machine when it boots, and from then on
+the core acts on it without Python. The interface is what the hardware lets software do:
+methods under the hardware's own names, on a chip that is bound to a machine
+(``cluster.chip`` in the host, ``shmipi.irq.chip()`` on a CPU).
+
+The flows, and what a line number is in each:
+
+==========  ============================================================================
+vector      vectors by priority class, in service until EOI (local APIC)
+mailbox     action bits, read and cleared all at once, least first (MIPS mailbox)
+mux         the same, with a doorbell for each bit that goes from 0 to 1 (ipi-mux)
+sgi         by priority, active until deactivated (Arm GIC)
+shared      interrupts of the machine, each routed to one CPU (MIPS GIC)
+esb         0 to 7: messages behind one source; 8 and up: sources (XIVE)
+==========  ============================================================================
+"""
 
 from __future__ import annotations
 
+import copy
+import errno
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
-__all__ = ["Chip", "Row"]
+from shmipi import _core
+from shmipi.cpumask import CpuMask, MaskLike
+from shmipi.errors import ClusterStateError, IrqError
+
+__all__ = ["Chip", "Line", "Row"]
+
+_USES = {
+    "none": _core.USE_NONE,
+    "reschedule": _core.USE_RESCHEDULE,
+    "call": _core.USE_CALL,
+    "call_single": _core.USE_CALL_SINGLE,
+    "nmi": _core.USE_NMI,
+    "irq": _core.USE_IRQ,
+    "count": _core.USE_COUNT,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a controller: its number, its name in the kernel, what it is for.
+
+    ``use`` is one of reschedule, call (function calls to several CPUs), call_single,
+    nmi (stands in for an NMI where there is none), irq (free for IPI domains) and count
+    (counted when it arrives, nothing else). ``row`` is the label of the row of
+    ``/proc/interrupts`` that counts it, or None.
+    """
+
+    number: int
+    name: str
+    use: str
+    row: str | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of ``/proc/interrupts``: its label, the counters it sums, its words."""
+    """A row of ``/proc/interrupts``: its label (at most 7 characters) and its words.
 
-    label: str
-    counters: tuple[str, ...]
-    text: str
-
-
-@dataclass(frozen=True)
-class Chip:
-    """An interrupt controller: the core's chip object of this name does the work.
-
-    ``lines`` are the interrupt lines it uses by the kernel's name; ``rows`` what
-    ``cluster.interrupts()`` prints.
+    ``counter`` names a counter of the core to show; None: lines counted in this row.
     """
 
-    name: str
-    description: str
-    max_cpus: int
-    lines: dict[str, int]
-    rows: tuple[Row, ...]
+    label: str
+    text: str
+    counter: str | None = None
+
+
+class Chip:
+    """An interrupt controller. Derive from it for one of your own.
+
+    A class says what it is with the class attributes below and ``lines()``; see
+    ``scripts/own_controller.py`` for a whole example.
+    """
+
+    #: What ``Cluster(controller=...)`` calls it (at most 15 characters).
+    name: ClassVar[str]
+    #: One line for people.
+    description: ClassVar[str] = ""
+    #: Which of the core's flows takes and ends its lines.
+    flow: ClassVar[str]
+    #: The most CPUs that it can address.
+    max_cpus: int = 4096
+    #: The rows of ``/proc/interrupts``, in order.
+    rows: Sequence[Row] = ()
+    #: CPUs that one register write can reach: aligned groups of so many; 0: any.
+    group: int = 1
+    #: All CPUs but the sender are one register write.
+    shorthand: bool = False
+    #: Secondary CPUs wait for a STARTUP IPI when they come up.
+    startup: bool = False
+    #: Of a system IPI's lines, CPU n has the n-th from the number given.
+    per_cpu: bool = False
+    #: Lines stay pending for each sending CPU apart.
+    banked: bool = False
+    #: CPUs of a core, which ring each other's doorbells.
+    siblings: int = 1
+
+    _machine: _core.Machine | None = None
+
+    # ---- the description ------------------------------------------------------------
+
+    def lines(self, ncpus: int) -> Iterable[Line]:
+        """Return the lines of a machine of ``ncpus`` CPUs.
+
+        There must be one of use "call" and one of "reschedule"; without one of
+        "call_single", the line of "call" serves for both. With none of use "nmi" the
+        controller has real NMIs, which nothing masks. With ``per_cpu`` a system IPI has
+        one line for each CPU, in a row.
+        """
+        raise NotImplementedError
+
+    def check(self, ncpus: int) -> None:
+        """Raise ``ValueError`` if it cannot address so many CPUs."""
+        if ncpus > self.max_cpus:
+            raise ValueError(
+                f"controller {self.name} can address {self.max_cpus} CPUs, not {ncpus}"
+            )
+
+    def for_cpus(self, ncpus: int) -> Self:
+        """Return the chip as a machine of ``ncpus`` CPUs gets it. ``ValueError``."""
+        self.check(ncpus)
+        return self
+
+    def describe(self, ncpus: int) -> dict[str, Any]:
+        """Return what the core is told: the argument ``chip`` of format_segment.
+
+        Raises ``ValueError`` for a description that cannot be.
+        """
+        lines = list(self.lines(ncpus))
+        labels = [row.label for row in self.rows]
+        use = bytearray(_core.NLINES)
+        row = bytearray([0xFF]) * _core.NLINES
+        first: dict[str, int] = {}
+        for line in lines:
+            if not 0 <= line.number < _core.NLINES:
+                raise ValueError(f"{self.name}: no line {line.number} ({line.name})")
+            if line.use not in _USES:
+                raise ValueError(f"{self.name}: {line.name}: no use {line.use!r}")
+            if use[line.number]:
+                raise ValueError(f"{self.name}: line {line.number} is there twice")
+            use[line.number] = _USES[line.use]
+            if line.row is not None:
+                row[line.number] = labels.index(line.row)
+            first.setdefault(line.use, line.number)
+        if "call" not in first or "reschedule" not in first:
+            raise ValueError(f"{self.name} has no line of use call or of reschedule")
+        if self.flow not in _core.FLOWS:
+            raise ValueError(f"{self.name}: no flow {self.flow!r}")
+        return {
+            "name": self.name,
+            "flow": _core.FLOWS.index(self.flow),
+            "nlines": max(line.number for line in lines) + 1,
+            "call_single": first.get("call_single", first["call"]),
+            "call": first["call"],
+            "reschedule": first["reschedule"],
+            "nmi": first.get("nmi"),
+            "per_cpu": int(self.per_cpu),
+            "group": self.group,
+            "shorthand": int(self.shorthand),
+            "startup": int(self.startup),
+            "banked": int(self.banked),
+            "siblings": self.siblings,
+            "use": bytes(use),
+            "row": bytes(row),
+            "rows": [
+                (
+                    row.label,
+                    row.text,
+                    _core.NO_LINE
+                    if row.counter is None
+                    else _core.COUNTERS.index(row.counter),
+                )
+                for row in self.rows
+            ],
+        }
+
+    def prepare(self, machine: _core.Machine) -> None:
+        """Set the controller up before the first CPU is made: routes, for example."""
+
+    def bring_up(self, cpu: int) -> None:
+        """Start a secondary CPU that waits for it; called until it is online."""
+
+    # ---- the interface --------------------------------------------------------------
+
+    def bind(self, machine: _core.Machine) -> Self:
+        """Return this chip as the controller of ``machine``."""
+        bound = copy.copy(self)
+        bound._machine = machine
+        return bound
+
+    @property
+    def machine(self) -> _core.Machine:
+        """The machine that it is bound to; ``ClusterStateError`` for none."""
+        if self._machine is None:
+            raise ClusterStateError(
+                f"this {self.name} is no machine's: use cluster.chip, or"
+                " shmipi.irq.chip() on a CPU"
+            )
+        return self._machine
+
+    @property
+    def ncpus(self) -> int:
+        """How many CPUs the machine has."""
+        return self.machine.ncpus
+
+    def cpu(self) -> int:
+        """Return the number of this CPU; ``ClusterStateError`` in the host."""
+        if not self.machine.is_cpu:
+            raise ClusterStateError("the host is no CPU: this register is a CPU's own")
+        return self.machine.id
+
+    def line(self, name: str) -> Line:
+        """Return a line by its name. ``KeyError``."""
+        for line in self.lines(self.ncpus):
+            if line.name == name:
+                return line
+        raise KeyError(f"controller {self.name} has no line {name}")
+
+    def is_online(self, cpu: int) -> bool:
+        """Is the CPU there and online?"""
+        state = self.machine.slot(cpu)[3]
+        return state not in (_core.OFFLINE, _core.CPU_DEAD)
+
+    def raise_line(
+        self, line: int, cpus: MaskLike | int, writes: int | None = None
+    ) -> None:
+        """Make ``line`` pending at each of ``cpus``; those that do not exist ignore it.
+
+        Never elided: what is polled is the pending line. ``writes`` is how many
+        register writes it took, for the counters (default: one for each CPU).
+        """
+        targets = [cpu for cpu in _mask(cpus) if cpu < self.ncpus]
+        self.machine.irq_raise(
+            line, targets, len(targets) if writes is None else writes
+        )
+
+    def mask_line(self, line: int, cpu: int) -> None:
+        """Let ``line`` of a CPU stay pending when it comes, until it is unmasked."""
+        self.machine.irq_enable_line(cpu, line, False)
+
+    def unmask_line(self, line: int, cpu: int) -> None:
+        """Undo ``mask_line``; a line that is pending is taken now, once."""
+        self.machine.irq_enable_line(cpu, line, True)
+
+    def read(self, register: str, cpu: int = 0, index: int = 0) -> int:
+        """Read a word of a CPU's part of the controller, by the core's name for it."""
+        return self.machine.pic_read(cpu, register, index)
+
+    def pending_lines(self, cpu: int) -> list[int]:
+        """Return the lines that are pending at a CPU, least first."""
+        return self._bits("irr", cpu)
+
+    def in_service(self, cpu: int) -> list[int]:
+        """Return the lines that a CPU has taken and not ended, least first."""
+        return self._bits("isr", cpu)
+
+    def _bits(self, register: str, cpu: int) -> list[int]:
+        words = [self.read(register, cpu, i) for i in range(_core.NLINES // 64)]
+        return [
+            64 * i + bit
+            for i, word in enumerate(words)
+            for bit in range(64)
+            if word >> bit & 1
+        ]
+
+    def send_nmi(self, cpus: MaskLike | int) -> None:
+        """Send an NMI to each of ``cpus``; CPUs that are offline do not take it.
+
+        On a chip without NMIs a maskable line stands in for it.
+        """
+        for cpu in _mask(cpus, self.ncpus):
+            if self.is_online(cpu):
+                self.machine.nmi_send(cpu)
+
+    def invalid(self, message: str, *, irq: int | None = None) -> IrqError:
+        """Return an ``IrqError`` with EINVAL that names this chip."""
+        return IrqError(
+            f"{self.name}: {message}", errno=errno.EINVAL, irq=irq, domain=self.name
+        )
+
+
+def _mask(cpus: MaskLike | int, ncpus: int | None = None) -> CpuMask:
+    return CpuMask.of([cpus] if isinstance(cpus, int) else cpus, ncpus)

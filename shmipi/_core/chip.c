@@ -1,0 +1,285 @@
+/* SPDX-License-Identifier: MIT */
+#include "sys.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "chip.h"
+#include "doorbell.h"
+#include "irq.h"
+#include "irqdesc.h"
+#include "nmi.h"
+#include "step.h"
+#include "trace.h"
+
+#define STARTUP_LOOK_NS 100000000
+
+static const struct shi_flow *const flows[SHI_NFLOWS] = {
+    [SHI_FLOW_VECTOR] = &shi_flow_vector, [SHI_FLOW_MAILBOX] = &shi_flow_mailbox,
+    [SHI_FLOW_MUX] = &shi_flow_mux,       [SHI_FLOW_SGI] = &shi_flow_sgi,
+    [SHI_FLOW_SHARED] = &shi_flow_shared, [SHI_FLOW_ESB] = &shi_flow_esb,
+};
+
+const struct shi_flow *shi_flow_of(uint32_t kind)
+{
+    return kind < SHI_NFLOWS ? flows[kind] : NULL;
+}
+
+int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus)
+{
+    uint32_t span = chip->per_cpu ? ncpus : 1;
+    const uint32_t lines[] = {chip->call_single, chip->call, chip->reschedule};
+    size_t i;
+    if (!shi_flow_of(chip->flow) || !chip->name[0] ||
+        !memchr(chip->name, 0, sizeof chip->name) || chip->nlines > SHI_NLINES ||
+        chip->nrows > SHI_NROWS || span > SHI_NLINES)
+        return -EINVAL;
+    for (i = 0; i < sizeof lines / sizeof *lines; i++)
+        if (lines[i] >= chip->nlines || lines[i] + span > chip->nlines)
+            return -EINVAL;
+    if (chip->nmi != SHI_NO_LINE && (chip->nmi >= chip->nlines || chip->nmi + span > chip->nlines))
+        return -EINVAL;
+    /* What each flow keeps per line. */
+    if ((chip->flow == SHI_FLOW_SGI && chip->nlines > 16) ||
+        (chip->flow == SHI_FLOW_ESB && chip->nlines > 31) ||
+        (chip->banked && ncpus > 8))
+        return -EINVAL;
+    return 0;
+}
+
+/* ---- sending --------------------------------------------------------------------- */
+
+void shi_irq_raise(struct shi_self *self, uint32_t dst, uint32_t line)
+{
+    SHI_TRACE(self, ipi_send_cpu, dst, 0, 0, line);
+    bool ring = self->m->flow->set(self, dst, line);
+    SHI_STEP(self, raise);
+    if (ring) {
+        SHI_TRACE(self, line_set, dst, 0, 0, line);
+        shi_irq_ring(self, dst);
+    } else {
+        SHI_TRACE(self, line_kept, dst, 0, 0, line);
+    }
+}
+
+uint32_t shi_chip_writes(const struct shi_self *self, const uint32_t *cpus, uint32_t n)
+{
+    const struct shi_chip *chip = &self->m->chip;
+    uint32_t i, writes = 0, last = UINT32_MAX;
+    /* All but self (kernel: `mask` and this CPU make up the online ones). */
+    if (chip->shorthand && n > 1 && n + !self->host == self->m->ncpus)
+        return 1;
+    if (!chip->group)
+        return 1;
+    for (i = 0; i < n; i++)
+        if (cpus[i] / chip->group != last) {
+            last = cpus[i] / chip->group;
+            writes++;
+        }
+    return writes;
+}
+
+void shi_chip_send_call_single(struct shi_self *self, uint32_t dst)
+{
+    const struct shi_machine *m = self->m;
+    shi_count(self, SHI_C_chip_writes);
+    shi_irq_raise(self, dst, shi_line_of(m, m->chip.call_single, dst));
+}
+
+void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n)
+{
+    const struct shi_machine *m = self->m;
+    uint32_t i;
+    shi_count_n(self, SHI_C_chip_writes, shi_chip_writes(self, cpus, n));
+    for (i = 0; i < n; i++)
+        shi_irq_raise(self, cpus[i], shi_line_of(m, m->chip.call, cpus[i]));
+}
+
+void shi_chip_send_reschedule(struct shi_self *self, uint32_t dst)
+{
+    const struct shi_machine *m = self->m;
+    shi_count(self, SHI_C_chip_writes);
+    shi_irq_raise(self, dst, shi_line_of(m, m->chip.reschedule, dst));
+}
+
+/* ---- receiving ------------------------------------------------------------------- */
+
+static void count_row(struct shi_self *self, uint32_t line)
+{
+    uint32_t row = self->m->chip.row[line];
+    if (row >= SHI_NROWS)
+        return;
+    shi_a64 *p = &self->slot->pic.rows[row];
+    shi_store_relaxed(p, shi_load_relaxed(p) + 1); /* the owner alone, soft-masked */
+}
+
+/* The kernel's sysvec handlers and handle_percpu_irq: false when Python has it now. */
+static bool take(struct shi_self *self, uint32_t line)
+{
+    switch ((enum shi_line_use)self->m->chip.use[line]) {
+    case SHI_USE_RESCHEDULE:
+        shi_count(self, SHI_C_irq_resched); /* the nudge is all there is to it */
+        return true;
+    case SHI_USE_CALL:
+        shi_count(self, SHI_C_irq_call);
+        shi_flush_queue(self);
+        return true;
+    case SHI_USE_CALL_SINGLE:
+        shi_count(self, SHI_C_irq_call_single);
+        shi_flush_queue(self);
+        return true;
+    case SHI_USE_NMI:
+        shi_nmi_by_line(self);
+        return true;
+    case SHI_USE_COUNT:
+        return true;
+    case SHI_USE_IRQ:
+        return shi_irqdesc_handle(self, line);
+    case SHI_USE_NONE:
+        break;
+    }
+    shi_count(self, SHI_C_irq_other); /* reported: `shmipi interrupts` has a row of them */
+    return true;
+}
+
+void shi_chip_handle(struct shi_self *self)
+{
+    const struct shi_flow *flow = self->m->flow;
+    uint32_t line;
+    /* The summary first, the lines second: a line set in between sets it again. */
+    shi_fetch_and_full(&self->slot->word, ~SHI_W_PENDING);
+    SHI_TRACE(self, ipi_entry, self->id, 0, 0, 0);
+    while ((line = flow->next(self)) != SHI_NO_LINE) {
+        SHI_TRACE(self, line_ack, self->id, 0, 0, line);
+        SHI_STEP(self, line);
+        count_row(self, line);
+        if (!take(self, line))
+            continue;
+        if (flow->end)
+            flow->end(self, line);
+        SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
+    }
+    SHI_TRACE(self, ipi_exit, self->id, 0, 0, 0);
+}
+
+void shi_chip_end(struct shi_self *self, uint32_t line)
+{
+    if (self->m->flow->end)
+        self->m->flow->end(self, line);
+    SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
+    /* What its end lets through, or what came while it was in service. */
+    if (self->m->flow->pending(self->m, self->id))
+        shi_fetch_or_full(&self->slot->word, SHI_W_PENDING);
+}
+
+/* The own CPU's chip may have something now: take it at once, or when interrupts are on. */
+static void recheck(struct shi_self *self)
+{
+    if (!self->m->flow->pending(self->m, self->id))
+        return;
+    shi_fetch_or_full(&self->slot->word, SHI_W_PENDING);
+    self->happened = 1; /* served by shi_leave, or by local_irq_enable */
+}
+
+void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on)
+{
+    const struct shi_machine *m = self->m;
+    shi_a64 *word = &shi_pic(m, cpu)->enable[line / 64];
+    uint64_t bit = 1ull << (line % 64);
+    if (m->flow->enable)
+        m->flow->enable(self, cpu, line, on);
+    else if (on)
+        shi_fetch_or_full(word, bit);
+    else
+        shi_fetch_and_full(word, ~bit);
+    if (!on)
+        return;
+    /* Enabled first (the full read-modify-write above), pending looked at second; a
+     * sender sets pending first and looks at enabled second: one sees the other. */
+    if (cpu == self->id)
+        recheck(self);
+    else
+        shi_chip_look(self, cpu, false);
+}
+
+void shi_chip_threshold(struct shi_self *self, uint32_t value)
+{
+    const struct shi_machine *m = self->m;
+    struct shi_pic *pic = &self->slot->pic;
+    bool asserted = m->flow->pending(m, self->id);
+    shi_store_full(&pic->threshold, value);
+    if (asserted && !m->flow->pending(m, self->id)) {
+        /* INTR was up already: by the time it is acknowledged there is nothing left. */
+        shi_store_relaxed(&pic->spurious, 1);
+        shi_fetch_or_full(&self->slot->word, SHI_W_PENDING);
+        self->happened = 1;
+    }
+    recheck(self);
+}
+
+void shi_chip_look(struct shi_self *self, uint32_t cpu, bool again)
+{
+    if (self->m->flow->pending(self->m, cpu))
+        shi_irq_ring_pending(self, cpu, again);
+}
+
+void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
+{
+    struct shi_pic *pic = shi_pic(m, cpu);
+    struct shi_slot *slot = shi_slot(m, cpu);
+    uint32_t i;
+    for (i = 0; i < SHI_NLINES / 64; i++) {
+        shi_store_relaxed(&slot->irr[i], 0);
+        shi_store_relaxed(&pic->isr[i], 0);
+    }
+    for (i = 0; i < m->chip.nlines; i++) /* those of requested irqs stay as they are */
+        if (m->chip.use[i] != SHI_USE_IRQ)
+            shi_fetch_or_full(&pic->enable[i / 64], 1ull << (i % 64));
+    shi_store_relaxed(&pic->messages, 0);
+    shi_store_relaxed(&pic->nmi, 0);
+    shi_store_relaxed(&pic->startup, SHI_SU_NONE);
+    shi_store_relaxed(&pic->threshold, 0);
+    shi_store_relaxed(&pic->spurious, 0);
+    shi_store_relaxed(&pic->happened, 0);
+    for (i = 0; i < sizeof pic->bank; i++)
+        shi_store_relaxed(&pic->bank[i], 0);
+    if (m->flow->reset)
+        m->flow->reset(m, cpu);
+}
+
+void shi_chip_note_masked(struct shi_self *self)
+{
+    SHI_TRACE(self, irq_masked, self->id, 0, 0, 0);
+    if (self->m->chip.flow == SHI_FLOW_ESB)
+        shi_esb_note_masked(self);
+}
+
+/* ---- bringing secondary CPUs up -------------------------------------------------- */
+
+int shi_chip_wait_startup(struct shi_self *self)
+{
+    shi_a32 *startup = &self->slot->pic.startup;
+    uint32_t was = SHI_SU_NONE;
+    if (!self->m->chip.startup || self->id == 0)
+        return 0; /* the bootstrap processor */
+    /* A STARTUP that came before (ASKED) is the reason why this process was made. */
+    shi_cas_full(startup, &was, SHI_SU_WAITING);
+    shi_event_ring(&self->m->header->hotplug_event);
+    while (shi_load_acquire(startup) == SHI_SU_WAITING) {
+        if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING)
+            return -ECANCELED;
+        shi_event_wait(startup, SHI_SU_WAITING, STARTUP_LOOK_NS);
+    }
+    return 0;
+}
+
+int shi_chip_startup(struct shi_self *self, uint32_t cpu)
+{
+    shi_a32 *startup = &shi_pic(self->m, cpu)->startup;
+    uint32_t was = SHI_SU_WAITING;
+    shi_count(self, SHI_C_chip_writes);
+    if (!shi_cas_full(startup, &was, SHI_SU_STARTED))
+        return 0; /* SDM: a STARTUP IPI that finds no waiting processor is dropped */
+    shi_event_wake(startup);
+    return 1;
+}

@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Interrupt controllers: how a line becomes pending at another CPU, in which order
+ * pending lines are taken, and how they are ended.
+ *
+ * What a controller is made of (its lines, what they mean, how they are counted) comes
+ * from its class in shmipi/irq/chips/ and is in the machine's header.  How it behaves is
+ * one of a few flows; a flow is one file, flow_*.c.
+ */
+#ifndef SHI_CHIP_H
+#define SHI_CHIP_H
+
+#include "machine.h"
+
+struct shi_flow {
+    const char *name;
+    /* Make `line` of `dst` pending.  True: the target has to be rung. */
+    bool (*set)(struct shi_self *, uint32_t dst, uint32_t line);
+    /* Take the line that is next in the chip's order, or SHI_NO_LINE.  By the owner. */
+    uint32_t (*next)(struct shi_self *);
+    /* The line's work is done (EOI, deactivate).  NULL: nothing to do. */
+    void (*end)(struct shi_self *, uint32_t line);
+    /* Is there a line that `next` would give to `cpu`?  By anybody: a look. */
+    bool (*pending)(const struct shi_machine *, uint32_t cpu);
+    /* Mask or unmask a line of a CPU.  NULL: by the CPU's enable bits. */
+    void (*enable)(struct shi_self *, uint32_t cpu, uint32_t line, bool on);
+    /* The CPU's part as after power-on; masks of requested irqs stay. */
+    void (*reset)(const struct shi_machine *, uint32_t cpu);
+};
+
+extern const struct shi_flow shi_flow_vector, shi_flow_mailbox, shi_flow_mux, shi_flow_sgi,
+    shi_flow_shared, shi_flow_esb;
+
+/* esb: what irq_happened says when a kick found interrupts off. */
+void shi_esb_note_masked(struct shi_self *self);
+
+/* Check a description and find its flow: -EINVAL for one that cannot be. */
+int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus);
+const struct shi_flow *shi_flow_of(uint32_t kind);
+
+/* ---- sending: between shi_enter and shi_leave ------------------------------------ */
+
+/* Set a line of `dst` pending and ring it the way its state asks for. */
+void shi_irq_raise(struct shi_self *self, uint32_t dst, uint32_t line);
+void shi_chip_send_call_single(struct shi_self *self, uint32_t dst);
+void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n);
+void shi_chip_send_reschedule(struct shi_self *self, uint32_t dst);
+/* Register writes that an IPI to these CPUs takes (ascending). */
+uint32_t shi_chip_writes(const struct shi_self *self, const uint32_t *cpus, uint32_t n);
+
+/* ---- receiving ------------------------------------------------------------------- */
+
+/* Take and dispatch what is pending here.  Soft-masked. */
+void shi_chip_handle(struct shi_self *self);
+/* A kick came while interrupts were off: powerpc notes of which kind. */
+void shi_chip_note_masked(struct shi_self *self);
+/* The handler of a requested irq that was put off has run. */
+void shi_chip_end(struct shi_self *self, uint32_t line);
+/* Mask or unmask; a line that was pending while masked is taken on unmask. */
+void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on);
+/* TPR, CPPR or PMR of this CPU; what it lets through is taken when interrupts are on. */
+void shi_chip_threshold(struct shi_self *self, uint32_t value);
+/* Set the summary bit of `cpu` if its chip has anything, and ring it. */
+void shi_chip_look(struct shi_self *self, uint32_t cpu, bool again);
+/* As after power-on: at boot, and before a process takes the slot again. */
+void shi_chip_reset(const struct shi_machine *m, uint32_t cpu);
+
+/* A secondary CPU of a chip that starts them by IPI: wait for STARTUP.  0, -ECANCELED. */
+int shi_chip_wait_startup(struct shi_self *self);
+/* The STARTUP IPI.  1: the CPU waited for it; 0: it did not, and nothing happens. */
+int shi_chip_startup(struct shi_self *self, uint32_t cpu);
+
+static inline struct shi_pic *shi_pic(const struct shi_machine *m, uint32_t cpu)
+{
+    return &shi_slot(m, cpu)->pic;
+}
+
+static inline struct shi_irq_area *shi_irq_area(const struct shi_machine *m)
+{
+    return (struct shi_irq_area *)(m->base + m->irq_offset);
+}
+
+/* Where a CPU's lines of one kind lie. */
+static inline uint32_t shi_line_of(const struct shi_machine *m, uint32_t line, uint32_t cpu)
+{
+    return m->chip.per_cpu ? line + cpu : line;
+}
+
+#endif

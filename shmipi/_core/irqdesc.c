@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: MIT */
+#include "sys.h"
+
+#include <errno.h>
+
+#include "chip.h"
+#include "doorbell.h"
+#include "irqdesc.h"
+#include "native.h"
+
+struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq)
+{
+    return virq < SHI_NR_IRQS ? &shi_irq_area(m)->desc[virq] : NULL;
+}
+
+/* ---- the lock -------------------------------------------------------------------- */
+
+static bool holder_lives(const struct shi_machine *m, uint64_t held)
+{
+    uint32_t slot = (uint32_t)held - 1;
+    if (slot >= m->nslots)
+        return false; /* damaged */
+    if (slot >= m->ncpus)
+        return true; /* the host's or the firmware's end is the machine's */
+    uint64_t w = shi_load_acquire(&shi_slot(m, slot)->word);
+    return shi_word_state(w) != SHI_DEAD && shi_word_gen(w) == (uint16_t)(held >> 32);
+}
+
+int shi_irq_trylock(struct shi_self *self)
+{
+    shi_a64 *lock = &shi_irq_area(self->m)->lock;
+    uint64_t held = shi_load_relaxed(lock);
+    if (held && holder_lives(self->m, held))
+        return -EAGAIN;
+    /* Acquires what the unlock, or the dead holder, stored. */
+    return shi_cas_full(lock, &held, (uint64_t)(self->id + 1) | (uint64_t)self->gen << 32)
+               ? 0
+               : -EAGAIN;
+}
+
+void shi_irq_unlock(struct shi_self *self)
+{
+    shi_store_release(&shi_irq_area(self->m)->lock, 0);
+}
+
+/* ---- handlers -------------------------------------------------------------------- */
+
+void shi_irqdesc_set_native(struct shi_irqdesc *desc, uint32_t native, uint32_t kind,
+                            uint64_t info)
+{
+    desc->func = native;
+    desc->kind = kind;
+    desc->info = info;
+    shi_store_release(&desc->action, SHI_IA_NATIVE); /* read with acquire by handle */
+}
+
+void shi_irqdesc_set_python(struct shi_self *self, struct shi_irqdesc *desc, uint32_t func,
+                            uint32_t serial)
+{
+    desc->func = func;
+    desc->serial = serial;
+    desc->src = (uint16_t)self->id;
+    desc->src_gen = self->gen;
+    shi_store_release(&desc->action, SHI_IA_PYTHON);
+}
+
+void shi_irqdesc_clear(struct shi_irqdesc *desc)
+{
+    shi_store_full(&desc->action, SHI_IA_NONE);
+}
+
+bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *desc)
+{
+    shi_native_handler *function = shi_native_get(desc->func);
+    void *info = NULL;
+    if (!function)
+        return false;
+    if (desc->kind == SHI_K_INT)
+        info = (void *)(uintptr_t)desc->info;
+    else if (desc->kind == SHI_K_POINTER) {
+        if (desc->info >= shi_array_end(self->m))
+            return false;
+        info = self->m->base + desc->info;
+    }
+    function(info);
+    return true;
+}
+
+bool shi_irqdesc_handle(struct shi_self *self, uint32_t line)
+{
+    uint32_t i, virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
+    const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
+    uint32_t action = virq && desc ? shi_load_acquire(&desc->action) : SHI_IA_NONE;
+    if (action == SHI_IA_NATIVE && shi_irqdesc_run_native(self, desc)) {
+        shi_count(self, SHI_C_irq_handled);
+        return true;
+    }
+    if (action != SHI_IA_PYTHON) {
+        shi_count(self, SHI_C_irq_other); /* freed meanwhile, or never requested */
+        return true;
+    }
+    if (self->inline_python && self->hooks.irq && !shi_python_waits(self)) {
+        self->hooks.irq(self, line);
+        return true;
+    }
+    for (i = 0; i < self->nlater; i++)
+        if (self->later[i] == line)
+            return false; /* once more before it was handled at all */
+    if (self->nlater < SHI_NLINES)
+        self->later[self->nlater++] = (uint16_t)line;
+    return false;
+}
+
+uint32_t shi_irqdesc_pop(struct shi_self *self)
+{
+    uint32_t line, i;
+    if (!self->nlater)
+        return SHI_NO_LINE;
+    line = self->later[0];
+    self->nlater--;
+    for (i = 0; i < self->nlater; i++)
+        self->later[i] = self->later[i + 1];
+    return line;
+}
+
+/* ---- coprocessors ---------------------------------------------------------------- */
+
+int shi_coproc_raise(struct shi_self *self, uint32_t number)
+{
+    struct shi_coproc *coproc;
+    if (number >= SHI_NCOPROC)
+        return -ENXIO;
+    coproc = &shi_irq_area(self->m)->coproc[number];
+    if (!shi_load_acquire(&coproc->virq))
+        return -ENXIO;
+    shi_count(self, SHI_C_chip_writes);
+    shi_fetch_or_full(&coproc->pending, 1);
+    shi_event_ring(&coproc->event);
+    return 0;
+}

@@ -1,0 +1,575 @@
+/* SPDX-License-Identifier: MIT */
+/* Interrupt controllers and irq descriptors as Python drives them. */
+#include "py_shi.h"
+
+#include "chip.h"
+#include "doorbell.h"
+#include "irqdesc.h"
+#include "nmi.h"
+#include "trace.h"
+
+/* ---- handlers -------------------------------------------------------------------- */
+
+/* Call the Python handler of `desc` with `argument`; what it raises is unraisable. */
+static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *argument)
+{
+    struct shi_self *self = &machine->self;
+    PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
+    PyObject *function = NULL, *result = NULL;
+    uint8_t flags = self->irqs_off;
+    self->irqs_off = 1;
+    self->in_irq++;
+    if (shi_load_acquire(&desc->action) == SHI_IA_PYTHON)
+        function = shi_function_received(machine, desc->src, desc->src_gen, desc->func,
+                                         desc->serial);
+    if (function) {
+        shi_count(self, SHI_C_python_run);
+        result = PyObject_CallOneArg(function, argument);
+    } else {
+        shi_count(self, SHI_C_irq_other); /* freed meanwhile, or its requester is gone */
+    }
+    if (PyErr_Occurred()) {
+        shi_count(self, SHI_C_unraisable);
+        PyErr_WriteUnraisable(function);
+    }
+    Py_XDECREF(result);
+    Py_XDECREF(function);
+    self->in_irq--;
+    self->irqs_off = flags;
+    if (pending) {
+        PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
+        Py_DECREF(pending);
+    }
+}
+
+void shi_run_line(Machine *machine, uint32_t line)
+{
+    struct shi_self *self = &machine->self;
+    uint32_t virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
+    const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
+    PyObject *number = virq && desc ? PyLong_FromUnsignedLong(desc->ipi_base) : NULL;
+    if (number) {
+        shi_count(self, SHI_C_irq_handled);
+        apply(machine, desc, number);
+        Py_DECREF(number);
+    }
+    shi_chip_end(self, line);
+}
+
+void shi_run_nmi(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    while (self->nmi_waits && !self->in_nmi) {
+        self->in_nmi = 1;
+        apply(machine, shi_irqdesc(self->m, 0), Py_None);
+        self->in_nmi = 0;
+        self->nmi_waits = 0;
+        shi_signal_fence();
+        shi_nmi_done(self);
+        shi_nmi_entry(self); /* one more may have come while it was in service */
+    }
+}
+
+/* ---- the chip's description ------------------------------------------------------ */
+
+static int number(PyObject *dict, const char *key, uint32_t *out)
+{
+    PyObject *value = PyDict_GetItemString(dict, key); /* borrowed */
+    if (!value) {
+        PyErr_Format(PyExc_KeyError, "a chip's description needs '%s'", key);
+        return -1;
+    }
+    if (value == Py_None) {
+        *out = SHI_NO_LINE;
+        return 0;
+    }
+    unsigned long n = PyLong_AsUnsignedLong(value);
+    if (PyErr_Occurred())
+        return -1;
+    *out = (uint32_t)n;
+    return 0;
+}
+
+static int bytes_of(PyObject *dict, const char *key, uint8_t *out, Py_ssize_t size)
+{
+    PyObject *value = PyDict_GetItemString(dict, key);
+    if (!value || !PyBytes_Check(value) || PyBytes_GET_SIZE(value) != size) {
+        PyErr_Format(PyExc_ValueError, "a chip's '%s' is %zd bytes", key, size);
+        return -1;
+    }
+    memcpy(out, PyBytes_AS_STRING(value), (size_t)size);
+    return 0;
+}
+
+int shi_chip_from_python(PyObject *dict, struct shi_chip *chip)
+{
+    const struct {
+        const char *key;
+        uint32_t *out;
+    } numbers[] = {
+        {"flow", &chip->flow},           {"nlines", &chip->nlines},
+        {"call_single", &chip->call_single}, {"call", &chip->call},
+        {"reschedule", &chip->reschedule},   {"nmi", &chip->nmi},
+        {"per_cpu", &chip->per_cpu},     {"group", &chip->group},
+        {"shorthand", &chip->shorthand}, {"startup", &chip->startup},
+        {"banked", &chip->banked},       {"siblings", &chip->siblings},
+    };
+    size_t i;
+    memset(chip, 0, sizeof *chip);
+    if (!PyDict_Check(dict)) {
+        PyErr_SetString(PyExc_TypeError, "a chip's description is a dict");
+        return -1;
+    }
+    for (i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        if (number(dict, numbers[i].key, numbers[i].out) < 0)
+            return -1;
+    if (bytes_of(dict, "use", chip->use, SHI_NLINES) < 0 ||
+        bytes_of(dict, "row", chip->row, SHI_NLINES) < 0)
+        return -1;
+    PyObject *name = PyDict_GetItemString(dict, "name");
+    PyObject *rows = PyDict_GetItemString(dict, "rows");
+    const char *text = name ? PyUnicode_AsUTF8(name) : NULL;
+    if (!text || strlen(text) >= sizeof chip->name || !rows || !PyList_Check(rows) ||
+        PyList_GET_SIZE(rows) > SHI_NROWS) {
+        PyErr_SetString(PyExc_ValueError, "a chip has a short name and a list of rows");
+        return -1;
+    }
+    strcpy(chip->name, text);
+    chip->nrows = (uint32_t)PyList_GET_SIZE(rows);
+    for (i = 0; i < chip->nrows; i++) {
+        const char *label;
+        unsigned counter;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(rows, (Py_ssize_t)i), "ssI", &label, &text,
+                              &counter))
+            return -1;
+        chip->rows[i].counter = counter;
+        snprintf(chip->rows[i].label, sizeof chip->rows[i].label, "%s", label);
+        snprintf(chip->rows[i].text, sizeof chip->rows[i].text, "%s", text);
+    }
+    return 0;
+}
+
+/* ---- methods of Machine ---------------------------------------------------------- */
+
+#define METHOD(name) static PyObject *irq_##name(PyObject *object, PyObject *arg)
+#define MACHINE(object) ((Machine *)(object))
+
+static int check_line(const Machine *machine, unsigned line)
+{
+    if (line < machine->m.chip.nlines)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s has no line %u", machine->m.chip.name, line);
+    return -1;
+}
+
+static int check_cpu(Machine *machine, unsigned cpu)
+{
+    if (cpu < machine->m.ncpus)
+        return 0;
+    shi_raise_errno(machine, -ENXIO, (int)cpu);
+    return -1;
+}
+
+/* Set from here on to look at what an operation on the own CPU let through. */
+static void settle(Machine *machine)
+{
+    if (!machine->self.host)
+        shi_after_enable(machine);
+}
+
+/* irq_raise(line, cpus, writes): make it pending at each of `cpus`, a list. */
+METHOD(raise)
+{
+    Machine *machine = MACHINE(object);
+    struct shi_self *self = &machine->self;
+    unsigned line, writes;
+    PyObject *cpus;
+    Py_ssize_t i;
+    if (!PyArg_ParseTuple(arg, "IO!I", &line, &PyList_Type, &cpus, &writes) ||
+        shi_use(machine) < 0 || check_line(machine, line) < 0)
+        return NULL;
+    for (i = 0; i < PyList_GET_SIZE(cpus); i++) {
+        unsigned long cpu = PyLong_AsUnsignedLong(PyList_GET_ITEM(cpus, i));
+        if (PyErr_Occurred() || check_cpu(machine, (unsigned)cpu) < 0)
+            return NULL;
+    }
+    shi_enter(self);
+    shi_count_n(self, SHI_C_chip_writes, writes);
+    for (i = 0; i < PyList_GET_SIZE(cpus); i++)
+        shi_irq_raise(self, (uint32_t)PyLong_AsUnsignedLong(PyList_GET_ITEM(cpus, i)), line);
+    shi_leave(self);
+    settle(machine);
+    Py_RETURN_NONE;
+}
+
+/* irq_enable_line(cpu, line, on) */
+METHOD(enable_line)
+{
+    Machine *machine = MACHINE(object);
+    unsigned cpu, line;
+    int on;
+    if (!PyArg_ParseTuple(arg, "IIp", &cpu, &line, &on) || shi_use(machine) < 0 ||
+        check_line(machine, line) < 0 || check_cpu(machine, cpu) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    shi_chip_enable(&machine->self, cpu, line, on);
+    shi_leave(&machine->self);
+    settle(machine);
+    Py_RETURN_NONE;
+}
+
+/* irq_threshold(value): of this CPU. */
+METHOD(threshold)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long value = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred() || shi_use(machine) < 0)
+        return NULL;
+    if (machine->self.host)
+        return shi_raise(shi_py.StateError, 0, -1, "the host is no CPU: it masks nothing");
+    shi_enter(&machine->self);
+    shi_chip_threshold(&machine->self, (uint32_t)value);
+    shi_leave(&machine->self);
+    settle(machine);
+    Py_RETURN_NONE;
+}
+
+/* irq_end(line): EOI before the handler has returned. */
+METHOD(end)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long line = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred() || shi_use(machine) < 0 || check_line(machine, (unsigned)line) < 0)
+        return NULL;
+    if (machine->self.host)
+        return shi_raise(shi_py.StateError, 0, -1, "the host is no CPU: it takes no interrupts");
+    shi_enter(&machine->self);
+    shi_chip_end(&machine->self, (uint32_t)line);
+    shi_leave(&machine->self);
+    settle(machine);
+    Py_RETURN_NONE;
+}
+
+/* nmi_send(cpu) -> bool: False when as many as can be were pending already. */
+METHOD(nmi_send)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long cpu = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred() || shi_use(machine) < 0 || check_cpu(machine, (unsigned)cpu) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    int sent = shi_nmi_send(&machine->self, (uint32_t)cpu);
+    shi_leave(&machine->self);
+    settle(machine);
+    return sent < 0 ? shi_raise_errno(machine, sent, (int)cpu) : PyBool_FromLong(sent);
+}
+
+/* startup_ipi(cpu) -> bool: did it wait for one? */
+METHOD(startup_ipi)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long cpu = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred() || shi_use(machine) < 0 || check_cpu(machine, (unsigned)cpu) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    int started = shi_chip_startup(&machine->self, (uint32_t)cpu);
+    shi_leave(&machine->self);
+    return PyBool_FromLong(started);
+}
+
+/* Registers that can be read, and those of them that software may write. */
+struct reg {
+    const char *name;
+    size_t offset;
+    uint8_t bytes, common; /* common: of the machine, not of a CPU */
+    uint16_t count;
+    uint8_t writable;
+};
+#define PIC(name, count, writable)                                                               \
+    {#name, offsetof(struct shi_slot, pic) + offsetof(struct shi_pic, name),                     \
+     sizeof(((struct shi_pic *)0)->name) / (count), 0, count, writable}
+#define AREA(name, count, writable)                                                              \
+    {#name, offsetof(struct shi_irq_area, name), sizeof(((struct shi_irq_area *)0)->name) / (count), \
+     1, count, writable}
+static const struct reg regs[] = {
+    {"irr", offsetof(struct shi_slot, irr), 8, 0, SHI_NLINES / 64, 0},
+    PIC(enable, SHI_NLINES / 64, 0),
+    PIC(messages, 1, 0),
+    PIC(nmi, 1, 0),
+    PIC(startup, 1, 1),
+    PIC(bank, 16, 0),
+    PIC(isr, SHI_NLINES / 64, 0),
+    PIC(threshold, 1, 0),
+    PIC(happened, 1, 0),
+    PIC(iar, 1, 0),
+    PIC(priority, 32, 1),
+    PIC(eq_at, 1, 0),
+    PIC(eq_put, 1, 0),
+    PIC(eq, SHI_EQ, 0),
+    PIC(rows, SHI_NROWS, 0),
+    AREA(shared, SHI_NLINES / 64, 0),
+    AREA(mask, SHI_NLINES / 64, 0),
+    AREA(route, SHI_NLINES, 1),
+    AREA(line_virq, SHI_NLINES, 1),
+};
+
+static void *find_reg(Machine *machine, unsigned cpu, const char *name, unsigned index,
+                      bool write, const struct reg **found)
+{
+    size_t i;
+    for (i = 0; i < sizeof regs / sizeof *regs; i++) {
+        const struct reg *r = &regs[i];
+        if (strcmp(r->name, name))
+            continue;
+        if (index >= r->count || (write && !r->writable))
+            break;
+        if (!r->common && check_cpu(machine, cpu) < 0)
+            return NULL;
+        uint8_t *base = r->common ? (uint8_t *)shi_irq_area(&machine->m)
+                                  : (uint8_t *)shi_slot(&machine->m, cpu);
+        *found = r;
+        return base + r->offset + (size_t)index * r->bytes;
+    }
+    PyErr_Format(PyExc_ValueError, "no register %s[%u] to %s", name, index,
+                 write ? "write" : "read");
+    return NULL;
+}
+
+/* pic_read(cpu, name, index=0) -> int; `cpu` means nothing for registers of the machine. */
+METHOD(pic_read)
+{
+    const struct reg *r;
+    const char *name;
+    unsigned cpu, index = 0;
+    if (!PyArg_ParseTuple(arg, "Is|I", &cpu, &name, &index))
+        return NULL;
+    void *at = find_reg(MACHINE(object), cpu, name, index, false, &r);
+    if (!at)
+        return NULL;
+    if (r->bytes == 8)
+        return PyLong_FromUnsignedLongLong(shi_load_acquire((shi_a64 *)at));
+    if (r->bytes == 4)
+        return PyLong_FromUnsignedLong(shi_load_acquire((shi_a32 *)at));
+    return PyLong_FromUnsignedLong(shi_load_acquire((shi_a8 *)at));
+}
+
+/* pic_write(cpu, name, index, value) */
+METHOD(pic_write)
+{
+    const struct reg *r;
+    const char *name;
+    unsigned cpu, index;
+    unsigned long long value;
+    if (!PyArg_ParseTuple(arg, "IsIK", &cpu, &name, &index, &value))
+        return NULL;
+    void *at = find_reg(MACHINE(object), cpu, name, index, true, &r);
+    if (!at)
+        return NULL;
+    if (r->bytes == 8)
+        shi_store_full((shi_a64 *)at, value);
+    else if (r->bytes == 4)
+        shi_store_full((shi_a32 *)at, (uint32_t)value);
+    else
+        shi_store_full((shi_a8 *)at, (uint8_t)value);
+    Py_RETURN_NONE;
+}
+
+/* ---- descriptors ----------------------------------------------------------------- */
+
+METHOD(trylock)
+{
+    (void)arg;
+    return shi_use(MACHINE(object)) < 0
+               ? NULL
+               : PyBool_FromLong(shi_irq_trylock(&MACHINE(object)->self) == 0);
+}
+
+METHOD(unlock)
+{
+    (void)arg;
+    shi_irq_unlock(&MACHINE(object)->self);
+    Py_RETURN_NONE;
+}
+
+static int request_native(Machine *machine, struct shi_irqdesc *desc, uint32_t native,
+                          PyObject *info)
+{
+    struct outgoing out;
+    if (info == Py_None) {
+        shi_irqdesc_set_native(desc, native, SHI_K_NONE, 0);
+        return 0;
+    }
+    if (shi_outgoing_info(machine, &out, Py_None, info) < 0)
+        return -1;
+    int err = 0;
+    if (out.kind == SHI_K_INT || out.kind == SHI_K_POINTER) {
+        shi_irqdesc_set_native(desc, native, out.kind, out.value.u);
+    } else {
+        PyErr_SetString(PyExc_TypeError, "a native irq handler takes None, an int, or a shared "
+                                         "array");
+        err = -1;
+    }
+    shi_outgoing_clear(&out);
+    return err;
+}
+
+/* irq_request(virq, handler, info): publish the handler.  The table is locked, and the
+ * caller keeps `handler` (a function, or a NativeHandler) alive. */
+METHOD(request)
+{
+    Machine *machine = MACHINE(object);
+    unsigned virq;
+    PyObject *handler, *info;
+    if (!PyArg_ParseTuple(arg, "IOO", &virq, &handler, &info) || shi_use(machine) < 0)
+        return NULL;
+    struct shi_irqdesc *desc = shi_irqdesc(&machine->m, virq);
+    if (!desc) {
+        PyErr_Format(PyExc_ValueError, "no virq %u", virq);
+        return NULL;
+    }
+    if (Py_IS_TYPE(handler, shi_native_type)) {
+        if (request_native(machine, desc, ((NativeHandler *)handler)->index, info) < 0)
+            return NULL;
+        Py_RETURN_NONE;
+    }
+    int64_t index = shi_function_number(machine, handler);
+    if (index == -1)
+        PyErr_SetString(PyExc_TypeError, "an irq handler is a function or a NativeHandler");
+    if (index < 0)
+        return NULL;
+    shi_irqdesc_set_python(&machine->self, desc, (uint32_t)index,
+                           shi_load_relaxed(&shi_func_entry(&machine->m, machine->self.id,
+                                                            (uint32_t)index)->serial));
+    Py_RETURN_NONE;
+}
+
+/* irq_free(virq): withdraw it. */
+METHOD(free)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long virq = PyLong_AsUnsignedLong(arg);
+    struct shi_irqdesc *desc = PyErr_Occurred() ? NULL
+                                                : shi_irqdesc(&machine->m, (uint32_t)virq);
+    if (PyErr_Occurred())
+        return NULL;
+    if (desc)
+        shi_irqdesc_clear(desc);
+    Py_RETURN_NONE;
+}
+
+/* ---- coprocessors ---------------------------------------------------------------- */
+
+static struct shi_coproc *coproc_arg(Machine *machine, unsigned number)
+{
+    if (number < SHI_NCOPROC)
+        return &shi_irq_area(&machine->m)->coproc[number];
+    PyErr_Format(PyExc_ValueError, "no coprocessor %u", number);
+    return NULL;
+}
+
+/* coproc_raise(number): OSError ENXIO when there is none. */
+METHOD(coproc_raise)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long which = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred() || shi_use(machine) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    int err = shi_coproc_raise(&machine->self, (uint32_t)which);
+    shi_leave(&machine->self);
+    if (err)
+        return shi_os_error(-err, "coprocessor");
+    Py_RETURN_NONE;
+}
+
+/* coproc_take(number) -> bool: was its line pending?  It is not any more. */
+METHOD(coproc_take)
+{
+    unsigned long which = PyLong_AsUnsignedLong(arg);
+    struct shi_coproc *c = PyErr_Occurred() ? NULL : coproc_arg(MACHINE(object), (unsigned)which);
+    return c ? PyBool_FromLong(shi_xchg_full(&c->pending, 0)) : NULL;
+}
+
+/* coproc_wait(number, seen, seconds) -> count of its doorbell. */
+METHOD(coproc_wait)
+{
+    unsigned which;
+    unsigned long seen;
+    double seconds;
+    if (!PyArg_ParseTuple(arg, "Ikd", &which, &seen, &seconds))
+        return NULL;
+    struct shi_coproc *c = coproc_arg(MACHINE(object), which);
+    if (!c)
+        return NULL;
+    int err = 0;
+    Py_BEGIN_ALLOW_THREADS
+    if (seconds != 0 && shi_load_acquire(&c->event) == (uint32_t)seen)
+        err = shi_event_wait(&c->event, (uint32_t)seen,
+                             seconds < 0 ? -1 : (int64_t)(seconds * 1e9));
+    Py_END_ALLOW_THREADS
+    if (err == -EINTR && PyErr_CheckSignals() < 0)
+        return NULL;
+    return PyLong_FromUnsignedLong(shi_load_acquire(&c->event));
+}
+
+/* coproc_set(number, pid, virq): it is there (virq 0: gone). */
+METHOD(coproc_set)
+{
+    unsigned which, pid, virq;
+    if (!PyArg_ParseTuple(arg, "III", &which, &pid, &virq))
+        return NULL;
+    struct shi_coproc *c = coproc_arg(MACHINE(object), which);
+    if (!c)
+        return NULL;
+    shi_store_relaxed(&c->pid, pid);
+    if (!virq)
+        shi_store_relaxed(&c->pending, 0);
+    shi_store_release(&c->virq, virq);
+    Py_RETURN_NONE;
+}
+
+/* coproc(number) -> (pid, virq, pending) */
+METHOD(coproc)
+{
+    unsigned long which = PyLong_AsUnsignedLong(arg);
+    struct shi_coproc *c = PyErr_Occurred() ? NULL : coproc_arg(MACHINE(object), (unsigned)which);
+    return c ? Py_BuildValue("(III)", shi_load_relaxed(&c->pid), shi_load_acquire(&c->virq),
+                             shi_load_acquire(&c->pending))
+             : NULL;
+}
+
+PyMethodDef shi_irq_methods[] = {
+    {"irq_raise", irq_raise, METH_VARARGS, "irq_raise(line, cpus, writes)"},
+    {"irq_enable_line", irq_enable_line, METH_VARARGS, "irq_enable_line(cpu, line, on)"},
+    {"irq_threshold", irq_threshold, METH_O, "irq_threshold(value): of this CPU"},
+    {"irq_end", irq_end, METH_O, "irq_end(line): EOI before the handler has returned"},
+    {"nmi_send", irq_nmi_send, METH_O, "nmi_send(cpu) -> bool: False when it collapsed"},
+    {"startup_ipi", irq_startup_ipi, METH_O, "startup_ipi(cpu) -> bool: did it wait for one?"},
+    {"pic_read", irq_pic_read, METH_VARARGS, "pic_read(cpu, register, index=0) -> int"},
+    {"pic_write", irq_pic_write, METH_VARARGS, "pic_write(cpu, register, index, value)"},
+    {"irq_trylock", irq_trylock, METH_NOARGS, "irq_trylock() -> bool: of the descriptors"},
+    {"irq_unlock", irq_unlock, METH_NOARGS, "irq_unlock()"},
+    {"irq_request", irq_request, METH_VARARGS, "irq_request(virq, handler, info)"},
+    {"irq_free", irq_free, METH_O, "irq_free(virq)"},
+    {"coproc_raise", irq_coproc_raise, METH_O, "coproc_raise(number)"},
+    {"coproc_take", irq_coproc_take, METH_O, "coproc_take(number) -> bool"},
+    {"coproc_wait", irq_coproc_wait, METH_VARARGS, "coproc_wait(number, seen, seconds) -> count"},
+    {"coproc_set", irq_coproc_set, METH_VARARGS, "coproc_set(number, pid, virq)"},
+    {"coproc", irq_coproc, METH_O, "coproc(number) -> (pid, virq, pending)"},
+    {NULL, NULL, 0, NULL},
+};
+
+/* The machine of this process, or the only one open here. */
+static PyObject *current(PyObject *module, PyObject *unused)
+{
+    Machine *machine = shi_use_current();
+    (void)module;
+    (void)unused;
+    return machine ? Py_NewRef((PyObject *)machine) : NULL;
+}
+
+PyMethodDef shi_irq_functions[] = {
+    {"current_machine", current, METH_NOARGS,
+     "current_machine()\n--\n\nThe Machine that module-level functions act on."},
+    {NULL, NULL, 0, NULL},
+};
