@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from shmipi._version import __version__
 
 if TYPE_CHECKING:
-    from shmipi import atomic, smp
+    from shmipi import atomic, irq, smp
     from shmipi.cluster import Cluster, Cpu
     from shmipi.cpumask import CpuMask
     from shmipi.errors import (
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         CsdBusyError,
         IpiDeadlockError,
         IpiTimeoutError,
+        IrqError,
         LayoutError,
         MachineDiedError,
         NoMachineError,
@@ -47,6 +48,7 @@ __all__ = [
     "CsdBusyError",
     "IpiDeadlockError",
     "IpiTimeoutError",
+    "IrqError",
     "LayoutError",
     "MachineDiedError",
     "NativeHandler",
@@ -57,6 +59,7 @@ __all__ = [
     "ShmipiWarning",
     "__version__",
     "atomic",
+    "irq",
     "percpu",
     "shared",
     "smp",

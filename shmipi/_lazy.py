@@ -7,7 +7,7 @@ from importlib import import_module
 
 __all__ = ["load"]
 
-_MODULES = {"atomic": "shmipi.atomic", "smp": "shmipi.smp"}
+_MODULES = {"atomic": "shmipi.atomic", "irq": "shmipi.irq", "smp": "shmipi.smp"}
 _HOMES = {
     "shmipi.cluster": ("Cluster", "Cpu"),
     "shmipi.cpumask": ("CpuMask",),
@@ -20,6 +20,7 @@ _HOMES = {
         "CsdBusyError",
         "IpiDeadlockError",
         "IpiTimeoutError",
+        "IrqError",
         "LayoutError",
         "MachineDiedError",
         "NoMachineError",

@@ -349,6 +349,7 @@ struct shi_pic {
     shi_a8 bank[16];  /* sgi: CPUs that sent it */
     /* Written by the owner only. */
     _Alignas(SHI_PAIR) shi_a64 isr[SHI_NLINES / 64]; /* in service, or active */
+    shi_a32 nmi_entered; /* NMIs whose handler has begun */
     shi_a32 threshold;  /* TPR, CPPR, PMR */
     shi_a32 spurious;   /* 1: asserted, and masked before it was taken */
     shi_a32 happened;   /* esb: paca->irq_happened */

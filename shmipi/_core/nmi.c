@@ -61,15 +61,15 @@ static bool accept_nmi(struct shi_self *self)
     return true;
 }
 
+void shi_nmi_entered(struct shi_self *self)
+{
+    shi_fetch_add_full(&self->slot->pic.nmi_entered, 1);
+}
+
 void shi_nmi_done(struct shi_self *self)
 {
     SHI_TRACE(self, nmi_exit, self->id, 0, 0, 0);
     shi_fetch_and_full(&self->slot->pic.nmi, ~SHI_NMI_IN_SERVICE);
-}
-
-bool shi_nmi_python(const struct shi_self *self)
-{
-    return shi_load_relaxed(&self->slot->pic.nmi) & SHI_NMI_IN_SERVICE && self->nmi_waits;
 }
 
 /* Run it here if it is native: true.  False: Python has to. */
@@ -79,8 +79,10 @@ static bool run(struct shi_self *self)
     uint32_t action = shi_load_acquire(&desc->action);
     if (action == SHI_IA_PYTHON)
         return false;
-    if (action == SHI_IA_NATIVE)
+    if (action == SHI_IA_NATIVE) {
+        shi_nmi_entered(self);
         shi_irqdesc_run_native(self, desc);
+    }
     return true; /* nobody's: counted, as the kernel's "NMI received for unknown reason" */
 }
 

@@ -17,8 +17,9 @@ int shi_nmi_send(struct shi_self *self, uint32_t dst);
 void shi_nmi_entry(struct shi_self *self);
 /* The line that stands in for an NMI was taken. */
 void shi_nmi_by_line(struct shi_self *self);
-/* Is one in service whose handler is Python's?  Run it, then shi_nmi_done. */
-bool shi_nmi_python(const struct shi_self *self);
+/* Its handler begins: who waits for that sees it. */
+void shi_nmi_entered(struct shi_self *self);
+/* Its handler, Python's, has returned. */
 void shi_nmi_done(struct shi_self *self);
 /* Signal again if any is pending: its sender may have died before it did. */
 void shi_nmi_resend(struct shi_self *self, uint32_t dst);

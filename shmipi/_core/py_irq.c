@@ -11,7 +11,8 @@
 /* ---- handlers -------------------------------------------------------------------- */
 
 /* Call the Python handler of `desc` with `argument`; what it raises is unraisable. */
-static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *argument)
+static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *argument,
+                  bool is_nmi)
 {
     struct shi_self *self = &machine->self;
     PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
@@ -24,6 +25,8 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
                                          desc->serial);
     if (function) {
         shi_count(self, SHI_C_python_run);
+        if (is_nmi)
+            shi_nmi_entered(self);
         result = PyObject_CallOneArg(function, argument);
     } else {
         shi_count(self, SHI_C_irq_other); /* freed meanwhile, or its requester is gone */
@@ -50,7 +53,7 @@ void shi_run_line(Machine *machine, uint32_t line)
     PyObject *number = virq && desc ? PyLong_FromUnsignedLong(desc->ipi_base) : NULL;
     if (number) {
         shi_count(self, SHI_C_irq_handled);
-        apply(machine, desc, number);
+        apply(machine, desc, number, false);
         Py_DECREF(number);
     }
     shi_chip_end(self, line);
@@ -61,7 +64,7 @@ void shi_run_nmi(Machine *machine)
     struct shi_self *self = &machine->self;
     while (self->nmi_waits && !self->in_nmi) {
         self->in_nmi = 1;
-        apply(machine, shi_irqdesc(self->m, 0), Py_None);
+        apply(machine, shi_irqdesc(self->m, 0), Py_None, true);
         self->in_nmi = 0;
         self->nmi_waits = 0;
         shi_signal_fence();
@@ -264,6 +267,19 @@ METHOD(nmi_send)
     return sent < 0 ? shi_raise_errno(machine, sent, (int)cpu) : PyBool_FromLong(sent);
 }
 
+/* nmi_resend(cpu): signal again what is pending, whatever became of the first signal. */
+METHOD(nmi_resend)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long cpu = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred() || shi_use(machine) < 0 || check_cpu(machine, (unsigned)cpu) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    shi_irq_rering(&machine->self, (uint32_t)cpu);
+    shi_leave(&machine->self);
+    Py_RETURN_NONE;
+}
+
 /* startup_ipi(cpu) -> bool: did it wait for one? */
 METHOD(startup_ipi)
 {
@@ -299,6 +315,7 @@ static const struct reg regs[] = {
     PIC(startup, 1, 1),
     PIC(bank, 16, 0),
     PIC(isr, SHI_NLINES / 64, 0),
+    PIC(nmi_entered, 1, 0),
     PIC(threshold, 1, 0),
     PIC(happened, 1, 0),
     PIC(iar, 1, 0),
@@ -391,15 +408,16 @@ METHOD(unlock)
     Py_RETURN_NONE;
 }
 
-static int request_native(Machine *machine, struct shi_irqdesc *desc, uint32_t native,
+static int request_native(Machine *machine, struct shi_irqdesc *desc, PyObject *handler,
                           PyObject *info)
 {
+    uint32_t native = ((NativeHandler *)handler)->index;
     struct outgoing out;
     if (info == Py_None) {
         shi_irqdesc_set_native(desc, native, SHI_K_NONE, 0);
         return 0;
     }
-    if (shi_outgoing_info(machine, &out, Py_None, info) < 0)
+    if (shi_outgoing_info(machine, &out, handler, info) < 0)
         return -1;
     int err = 0;
     if (out.kind == SHI_K_INT || out.kind == SHI_K_POINTER) {
@@ -428,7 +446,7 @@ METHOD(request)
         return NULL;
     }
     if (Py_IS_TYPE(handler, shi_native_type)) {
-        if (request_native(machine, desc, ((NativeHandler *)handler)->index, info) < 0)
+        if (request_native(machine, desc, handler, info) < 0)
             return NULL;
         Py_RETURN_NONE;
     }
@@ -544,6 +562,7 @@ PyMethodDef shi_irq_methods[] = {
     {"irq_threshold", irq_threshold, METH_O, "irq_threshold(value): of this CPU"},
     {"irq_end", irq_end, METH_O, "irq_end(line): EOI before the handler has returned"},
     {"nmi_send", irq_nmi_send, METH_O, "nmi_send(cpu) -> bool: False when it collapsed"},
+    {"nmi_resend", irq_nmi_resend, METH_O, "nmi_resend(cpu): signal what is pending again"},
     {"startup_ipi", irq_startup_ipi, METH_O, "startup_ipi(cpu) -> bool: did it wait for one?"},
     {"pic_read", irq_pic_read, METH_VARARGS, "pic_read(cpu, register, index=0) -> int"},
     {"pic_write", irq_pic_write, METH_VARARGS, "pic_write(cpu, register, index, value)"},

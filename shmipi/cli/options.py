@@ -36,7 +36,7 @@ __all__ = [
 
 IDLE_POLICIES: Final = ("auto", "poll", "haltpoll", "halt")
 DOORBELLS: Final = ("futex", "sem", "signal", "eventfd", "mqueue")
-CONTROLLERS: Final = ("apic",)
+CONTROLLERS: Final = ("apic", "xive", "mips", "mips-gic", "gicv2", "gicv3", "riscv")
 
 _UNITS: Final = {
     "": 1.0,

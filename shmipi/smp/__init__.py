@@ -30,8 +30,14 @@ from shmipi._core import (
     smp_send_reschedule,
 )
 from shmipi.smp.bound import BoundSmp
+from shmipi.smp.nmi import (
+    NMI_IPI_ALL_OTHERS,
+    register_nmi_handler,
+    smp_send_nmi_ipi,
+)
 
 __all__ = [
+    "NMI_IPI_ALL_OTHERS",
     "BoundSmp",
     "CallSingleData",
     "NativeHandler",
@@ -50,10 +56,12 @@ __all__ = [
     "on_each_cpu_mask",
     "preempt_disable",
     "preempt_enable",
+    "register_nmi_handler",
     "smp_call_function",
     "smp_call_function_many",
     "smp_call_function_single",
     "smp_call_function_single_async",
     "smp_processor_id",
+    "smp_send_nmi_ipi",
     "smp_send_reschedule",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NoReturn
 
 from shmipi import _core
 from shmipi.errors import ClusterStateError
+from shmipi.smp import nmi
 
 __all__ = ["BoundSmp"]
 
@@ -28,6 +30,8 @@ class BoundSmp:
         self.on_each_cpu_mask = machine.on_each_cpu_mask
         self.on_each_cpu_cond_mask = machine.on_each_cpu_cond_mask
         self.smp_send_reschedule = machine.smp_send_reschedule
+        self.register_nmi_handler = partial(nmi.register_nmi_handler, machine=machine)
+        self.smp_send_nmi_ipi = partial(nmi.smp_send_nmi_ipi, machine=machine)
 
     def CallSingleData(self, func: Any, info: Any = None) -> _core.CallSingleData:
         """Make a caller-owned request for this machine."""

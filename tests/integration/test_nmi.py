@@ -1,0 +1,205 @@
+"""NMIs: what they come through, what collapses, and who waits for them."""
+
+import os
+import signal
+import time
+
+import pytest
+
+import shmipi
+from shmipi import Cluster, CpuOfflineError, IrqError, atomic, smp
+
+NMI_S = 5_000_000  # us: far more than any of this takes
+
+
+def note(regs):
+    cpu = smp.smp_processor_id()
+    seen = shmipi.shared("seen")
+    seen[cpu, 1] = smp.in_nmi()
+    seen[cpu, 2] = smp.in_interrupt() and not smp.in_task()
+    atomic.fetch_add(seen, (cpu, 0), 1)
+
+
+def spin_masked(seconds):
+    """Spin with interrupts off until told to stop; True if it was told in time."""
+    smp.local_irq_disable()
+    told = spin(seconds)
+    smp.local_irq_enable()
+    return told
+
+
+def spin(seconds):
+    go = shmipi.shared("go")
+    go[0] = 1
+    end = time.monotonic() + seconds
+    while not go[1] and time.monotonic() < end:
+        pass
+    return bool(go[1])
+
+
+class Rig:
+    def __init__(self, cluster):
+        self.cluster = cluster
+        self.seen = cluster.shared("seen", "i8", (4, 3))
+        self.go = cluster.shared("go", "i8", 2)
+
+
+@pytest.fixture
+def rig(boot):
+    return lambda **options: Rig(boot(3, **{"idle": "halt", **options}))
+
+
+@pytest.mark.parametrize("doorbell", ["futex", "sem", "signal", "eventfd", "mqueue"])
+def test_all_others_whatever_they_sleep_on(rig, doorbell):
+    found = rig(doorbell=doorbell)
+    send = found.cluster.smp.smp_send_nmi_ipi
+    assert send(smp.NMI_IPI_ALL_OTHERS, note, NMI_S) == 1
+    found.cluster.run(int)  # every handler has returned
+    assert found.seen[:3].tolist() == [[1, 1, 1]] * 3
+    assert found.cluster.counters()["nmi"].tolist() == [1, 1, 1]
+
+
+def test_from_a_cpu_to_all_others_and_not_to_itself(rig):
+    found = rig()
+
+    def task():
+        with pytest.raises(IrqError, match="CPU 1 can not send"):
+            smp.smp_send_nmi_ipi(1, note)
+        return smp.smp_send_nmi_ipi(smp.NMI_IPI_ALL_OTHERS, note, NMI_S)
+
+    assert found.cluster.run(task, cpus=[1]) == [1]
+    found.cluster.run(int)
+    assert found.seen[:3, 0].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("handler", ["python", "native"])
+def test_comes_through_disabled_interrupts(rig, background, eventually, handler):
+    found = rig()
+    counted = found.cluster.shared("counted", "i8", 1)
+    thread = background(lambda: found.cluster.run(spin_masked, 20.0, cpus=[0]))
+    eventually(lambda: found.go[0])
+    sent = (
+        found.cluster.smp.smp_send_nmi_ipi(0, note, NMI_S)
+        if handler == "python"
+        else found.cluster.smp.smp_send_nmi_ipi(
+            0, smp.NativeHandler("count"), NMI_S, counted
+        )
+    )
+    assert sent == 1
+    eventually(lambda: found.seen[0, 0] + counted[0] == 1)
+    found.go[1] = 1
+    assert all(thread.end(30))
+
+
+def test_comes_in_the_middle_of_an_ipi_handler(rig, background, eventually):
+    found = rig()
+
+    def handler():
+        spin(20.0)
+        return int(shmipi.shared("seen")[1, 0])
+
+    thread = background(found.cluster.call, 1, handler)
+    eventually(lambda: found.go[0])
+    assert found.cluster.smp.smp_send_nmi_ipi(1, note, NMI_S) == 1
+    eventually(lambda: found.seen[1, 0] == 1)
+    found.go[1] = 1
+    assert thread.end(30) == 1
+
+
+@pytest.mark.parametrize("controller", ["mips", "riscv"])
+def test_maskable_where_there_is_none(rig, background, eventually, controller):
+    found = rig(controller=controller)
+    thread = background(lambda: found.cluster.run(spin_masked, 20.0, cpus=[0]))
+    eventually(lambda: found.go[0])
+    assert found.cluster.smp.smp_send_nmi_ipi(0, note, 50_000) == 0
+    assert found.seen[0, 0] == 0
+    found.go[1] = 1
+    thread.end(30)
+    # It arrives when interrupts are on, and finds no handler any more.
+    eventually(lambda: found.cluster.counters()["nmi"][0] == 1)
+    assert found.seen[0, 0] == 0
+    assert found.cluster.smp.smp_send_nmi_ipi(0, note, NMI_S) == 1
+
+
+def test_a_target_that_dies_ends_the_wait(rig, background):
+    found = rig()
+    pid = found.cluster.cpus[1].pid
+    os.kill(pid, signal.SIGSTOP)
+    thread = background(found.cluster.smp.smp_send_nmi_ipi, 1, note)
+    time.sleep(0.05)
+    assert thread.is_alive()
+    os.kill(pid, signal.SIGKILL)
+    assert thread.end() == 1  # nobody is left to enter it
+    assert found.seen[1, 0] == 0
+    with pytest.raises(CpuOfflineError):
+        found.cluster.smp.smp_send_nmi_ipi(1, note)
+
+
+def test_the_time_limit_is_kept(rig):
+    found = rig()
+    pid = found.cluster.cpus[1].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert found.cluster.smp.smp_send_nmi_ipi(1, note, 20_000) == 0
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_registered_handler_runs_for_each_until_it_is_removed(rig, eventually):
+    found = rig()
+    cluster = found.cluster
+
+    class Handler:
+        def __call__(self, regs):
+            note(regs)
+
+    cluster.smp.register_nmi_handler(Handler())
+    for count in (1, 2):
+        cluster.chip.send_nmi(2)
+        eventually(lambda count=count: found.seen[2, 0] == count)
+        eventually(lambda: not cluster.chip.read("nmi", 2))
+    cluster.smp.register_nmi_handler(None)
+    cluster.chip.send_nmi(2)
+    eventually(lambda: cluster.counters()["nmi"][2] == 3)
+    assert found.seen[2, 0] == 2
+
+
+def test_a_handler_that_raises_spoils_nothing(rig, eventually, capfd):
+    found = rig()
+
+    def broken(regs):
+        raise ValueError("from the NMI")
+
+    assert found.cluster.smp.smp_send_nmi_ipi(1, broken, NMI_S) == 1
+    eventually(lambda: found.cluster.counters()["unraisable"][1] == 1)
+    assert found.cluster.call(1, smp.smp_processor_id) == 1
+    assert "from the NMI" in capfd.readouterr().err
+
+
+def test_not_in_an_interrupt_handler(rig):
+    found = rig()
+
+    def handler():
+        smp.smp_send_nmi_ipi(0, note)
+
+    with pytest.raises(shmipi.RemoteCallError, match="not in an interrupt handler"):
+        found.cluster.call(1, handler)
+
+
+def test_the_lock_of_a_dead_cpu_is_taken_over(rig):
+    found = rig()
+
+    def die():
+        assert shmipi._core.current_machine().irq_trylock()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(shmipi.CpuDiedError):
+        found.cluster.run(die, cpus=[0])
+    assert found.cluster.smp.smp_send_nmi_ipi(1, note, NMI_S) == 1
+
+
+def test_of_one_machine_among_several(rig):
+    first, second = rig(), rig()
+    assert isinstance(first.cluster, Cluster)
+    assert first.cluster.smp.smp_send_nmi_ipi(1, note, NMI_S) == 1
+    assert second.cluster.counters()["nmi"].sum() == 0
