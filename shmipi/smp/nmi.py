@@ -1,7 +1,7 @@
 """NMIs: functions that run on other CPUs whatever those have masked.
 
-As powerpc's ``smp_send_nmi_ipi`` (arch/powerpc/kernel/smp.c): one function at a time for
-the whole machine, and the sender waits until every target has *entered* it. On a
+As powerpc's ``smp_send_nmi_ipi`` (arch/powerpc/kernel/smp.c): one function at a time
+for the whole machine, and the sender waits until every target has *entered* it. On a
 controller without NMIs the interrupt is a line that can be masked, as in the kernel.
 """
 
@@ -63,8 +63,8 @@ def smp_send_nmi_ipi(
 
     Returns 1 when every target has entered it, 0 after ``delay_us`` microseconds
     without (0: no limit but a target's death). What arrives later than that is counted
-    and runs nothing. Raises ``IrqError`` EINVAL for this CPU itself (the kernel's BUG_ON),
-    ``CpuOfflineError``, ``ClusterStateError`` in an interrupt handler.
+    and runs nothing. Raises ``IrqError`` EINVAL for this CPU itself (the kernel's
+    BUG_ON), ``CpuOfflineError``, ``ClusterStateError`` in an interrupt handler.
     """
     here = _machine(machine)
     targets = _targets(here, cpu)

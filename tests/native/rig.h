@@ -6,13 +6,17 @@
 
 #include "sys.h"
 
+#include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "call.h"
+#include "chip.h"
 #include "clock.h"
 #include "csd.h"
 #include "idle.h"
@@ -40,6 +44,7 @@ struct rig {
 };
 
 static struct rig *rig_now;
+static __thread uint32_t rig_id; /* of the CPU that this thread is */
 
 /* The local APIC's system vectors. */
 static inline void rig_chip(struct shi_chip *chip)
@@ -63,6 +68,7 @@ static void *rig_cpu(void *arg)
 {
     uint32_t id = (uint32_t)(uintptr_t)arg;
     struct shi_self *self = &rig_now->cpu[id];
+    rig_id = id;
     CHECK(shi_self_init(self, &rig_now->m, id) == 0);
     CHECK(shi_self_online(self) == 0);
     while (shi_idle(self) != SHI_IDLE_STOP)
@@ -71,7 +77,8 @@ static void *rig_cpu(void *arg)
     return NULL;
 }
 
-static inline void rig_boot(struct rig *r, uint32_t ncpus, enum shi_idle idle)
+static inline void rig_boot_chip(struct rig *r, uint32_t ncpus, enum shi_idle idle,
+                                 const struct shi_chip *chip)
 {
     struct shi_header *plan = calloc(1, sizeof *plan);
     uint32_t i;
@@ -80,7 +87,7 @@ static inline void rig_boot(struct rig *r, uint32_t ncpus, enum shi_idle idle)
     r->ncpus = ncpus;
     shi_native_init();
     CHECK(shi_layout_plan(plan, ncpus, 0, 1 << 20, 1 << 20) == 0);
-    rig_chip(&plan->chip);
+    plan->chip = *chip;
     plan->doorbell = SHI_DB_FUTEX;
     plan->kick_signal = 40;
     plan->nmi_signal = 41;
@@ -93,6 +100,10 @@ static inline void rig_boot(struct rig *r, uint32_t ncpus, enum shi_idle idle)
     CHECK(shi_machine_attach(&r->m, base, plan->total_bytes, -1) == 0);
     free(plan);
     shi_store_relaxed(&r->m.header->array_used, SHI_PAGE); /* for handlers to point at */
+    for (i = 0; chip->per_cpu && i < ncpus; i++) { /* as a chip's prepare() does */
+        shi_store_relaxed(&shi_irq_area(&r->m)->route[chip->call + i], i + 1);
+        shi_store_relaxed(&shi_irq_area(&r->m)->route[chip->reschedule + i], i + 1);
+    }
     CHECK(shi_self_init(&r->host, &r->m, ncpus) == 0);
     CHECK(shi_self_init(&r->firmware, &r->m, ncpus + 1) == 0);
     for (i = 0; i < ncpus; i++) {
@@ -103,6 +114,14 @@ static inline void rig_boot(struct rig *r, uint32_t ncpus, enum shi_idle idle)
     for (i = 0; i < ncpus; i++)
         while (!shi_word_online(shi_load_acquire(&shi_slot(&r->m, i)->word)))
             shi_cpu_relax();
+}
+
+static inline void rig_boot(struct rig *r, uint32_t ncpus, enum shi_idle idle)
+{
+    struct shi_chip chip;
+    memset(&chip, 0, sizeof chip);
+    rig_chip(&chip);
+    rig_boot_chip(r, ncpus, idle, &chip);
 }
 
 static inline void rig_stop(struct rig *r)
