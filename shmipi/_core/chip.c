@@ -159,6 +159,12 @@ void shi_chip_handle(struct shi_self *self)
             flow->end(self, line);
         SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
     }
+    if (shi_load_relaxed(&self->slot->pic.spurious)) {
+        /* Asserted when the mask went up, and gone by the acknowledge: x86 has a vector
+         * for it, a GIC reads 1023. */
+        shi_store_relaxed(&self->slot->pic.spurious, 0);
+        shi_count(self, SHI_C_irq_spurious);
+    }
     SHI_TRACE(self, ipi_exit, self->id, 0, 0, 0);
 }
 
