@@ -5,6 +5,7 @@ not end: one that leaks fails, whatever it was about.
 """
 
 import atexit
+import compileall
 import contextlib
 import os
 import secrets
@@ -49,6 +50,19 @@ def _create(name, create=_segment.create):
 _segment.create = _create
 """
 exec(_NOTE_NAMES, {})
+
+# The tests start a thousand interpreters. Where these may not write bytecode
+# ($PYTHONDONTWRITEBYTECODE), each of them would compile the whole package anew.
+compileall.compile_dir(Path(shmipi.__file__).parent, quiet=2)
+
+# What nohup(1) and a shell's `&` ignore would be ignored by all that the tests start,
+# of which some must end by just these signals.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        _default = _number == signal.SIGINT
+        signal.signal(
+            _number, signal.default_int_handler if _default else signal.SIG_DFL
+        )
 
 
 # ---- the look for leaks --------------------------------------------------------------
