@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from shmipi import Cluster, _core
+from shmipi import Cluster, _core, cli
 from shmipi.errors import LayoutError
 from shmipi.machine import segment
 from shmipi.machine.inspect import Inspector
@@ -34,7 +35,7 @@ ENVIRONMENT.pop("PYTHONUNBUFFERED", None)
 def shmipi(
     *arguments: str, status: int = 0, timeout: float = 30.0, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end. A message of ours is one line and never a traceback."""
+    """Run a command to its end, in a process of its own."""
     done = subprocess.run(
         [*SHMIPI, *arguments],
         stdin=subprocess.DEVNULL,
@@ -45,11 +46,37 @@ def shmipi(
         check=False,
         **options,
     )
+    return checked(done, arguments[0], status)
+
+
+def here(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, in this process: an interpreter takes its time.
+
+    For what is asked many times; each command also runs in a process of its own below.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            returned = cli.main(arguments)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    done = subprocess.CompletedProcess(
+        arguments, returned, out.getvalue(), err.getvalue()
+    )
+    return checked(done, arguments[0], status)
+
+
+def checked(
+    done: subprocess.CompletedProcess[str], command: str, status: int
+) -> subprocess.CompletedProcess[str]:
+    """It ended with `status`, and with a message of one line if that is an error."""
     assert done.returncode == status, (done.stdout, done.stderr)
     if status:
         assert "Traceback" not in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith(f"shmipi {arguments[0]}: ")
+        assert done.stderr.startswith(f"shmipi {command}: ")
     else:
         assert done.stderr == ""
     return done
@@ -57,7 +84,7 @@ def shmipi(
 
 def entry(name: str) -> dict[str, Any] | None:
     """What `shmipi ps --json` says of a machine; None if it does not list it."""
-    document = json.loads(shmipi("ps", "--json", "-").stdout)
+    document = json.loads(here("ps", "--json", "-").stdout)
     assert document["schema"] == "shmipi.ps/1"
     found = [machine for machine in document["machines"] if machine["name"] == name]
     assert len(found) < 2
@@ -257,7 +284,7 @@ def test_launch_of_a_name_that_is_taken(launch: Any) -> None:
     ],
 )
 def test_launch_of_what_cannot_be(arguments: list[str], words: str) -> None:
-    assert words in shmipi("launch", *arguments, status=2).stderr
+    assert words in here("launch", *arguments, status=2).stderr
 
 
 def test_launch_on_a_terminal(terminal: Any) -> None:
@@ -341,7 +368,7 @@ def test_ps_json_goes_to_a_file_and_the_table_beside_it(
 ) -> None:
     launched = launch("--cpus", "1")
     file = tmp_path / "ps.json"
-    assert launched.name in shmipi("ps", "--json", str(file)).stdout
+    assert launched.name in here("ps", "--json", str(file)).stdout
     names = [machine["name"] for machine in json.loads(file.read_text())["machines"]]
     assert launched.name in names
 
@@ -400,9 +427,9 @@ def test_a_machine_of_another_version_is_named_and_let_alone() -> None:
         assert (machine["state"], machine["abi"]) == ("foreign", _core.ABI + 7)
         assert f"layout version {_core.ABI + 7}" in machine["message"]
         assert machine["ncpus"] is None
-        assert f"{name}: foreign: " in shmipi("ps").stdout
-        assert "layout version" in shmipi("interrupts", name, status=1).stderr
-        assert name not in shmipi("clean").stdout
+        assert f"{name}: foreign: " in here("ps").stdout
+        assert "layout version" in here("interrupts", name, status=1).stderr
+        assert name not in here("clean").stdout
         assert path_of(name).read_bytes() == data
 
 
@@ -426,7 +453,7 @@ def test_a_damaged_object_is_no_crash(data: bytes) -> None:
         assert machine is not None
         assert machine["state"] in ("foreign", "starting")
         assert machine["message"]
-        shmipi("interrupts", name, status=1)
+        here("interrupts", name, status=1)
         with pytest.raises(LayoutError):
             Inspector(name).view()
 
@@ -481,9 +508,9 @@ def test_clean_removes_the_dead_and_only_those(launch: Any, eventually: Any) -> 
     assert after is not None
     assert (after["state"], after["alive"]) == ("dead", False)
     assert "shmipi clean" in after["message"]
-    assert "is dead" in shmipi("interrupts", dead.name, status=1).stderr
+    assert "is dead" in here("interrupts", dead.name, status=1).stderr
 
-    printed = shmipi("clean", "--dry-run").stdout.splitlines()
+    printed = here("clean", "--dry-run").stdout.splitlines()
     assert f"would remove {dead.name}" in printed
     assert f"would remove {live.name}" not in printed
     assert path_of(dead.name).exists()
@@ -496,7 +523,7 @@ def test_clean_removes_the_dead_and_only_those(launch: Any, eventually: Any) -> 
     still = entry(live.name)
     assert still is not None
     assert still["state"] == "up"
-    assert dead.name not in shmipi("clean").stdout
+    assert dead.name not in here("clean").stdout
 
 
 def test_clean_finds_semaphores_whose_machine_is_gone() -> None:
@@ -509,11 +536,11 @@ def test_clean_finds_semaphores_whose_machine_is_gone() -> None:
     files = [segment.SHM / f"sem.{full}.{cpu}" for cpu in range(2)]
     try:
         # A machine that boots just now has some, too: they are left alone for a while.
-        assert name not in shmipi("clean", "--dry-run").stdout
-        assert name not in shmipi("clean").stdout
+        assert name not in here("clean", "--dry-run").stdout
+        assert name not in here("clean").stdout
         for file in files:
             os.utime(file, (time.time() - 60,) * 2)
-        assert f"would remove {name}\n" in shmipi("clean", "--dry-run").stdout
+        assert f"would remove {name}\n" in here("clean", "--dry-run").stdout
         assert all(file.exists() for file in files)
         assert f"removed {name}\n" in shmipi("clean").stdout
         assert not any(file.exists() for file in files)
@@ -524,10 +551,10 @@ def test_clean_finds_semaphores_whose_machine_is_gone() -> None:
 
 def test_clean_lets_another_versions_live_machine_be() -> None:
     with object_of(header(abi=99)) as name:
-        assert name not in shmipi("clean").stdout
+        assert name not in here("clean").stdout
         assert path_of(name).exists()
     with object_of(header(abi=99), locked=False) as name:
-        assert f"removed {name}\n" in shmipi("clean").stdout
+        assert f"removed {name}\n" in here("clean").stdout
         assert not path_of(name).exists()
 
 
@@ -562,7 +589,7 @@ def test_interrupts_of_nobody(launch: Any) -> None:
     assert "there is no machine nobody; running: " in words
     assert launched.name in words
     shmipi("interrupts", "no/body", status=2)
-    shmipi("interrupts", launched.name, "--interval", "1us", status=2)
+    here("interrupts", launched.name, "--interval", "1us", status=2)
 
 
 def test_watching_ends_with_the_machine(launch: Any) -> None:
@@ -759,15 +786,15 @@ def test_a_cpu_that_dies_of_it_is_one_line(program: Path) -> None:
 )
 def test_run_of_what_is_not_there(program: Path, target: str, words: str) -> None:
     names = {"file": program, "folder": program.parent}
-    done = shmipi("run", target.format(**names), status=2)
+    done = here("run", target.format(**names), status=2)
     assert words.format(**names) in done.stderr
 
 
 def test_wrong_usage_of_run(program: Path) -> None:
-    assert "arguments are required" in shmipi("run", status=2).stderr
-    done = shmipi("run", str(program), "a", "b", status=2)
+    assert "arguments are required" in here("run", status=2).stderr
+    done = here("run", str(program), "a", "b", status=2)
     assert "unrecognized arguments: a b: the function's own arguments go" in done.stderr
-    done = shmipi("run", str(program), "--cpus", "0", status=2)
+    done = here("run", str(program), "--cpus", "0", status=2)
     assert "0 is too small" in done.stderr
 
 
