@@ -359,7 +359,7 @@ static void test_target_killed(int kind)
     int err, status;
 
     p.calls = SHI_LIMIT_CALLS_MAX / 100; /* far more than 60 ms, also where lines are fast */
-    p.deadline_ns = shi_now_ns() + 300000000;
+    p.deadline_ns = shi_now_ns() + 160000000;
     take_signals(&before);
     pid = start_pong(p);
     fflush(stdout);
@@ -393,7 +393,7 @@ static void test_sender_killed(int kind)
     if (pipe(pipe_fd) != 0)
         exit(1);
     p.calls = SHI_LIMIT_CALLS_MAX / 100; /* far more than 60 ms, also where lines are fast */
-    p.deadline_ns = from + 300000000;
+    p.deadline_ns = from + 160000000;
     fflush(stdout);
     sender = fork();
     if (sender == 0) {
