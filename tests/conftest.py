@@ -24,6 +24,7 @@ import cloudpickle
 import pytest
 
 import shmipi
+from shmipi.machine.segment import full_name
 
 #: In the environment of everything the tests start: also finds what was orphaned.
 _TOKEN = f"SHMIPI_TEST_RUN={secrets.token_hex(8)}"
@@ -32,6 +33,8 @@ os.environ.update([_TOKEN.split("=")])  # type: ignore[list-item]
 _SHM = Path("/dev/shm")
 _QUEUES = Path("/dev/mqueue")
 _LEAK_WAIT_S = 2.0
+#: Machines that several tests use, from their boot to their end.
+_SHARED: list[Any] = []
 #: Where this shmipi is: for hosts in processes of their own.
 PACKAGE_HOME = str(Path(shmipi.__file__).resolve().parents[1])
 #: The names of all machines that the tests made, hosts in other processes included.
@@ -70,13 +73,12 @@ for _number in (signal.SIGINT, signal.SIGHUP):
 
 def _processes() -> set[int]:
     """Pids of live processes that the tests started, whoever their parent is now."""
-    token, found = _TOKEN.encode(), set()
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):
-            if token in Path(entry.path, "environ").read_bytes():
-                found.add(int(entry.name))
+    token, me, found = _TOKEN.encode(), str(os.getpid()), set()
+    for pid in os.listdir("/proc"):  # before and after each test: it has to be quick
+        if pid.isdigit() and pid != me:
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as f:
+                if token in f.read():
+                    found.add(int(pid))
     return found
 
 
@@ -95,12 +97,19 @@ def _objects() -> set[Path]:
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """Fail a test that leaves a process or an object of its machine."""
+    with look_for_leaks():
+        yield
+
+
+@contextlib.contextmanager
+def look_for_leaks() -> Iterator[None]:
+    """Fail for what is left of the time in the `with`, but for shared machines."""
     processes, objects = _processes(), _objects()
     yield
     deadline = time.monotonic() + _LEAK_WAIT_S
     while True:
-        left = _processes() - processes
-        lost = _objects() - objects
+        left = _processes() - processes - _shared_processes()
+        lost = _objects() - objects - _shared_objects()
         if not left and not lost:
             return
         if time.monotonic() > deadline:
@@ -113,6 +122,20 @@ def no_leaks() -> Iterator[None]:
     for path in lost:
         path.unlink(missing_ok=True)
     pytest.fail(f"left behind: processes {names}, objects {sorted(map(str, lost))}")
+
+
+def _shared_processes() -> set[int]:
+    """Those that machines which outlive a test have now: a test may boot some anew."""
+    found = set()
+    for cluster in _SHARED:
+        found.add(cluster._machine.firmware_pid)
+        with contextlib.suppress(shmipi.MachineDiedError):
+            found.update(cpu.pid for cpu in cluster.cpus)
+    return found
+
+
+def _shared_objects() -> set[Path]:
+    return {_SHM / full_name(cluster.name) for cluster in _SHARED}
 
 
 def _describe(pid: int) -> str:
@@ -173,11 +196,54 @@ def boot() -> Iterator[Callable[..., Any]]:
         cluster.shutdown()
 
 
+@contextlib.contextmanager
+def shared_cluster(*args: Any, **options: Any) -> Iterator[Any]:
+    """A machine for several tests. At its end nothing is left of it, as of a test's."""
+    with look_for_leaks():
+        cluster = make_cluster(*args, **options)
+        _SHARED.append(cluster)
+        try:
+            yield cluster
+        finally:
+            _SHARED.remove(cluster)
+            cluster.shutdown()
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Three CPUs that halt, shared by a module's tests: leave them as they were."""
-    with make_cluster(3, idle="halt") as made:
+    with shared_cluster(3, idle="halt") as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def cluster_until_failure(
+    request: pytest.FixtureRequest,
+) -> Iterator[Callable[..., contextlib.AbstractContextManager[Any]]]:
+    """`with cluster_until_failure(ncpus, **options) as cluster:` for each test.
+
+    A machine that one test of the module after the other uses; the first one after a
+    failure, which may have left it in any state, boots a new one.
+    """
+    with contextlib.ExitStack() as stack:
+        kept: list[Any] = []
+
+        @contextlib.contextmanager
+        def use(*args: Any, **options: Any) -> Iterator[Any]:
+            if not kept:
+                kept.append(stack.enter_context(shared_cluster(*args, **options)))
+            failed = request.session.testsfailed
+            try:
+                yield kept[0]
+            except BaseException:
+                failed = -1
+                raise
+            finally:
+                if request.session.testsfailed != failed:
+                    kept.clear()
+                    stack.close()
+
+        yield use
 
 
 # ---- tools ---------------------------------------------------------------------------
