@@ -102,7 +102,7 @@ def test_two_hundred_kills_at_random_moments() -> None:
     report = run(
         Options(
             duration=max(150.0, SECONDS),
-            kill_interval=0.05,
+            kill_interval=0.02,
             kills=200,
             machine={"ncpus": 4},
         ),
