@@ -222,19 +222,21 @@ def cluster_until_failure(
 ) -> Iterator[Callable[..., contextlib.AbstractContextManager[Any]]]:
     """`with cluster_until_failure(ncpus, **options) as cluster:` for each test.
 
-    A machine that one test of the module after the other uses; the first one after a
-    failure, which may have left it in any state, boots a new one.
+    A machine that one test of the module after the other uses, for each choice of
+    options; the first one after a failure, which may have left it in any state, boots a
+    new one.
     """
     with contextlib.ExitStack() as stack:
-        kept: list[Any] = []
+        kept: dict[str, Any] = {}
 
         @contextlib.contextmanager
         def use(*args: Any, **options: Any) -> Iterator[Any]:
-            if not kept:
-                kept.append(stack.enter_context(shared_cluster(*args, **options)))
+            key = repr((args, sorted(options.items())))
+            if key not in kept:
+                kept[key] = stack.enter_context(shared_cluster(*args, **options))
             failed = request.session.testsfailed
             try:
-                yield kept[0]
+                yield kept[key]
             except BaseException:
                 failed = -1
                 raise

@@ -176,8 +176,15 @@ def state_of(pid):
 
 
 @pytest.fixture
-def rig(cluster_until_failure, eventually):
-    with cluster_until_failure(3, idle="halt", steps=True) as cluster:
+def doorbell():
+    """Of the rig's machine, unless a test chooses another."""
+    return "futex"
+
+
+@pytest.fixture
+def rig(cluster_until_failure, eventually, doorbell):
+    options = {"idle": "halt", "steps": True, "doorbell": doorbell}
+    with cluster_until_failure(3, **options) as cluster:
         yield Rig(cluster, eventually)
 
 
@@ -282,11 +289,8 @@ def test_stopped_at(rig, step, who, leads_there, skip):
 
 @pytest.mark.parametrize("step", ["pushed", "raise", "ring"])
 @pytest.mark.parametrize("doorbell", ["sem", "signal", "eventfd", "mqueue"])
-def test_a_ring_dies_with_its_ringer_whatever_the_doorbell(
-    boot, eventually, step, doorbell
-):
+def test_a_ring_dies_with_its_ringer_whatever_the_doorbell(rig, step, doorbell):
     """A third CPU's call to a halted target whose ringer is stopped returns."""
-    rig = Rig(boot(3, idle="halt", steps=True, doorbell=doorbell), eventually)
     rig.arm(SENDER, step, STOP, 0)
     calls = plain_call(rig)
     rig.await_hit(SENDER, step)
