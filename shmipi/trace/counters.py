@@ -104,7 +104,7 @@ def interrupts(counters: Counters) -> str:
     rows += [
         ("ELI", "Calls sent without interrupt, target polling", now["elided"]),
         ("COA", "Calls sent without interrupt, queue not empty", now["coalesced"]),
-        ("DBL", "Doorbells taken while halted", now["doorbells_received"]),
+        ("WAK", "Doorbells taken while halted", now["doorbells_received"]),
         ("KIC", "Kick signals taken while running", now["kicks_received"]),
         ("BAD", "Interrupts that nobody handled", now["irq_other"]),
     ]

@@ -580,7 +580,7 @@ def test_interrupts_are_the_machines_own(boot: Any) -> None:
     cells = [line.split(":") for line in lines[1:]]
     rows = {label.strip(): words.split() for label, words in cells}
     assert rows["CAL"] == ["0", "5", "2", "Function", "call", "interrupts"]
-    assert rows["DBL"][:3] == ["0", "5", "2"]
+    assert rows["WAK"][:3] == ["0", "5", "2"]
 
 
 def test_interrupts_of_nobody(launch: Any) -> None:
