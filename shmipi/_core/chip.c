@@ -102,6 +102,13 @@ void shi_chip_send_reschedule(struct shi_self *self, uint32_t dst)
     shi_irq_raise(self, dst, shi_line_of(m, m->chip.reschedule, dst));
 }
 
+void shi_chip_prod(struct shi_self *self, uint32_t dst)
+{
+    shi_chip_send_reschedule(self, dst);
+    if (!self->m->flow->pending(self->m, dst))
+        shi_irq_ring(self, dst); /* taken already, or held back: then nobody rang */
+}
+
 /* ---- receiving ------------------------------------------------------------------- */
 
 static void count_row(struct shi_self *self, uint32_t line)

@@ -45,6 +45,8 @@ void shi_irq_raise(struct shi_self *self, uint32_t dst, uint32_t line);
 void shi_chip_send_call_single(struct shi_self *self, uint32_t dst);
 void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n);
 void shi_chip_send_reschedule(struct shi_self *self, uint32_t dst);
+/* Make `dst` look at what is wanted of it, whatever its chip masks. */
+void shi_chip_prod(struct shi_self *self, uint32_t dst);
 /* Register writes that an IPI to these CPUs takes (ascending). */
 uint32_t shi_chip_writes(const struct shi_self *self, const uint32_t *cpus, uint32_t n);
 

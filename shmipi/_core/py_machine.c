@@ -310,7 +310,7 @@ METHOD(set_idle)
     }
     shi_store_full(&shi_slot(&machine->m, cpu)->idle, idle);
     shi_enter(&machine->self);
-    shi_chip_send_reschedule(&machine->self, cpu);
+    shi_chip_prod(&machine->self, cpu);
     shi_leave(&machine->self);
     Py_RETURN_NONE;
 }
@@ -335,7 +335,7 @@ METHOD(hotplug)
     if (offline) {
         /* Any interrupt makes it look. */
         shi_enter(&machine->self);
-        shi_chip_send_reschedule(&machine->self, cpu);
+        shi_chip_prod(&machine->self, cpu);
         shi_leave(&machine->self);
     }
     Py_RETURN_NONE;

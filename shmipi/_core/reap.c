@@ -102,7 +102,7 @@ void shi_reap_stop_all(struct shi_self *self)
         /* A parked CPU sleeps on this value: it must change, not only be woken. */
         shi_store_full(&shi_slot(m, cpu)->hotplug, SHI_HP_STOP);
         shi_event_wake(&shi_slot(m, cpu)->hotplug);
-        shi_chip_send_reschedule(self, cpu);
+        shi_chip_prod(self, cpu);
     }
     shi_event_ring(&shi_slot(m, m->ncpus)->event);
     shi_event_ring(&m->header->hotplug_event);
