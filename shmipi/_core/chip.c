@@ -41,7 +41,7 @@ int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus)
         return -EINVAL;
     /* What each flow keeps per line. */
     if ((chip->flow == SHI_FLOW_SGI && chip->nlines > 16) ||
-        (chip->flow == SHI_FLOW_ESB && chip->nlines > 31) ||
+        (chip->flow == SHI_FLOW_ESB && chip->nlines > SHI_ESB_LINES) ||
         (chip->banked && ncpus > 8))
         return -EINVAL;
     return 0;
@@ -111,7 +111,7 @@ void shi_chip_prod(struct shi_self *self, uint32_t dst)
 
 /* ---- receiving ------------------------------------------------------------------- */
 
-static void count_row(struct shi_self *self, uint32_t line)
+void shi_chip_count_row(struct shi_self *self, uint32_t line)
 {
     uint32_t row = self->m->chip.row[line];
     if (row >= SHI_NROWS)
@@ -121,7 +121,7 @@ static void count_row(struct shi_self *self, uint32_t line)
 }
 
 /* The kernel's sysvec handlers and handle_percpu_irq: false when Python has it now. */
-static bool take(struct shi_self *self, uint32_t line)
+bool shi_chip_act(struct shi_self *self, uint32_t line)
 {
     switch ((enum shi_line_use)self->m->chip.use[line]) {
     case SHI_USE_RESCHEDULE:
@@ -149,23 +149,28 @@ static bool take(struct shi_self *self, uint32_t line)
     return true;
 }
 
-void shi_chip_handle(struct shi_self *self)
+void shi_chip_take(struct shi_self *self)
 {
     const struct shi_flow *flow = self->m->flow;
     uint32_t line;
-    /* The summary first, the lines second: a line set in between sets it again. */
-    shi_fetch_and_full(&self->slot->word, ~SHI_W_PENDING);
-    SHI_TRACE(self, ipi_entry, self->id, 0, 0, 0);
     while ((line = flow->next(self)) != SHI_NO_LINE) {
         SHI_TRACE(self, line_ack, self->id, 0, 0, line);
         SHI_STEP(self, line);
-        count_row(self, line);
-        if (!take(self, line))
+        shi_chip_count_row(self, line);
+        if (!shi_chip_act(self, line))
             continue;
         if (flow->end)
             flow->end(self, line);
         SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
     }
+}
+
+void shi_chip_handle(struct shi_self *self)
+{
+    /* The summary first, the lines second: a line set in between sets it again. */
+    shi_fetch_and_full(&self->slot->word, ~SHI_W_PENDING);
+    SHI_TRACE(self, ipi_entry, self->id, 0, 0, 0);
+    shi_chip_take(self);
     if (shi_load_relaxed(&self->slot->pic.spurious)) {
         /* Asserted when the mask went up, and gone by the acknowledge: x86 has a vector
          * for it, a GIC reads 1023. */
@@ -185,8 +190,7 @@ void shi_chip_end(struct shi_self *self, uint32_t line)
         shi_fetch_or_full(&self->slot->word, SHI_W_PENDING);
 }
 
-/* The own CPU's chip may have something now: take it at once, or when interrupts are on. */
-static void recheck(struct shi_self *self)
+void shi_chip_recheck(struct shi_self *self)
 {
     if (!self->m->flow->pending(self->m, self->id))
         return;
@@ -210,7 +214,7 @@ void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on
     /* Enabled first (the full read-modify-write above), pending looked at second; a
      * sender sets pending first and looks at enabled second: one sees the other. */
     if (cpu == self->id)
-        recheck(self);
+        shi_chip_recheck(self);
     else
         shi_chip_look(self, cpu, false);
 }
@@ -227,7 +231,7 @@ void shi_chip_threshold(struct shi_self *self, uint32_t value)
         shi_fetch_or_full(&self->slot->word, SHI_W_PENDING);
         self->happened = 1;
     }
-    recheck(self);
+    shi_chip_recheck(self);
 }
 
 void shi_chip_look(struct shi_self *self, uint32_t cpu, bool again)
@@ -263,8 +267,14 @@ void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
 void shi_chip_note_masked(struct shi_self *self)
 {
     SHI_TRACE(self, irq_masked, self->id, 0, 0, 0);
-    if (self->m->chip.flow == SHI_FLOW_ESB)
-        shi_esb_note_masked(self);
+    if (self->m->flow->masked)
+        self->m->flow->masked(self);
+}
+
+void shi_chip_replayed(struct shi_self *self)
+{
+    if (self->m->flow->masked)
+        shi_store_relaxed(&self->slot->pic.happened, 0);
 }
 
 /* ---- bringing secondary CPUs up -------------------------------------------------- */

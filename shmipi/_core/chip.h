@@ -26,13 +26,20 @@ struct shi_flow {
     void (*enable)(struct shi_self *, uint32_t cpu, uint32_t line, bool on);
     /* The CPU's part as after power-on; masks of requested irqs stay. */
     void (*reset)(const struct shi_machine *, uint32_t cpu);
+    /* A kick found interrupts off.  NULL: nothing to note. */
+    void (*masked)(struct shi_self *);
 };
 
 extern const struct shi_flow shi_flow_vector, shi_flow_mailbox, shi_flow_mux, shi_flow_sgi,
     shi_flow_shared, shi_flow_esb;
 
-/* esb: what irq_happened says when a kick found interrupts off. */
-void shi_esb_note_masked(struct shi_self *self);
+/* esb: smp_muxed_ipi_set_message. */
+void shi_esb_message(struct shi_self *self, uint32_t dst, uint32_t message);
+/* esb: smp_ipi_demux called by hand.  In a core section of the owner's. */
+void shi_esb_demux(struct shi_self *self);
+/* esb: a load from (0x400: a store to) the ESB page of a source; what it gives, or
+ * -EINVAL.  Between shi_enter and shi_leave. */
+int shi_esb_access(struct shi_self *self, uint32_t cpu, uint32_t line, uint32_t offset);
 
 /* Check a description and find its flow: -EINVAL for one that cannot be. */
 int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus);
@@ -54,8 +61,19 @@ uint32_t shi_chip_writes(const struct shi_self *self, const uint32_t *cpus, uint
 
 /* Take and dispatch what is pending here.  Soft-masked. */
 void shi_chip_handle(struct shi_self *self);
-/* A kick came while interrupts were off: powerpc notes of which kind. */
+/* Take what `next` gives until there is nothing. */
+void shi_chip_take(struct shi_self *self);
+/* Do what taking `line` means; false: its handler was put off. */
+bool shi_chip_act(struct shi_self *self, uint32_t line);
+/* Count it in its row of /proc/interrupts. */
+void shi_chip_count_row(struct shi_self *self, uint32_t line);
+/* A kick came while interrupts were off: powerpc notes of which kind ... */
 void shi_chip_note_masked(struct shi_self *self);
+/* ... until they are on again and everything was replayed. */
+void shi_chip_replayed(struct shi_self *self);
+/* The own CPU's chip may have something now: taken when the core section ends, or when
+ * interrupts are on. */
+void shi_chip_recheck(struct shi_self *self);
 /* The handler of a requested irq that was put off has run. */
 void shi_chip_end(struct shi_self *self, uint32_t line);
 /* Mask or unmask; a line that was pending while masked is taken on unmask. */

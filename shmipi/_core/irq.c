@@ -411,6 +411,7 @@ static void irq_work(struct shi_self *self)
         /* Compare-and-swap: a push since the last look makes it fail. */
     } while (!shi_cas_full(&self->slot->word, &w, next));
     self->in_irq--;
+    shi_chip_replayed(self);
     self->irqs_off = 0;
     self->ctx = ctx;
     self->counts = self->slot->counters[ctx];

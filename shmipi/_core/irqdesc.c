@@ -64,6 +64,12 @@ void shi_irqdesc_set_python(struct shi_self *self, struct shi_irqdesc *desc, uin
     shi_store_release(&desc->action, SHI_IA_PYTHON);
 }
 
+void shi_irqdesc_set_line(struct shi_irqdesc *desc, uint32_t line)
+{
+    desc->func = line;
+    shi_store_release(&desc->action, SHI_IA_LINE);
+}
+
 void shi_irqdesc_clear(struct shi_irqdesc *desc)
 {
     shi_store_full(&desc->action, SHI_IA_NONE);
@@ -94,6 +100,12 @@ bool shi_irqdesc_handle(struct shi_self *self, uint32_t line)
     if (action == SHI_IA_NATIVE && shi_irqdesc_run_native(self, desc)) {
         shi_count(self, SHI_C_irq_handled);
         return true;
+    }
+    if (action == SHI_IA_LINE && desc->func < self->m->chip.nlines &&
+        self->m->chip.use[desc->func] != SHI_USE_IRQ) {
+        shi_count(self, SHI_C_irq_handled);
+        shi_chip_count_row(self, desc->func);
+        return shi_chip_act(self, desc->func);
     }
     if (action != SHI_IA_PYTHON) {
         shi_count(self, SHI_C_irq_other); /* freed meanwhile, or never requested */

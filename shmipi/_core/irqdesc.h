@@ -30,6 +30,8 @@ void shi_irqdesc_set_native(struct shi_irqdesc *desc, uint32_t native, uint32_t 
                             uint64_t info);
 void shi_irqdesc_set_python(struct shi_self *self, struct shi_irqdesc *desc, uint32_t func,
                             uint32_t serial);
+/* Whoever it comes to does what taking `line` means there. */
+void shi_irqdesc_set_line(struct shi_irqdesc *desc, uint32_t line);
 void shi_irqdesc_clear(struct shi_irqdesc *desc);
 
 /* A line of an irq was taken.  Native: run; Python: run, or put off.  False: the line is

@@ -40,6 +40,9 @@
 #define SHI_NR_IRQS 1024u       /* irq descriptors; virq 0 is none */
 #define SHI_NCOPROC 8u          /* processes that take interrupts and are no CPUs */
 #define SHI_EQ 64u              /* entries of an event queue: a power of two */
+#define SHI_ESB_LINES 28u       /* esb: 8 for messages, then one for each source */
+#define SHI_PPC_MSGS 5u         /* esb: PPC_MSG_*, lines from 0 */
+#define SHI_PPC_MSG_RM_HOST_ACTION 4u
 #define SHI_MAX_ARRAYS 4096u
 
 /* ---- the word: queue head and CPU state in one atomic unit ----------------------- */
@@ -265,9 +268,9 @@ enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 
     X(line_set)      /* arg: line made pending */                                         \
     X(line_kept)     /* arg: line that needed no ring: pending already, or masked */      \
     X(chip_message)  /* arg: message stored behind a muxed line */                        \
-    X(chip_trigger)  /* arg: P and Q of the source before */                              \
+    X(chip_trigger)  /* arg: P and Q of the source before | line << 8 */                  \
     X(rung)          /* arg: enum shi_rung */                                             \
-    X(chip_eoi)      /* arg: 1 if the source was triggered again */                       \
+    X(chip_eoi)      /* arg: 1 if the source was triggered again | line << 8 */           \
     X(line_ack)      /* arg: line taken from the chip */                                  \
     X(line_eoi)      /* arg: line given back to the chip */                               \
     X(nmi_send)                                                                           \
@@ -357,7 +360,7 @@ struct shi_pic {
     shi_a8 priority[32]; /* sgi: of each line, 0 is the highest */
     shi_a32 eq_at;      /* esb: how many entries were read */
     shi_a32 eq_put;     /* and how many were written */
-    shi_a32 eq[SHI_EQ]; /* generation << 31 | source + 1 */
+    shi_a32 eq[SHI_EQ]; /* generation << 31 | line */
     _Alignas(SHI_PAIR) shi_a64 rows[SHI_NROWS]; /* interrupts taken */
 };
 
@@ -368,7 +371,8 @@ enum shi_startup { SHI_SU_NONE = 0, SHI_SU_WAITING = 1, SHI_SU_STARTED = 2, SHI_
 
 /* ---- irq descriptors ------------------------------------------------------------- */
 
-enum shi_irq_action { SHI_IA_NONE = 0, SHI_IA_NATIVE = 1, SHI_IA_PYTHON = 2 };
+/* LINE: what taking another line means (smp_request_message_ipi). */
+enum shi_irq_action { SHI_IA_NONE = 0, SHI_IA_NATIVE = 1, SHI_IA_PYTHON = 2, SHI_IA_LINE = 3 };
 
 /* struct irq_desc and irq_data of the kernel in one; filled under the irq area's lock. */
 struct shi_irqdesc {
@@ -380,7 +384,7 @@ struct shi_irqdesc {
     uint32_t ipi_nr;     /* virqs in the block */
     uint32_t ipi_offset; /* first CPU of the block */
     shi_a32 action;      /* enum shi_irq_action: published last */
-    uint32_t func;       /* native: its number; Python: of the requester's table */
+    uint32_t func;       /* native, line: its number; Python: of the requester's table */
     uint32_t serial;
     uint16_t src, src_gen; /* the requester */
     uint32_t kind;         /* native: enum shi_kind of info */

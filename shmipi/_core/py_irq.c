@@ -253,6 +253,56 @@ METHOD(end)
     Py_RETURN_NONE;
 }
 
+/* esb_access(cpu, line, offset) -> int: a load from a source's ESB page (0x400: a store). */
+METHOD(esb_access)
+{
+    Machine *machine = MACHINE(object);
+    unsigned cpu, line, offset;
+    if (!PyArg_ParseTuple(arg, "III", &cpu, &line, &offset) || shi_use(machine) < 0 ||
+        check_line(machine, line) < 0 || check_cpu(machine, cpu) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    int value = shi_esb_access(&machine->self, cpu, line, offset);
+    shi_leave(&machine->self);
+    settle(machine);
+    if (value >= 0)
+        return PyLong_FromLong(value);
+    PyErr_Format(PyExc_ValueError, "no ESB of line %u at offset %#x", line, offset);
+    return NULL;
+}
+
+/* esb_message(cpu, message): store it, and trigger nothing. */
+METHOD(esb_message)
+{
+    Machine *machine = MACHINE(object);
+    unsigned cpu, message;
+    if (!PyArg_ParseTuple(arg, "II", &cpu, &message) || shi_use(machine) < 0 ||
+        check_cpu(machine, cpu) < 0)
+        return NULL;
+    if (machine->m.chip.flow != SHI_FLOW_ESB || message >= SHI_PPC_MSGS)
+        return PyErr_Format(PyExc_ValueError, "no message %u", message);
+    shi_enter(&machine->self);
+    shi_esb_message(&machine->self, cpu, message);
+    shi_leave(&machine->self);
+    Py_RETURN_NONE;
+}
+
+/* esb_demux(): smp_ipi_demux, of this CPU. */
+METHOD(esb_demux)
+{
+    Machine *machine = MACHINE(object);
+    (void)arg;
+    if (shi_use(machine) < 0)
+        return NULL;
+    if (machine->self.host || machine->m.chip.flow != SHI_FLOW_ESB)
+        return shi_raise(shi_py.StateError, 0, -1, "no messages here: not a CPU with a xive");
+    shi_enter(&machine->self);
+    shi_esb_demux(&machine->self);
+    shi_leave(&machine->self);
+    settle(machine);
+    Py_RETURN_NONE;
+}
+
 /* nmi_send(cpu) -> bool: False when as many as can be were pending already. */
 METHOD(nmi_send)
 {
@@ -431,7 +481,8 @@ static int request_native(Machine *machine, struct shi_irqdesc *desc, PyObject *
     return err;
 }
 
-/* irq_request(virq, handler, info): publish the handler.  The table is locked, and the
+/* irq_request(virq, handler, info): publish the handler; a number: do what taking that line
+ * of the chip means.  The table is locked, and the
  * caller keeps `handler` (a function, or a NativeHandler) alive. */
 METHOD(request)
 {
@@ -448,6 +499,13 @@ METHOD(request)
     if (Py_IS_TYPE(handler, shi_native_type)) {
         if (request_native(machine, desc, handler, info) < 0)
             return NULL;
+        Py_RETURN_NONE;
+    }
+    if (PyLong_Check(handler)) {
+        unsigned long line = PyLong_AsUnsignedLong(handler);
+        if (PyErr_Occurred() || check_line(machine, (unsigned)line) < 0)
+            return NULL;
+        shi_irqdesc_set_line(desc, (uint32_t)line);
         Py_RETURN_NONE;
     }
     int64_t index = shi_function_number(machine, handler);
@@ -561,6 +619,9 @@ PyMethodDef shi_irq_methods[] = {
     {"irq_enable_line", irq_enable_line, METH_VARARGS, "irq_enable_line(cpu, line, on)"},
     {"irq_threshold", irq_threshold, METH_O, "irq_threshold(value): of this CPU"},
     {"irq_end", irq_end, METH_O, "irq_end(line): EOI before the handler has returned"},
+    {"esb_access", irq_esb_access, METH_VARARGS, "esb_access(cpu, line, offset) -> int"},
+    {"esb_message", irq_esb_message, METH_VARARGS, "esb_message(cpu, message): store it"},
+    {"esb_demux", irq_esb_demux, METH_NOARGS, "esb_demux(): take this CPU's messages"},
     {"nmi_send", irq_nmi_send, METH_O, "nmi_send(cpu) -> bool: False when it collapsed"},
     {"nmi_resend", irq_nmi_resend, METH_O, "nmi_resend(cpu): signal what is pending again"},
     {"startup_ipi", irq_startup_ipi, METH_O, "startup_ipi(cpu) -> bool: did it wait for one?"},
