@@ -180,22 +180,20 @@ void shi_chip_handle(struct shi_self *self)
     SHI_TRACE(self, ipi_exit, self->id, 0, 0, 0);
 }
 
-void shi_chip_end(struct shi_self *self, uint32_t line)
-{
-    if (self->m->flow->end)
-        self->m->flow->end(self, line);
-    SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
-    /* What its end lets through, or what came while it was in service. */
-    if (self->m->flow->pending(self->m, self->id))
-        shi_fetch_or_full(&self->slot->word, SHI_W_PENDING);
-}
-
 void shi_chip_recheck(struct shi_self *self)
 {
     if (!self->m->flow->pending(self->m, self->id))
         return;
     shi_fetch_or_full(&self->slot->word, SHI_W_PENDING);
     self->happened = 1; /* served by shi_leave, or by local_irq_enable */
+}
+
+void shi_chip_end(struct shi_self *self, uint32_t line)
+{
+    if (self->m->flow->end)
+        self->m->flow->end(self, line);
+    SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
+    shi_chip_recheck(self); /* what its end lets through, or what came while it was in service */
 }
 
 void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on)
@@ -217,6 +215,14 @@ void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on
         shi_chip_recheck(self);
     else
         shi_chip_look(self, cpu, false);
+}
+
+void shi_chip_clear(struct shi_self *self, uint32_t cpu, uint32_t line)
+{
+    if (self->m->flow->clear)
+        self->m->flow->clear(self, cpu, line);
+    else
+        shi_fetch_and_full(&shi_slot(self->m, cpu)->irr[line / 64], ~(1ull << (line % 64)));
 }
 
 void shi_chip_threshold(struct shi_self *self, uint32_t value)
@@ -262,6 +268,13 @@ void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
         shi_store_relaxed(&pic->bank[i], 0);
     if (m->flow->reset)
         m->flow->reset(m, cpu);
+}
+
+void shi_chip_reset_own(struct shi_self *self)
+{
+    memset(self->taken, 0, sizeof self->taken);
+    self->demuxing = 0;
+    shi_chip_reset(self->m, self->id);
 }
 
 void shi_chip_note_masked(struct shi_self *self)

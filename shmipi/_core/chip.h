@@ -24,6 +24,8 @@ struct shi_flow {
     bool (*pending)(const struct shi_machine *, uint32_t cpu);
     /* Mask or unmask a line of a CPU.  NULL: by the CPU's enable bits. */
     void (*enable)(struct shi_self *, uint32_t cpu, uint32_t line, bool on);
+    /* Take back what is pending and not taken yet.  NULL: the CPU's pending bit. */
+    void (*clear)(struct shi_self *, uint32_t cpu, uint32_t line);
     /* The CPU's part as after power-on; masks of requested irqs stay. */
     void (*reset)(const struct shi_machine *, uint32_t cpu);
     /* A kick found interrupts off.  NULL: nothing to note. */
@@ -49,6 +51,8 @@ const struct shi_flow *shi_flow_of(uint32_t kind);
 
 /* Set a line of `dst` pending and ring it the way its state asks for. */
 void shi_irq_raise(struct shi_self *self, uint32_t dst, uint32_t line);
+/* mailbox: make all of `bits` of `dst` pending in one store. */
+void shi_mailbox_write(struct shi_self *self, uint32_t dst, uint64_t bits);
 void shi_chip_send_call_single(struct shi_self *self, uint32_t dst);
 void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n);
 void shi_chip_send_reschedule(struct shi_self *self, uint32_t dst);
@@ -78,12 +82,18 @@ void shi_chip_recheck(struct shi_self *self);
 void shi_chip_end(struct shi_self *self, uint32_t line);
 /* Mask or unmask; a line that was pending while masked is taken on unmask. */
 void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on);
+/* Take back a line that is pending at `cpu`. */
+void shi_chip_clear(struct shi_self *self, uint32_t cpu, uint32_t line);
+/* shared: from now on `line` interrupts `cpu` (SHI_NO_LINE: nobody).  One at a time. */
+void shi_chip_route(struct shi_self *self, uint32_t line, uint32_t cpu);
 /* TPR, CPPR or PMR of this CPU; what it lets through is taken when interrupts are on. */
 void shi_chip_threshold(struct shi_self *self, uint32_t value);
 /* Set the summary bit of `cpu` if its chip has anything, and ring it. */
 void shi_chip_look(struct shi_self *self, uint32_t cpu, bool again);
 /* As after power-on: at boot, and before a process takes the slot again. */
 void shi_chip_reset(const struct shi_machine *m, uint32_t cpu);
+/* The own CPU's, with what its process has read from the chip and not dispatched. */
+void shi_chip_reset_own(struct shi_self *self);
 
 /* A secondary CPU of a chip that starts them by IPI: wait for STARTUP.  0, -ECANCELED. */
 int shi_chip_wait_startup(struct shi_self *self);
@@ -98,6 +108,23 @@ static inline struct shi_pic *shi_pic(const struct shi_machine *m, uint32_t cpu)
 static inline struct shi_irq_area *shi_irq_area(const struct shi_machine *m)
 {
     return (struct shi_irq_area *)(m->base + m->irq_offset);
+}
+
+/*
+ * Chips that have no in-service bits: the core keeps one for a line that has a handler.
+ * A Python handler may be put off, and on hardware it would run before the line is read
+ * again; so until the handler has returned, the line stays pending and is not taken.
+ */
+static inline bool shi_kept_in_service(const struct shi_machine *m, uint32_t line)
+{
+    return m->chip.use[line] == SHI_USE_IRQ;
+}
+
+static inline void shi_set_in_service(struct shi_self *self, uint32_t line, bool on)
+{
+    shi_a64 *isr = &self->slot->pic.isr[line / 64]; /* written by the owner alone */
+    uint64_t bit = 1ull << (line % 64), was = shi_load_relaxed(isr);
+    shi_store_relaxed(isr, on ? was | bit : was & ~bit);
 }
 
 /* Where a CPU's lines of one kind lie. */

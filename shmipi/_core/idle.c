@@ -198,7 +198,7 @@ int shi_cpu_offline(struct shi_self *self)
         shi_event_wait(&slot->hotplug, SHI_HP_OFFLINE, -1);
     }
     /* What was sent to it meanwhile is lost: its part of the controller starts anew. */
-    shi_chip_reset(self->m, self->id);
+    shi_chip_reset_own(self);
     if (!err && parked)
         err = shi_chip_wait_startup(self);
     next = (w & SHI_W_GEN) | (was_running ? SHI_RUNNING : SHI_POLLING);

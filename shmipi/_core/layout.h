@@ -350,6 +350,7 @@ struct shi_pic {
     shi_a32 nmi;      /* pending | SHI_NMI_IN_SERVICE */
     shi_a32 startup;  /* enum shi_startup: futex of a CPU that waits for STARTUP */
     shi_a8 bank[16];  /* sgi: CPUs that sent it */
+    shi_a64 routed[SHI_NLINES / 64]; /* shared: lines mapped to this CPU (pcpu_masks) */
     /* Written by the owner only. */
     _Alignas(SHI_PAIR) shi_a64 isr[SHI_NLINES / 64]; /* in service, or active */
     shi_a32 nmi_entered; /* NMIs whose handler has begun */

@@ -365,6 +365,7 @@ static int module_exec(PyObject *module)
         {"NCPUS_OFFSET", offsetof(struct shi_header, ncpus)},
         {"HEADER_BYTES", sizeof(struct shi_header)},
         {"EXTRA_SLOTS", SHI_EXTRA_SLOTS},
+        {"W_PENDING", SHI_W_PENDING},
         {"OFFLINE", SHI_OFFLINE},
         {"CPU_DEAD", SHI_DEAD},
         {"NEW", SHI_M_NEW},

@@ -221,6 +221,41 @@ METHOD(enable_line)
     Py_RETURN_NONE;
 }
 
+/* irq_clear(cpu, line): take back what is pending there. */
+METHOD(clear)
+{
+    Machine *machine = MACHINE(object);
+    unsigned cpu, line;
+    if (!PyArg_ParseTuple(arg, "II", &cpu, &line) || shi_use(machine) < 0 ||
+        check_line(machine, line) < 0 || check_cpu(machine, cpu) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    shi_chip_clear(&machine->self, cpu, line);
+    shi_leave(&machine->self);
+    Py_RETURN_NONE;
+}
+
+/* irq_mailbox(cpu, bits): all of `bits` pending in one store. */
+METHOD(mailbox)
+{
+    Machine *machine = MACHINE(object);
+    unsigned cpu;
+    unsigned long long bits;
+    if (!PyArg_ParseTuple(arg, "IK", &cpu, &bits) || shi_use(machine) < 0 ||
+        check_cpu(machine, cpu) < 0)
+        return NULL;
+    if (machine->m.chip.flow != SHI_FLOW_MAILBOX ||
+        (machine->m.chip.nlines < 64 && bits >> machine->m.chip.nlines))
+        return PyErr_Format(PyExc_ValueError, "%s has no mailbox with bits %#llx",
+                            machine->m.chip.name, bits);
+    shi_enter(&machine->self);
+    shi_count(&machine->self, SHI_C_chip_writes);
+    shi_mailbox_write(&machine->self, cpu, bits);
+    shi_leave(&machine->self);
+    settle(machine);
+    Py_RETURN_NONE;
+}
+
 /* irq_threshold(value): of this CPU. */
 METHOD(threshold)
 {
@@ -364,6 +399,7 @@ static const struct reg regs[] = {
     PIC(nmi, 1, 0),
     PIC(startup, 1, 1),
     PIC(bank, 16, 0),
+    PIC(routed, SHI_NLINES / 64, 0),
     PIC(isr, SHI_NLINES / 64, 0),
     PIC(nmi_entered, 1, 0),
     PIC(threshold, 1, 0),
@@ -432,6 +468,16 @@ METHOD(pic_write)
     void *at = find_reg(MACHINE(object), cpu, name, index, true, &r);
     if (!at)
         return NULL;
+    if (!strcmp(name, "route")) { /* 1 + the CPU, 0: nobody; it takes what is pending along */
+        Machine *machine = MACHINE(object);
+        if (shi_use(machine) < 0 || (value > machine->m.ncpus && check_cpu(machine, UINT32_MAX) < 0))
+            return NULL;
+        shi_enter(&machine->self);
+        shi_chip_route(&machine->self, index, (uint32_t)value - 1);
+        shi_leave(&machine->self);
+        settle(machine);
+        Py_RETURN_NONE;
+    }
     if (r->bytes == 8)
         shi_store_full((shi_a64 *)at, value);
     else if (r->bytes == 4)
@@ -617,6 +663,8 @@ METHOD(coproc)
 PyMethodDef shi_irq_methods[] = {
     {"irq_raise", irq_raise, METH_VARARGS, "irq_raise(line, cpus, writes)"},
     {"irq_enable_line", irq_enable_line, METH_VARARGS, "irq_enable_line(cpu, line, on)"},
+    {"irq_clear", irq_clear, METH_VARARGS, "irq_clear(cpu, line)"},
+    {"irq_mailbox", irq_mailbox, METH_VARARGS, "irq_mailbox(cpu, bits): in one store"},
     {"irq_threshold", irq_threshold, METH_O, "irq_threshold(value): of this CPU"},
     {"irq_end", irq_end, METH_O, "irq_end(line): EOI before the handler has returned"},
     {"esb_access", irq_esb_access, METH_VARARGS, "esb_access(cpu, line, offset) -> int"},
