@@ -181,6 +181,10 @@ class Chip:
             ],
         }
 
+    def ipi_lines(self, ncpus: int) -> Sequence[int]:
+        """Return the lines for IPI domains, in the order in which to take them."""
+        return [line.number for line in self.lines(ncpus) if line.use == "irq"]
+
     def prepare(self, machine: _core.Machine) -> None:
         """Set the controller up before the first CPU is made: routes, for example."""
 
@@ -228,6 +232,27 @@ class Chip:
         state = self.machine.slot(cpu)[3]
         return state not in (_core.OFFLINE, _core.CPU_DEAD)
 
+    def cpus(self, mask: MaskLike | int) -> CpuMask:
+        """Return CPUs as a mask. ``IrqError`` EINVAL for one that does not exist.
+
+        ``ValueError`` and ``TypeError`` for what is no CPU mask.
+        """
+        cpus = _mask(mask)
+        last = cpus.last
+        if last is not None and last >= self.ncpus:
+            raise IrqError(
+                f"{self.name}: no CPU {last}: this machine has CPUs 0 to"
+                f" {self.ncpus - 1}",
+                cpu=last,
+                errno=errno.EINVAL,
+                domain=self.name,
+            )
+        return cpus
+
+    def one_cpu(self, cpu: int) -> int:
+        """Return the number of a CPU. ``IrqError`` EINVAL when it does not exist."""
+        return next(iter(self.cpus([cpu])))
+
     def raise_line(
         self, line: int, cpus: MaskLike | int, writes: int | None = None
     ) -> None:
@@ -248,6 +273,16 @@ class Chip:
     def unmask_line(self, line: int, cpu: int) -> None:
         """Undo ``mask_line``; a line that is pending is taken now, once."""
         self.machine.irq_enable_line(cpu, line, True)
+
+    def clear_line(self, line: int, cpu: int) -> None:
+        """Take a line back that is pending at a CPU; one that was taken goes on."""
+        self.machine.irq_clear(cpu, line)
+
+    def route_line(self, line: int, cpu: int | None) -> None:
+        """Let ``line`` interrupt ``cpu`` from now on; None: nobody.
+
+        Does nothing on a controller whose lines are each CPU's own.
+        """
 
     def read(self, register: str, cpu: int = 0, index: int = 0) -> int:
         """Read a word of a CPU's part of the controller, by the core's name for it."""
