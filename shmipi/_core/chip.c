@@ -42,7 +42,7 @@ int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus)
     /* What each flow keeps per line. */
     if ((chip->flow == SHI_FLOW_SGI && chip->nlines > 16) ||
         (chip->flow == SHI_FLOW_ESB && chip->nlines > SHI_ESB_LINES) ||
-        (chip->banked && ncpus > 8))
+        (chip->banked && (chip->flow != SHI_FLOW_SGI || ncpus > 8)))
         return -EINVAL;
     return 0;
 }
@@ -264,7 +264,7 @@ void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
     shi_store_relaxed(&pic->threshold, 0);
     shi_store_relaxed(&pic->spurious, 0);
     shi_store_relaxed(&pic->happened, 0);
-    for (i = 0; i < sizeof pic->bank; i++)
+    for (i = 0; i < sizeof pic->bank / sizeof *pic->bank; i++)
         shi_store_relaxed(&pic->bank[i], 0);
     if (m->flow->reset)
         m->flow->reset(m, cpu);

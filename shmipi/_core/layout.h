@@ -349,8 +349,8 @@ struct shi_pic {
     shi_a64 messages; /* esb: one byte each, PPC_MSG_* */
     shi_a32 nmi;      /* pending | SHI_NMI_IN_SERVICE */
     shi_a32 startup;  /* enum shi_startup: futex of a CPU that waits for STARTUP */
-    shi_a8 bank[16];  /* sgi: CPUs that sent it */
     shi_a64 routed[SHI_NLINES / 64]; /* shared: lines mapped to this CPU (pcpu_masks) */
+    shi_a64 bank[2];  /* sgi: 8 bits a line, the CPUs that sent it (GICD_SPENDSGIRn) */
     /* Written by the owner only. */
     _Alignas(SHI_PAIR) shi_a64 isr[SHI_NLINES / 64]; /* in service, or active */
     shi_a32 nmi_entered; /* NMIs whose handler has begun */
@@ -358,6 +358,7 @@ struct shi_pic {
     shi_a32 spurious;   /* 1: asserted, and masked before it was taken */
     shi_a32 happened;   /* esb: paca->irq_happened */
     shi_a32 iar;        /* sgi: what the last acknowledge read; esb: priority in service */
+    shi_a64 senders;    /* sgi: 4 bits a line, who sent what was acknowledged last */
     shi_a8 priority[32]; /* sgi: of each line, 0 is the highest */
     shi_a32 eq_at;      /* esb: how many entries were read */
     shi_a32 eq_put;     /* and how many were written */

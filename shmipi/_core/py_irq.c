@@ -398,8 +398,9 @@ static const struct reg regs[] = {
     PIC(messages, 1, 0),
     PIC(nmi, 1, 0),
     PIC(startup, 1, 1),
-    PIC(bank, 16, 0),
     PIC(routed, SHI_NLINES / 64, 0),
+    PIC(bank, 2, 0),
+    PIC(senders, 1, 0),
     PIC(isr, SHI_NLINES / 64, 0),
     PIC(nmi_entered, 1, 0),
     PIC(threshold, 1, 0),
@@ -485,6 +486,35 @@ METHOD(pic_write)
     else
         shi_store_full((shi_a8 *)at, (uint8_t)value);
     Py_RETURN_NONE;
+}
+
+/* pic_change(cpu, name, index, clear, set) -> int: pending bits as software may change
+ * them, in one step; as they were before.  What is to be taken now is. */
+METHOD(pic_change)
+{
+    Machine *machine = MACHINE(object);
+    const struct reg *r;
+    const char *name;
+    unsigned cpu, index;
+    unsigned long long clear, set;
+    if (!PyArg_ParseTuple(arg, "IsIKK", &cpu, &name, &index, &clear, &set) ||
+        shi_use(machine) < 0)
+        return NULL;
+    shi_a64 *at = find_reg(machine, cpu, name, index, false, &r);
+    if (!at)
+        return NULL;
+    if (strcmp(name, "irr") && strcmp(name, "bank")) {
+        PyErr_Format(PyExc_ValueError, "no pending bits in register %s", name);
+        return NULL;
+    }
+    uint64_t was = shi_load_relaxed(at);
+    shi_enter(&machine->self);
+    while (!shi_cas_full(at, &was, (was & ~(uint64_t)clear) | (uint64_t)set))
+        ;
+    shi_chip_look(&machine->self, cpu, false);
+    shi_leave(&machine->self);
+    settle(machine);
+    return PyLong_FromUnsignedLongLong(was);
 }
 
 /* ---- descriptors ----------------------------------------------------------------- */
@@ -675,6 +705,8 @@ PyMethodDef shi_irq_methods[] = {
     {"startup_ipi", irq_startup_ipi, METH_O, "startup_ipi(cpu) -> bool: did it wait for one?"},
     {"pic_read", irq_pic_read, METH_VARARGS, "pic_read(cpu, register, index=0) -> int"},
     {"pic_write", irq_pic_write, METH_VARARGS, "pic_write(cpu, register, index, value)"},
+    {"pic_change", irq_pic_change, METH_VARARGS,
+     "pic_change(cpu, register, index, clear, set) -> int: pending bits, as they were"},
     {"irq_trylock", irq_trylock, METH_NOARGS, "irq_trylock() -> bool: of the descriptors"},
     {"irq_unlock", irq_unlock, METH_NOARGS, "irq_unlock()"},
     {"irq_request", irq_request, METH_VARARGS, "irq_request(virq, handler, info)"},
