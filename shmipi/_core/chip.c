@@ -62,13 +62,26 @@ void shi_irq_raise(struct shi_self *self, uint32_t dst, uint32_t line)
     }
 }
 
+/* Are these (ascending), and this CPU, all that are online? */
+static bool all_online(const struct shi_self *self, const uint32_t *cpus, uint32_t n)
+{
+    const struct shi_machine *m = self->m;
+    uint32_t cpu, i = 0;
+    for (cpu = 0; cpu < m->ncpus; cpu++) {
+        if (i < n && cpus[i] == cpu)
+            i++;
+        else if (cpu != self->id && shi_word_online(shi_load_relaxed(&shi_slot(m, cpu)->word)))
+            return false; /* soon, as a rule: the first that is left out */
+    }
+    return true;
+}
+
 uint32_t shi_chip_writes(const struct shi_self *self, const uint32_t *cpus, uint32_t n)
 {
     const struct shi_chip *chip = &self->m->chip;
     uint32_t i, writes = 0, last = UINT32_MAX;
-    /* All but self (kernel: `mask` and this CPU make up the online ones). */
-    if (chip->shorthand && n > 1 && n + !self->host == self->m->ncpus)
-        return 1;
+    if (chip->shorthand && n > 1 && all_online(self, cpus, n))
+        return 1; /* all but self */
     if (!chip->group)
         return 1;
     for (i = 0; i < n; i++)
@@ -260,7 +273,11 @@ void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
             shi_fetch_or_full(&pic->enable[i / 64], 1ull << (i % 64));
     shi_store_relaxed(&pic->messages, 0);
     shi_store_relaxed(&pic->nmi, 0);
-    shi_store_relaxed(&pic->startup, SHI_SU_NONE);
+    uint32_t startup = shi_load_relaxed(&pic->startup);
+    /* INIT, or a STARTUP that asked for the process that takes the slot, still stands. */
+    while ((startup == SHI_SU_WAITING || startup == SHI_SU_STARTED) &&
+           !shi_cas_full(&pic->startup, &startup, SHI_SU_NONE))
+        ;
     shi_store_relaxed(&pic->threshold, 0);
     shi_store_relaxed(&pic->spurious, 0);
     shi_store_relaxed(&pic->happened, 0);
@@ -295,11 +312,16 @@ void shi_chip_replayed(struct shi_self *self)
 int shi_chip_wait_startup(struct shi_self *self)
 {
     shi_a32 *startup = &self->slot->pic.startup;
-    uint32_t was = SHI_SU_NONE;
-    if (!self->m->chip.startup || self->id == 0)
-        return 0; /* the bootstrap processor */
-    /* A STARTUP that came before (ASKED) is the reason why this process was made. */
-    shi_cas_full(startup, &was, SHI_SU_WAITING);
+    uint32_t was = shi_load_relaxed(startup), next;
+    if (!self->m->chip.startup)
+        return 0;
+    do {
+        /* The bootstrap processor does not wait; nor does a process that was made
+         * because a STARTUP asked for it. */
+        next = self->id == 0 || was == SHI_SU_ASKED ? SHI_SU_STARTED : SHI_SU_WAITING;
+    } while (!shi_cas_full(startup, &was, next));
+    if (next == SHI_SU_STARTED)
+        return 0;
     shi_event_ring(&self->m->header->hotplug_event);
     while (shi_load_acquire(startup) == SHI_SU_WAITING) {
         if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING)
@@ -309,13 +331,52 @@ int shi_chip_wait_startup(struct shi_self *self)
     return 0;
 }
 
-int shi_chip_startup(struct shi_self *self, uint32_t cpu)
+int shi_chip_let_start(struct shi_self *self, uint32_t cpu)
 {
     shi_a32 *startup = &shi_pic(self->m, cpu)->startup;
     uint32_t was = SHI_SU_WAITING;
-    shi_count(self, SHI_C_chip_writes);
     if (!shi_cas_full(startup, &was, SHI_SU_STARTED))
-        return 0; /* SDM: a STARTUP IPI that finds no waiting processor is dropped */
+        return 0;
     shi_event_wake(startup);
+    return 1;
+}
+
+static bool is_dead(const struct shi_machine *m, uint32_t cpu)
+{
+    return shi_word_state(shi_load_full(&shi_slot(m, cpu)->word)) == SHI_DEAD;
+}
+
+int shi_chip_startup(struct shi_self *self, uint32_t cpu, uint32_t vector)
+{
+    struct shi_pic *pic = shi_pic(self->m, cpu);
+    uint32_t was = shi_load_acquire(&pic->startup), next;
+    do {
+        if (was == SHI_SU_WAITING)
+            next = SHI_SU_STARTED;
+        else if (was == SHI_SU_RESET || (was != SHI_SU_ASKED && is_dead(self->m, cpu)))
+            next = SHI_SU_ASKED;
+        else
+            return 0; /* SDM: a STARTUP IPI that finds no waiting processor is dropped */
+        shi_store_relaxed(&pic->sipi, vector);
+    } while (!shi_cas_full(&pic->startup, &was, next));
+    if (next == SHI_SU_STARTED)
+        shi_event_wake(&pic->startup);
+    else
+        shi_firmware_look(self);
+    return 1;
+}
+
+int shi_chip_init(struct shi_self *self, uint32_t cpu)
+{
+    shi_a32 *startup = &shi_pic(self->m, cpu)->startup;
+    uint32_t was = shi_load_acquire(startup);
+    do {
+        /* What waits, or comes up to wait, or is about to be made, is in reset. */
+        if (was != SHI_SU_STARTED)
+            return 0;
+        /* The state first, the end second: a STARTUP that follows at once finds it. */
+    } while (!shi_cas_full(startup, &was, cpu ? SHI_SU_RESET : SHI_SU_ASKED));
+    shi_irq_kill(self, cpu);
+    shi_firmware_look(self); /* of CPU 0, dead before, its end tells nobody */
     return 1;
 }

@@ -259,6 +259,25 @@ void shi_nmi_signal(struct shi_self *self, uint32_t dst)
     signal_cpu(self, dst, self->m->nmi_signal);
 }
 
+void shi_cpu_kill(const struct shi_self *self, uint32_t pid)
+{
+    /* As in signal_cpu: whose pid nobody guards is not signalled, nor is a group. */
+    if (shi_load_relaxed(&self->m->header->machine_state) != SHI_M_DEAD && (int32_t)pid > 0)
+        kill((pid_t)pid, SIGKILL);
+}
+
+void shi_firmware_look(const struct shi_self *self)
+{
+    const struct shi_header *h = self->m->header;
+    pid_t pid = (pid_t)shi_load_relaxed(&h->firmware_pid);
+    /* A CPU's parent is the firmware, or it has lost it and is about to end; the host
+     * does not wait for its firmware before it has marked the machine dead. */
+    if (shi_load_relaxed(&h->machine_state) == SHI_M_DEAD || pid <= 1 ||
+        (!self->host && getppid() != pid))
+        return;
+    kill(pid, SIGCHLD); /* which it takes from a descriptor, to look for dead CPUs */
+}
+
 /* What it interrupts may be in the middle of counting. */
 static void nmi(struct shi_self *self)
 {

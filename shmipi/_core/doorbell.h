@@ -20,6 +20,10 @@ int shi_doorbell_wait(struct shi_self *self, uint32_t low, int64_t timeout_ns);
 void shi_kick_send(struct shi_self *self, uint32_t dst);
 /* Send the NMI signal to a CPU that this caller's hazard protects. */
 void shi_nmi_signal(struct shi_self *self, uint32_t dst);
+/* End the process of a CPU that this caller's hazard protects. */
+void shi_cpu_kill(const struct shi_self *self, uint32_t pid);
+/* Have the firmware look after dead CPUs now. */
+void shi_firmware_look(const struct shi_self *self);
 /* Install the handlers of the kick and the NMI signal, for the process's CPU `self`. */
 int shi_kick_install(struct shi_self *self);
 void shi_kick_remove(void);

@@ -182,7 +182,20 @@ int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst)
     return 0;
 }
 
-/* ---- NMIs ------------------------------------------------------------------------ */
+/* ---- NMIs, and INIT --------------------------------------------------------------- */
+
+void shi_irq_kill(struct shi_self *self, uint32_t dst)
+{
+    shi_a64 *word = &shi_slot(self->m, dst)->word;
+    hazard_set(self, dst);
+    uint64_t w = shi_load_full(word);
+    uint32_t pid = shi_load_acquire(&shi_slot(self->m, dst)->pid);
+    /* The generation again: by now the pid may be of the next process in the slot. */
+    if (shi_word_state(w) != SHI_DEAD &&
+        shi_word_gen(shi_load_full(word)) == shi_word_gen(w))
+        shi_cpu_kill(self, pid);
+    hazard_clear(self);
+}
 
 void shi_irq_signal_nmi(struct shi_self *self, uint32_t dst)
 {

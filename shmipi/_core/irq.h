@@ -23,6 +23,8 @@ int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst);
 
 /* Signal an NMI to `dst`. */
 void shi_irq_signal_nmi(struct shi_self *self, uint32_t dst);
+/* INIT: end `dst`'s process, unless it has ended. */
+void shi_irq_kill(struct shi_self *self, uint32_t dst);
 /* In the NMI's signal handler: bring the own CPU's interpreter to its Python handler. */
 void shi_irq_call_python_for_nmi(struct shi_self *self);
 

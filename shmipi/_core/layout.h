@@ -349,6 +349,7 @@ struct shi_pic {
     shi_a64 messages; /* esb: one byte each, PPC_MSG_* */
     shi_a32 nmi;      /* pending | SHI_NMI_IN_SERVICE */
     shi_a32 startup;  /* enum shi_startup: futex of a CPU that waits for STARTUP */
+    shi_a32 sipi;     /* vector of the STARTUP that it took */
     shi_a64 routed[SHI_NLINES / 64]; /* shared: lines mapped to this CPU (pcpu_masks) */
     shi_a64 bank[2];  /* sgi: 8 bits a line, the CPUs that sent it (GICD_SPENDSGIRn) */
     /* Written by the owner only. */
@@ -369,7 +370,13 @@ struct shi_pic {
 #define SHI_NMI_PENDING 0xfu
 #define SHI_NMI_IN_SERVICE 0x10u
 
-enum shi_startup { SHI_SU_NONE = 0, SHI_SU_WAITING = 1, SHI_SU_STARTED = 2, SHI_SU_ASKED = 3 };
+enum shi_startup {
+    SHI_SU_NONE = 0,    /* no process yet, or it comes up */
+    SHI_SU_WAITING = 1, /* its process waits for STARTUP */
+    SHI_SU_STARTED = 2,
+    SHI_SU_ASKED = 3, /* STARTUP has reached a CPU without a process: make one */
+    SHI_SU_RESET = 4, /* INIT: its process ends, and none is made before STARTUP */
+};
 
 /* ---- irq descriptors ------------------------------------------------------------- */
 

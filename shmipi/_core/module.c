@@ -388,6 +388,11 @@ static int module_exec(PyObject *module)
         {"USE_NMI", SHI_USE_NMI},
         {"USE_IRQ", SHI_USE_IRQ},
         {"USE_COUNT", SHI_USE_COUNT},
+        {"STARTUP_NONE", SHI_SU_NONE},
+        {"STARTUP_WAITING", SHI_SU_WAITING},
+        {"STARTUP_STARTED", SHI_SU_STARTED},
+        {"STARTUP_ASKED", SHI_SU_ASKED},
+        {"STARTUP_RESET", SHI_SU_RESET},
         {"STEP_STOP", 1},
         {"STEP_KILL", 2},
     };

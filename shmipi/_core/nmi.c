@@ -22,7 +22,6 @@ int shi_nmi_send(struct shi_self *self, uint32_t dst)
         return -ENXIO;
     SHI_TRACE(self, nmi_send, dst, 0, 0, 0);
     shi_count(self, SHI_C_nmi_sent);
-    shi_count(self, SHI_C_chip_writes);
     if (m->chip.nmi != SHI_NO_LINE) {
         shi_irq_raise(self, dst, shi_line_of(m, m->chip.nmi, dst));
         return 1;

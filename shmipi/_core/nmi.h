@@ -11,7 +11,8 @@
 
 #include "machine.h"
 
-/* Send one: 1, 0 when it collapsed, -ENXIO.  On chips without NMIs, their line for it. */
+/* Send one: 1, 0 when it collapsed, -ENXIO.  On chips without NMIs, their line for it.
+ * The caller counts the register write: one may send to several CPUs. */
 int shi_nmi_send(struct shi_self *self, uint32_t dst);
 /* Body of the NMI signal's handler. */
 void shi_nmi_entry(struct shi_self *self);

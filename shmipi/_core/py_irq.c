@@ -48,12 +48,15 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
 void shi_run_line(Machine *machine, uint32_t line)
 {
     struct shi_self *self = &machine->self;
+    uint32_t outer = self->handling;
     uint32_t virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
     const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
     PyObject *number = virq && desc ? PyLong_FromUnsignedLong(desc->ipi_base) : NULL;
     if (number) {
         shi_count(self, SHI_C_irq_handled);
+        self->handling = line + 1;
         apply(machine, desc, number, false);
+        self->handling = outer;
         Py_DECREF(number);
     }
     shi_chip_end(self, line);
@@ -272,15 +275,22 @@ METHOD(threshold)
     Py_RETURN_NONE;
 }
 
-/* irq_end(line): EOI before the handler has returned. */
+/* irq_end(line): EOI before the handler has returned; NO_LINE: of the one that runs. */
 METHOD(end)
 {
     Machine *machine = MACHINE(object);
     unsigned long line = PyLong_AsUnsignedLong(arg);
-    if (PyErr_Occurred() || shi_use(machine) < 0 || check_line(machine, (unsigned)line) < 0)
+    if (PyErr_Occurred() || shi_use(machine) < 0)
         return NULL;
     if (machine->self.host)
         return shi_raise(shi_py.StateError, 0, -1, "the host is no CPU: it takes no interrupts");
+    if (line == SHI_NO_LINE) {
+        if (!machine->self.handling)
+            Py_RETURN_NONE; /* nothing is in service */
+        line = machine->self.handling - 1;
+    }
+    if (check_line(machine, (unsigned)line) < 0)
+        return NULL;
     shi_enter(&machine->self);
     shi_chip_end(&machine->self, (uint32_t)line);
     shi_leave(&machine->self);
@@ -338,15 +348,18 @@ METHOD(esb_demux)
     Py_RETURN_NONE;
 }
 
-/* nmi_send(cpu) -> bool: False when as many as can be were pending already. */
+/* nmi_send(cpu, writes=1) -> bool: False when as many as can be were pending already. */
 METHOD(nmi_send)
 {
     Machine *machine = MACHINE(object);
-    unsigned long cpu = PyLong_AsUnsignedLong(arg);
-    if (PyErr_Occurred() || shi_use(machine) < 0 || check_cpu(machine, (unsigned)cpu) < 0)
+    unsigned cpu, writes = 1;
+    if (!PyArg_ParseTuple(arg, "I|I", &cpu, &writes) || shi_use(machine) < 0 ||
+        check_cpu(machine, cpu) < 0)
         return NULL;
     shi_enter(&machine->self);
-    int sent = shi_nmi_send(&machine->self, (uint32_t)cpu);
+    int sent = shi_nmi_send(&machine->self, cpu);
+    if (sent >= 0)
+        shi_count_n(&machine->self, SHI_C_chip_writes, writes);
     shi_leave(&machine->self);
     settle(machine);
     return sent < 0 ? shi_raise_errno(machine, sent, (int)cpu) : PyBool_FromLong(sent);
@@ -365,17 +378,31 @@ METHOD(nmi_resend)
     Py_RETURN_NONE;
 }
 
-/* startup_ipi(cpu) -> bool: did it wait for one? */
+/* startup_ipi(cpu, vector) -> bool: did it wait for one?  Counts no register write. */
 METHOD(startup_ipi)
+{
+    Machine *machine = MACHINE(object);
+    unsigned cpu, vector;
+    if (!PyArg_ParseTuple(arg, "II", &cpu, &vector) || shi_use(machine) < 0 ||
+        check_cpu(machine, cpu) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    int started = shi_chip_startup(&machine->self, cpu, vector);
+    shi_leave(&machine->self);
+    return PyBool_FromLong(started);
+}
+
+/* init_ipi(cpu) -> bool: was it not in reset already?  Counts no register write. */
+METHOD(init_ipi)
 {
     Machine *machine = MACHINE(object);
     unsigned long cpu = PyLong_AsUnsignedLong(arg);
     if (PyErr_Occurred() || shi_use(machine) < 0 || check_cpu(machine, (unsigned)cpu) < 0)
         return NULL;
     shi_enter(&machine->self);
-    int started = shi_chip_startup(&machine->self, (uint32_t)cpu);
+    int reset = shi_chip_init(&machine->self, (uint32_t)cpu);
     shi_leave(&machine->self);
-    return PyBool_FromLong(started);
+    return PyBool_FromLong(reset);
 }
 
 /* Registers that can be read, and those of them that software may write. */
@@ -398,6 +425,7 @@ static const struct reg regs[] = {
     PIC(messages, 1, 0),
     PIC(nmi, 1, 0),
     PIC(startup, 1, 1),
+    PIC(sipi, 1, 0),
     PIC(routed, SHI_NLINES / 64, 0),
     PIC(bank, 2, 0),
     PIC(senders, 1, 0),
@@ -700,9 +728,12 @@ PyMethodDef shi_irq_methods[] = {
     {"esb_access", irq_esb_access, METH_VARARGS, "esb_access(cpu, line, offset) -> int"},
     {"esb_message", irq_esb_message, METH_VARARGS, "esb_message(cpu, message): store it"},
     {"esb_demux", irq_esb_demux, METH_NOARGS, "esb_demux(): take this CPU's messages"},
-    {"nmi_send", irq_nmi_send, METH_O, "nmi_send(cpu) -> bool: False when it collapsed"},
+    {"nmi_send", irq_nmi_send, METH_VARARGS,
+     "nmi_send(cpu, writes=1) -> bool: False when it collapsed"},
     {"nmi_resend", irq_nmi_resend, METH_O, "nmi_resend(cpu): signal what is pending again"},
-    {"startup_ipi", irq_startup_ipi, METH_O, "startup_ipi(cpu) -> bool: did it wait for one?"},
+    {"startup_ipi", irq_startup_ipi, METH_VARARGS,
+     "startup_ipi(cpu, vector) -> bool: did it wait for one?"},
+    {"init_ipi", irq_init_ipi, METH_O, "init_ipi(cpu) -> bool: was it not in reset already?"},
     {"pic_read", irq_pic_read, METH_VARARGS, "pic_read(cpu, register, index=0) -> int"},
     {"pic_write", irq_pic_write, METH_VARARGS, "pic_write(cpu, register, index, value)"},
     {"pic_change", irq_pic_change, METH_VARARGS,

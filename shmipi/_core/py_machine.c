@@ -331,7 +331,7 @@ METHOD(hotplug)
         ;
     shi_event_wake(&slot->hotplug);
     if (!offline && machine->m.chip.startup)
-        shi_chip_startup(&machine->self, cpu); /* dropped unless it waits for it */
+        shi_chip_let_start(&machine->self, cpu);
     if (offline) {
         /* Any interrupt makes it look. */
         shi_enter(&machine->self);

@@ -145,6 +145,7 @@ class Firmware:
             for key, _ in self.selector.select(timeout):
                 key.data()
             self.reap()
+            self.start_asked()
             if self.stopping and time.monotonic() >= self.deadline:
                 self.kill_all()
                 return
@@ -176,9 +177,28 @@ class Firmware:
         elif message["op"] == "unlink_doorbells":
             segment.unlink_doorbells(self.config["segment"], self.config["ncpus"])
 
+    def live(self) -> set[int]:
+        """Return the CPUs that have a process."""
+        return {cpu for pid, cpu in self.pids.items() if pid not in self.unreaped}
+
+    def start_asked(self) -> None:
+        """Boot the CPUs without a process that a STARTUP IPI has reached."""
+        ncpus = self.config["ncpus"]
+        if self.stopping or len(live := self.live()) == ncpus:
+            return
+        for number in set(range(ncpus)) - live:
+            startup = self.machine.pic_read(number, "startup")
+            if startup != _core.STARTUP_ASKED:
+                continue
+            try:
+                self.boot([number])
+            except OSError as error:
+                # Who sent it does not wait for an answer, as with the hardware.
+                print(f"shmipi: CPU {number} did not start: {error}", file=sys.stderr)
+                self.machine.pic_write(number, "startup", 0, _core.STARTUP_RESET)
+
     def boot_one(self, number: int) -> None:
-        live = (cpu for pid, cpu in self.pids.items() if pid not in self.unreaped)
-        if number in live:
+        if number in self.live():
             raise OSError(errno.EBUSY, f"CPU {number} is not dead")
         self.boot([number])
 
