@@ -17,7 +17,7 @@ static uint32_t highest(const shi_a64 *bits, const shi_a64 *and)
     int i;
     for (i = SHI_NLINES / 64 - 1; i >= 0; i--) {
         uint64_t word = shi_load_acquire(&bits[i]);
-        if (and)
+        if (word && and) /* nearly always none, and then the mask's line is not needed */
             word &= shi_load_relaxed(&and[i]);
         if (word)
             return (uint32_t)i * 64 + 63u - (uint32_t)__builtin_clzll(word);
@@ -50,7 +50,6 @@ static uint32_t vector_next(struct shi_self *self)
 {
     struct shi_pic *pic = &self->slot->pic;
     uint32_t vector = deliverable(self->m, self->id);
-    uint64_t bit = 1ull << (vector % 64);
     if (vector == SHI_NO_LINE) {
         if (shi_load_relaxed(&pic->spurious)) {
             shi_store_relaxed(&pic->spurious, 0);
@@ -59,27 +58,30 @@ static uint32_t vector_next(struct shi_self *self)
         }
         return SHI_NO_LINE;
     }
+    uint64_t bit = 1ull << (vector % 64);
     shi_store_relaxed(&pic->spurious, 0);
-    shi_fetch_and_full(&self->slot->irr[vector / 64], ~bit);
-    /* The kernel's system vectors write EOI before they do anything else. */
+    /* The kernel's system vectors write EOI before they do anything else.  In service
+     * before it is not pending any more: who looks from outside always finds it. */
     if (self->m->chip.use[vector] == SHI_USE_IRQ) {
         shi_a64 *isr = &pic->isr[vector / 64];
         shi_store_relaxed(isr, shi_load_relaxed(isr) | bit);
     }
+    shi_fetch_and_full(&self->slot->irr[vector / 64], ~bit);
     return vector;
 }
 
-/* EOI: the highest bit in service is done. */
+/*
+ * EOI.  The register names no vector: the highest in service is done, which on hardware
+ * is the one whose handler runs.  Here a handler of Python may still wait for the
+ * interpreter while a higher vector is taken, so what is done is named: one EOI too
+ * many, from a handler that wrote it and returned, ends nothing else.
+ */
 static void vector_end(struct shi_self *self, uint32_t vector)
 {
-    struct shi_pic *pic = &self->slot->pic;
-    if (self->m->chip.use[vector] != SHI_USE_IRQ)
-        return;
-    uint32_t serving = highest(pic->isr, NULL);
-    if (serving == SHI_NO_LINE)
-        return;
-    shi_a64 *isr = &pic->isr[serving / 64];
-    shi_store_relaxed(isr, shi_load_relaxed(isr) & ~(1ull << (serving % 64)));
+    shi_a64 *isr = &self->slot->pic.isr[vector / 64];
+    uint64_t bit = 1ull << (vector % 64), serving = shi_load_relaxed(isr);
+    if (serving & bit) /* release: who finds it ended finds what its handler did */
+        shi_store_release(isr, serving & ~bit);
 }
 
 static bool vector_pending(const struct shi_machine *m, uint32_t cpu)
