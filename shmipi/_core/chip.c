@@ -95,6 +95,7 @@ uint32_t shi_chip_writes(const struct shi_self *self, const uint32_t *cpus, uint
 void shi_chip_send_call_single(struct shi_self *self, uint32_t dst)
 {
     const struct shi_machine *m = self->m;
+    SHI_TRACE(self, call_ipi, dst, 0, 0, 0);
     shi_count(self, SHI_C_chip_writes);
     shi_irq_raise(self, dst, shi_line_of(m, m->chip.call_single, dst));
 }
@@ -102,8 +103,9 @@ void shi_chip_send_call_single(struct shi_self *self, uint32_t dst)
 void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n)
 {
     const struct shi_machine *m = self->m;
-    uint32_t i;
-    shi_count_n(self, SHI_C_chip_writes, shi_chip_writes(self, cpus, n));
+    uint32_t i, writes = shi_chip_writes(self, cpus, n);
+    SHI_TRACE(self, ipi_send_cpumask, cpus[0], 0, 0, writes | n << 16);
+    shi_count_n(self, SHI_C_chip_writes, writes);
     for (i = 0; i < n; i++)
         shi_irq_raise(self, cpus[i], shi_line_of(m, m->chip.call, cpus[i]));
 }
@@ -138,13 +140,16 @@ bool shi_chip_act(struct shi_self *self, uint32_t line)
 {
     switch ((enum shi_line_use)self->m->chip.use[line]) {
     case SHI_USE_RESCHEDULE:
+        SHI_TRACE(self, scheduler_ipi, self->id, 0, 0, line);
         shi_count(self, SHI_C_irq_resched); /* the nudge is all there is to it */
         return true;
     case SHI_USE_CALL:
+        SHI_TRACE(self, call_interrupt, self->id, 0, 0, line);
         shi_count(self, SHI_C_irq_call);
         shi_flush_queue(self);
         return true;
     case SHI_USE_CALL_SINGLE:
+        SHI_TRACE(self, call_interrupt, self->id, 0, 0, line);
         shi_count(self, SHI_C_irq_call_single);
         shi_flush_queue(self);
         return true;
@@ -162,19 +167,28 @@ bool shi_chip_act(struct shi_self *self, uint32_t line)
     return true;
 }
 
+/* Say that a line was ended where it was: before or after its work. */
+static inline void trace_eoi(struct shi_self *self, uint32_t line, bool before)
+{
+    if (__builtin_expect(self->trace, 0) &&
+        before == (self->m->flow->eoi_first && self->m->chip.use[line] != SHI_USE_IRQ))
+        SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
+}
+
 void shi_chip_take(struct shi_self *self)
 {
     const struct shi_flow *flow = self->m->flow;
     uint32_t line;
     while ((line = flow->next(self)) != SHI_NO_LINE) {
         SHI_TRACE(self, line_ack, self->id, 0, 0, line);
+        trace_eoi(self, line, true);
         SHI_STEP(self, line);
         shi_chip_count_row(self, line);
         if (!shi_chip_act(self, line))
             continue;
         if (flow->end)
             flow->end(self, line);
-        SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
+        trace_eoi(self, line, false);
     }
 }
 

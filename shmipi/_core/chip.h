@@ -14,6 +14,7 @@
 
 struct shi_flow {
     const char *name;
+    bool eoi_first; /* system lines are ended as they are taken, before their work */
     /* Make `line` of `dst` pending.  True: the target has to be rung. */
     bool (*set)(struct shi_self *, uint32_t dst, uint32_t line);
     /* Take the line that is next in the chip's order, or SHI_NO_LINE.  By the owner. */

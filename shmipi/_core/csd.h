@@ -63,13 +63,21 @@ static inline int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, ui
     return 0;
 }
 
+/* index + 1 of a csd anywhere in the segment. */
+static inline uint32_t shi_csd_number(const struct shi_machine *m, const struct shi_csd *csd)
+{
+    uint64_t at = (uint64_t)((const uint8_t *)csd - shi_region(m, 0));
+    return ((uint32_t)(at / m->region_bytes) << m->csd_shift) +
+           (uint32_t)(at % m->region_bytes / sizeof *csd) + 1;
+}
+
 /* The target, after (SYNC) or before (ASYNC) the function: rings a parked waiter. */
 static inline void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
 {
     uint32_t src = csd->src; /* after the exchange the csd may be anything */
     uint64_t seq = shi_load_relaxed(&csd->lock) & SHI_CSD_SEQ;
     SHI_STEP(self, unlock);
-    SHI_TRACE(self, csd_unlock, src, 0, 0, 0);
+    SHI_TRACE(self, csd_unlock, src, shi_csd_number(self->m, csd), 0, 0);
     /*
      * Full: releases the handler's stores to the waiter's acquire load of the lock,
      * and stands before the load of the waiter's word in shi_irq_ring_waiter.  A

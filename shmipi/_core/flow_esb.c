@@ -306,6 +306,7 @@ static uint32_t esb_next(struct shi_self *self)
         if (self->demuxing) { /* smp_ipi_demux_relaxed */
             uint8_t by = self->demuxing;
             self->taken[0] = message_bits(shi_xchg_full(&pic->messages, 0));
+            SHI_TRACE(self, chip_demux, self->id, 0, 0, (uint32_t)self->taken[0]);
             if (self->taken[0])
                 continue;
             self->demuxing = NOT_DEMUXING;

@@ -91,6 +91,7 @@ static bool vector_pending(const struct shi_machine *m, uint32_t cpu)
 
 const struct shi_flow shi_flow_vector = {
     .name = "vector",
+    .eoi_first = true,
     .set = vector_set,
     .next = vector_next,
     .end = vector_end,

@@ -164,6 +164,7 @@ int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst)
 {
     struct shi_slot *slot = shi_slot(self->m, dst);
     uint64_t w = shi_load_relaxed(&slot->word);
+    SHI_TRACE(self, call_entry, dst, 0, 0, SHI_E_RESCHEDULE);
     for (;;) {
         if (!shi_word_online(w))
             return -ENXIO;
@@ -200,8 +201,10 @@ void shi_irq_kill(struct shi_self *self, uint32_t dst)
 void shi_irq_signal_nmi(struct shi_self *self, uint32_t dst)
 {
     hazard_set(self, dst);
-    if (shi_word_online(shi_load_full(&shi_slot(self->m, dst)->word)))
+    if (shi_word_online(shi_load_full(&shi_slot(self->m, dst)->word))) {
+        SHI_TRACE(self, rung, dst, 0, 0, SHI_RUNG_NMI);
         shi_nmi_signal(self, dst);
+    }
     hazard_clear(self);
 }
 
@@ -273,13 +276,14 @@ static void run_native(struct shi_self *self, uint32_t index, struct shi_csd *cs
     if (sync) {
         shi_count(self, SHI_C_csd_sync);
         function(info);
+        SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
         shi_csd_unlock(self, csd);
     } else {
         shi_count(self, SHI_C_csd_async);
         shi_csd_unlock(self, csd);
         function(info);
+        SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
     }
-    SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
     shi_store_relaxed(&self->slot->cur_csd, 0);
 }
 
@@ -333,14 +337,16 @@ bool shi_service(struct shi_self *self)
     for (;;) {
         /* Acquire pairs with the push: but what is acted upon comes from the RMW. */
         uint64_t w = shi_load_acquire(&self->slot->word);
-        if (w & SHI_W_PENDING)
+        if (w & SHI_W_PENDING) {
             shi_chip_handle(self);
-        else if (shi_word_head(w))
+        } else if (shi_word_head(w)) {
             shi_flush_queue(self);
-        else if (w & SHI_W_NEED_RESCHED)
+        } else if (w & SHI_W_NEED_RESCHED) {
+            SHI_TRACE(self, resched_idle, self->id, 0, 0, 0);
             shi_fetch_and_full(&self->slot->word, ~SHI_W_NEED_RESCHED);
-        else
+        } else {
             return did;
+        }
         did = true;
     }
 }
@@ -452,6 +458,7 @@ void shi_irq_entry(struct shi_self *self)
         irq_work(self);
     else
         shi_count(self, SHI_C_kicks_empty);
+    SHI_TRACE(self, irq_exit, self->id, 0, 0, 0);
 }
 
 void shi_leave_slow(struct shi_self *self)

@@ -8,7 +8,12 @@
 #include "machine.h"
 
 /* How a CPU was rung (the argument of tracepoint `rung`). */
-enum shi_rung { SHI_RUNG_NOT = 0, SHI_RUNG_DOORBELL = 1, SHI_RUNG_KICK = 2 };
+enum shi_rung {
+    SHI_RUNG_NOT = 0,
+    SHI_RUNG_DOORBELL = 1,
+    SHI_RUNG_KICK = 2,
+    SHI_RUNG_NMI = 3,
+};
 
 /* The chip has set a line of `dst`: PENDING, and ring it the way its state asks for. */
 void shi_irq_ring(struct shi_self *self, uint32_t dst);

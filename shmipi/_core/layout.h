@@ -258,10 +258,18 @@ enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 
     X(wake_idle_without_ipi)                                                              \
     X(cpu_halt)                                                                           \
     X(cpu_wake)                                                                           \
+    X(call_entry)    /* arg: enum shi_call_entry; cpu: the (first) target */              \
     X(call_begin)    /* a sender has a csd filled and goes for the queue */               \
+    X(queue_push)    /* the csd is locked and goes to the target's queue */               \
+    X(csd_coalesced) /* not rung: the queue was not empty, somebody has */                \
+    X(call_ipi)      /* the chip is asked to interrupt one CPU for its queue */           \
+    X(ipi_send_cpumask) /* the same for several: arg: register writes | CPUs << 16 */     \
     X(call_end)      /* a waiting sender has seen its csd unlocked */                     \
     X(csd_unlock)                                                                         \
+    X(call_interrupt) /* a function call interrupt; arg: its line */                       \
     X(flush)         /* the whole queue was taken */                                      \
+    X(scheduler_ipi) /* a reschedule interrupt; arg: its line */                          \
+    X(resched_idle)  /* the idle loop found NEED_RESCHED */                               \
     X(irq_entry)     /* the kick signal's handler acknowledged */                         \
     X(irq_exit)                                                                           \
     X(irq_masked)    /* it found interrupts off: replayed later */                        \
@@ -270,12 +278,17 @@ enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 
     X(chip_message)  /* arg: message stored behind a muxed line */                        \
     X(chip_trigger)  /* arg: P and Q of the source before | line << 8 */                  \
     X(rung)          /* arg: enum shi_rung */                                             \
+    X(chip_demux)    /* arg: messages taken from behind a line, a bit each */             \
     X(chip_eoi)      /* arg: 1 if the source was triggered again | line << 8 */           \
     X(line_ack)      /* arg: line taken from the chip */                                  \
     X(line_eoi)      /* arg: line given back to the chip */                               \
     X(nmi_send)                                                                           \
     X(nmi_entry)                                                                          \
+    X(nmi_handler)   /* its handler begins */                                             \
     X(nmi_exit)
+
+/* Which function a caller has called. */
+enum shi_call_entry { SHI_E_SINGLE = 0, SHI_E_MANY = 1, SHI_E_RESCHEDULE = 2 };
 
 enum shi_trace_event {
     SHI_T_none = 0,

@@ -62,6 +62,7 @@ static bool accept_nmi(struct shi_self *self)
 
 void shi_nmi_entered(struct shi_self *self)
 {
+    SHI_TRACE(self, nmi_handler, self->id, 0, 0, 0);
     shi_fetch_add_full(&self->slot->pic.nmi_entered, 1);
 }
 

@@ -336,6 +336,7 @@ static int quick_single(Machine *machine, PyObject *const *args, Py_ssize_t narg
     int ready = shi_outgoing_inline(machine, &out, args[1], nargs > 2 ? args[2] : Py_None);
     if (ready <= 0)
         return ready < 0;
+    SHI_TRACE(self, call_entry, (uint32_t)cpu, 0, 0, SHI_E_SINGLE);
     shi_enter(self);
     int64_t local = wait ? shi_csd_get(self) : shi_nowait_get(self);
     if (local < 0) {
@@ -386,6 +387,7 @@ static PyObject *call_single(Machine *machine, PyObject *const *args, Py_ssize_t
     }
     if (cpu < 0 || cpu >= machine->m.ncpus)
         return shi_raise_errno(machine, -ENXIO, (int)cpu);
+    SHI_TRACE(self, call_entry, (uint32_t)cpu, 0, 0, SHI_E_SINGLE);
     if (shi_outgoing_info(machine, &out, a[1], info) < 0)
         return NULL;
     int64_t local = shi_get_filled(machine, &out, !wait);

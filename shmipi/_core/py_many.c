@@ -118,6 +118,7 @@ static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *fun
     if (shi_check_context(machine) < 0)
         return -1;
     shi_count(self, SHI_C_calls_many);
+    SHI_TRACE(self, call_entry, n ? mask[0] : self->id, 0, 0, SHI_E_MANY);
     if (shi_outgoing_info(machine, &out, function, info) < 0)
         return -1;
     many.cpus = PyMem_Malloc(sizeof(uint32_t) * (3 * (size_t)n + 1));

@@ -7,11 +7,19 @@
 #include "step.h"
 #include "trace.h"
 
+static int coalesced(struct shi_self *self, uint32_t dst, uint32_t index)
+{
+    shi_count(self, SHI_C_coalesced);
+    SHI_TRACE(self, csd_coalesced, dst, index + 1, 0, 0);
+    return SHI_PUSH_COALESCED;
+}
+
 int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct shi_csd *csd)
 {
     struct shi_slot *target = shi_slot(self->m, dst);
     uint64_t lock = shi_load_relaxed(&csd->lock) & ~(0xffffull << SHI_CSD_GEN_SHIFT);
     SHI_STEP(self, push);
+    SHI_TRACE(self, queue_push, dst, index + 1, csd->func, 0);
     /*
      * The first try is a guess, not a load: polling with an empty queue.  Right or
      * wrong it brings the line in to be written, where a load would bring it in to be
@@ -39,13 +47,10 @@ int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct s
          * one more needs no kick.  A native one does, whatever it stands behind. */
         if (csd->func & SHI_FUNC_NATIVE && !(w & SHI_W_KICKED))
             return SHI_PUSH_RING;
-        shi_count(self, SHI_C_coalesced);
-        return SHI_PUSH_COALESCED;
+        return coalesced(self, dst, index);
     }
-    if (shi_word_head(w)) {
-        shi_count(self, SHI_C_coalesced);
-        return SHI_PUSH_COALESCED;
-    }
+    if (shi_word_head(w))
+        return coalesced(self, dst, index);
     if (shi_word_state(w) == SHI_POLLING) {
         shi_count(self, SHI_C_elided);
         SHI_TRACE(self, wake_idle_without_ipi, dst, index + 1, 0, 0);
