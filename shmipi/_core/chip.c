@@ -95,7 +95,7 @@ uint32_t shi_chip_writes(const struct shi_self *self, const uint32_t *cpus, uint
 void shi_chip_send_call_single(struct shi_self *self, uint32_t dst)
 {
     const struct shi_machine *m = self->m;
-    SHI_TRACE(self, call_ipi, dst, 0, 0, 0);
+    SHI_TRACE(self, call_ipi, dst, 0, 0, m->chip.call_single);
     shi_count(self, SHI_C_chip_writes);
     shi_irq_raise(self, dst, shi_line_of(m, m->chip.call_single, dst));
 }
@@ -104,7 +104,7 @@ void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32
 {
     const struct shi_machine *m = self->m;
     uint32_t i, writes = shi_chip_writes(self, cpus, n);
-    SHI_TRACE(self, ipi_send_cpumask, cpus[0], 0, 0, writes | n << 16);
+    SHI_TRACE(self, ipi_send_cpumask, n, 0, writes, m->chip.call);
     shi_count_n(self, SHI_C_chip_writes, writes);
     for (i = 0; i < n; i++)
         shi_irq_raise(self, cpus[i], shi_line_of(m, m->chip.call, cpus[i]));

@@ -262,8 +262,8 @@ enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 
     X(call_begin)    /* a sender has a csd filled and goes for the queue */               \
     X(queue_push)    /* the csd is locked and goes to the target's queue */               \
     X(csd_coalesced) /* not rung: the queue was not empty, somebody has */                \
-    X(call_ipi)      /* the chip is asked to interrupt one CPU for its queue */           \
-    X(ipi_send_cpumask) /* the same for several: arg: register writes | CPUs << 16 */     \
+    X(call_ipi)      /* the chip is asked to interrupt one CPU for its queue; arg: line */ \
+    X(ipi_send_cpumask) /* the same for several: cpu: how many, func: register writes */  \
     X(call_end)      /* a waiting sender has seen its csd unlocked */                     \
     X(csd_unlock)                                                                         \
     X(call_interrupt) /* a function call interrupt; arg: its line */                       \

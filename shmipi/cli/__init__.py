@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "ps": "list the machines on this computer and their CPUs",
     "clean": "remove what dead machines left behind, never a live one",
     "interrupts": "show a machine's interrupt counts as /proc/interrupts does",
+    "explain": "make one call and show the functions it passed, and their times",
     "run": "run a function of yours on every CPU of a new machine",
     "stress": "torture a machine with calls of every kind and account for each",
     "bench": "measure latency, throughput, boot time, and the limits beside them",
