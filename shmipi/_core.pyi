@@ -471,6 +471,8 @@ def bench_calls(
     park: bool = ...,
     stamp: bool = ...,
     deadline: float = ...,
+    line: int = ...,
+    count: Any = ...,
 ) -> tuple[Hist, Hist, list[float], int, int, bool]: ...
 def bench_await(cpu: int, state: int, gap_ns: int, /) -> int: ...
 def bench_flood(

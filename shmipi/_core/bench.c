@@ -9,6 +9,7 @@
 
 #include "bench.h"
 #include "call.h"
+#include "chip.h"
 #include "clock.h"
 #include "csd.h"
 #include "irq.h"
@@ -20,6 +21,7 @@
 #define SPIN_NS 20000000u
 #define RELAXED_TRIES 100
 #define YIELD_NS 20000u
+#define LOOK_ROUND 4096u
 
 static uint32_t native(const char *name)
 {
@@ -68,10 +70,38 @@ static int outcome(const struct shi_csd *csd)
     return shi_load_relaxed(&csd->status) == SHI_S_DONE ? 0 : -EIO;
 }
 
+static int look(const struct shi_self *self, uint64_t deadline_ns)
+{
+    if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING)
+        return -ECANCELED;
+    return shi_now_ns() >= deadline_ns ? -ETIMEDOUT : 0;
+}
+
+/* A line is raised, and its handler has run: no queue, no csd, and nothing is elided. */
+static int raise_line(struct shi_self *self, const struct shi_bench_calls *b)
+{
+    uint64_t seen = shi_load_relaxed(b->count);
+    uint32_t i;
+    shi_enter(self);
+    shi_count(self, SHI_C_chip_writes);
+    shi_irq_raise(self, b->dst, b->line);
+    shi_leave(self);
+    for (;;) {
+        for (i = 0; i < LOOK_ROUND; i++)
+            if (shi_load_acquire(b->count) != seen)
+                return 0;
+        int err = look(self, b->deadline_ns);
+        if (err)
+            return err;
+    }
+}
+
 /* smp_call_function_single(dst, func, info, wait=1), step by step as py_call.c has it. */
 static inline int call(struct shi_self *self, const struct shi_bench_calls *b, uint32_t func,
                        uint64_t *arrived)
 {
+    if (__builtin_expect(b->count != NULL, 0))
+        return raise_line(self, b);
     shi_count(self, SHI_C_calls_single);
     shi_enter(self);
     int64_t got = shi_csd_get(self);
@@ -101,13 +131,6 @@ static inline int call(struct shi_self *self, const struct shi_bench_calls *b, u
     shi_csd_put(self, local);
     shi_leave(self);
     return err;
-}
-
-static int look(const struct shi_self *self, uint64_t deadline_ns)
-{
-    if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING)
-        return -ECANCELED;
-    return shi_now_ns() >= deadline_ns ? -ETIMEDOUT : 0;
 }
 
 static void pause_for(uint32_t gap_ns)
@@ -215,6 +238,8 @@ int shi_bench_calls(struct shi_self *self, struct shi_bench_calls *b)
     b->missed = 0;
     if (b->dst >= self->m->ncpus || b->dst == self->id)
         return -ENXIO;
+    if (b->count && b->line >= self->m->chip.nlines)
+        return -EINVAL;
     if (b->skip && !(kept = calloc(b->skip, sizeof *kept)))
         return -ENOMEM;
     shi_enter(self);

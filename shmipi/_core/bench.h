@@ -12,7 +12,7 @@
 #include "hist.h"
 #include "machine.h"
 
-/* Waiting calls to one CPU. */
+/* Waiting calls to one CPU; or, with `count`, raises of a line of the chip. */
 struct shi_bench_calls {
     uint32_t dst;
     uint32_t calls;   /* measured ones */
@@ -23,6 +23,8 @@ struct shi_bench_calls {
     int state;        /* enum shi_state that dst must be in at each call, or -1 */
     bool park;        /* sleep for the completion at once; else spin for it */
     bool stamp;       /* the handler says when it was entered: fills one_way */
+    uint32_t line;    /* raised in place of each call, */
+    shi_a64 *count;   /* if its handler, `count`, adds 1 here: what the sender spins on */
     uint64_t deadline_ns; /* shi_now_ns() clock: give up */
     struct shi_hist *rtt; /* where batch is 0 */
     struct shi_hist *one_way;

@@ -63,24 +63,33 @@ static PyObject *as_list(const double *values, uint32_t n)
 
 static PyObject *bench_calls(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"cpu",   "calls", "warmup", "batch",    "gap_ns", "skip",
-                            "state", "park",  "stamp",  "deadline", NULL};
+    static char *names[] = {"cpu",  "calls", "warmup",   "batch", "gap_ns", "skip", "state",
+                            "park", "stamp", "deadline", "line",  "count",  NULL};
     struct shi_bench_calls b = {.state = -1};
     int park = 0, stamped = 0;
     double seconds = 60;
+    PyObject *result = NULL, *list;
+    Hist *rtt = NULL, *one_way = NULL;
+    Py_buffer count = {0};
     (void)module;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "II|$IIIIippd:bench_calls", names, &b.dst,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "II|$IIIIippdIw*:bench_calls", names, &b.dst,
                                      &b.calls, &b.warmup, &b.batch, &b.gap_ns, &b.skip,
-                                     &b.state, &park, &stamped, &seconds))
+                                     &b.state, &park, &stamped, &seconds, &b.line, &count))
         return NULL;
     Machine *machine = measuring_cpu();
     if (!machine)
-        return NULL;
+        goto out;
+    if (count.obj && ((size_t)count.len < sizeof *b.count ||
+                      (uintptr_t)count.buf % sizeof *b.count || stamped)) {
+        PyErr_SetString(PyExc_ValueError, "count is an aligned 64-bit word, without stamp");
+        goto out;
+    }
+    b.count = count.buf;
     b.park = park;
     b.stamp = stamped;
     b.deadline_ns = deadline(seconds);
-    PyObject *result = NULL, *list;
-    Hist *rtt = shi_hist_make(), *one_way = shi_hist_make();
+    rtt = shi_hist_make();
+    one_way = shi_hist_make();
     b.batches = calloc(b.batch ? b.calls / b.batch + 1 : 1, sizeof *b.batches);
     if (!rtt || !one_way || !b.batches) {
         if (!PyErr_Occurred())
@@ -101,6 +110,8 @@ static PyObject *bench_calls(PyObject *module, PyObject *args, PyObject *kwargs)
         result = Py_BuildValue("(OONIKi)", rtt, one_way, list, b.missed,
                                (unsigned long long)b.preempted, (int)b.moved);
 out:
+    if (count.obj)
+        PyBuffer_Release(&count);
     free(b.batches);
     Py_XDECREF(rtt);
     Py_XDECREF(one_way);
@@ -217,9 +228,11 @@ static PyObject *bench_spin(PyObject *module, PyObject *arg)
 PyMethodDef shi_bench_methods[] = {{NULL, NULL, 0, NULL}};
 PyMethodDef shi_bench_functions[] = {
     {"bench_calls", WORDS(bench_calls),
-     "bench_calls(cpu, calls, *, warmup, batch, gap_ns, skip, state, park, stamp, deadline)\n"
+     "bench_calls(cpu, calls, *, warmup, batch, gap_ns, skip, state, park, stamp, deadline,\n"
+     "            line, count)\n"
      "--\n\nWaiting calls of a native handler: (round trips, one way, ns per call of each\n"
-     "batch, missed, preempted, moved)."},
+     "batch, missed, preempted, moved).  With `count`, a 64-bit word that the handler of\n"
+     "`line` adds 1 to, this line of the chip is raised in place of each call."},
     {"bench_await", (PyCFunction)(void (*)(void))bench_await, METH_FASTCALL,
      "bench_await(cpu, state, gap_ns)\n--\n\n"
      "Pause, and on until `cpu` is in `state`: how often it was not."},
