@@ -23,6 +23,7 @@ __all__ = [
     "limit_ping",
     "limit_pong",
     "native_calls",
+    "native_raises",
     "noop",
     "pipe_ping",
     "pipe_pong",
@@ -94,6 +95,13 @@ def native_calls(
 ) -> tuple[_core.Hist, _core.Hist, list[float], int, int, bool]:
     """Call a native handler of ``cpu`` from a native loop."""
     return _core.bench_calls(cpu, calls, **options)
+
+
+def native_raises(
+    array: str, cpu: int, calls: int, options: dict[str, Any]
+) -> tuple[_core.Hist, _core.Hist, list[float], int, int, bool]:
+    """Raise a line of the chip at ``cpu``, whose handler counts in a shared array."""
+    return _core.bench_calls(cpu, calls, count=shared(array), **options)
 
 
 def python_calls(

@@ -130,6 +130,38 @@ def _latency(args: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
     return latency.run(options, progress)
 
 
+# --- controllers
+
+
+def _add_controllers(parser: argparse.ArgumentParser) -> None:
+    _add_calls(parser, 20_000, "calls of each row of each controller")
+    parser.add_argument(
+        "--controllers",
+        type=_several(CONTROLLERS),
+        default=CONTROLLERS,
+        metavar="LIST",
+        help=f"only these: {', '.join(CONTROLLERS)} (default: all)",
+    )
+    _add_handler(parser)
+    _add_pair(parser)
+    add_json_option(parser)
+
+
+def _controllers(args: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
+    from shmipi.bench import controllers
+
+    options = controllers.Options(
+        calls=args.calls,
+        warmup=args.warmup,
+        controllers=args.controllers,
+        handlers=args.handler,
+        cores=args.cores,
+        gap_us=args.gap,
+        blocks=args.blocks,
+    )
+    return controllers.run(options, progress)
+
+
 # --- throughput
 
 
@@ -377,6 +409,7 @@ def _microseconds(text: str) -> float:
 _RUNS: Final[dict[str, _Run]] = {
     "limits": _limits,
     "latency": _latency,
+    "controllers": _controllers,
     "throughput": _throughput,
     "boot": _boot,
     "broadcast": _broadcast,
@@ -398,6 +431,17 @@ _COMMANDS: Final = {
         "Python. Limits and rows take turns in blocks, and a ratio is the median over\n"
         "these.",
         "shmipi bench latency\nshmipi bench latency --doorbell none --handler native",
+    ),
+    "controllers": (
+        _add_controllers,
+        "the same calls through each interrupt controller",
+        "Polling and running targets, native and python handlers, and a line of\n"
+        "the chip raised raw, which nothing elides. The machines of all controllers\n"
+        "are up at once and take turns in blocks; a ratio is the median over these,\n"
+        "to the fastest. For native calls to a polling target there is a verdict:\n"
+        "how much slower than the fastest a controller may be.",
+        "shmipi bench controllers\n"
+        "shmipi bench controllers --controllers apic,xive --handler native",
     ),
     "throughput": (
         _add_throughput,

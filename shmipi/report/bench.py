@@ -95,6 +95,18 @@ def _valid(row: dict[str, Any], notes: list[str], name: str) -> str:
     return f"no [{len(notes)}]"
 
 
+def _valid_for(row: dict[str, Any], notes: list[str]) -> str:
+    """The same where many rows have one reason: it is noted once."""
+    if row.get("valid", True):
+        return "yes"
+    why = f"not valid: {'; '.join(dict.fromkeys(row['why']))}"
+    for number, note in enumerate(notes, start=1):
+        if note == f"[{number}] {why}":
+            return f"no [{number}]"
+    notes.append(f"[{len(notes) + 1}] {why}")
+    return f"no [{len(notes)}]"
+
+
 _PERCENTILES: Final = ["p50", "p90", "p99", "p99.9", "max"]
 
 
@@ -161,6 +173,45 @@ def _latency(result: dict[str, Any]) -> tuple[_Cells, list[_Cells], list[str]]:
     return header, rows, notes + more
 
 
+def _controllers(result: dict[str, Any]) -> tuple[_Cells, list[_Cells], list[str]]:
+    rows: _Rows = []
+    notes: list[str] = []
+    for row in result["rows"]:
+        name = f"{row['what']} {row['target_state']} {row['handler']}"
+        low, high = row["ratio_spread"]
+        at_most, of_limit = row["at_most"], row.get("limit_ratio")
+        rows.append(
+            [
+                name,
+                row["controller"],
+                _time(row["ns"]),
+                f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})",
+                "-" if at_most is None else f"{at_most:.1f}",
+                {None: "-", True: "met", False: "missed"}[row["met"]],
+                "-" if of_limit is None else f"{of_limit:.2f}",
+                _valid_for(row, notes),
+            ]
+        )
+    header = ["what, target, handler", "controller", "typical"]
+    header += ["of the fastest (spread)", "at most", "verdict", "of cacheline", "valid"]
+    more = [
+        f"cacheline: {_time(result['limits']['cacheline'].get('batch_ns'))}",
+        "call: smp_call_function_single(), waiting; line: a free line of the chip,"
+        " raised, until its handler has counted",
+        "typical: the median over blocks; of polling rows over batches without a clock"
+        " inside",
+    ]
+    base = result["foundation"]
+    if base is not None:
+        low, high = base["ratio_spread"]
+        more.append(
+            f"the fastest, {base['controller']}, takes {base['ratio']:.2f}"
+            f" ({low:.2f}-{high:.2f}) times cacheline, at most {base['at_most']}:"
+            f" {'met' if base['met'] else 'missed'}"
+        )
+    return header, rows, notes + more
+
+
 def _throughput(result: dict[str, Any]) -> tuple[_Cells, list[_Cells], list[str]]:
     rows: _Rows = []
     notes: list[str] = []
@@ -224,6 +275,7 @@ _Table: TypeAlias = Callable[[dict[str, Any]], tuple[_Cells, list[_Cells], list[
 _TABLES: Final[dict[str, _Table]] = {
     "limits": _limits,
     "latency": _latency,
+    "controllers": _controllers,
     "throughput": _throughput,
     "boot": _boot,
     "broadcast": _broadcast,

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+import shmipi
 from shmipi import _core
 from shmipi.bench import broadcast, latency, limits, throughput
 from shmipi.bench.runner import Rig
@@ -102,6 +103,70 @@ def test_a_subset_is_measured_alone(capfd):
     )
     assert found["gap_us"] == 100
     assert [(r["doorbell"], r["handler"]) for r in found["rows"]] == [("sem", "native")]
+
+
+def test_controllers(capfd):
+    chosen = ("apic", "xive", "mips-gic", "gicv2")
+    found = document(
+        capfd,
+        *("controllers", "--calls", "100", "--blocks", "5", "--warmup", "5"),
+        *("--controllers", ",".join(reversed(chosen))),
+    )
+    assert [row["controller"] for row in found["rows"]] == list(chosen) * 5
+    kinds = {(r["what"], r["target_state"], r["handler"]) for r in found["rows"]}
+    assert kinds == {
+        ("call", "polling", "native"),
+        ("call", "polling", "python"),
+        ("call", "running", "native"),
+        ("call", "running", "python"),
+        ("line", "polling", "native"),
+    }
+    for row in found["rows"]:
+        assert len(row["ns_blocks"]) == len(row["ratio_blocks"]) == 5
+        low, high = row["ratio_spread"]
+        assert 0 < low <= row["ratio"] <= high
+        assert row["fastest"] in chosen
+        judged = (row["what"], row["target_state"]) == ("call", "polling")
+        assert (row["met"] is not None) == (judged and row["handler"] == "native")
+        assert row["valid"] == ("why" not in row)
+        # Each is of what it claims to be, whatever disturbed it.
+        assert not any("were counted as" in why for why in row.get("why", ()))
+    assert found["foundation"]["controller"] in chosen
+    assert found["foundation"]["limit"] == "cacheline"
+
+
+@pytest.mark.parametrize("controller", ["apic", "xive", "mips-gic", "gicv3", "riscv"])
+def test_a_raised_line_is_not_elided_and_is_handled_each_time(controller):
+    from shmipi.bench import controllers, tasks
+
+    cores = usable_cores()[:2]
+    with Rig([cores[0], cores[1], cores[1]], controller=controller) as rig:
+        bench = controllers._Bench(rig, controller)
+        rig.idle(2, "poll")
+        before, sender = rig.counters(2), rig.counters(0)
+        options = {"warmup": 0, "state": _core.POLLING, "line": bench.lines[2]}
+        rtt, *_ = rig.run(0, tasks.native_raises, "bench.lines", 2, 200, options)
+        after, sent = rig.counters(2), rig.counters(0)
+        assert rtt.count == 200
+        assert after["irq_handled"] - before["irq_handled"] == 200
+        assert sent["chip_writes"] - sender["chip_writes"] >= 200
+        assert int(rig.cluster.shared("bench.lines", "u8", 1)[0]) == 200
+        # A line that nobody handles: the sender does not wait for ever.
+        options = {"line": bench.lines[1], "deadline": 0.1}
+        rig.machine.irq_enable_line(1, bench.lines[1], False)
+        with pytest.raises(shmipi.RemoteCallError, match="in time"):
+            rig.run(0, tasks.native_raises, "bench.lines", 1, 1, options)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [({"line": 10_000}, "Invalid argument|EINVAL"), ({"stamp": True}, "64-bit word")],
+)
+def test_a_line_that_cannot_be_raised_is_refused(rig, more, why):
+    from shmipi.bench import tasks
+
+    with pytest.raises(shmipi.RemoteCallError, match=why):
+        rig.run(0, tasks.native_raises, "bench.stamps", 1, 10, more)
 
 
 def test_throughput(capfd):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmipi import _core
-from shmipi.bench import boot, runner
+from shmipi.bench import boot, controllers, limits, runner
 from shmipi.cli import main
 from shmipi.report import bench as report
 
@@ -179,6 +179,11 @@ def test_what_makes_a_row_invalid():
         ["latency", "--cores", "0,99999"],
         ["throughput", "--handler", "native,"],
         ["throughput", "--cores", "0,1,2"],
+        ["controllers", "--calls", "0"],
+        ["controllers", "--blocks", "4"],
+        ["controllers", "--controllers", "apic,8259"],
+        ["controllers", "--controllers", ""],
+        ["controllers", "--cores", "1,1"],
         ["boot", "--cpus", "0"],
         ["boot", "--cpus", "4097"],
         ["boot", "--cpus", "2,,4"],
@@ -198,7 +203,7 @@ def test_nonsense_is_one_line_and_status_2(capfd, monkeypatch, arguments):
     assert err.startswith("shmipi bench")
 
 
-@pytest.mark.parametrize("what", ["limits", "latency", "throughput"])
+@pytest.mark.parametrize("what", ["limits", "latency", "controllers", "throughput"])
 def test_one_core_is_told(capfd, monkeypatch, what):
     monkeypatch.setattr("shmipi.machine.topology.usable_cores", lambda: [3])
     assert main(["bench", what]) == 1
@@ -209,7 +214,7 @@ def test_one_core_is_told(capfd, monkeypatch, what):
 
 
 @pytest.mark.parametrize(
-    "what", ["limits", "latency", "throughput", "boot", "broadcast"]
+    "what", ["limits", "latency", "controllers", "throughput", "boot", "broadcast"]
 )
 def test_help_has_an_example(capfd, what):
     assert main(["bench", what, "--help"]) == 0
@@ -285,6 +290,98 @@ def test_a_latency_table(monkeypatch, stream, term):
     assert "no semaphores here" in shown
     assert "A [Model]" in shown  # is not taken for markup
     assert "10 ns, which is not subtracted" in shown
+
+
+# ---- controllers ---------------------------------------------------------------------
+
+
+def measured(controller, blocks, kind=("call", "polling", "native"), **more):
+    row = controllers.Row(controllers.Kind(*kind), controller, blocks, **more)
+    row.calls = row.samples = 100
+    row.seen.counted = {"elided": 100, "kicks_sent": 100, "chip_writes": 100}
+    return row
+
+
+def limit_of(*blocks):
+    return limits.Limit("cacheline", blocks=list(blocks))
+
+
+def test_a_ratio_is_the_median_over_blocks_to_the_fastest():
+    fast = measured("mips", [100.0, 200.0, 400.0])
+    slow = measured("xive", [150.0, 500.0, 600.0])
+    other = measured("apic", [99.0, 290.0, 580.0])  # the fastest of one block only
+    beside, limit = [slow, fast, other], limit_of(100, 100, 100)
+    found = controllers._row_json(slow, beside, limit)
+    assert found["fastest"] == "mips"
+    assert found["ns"] == 500
+    assert found["ratio_blocks"] == [1.5, 2.5, 1.5]
+    assert (found["ratio"], found["ratio_spread"]) == (1.5, [1.5, 2.5])
+    assert (found["at_most"], found["met"], found["valid"]) == (2.0, True, True)
+    assert found["limit_ratio"] == 5.0
+    judged = controllers._row_json(other, beside, limit)
+    assert (judged["ratio"], judged["at_most"], judged["met"]) == (1.45, 1.3, False)
+    rows = [controllers._row_json(row, beside, limit) for row in beside]
+    base = controllers._foundation(rows)
+    assert base == {
+        "controller": "mips",
+        "limit": "cacheline",
+        "ratio": 2.0,
+        "ratio_spread": [1.0, 4.0],
+        "at_most": 1.5,
+        "met": False,
+    }
+
+
+def test_only_native_calls_to_a_polling_target_are_judged():
+    for kind in (
+        ("call", "polling", "python"),
+        ("call", "running", "native"),
+        ("line", "polling", "native"),
+    ):
+        row, quick = (measured(name, [9.0], kind) for name in ("apic", "riscv"))
+        found = controllers._row_json(row, [row, quick], limit_of(1))
+        assert (found["at_most"], found["met"]) == (None, None)
+        assert ("limit_ratio" in found) == (kind[1] == "polling")
+    alone = measured("apic", [9.0])
+    assert controllers._row_json(alone, [alone], limit_of(1))["met"] is None
+
+
+def test_a_row_that_was_disturbed_says_so():
+    row = measured("apic", [100.0], missed=50, moved=True)
+    row.seen.counted["elided"] = 10
+    row.seen.preempted = 30
+    why = " ".join(controllers._row_json(row, [row], limit_of(1))["why"])
+    assert "changed its core" in why
+    assert "not polling at 50 of 100 calls" in why
+    assert "only 10 of 100 calls were counted as elided" in why
+    assert "preempted 30 times" in why
+
+
+def test_every_controller_has_a_target():
+    from shmipi.irq.chips import CHIPS
+
+    assert controllers.AT_MOST.keys() == CHIPS.keys()
+    assert controllers.Options().controllers == tuple(CHIPS)
+
+
+def test_a_controllers_table():
+    rows = [measured("mips", [100.0]), measured("apic", [140.0])]
+    rows[0].moved = rows[1].moved = True
+    found = [controllers._row_json(row, rows, limit_of(80)) for row in rows]
+    text = io.StringIO()
+    document = {
+        **LATENCY,
+        "bench": "controllers",
+        "rows": found,
+        "foundation": controllers._foundation(found),
+    }
+    report.render(document, text)
+    shown = text.getvalue()
+    assert "1.40 (1.40-1.40)" in shown
+    assert "missed" in shown
+    assert shown.count("the sender changed its core") == 1  # one note for both
+    assert shown.count("no [1]") == 2
+    assert "the fastest, mips, takes 1.25 (1.25-1.25) times cacheline" in shown
 
 
 def test_every_column_of_the_text_lines_up():
