@@ -84,12 +84,46 @@ bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *des
     if (desc->kind == SHI_K_INT)
         info = (void *)(uintptr_t)desc->info;
     else if (desc->kind == SHI_K_POINTER) {
-        if (desc->info >= shi_array_end(self->m))
+        uint64_t at = desc->info + (uint64_t)desc->stride * self->id; /* this_cpu_ptr() */
+        if (desc->info >= shi_array_end(self->m) || at >= shi_array_end(self->m))
             return false;
-        info = self->m->base + desc->info;
+        info = self->m->base + at;
     }
     function(info);
     return true;
+}
+
+bool shi_irqdesc_requester_lives(const struct shi_machine *m, const struct shi_irqdesc *desc)
+{
+    if (desc->src >= m->ncpus)
+        return desc->src < m->nslots; /* the host's end is the machine's */
+    uint64_t w = shi_load_acquire(&shi_slot(m, desc->src)->word);
+    return shi_word_state(w) != SHI_DEAD && shi_word_gen(w) == desc->src_gen;
+}
+
+static shi_a64 *line_count(const struct shi_machine *m, uint32_t cpu, uint32_t line)
+{
+    return (shi_a64 *)(m->base + shi_line_count_offset(m)) + (uint64_t)cpu * SHI_NLINES + line;
+}
+
+void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line)
+{
+    const struct shi_machine *m = self->m;
+    struct shi_irq_area *area = shi_irq_area(m);
+    uint64_t bits = 1ull << (line % 64);
+    uint32_t cpu;
+    if (m->chip.flow == SHI_FLOW_ESB)
+        bits |= bits << 32; /* P and Q */
+    for (cpu = 0; cpu < m->ncpus; cpu++) {
+        /* Masked first: what is set after that stays where it is until it is unmasked. */
+        shi_chip_enable(self, cpu, line, false);
+        shi_fetch_and_full(&shi_slot(m, cpu)->irr[line / 64], ~bits);
+        if (m->chip.banked)
+            shi_store_full(&shi_pic(m, cpu)->bank[line], 0);
+        shi_store_relaxed(line_count(m, cpu, line), 0);
+    }
+    if (m->chip.flow == SHI_FLOW_SHARED)
+        shi_fetch_and_full(&area->shared[line / 64], ~bits);
 }
 
 bool shi_irqdesc_handle(struct shi_self *self, uint32_t line)
@@ -97,6 +131,8 @@ bool shi_irqdesc_handle(struct shi_self *self, uint32_t line)
     uint32_t i, virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
     const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
     uint32_t action = virq && desc ? shi_load_acquire(&desc->action) : SHI_IA_NONE;
+    shi_a64 *count = line_count(self->m, self->id, line); /* kstat_irqs: the owner's alone */
+    shi_store_relaxed(count, shi_load_relaxed(count) + 1);
     if (action == SHI_IA_NATIVE && shi_irqdesc_run_native(self, desc)) {
         shi_count(self, SHI_C_irq_handled);
         return true;
@@ -137,16 +173,23 @@ uint32_t shi_irqdesc_pop(struct shi_self *self)
 
 /* ---- coprocessors ---------------------------------------------------------------- */
 
-int shi_coproc_raise(struct shi_self *self, uint32_t number)
+int shi_coproc_raise(struct shi_self *self, uint32_t number, uint32_t virq)
 {
     struct shi_coproc *coproc;
     if (number >= SHI_NCOPROC)
         return -ENXIO;
     coproc = &shi_irq_area(self->m)->coproc[number];
-    if (!shi_load_acquire(&coproc->virq))
-        return -ENXIO;
+    if (!virq || shi_load_acquire(&coproc->virq) != virq)
+        return -ENXIO; /* it has ended, and the place may be another's by now */
     shi_count(self, SHI_C_chip_writes);
     shi_fetch_or_full(&coproc->pending, 1);
     shi_event_ring(&coproc->event);
     return 0;
+}
+
+void shi_coproc_ring_all(const struct shi_machine *m)
+{
+    uint32_t i;
+    for (i = 0; i < SHI_NCOPROC; i++)
+        shi_event_ring(&shi_irq_area(m)->coproc[i].event);
 }

@@ -9,14 +9,25 @@
 
 #include "machine.h"
 
-static inline uint64_t shi_affinity_offset(const struct shi_machine *m)
+/* Bytes of the counts of lines taken, all CPUs together. */
+static inline uint64_t shi_line_count_bytes(uint32_t ncpus)
 {
-    return m->irq_offset + sizeof(struct shi_irq_area);
+    return (uint64_t)ncpus * SHI_NLINES * sizeof(uint64_t);
 }
 
 static inline uint32_t shi_affinity_words(uint32_t ncpus)
 {
     return (ncpus + 63) / 64;
+}
+
+static inline uint64_t shi_line_count_offset(const struct shi_machine *m)
+{
+    return m->irq_offset + sizeof(struct shi_irq_area);
+}
+
+static inline uint64_t shi_affinity_offset(const struct shi_machine *m)
+{
+    return shi_line_count_offset(m) + shi_line_count_bytes(m->ncpus);
 }
 
 struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq);
@@ -34,6 +45,12 @@ void shi_irqdesc_set_python(struct shi_self *self, struct shi_irqdesc *desc, uin
 void shi_irqdesc_set_line(struct shi_irqdesc *desc, uint32_t line);
 void shi_irqdesc_clear(struct shi_irqdesc *desc);
 
+/* Does the process that requested it with a Python handler live? */
+bool shi_irqdesc_requester_lives(const struct shi_machine *m, const struct shi_irqdesc *desc);
+/* Before a line is given out, and when it is given back: masked and not pending at any CPU,
+ * and counted from zero. */
+void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line);
+
 /* A line of an irq was taken.  Native: run; Python: run, or put off.  False: the line is
  * ended later, by shi_chip_end. */
 bool shi_irqdesc_handle(struct shi_self *self, uint32_t line);
@@ -42,7 +59,9 @@ bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *des
 /* The next line whose Python handler was put off, or SHI_NO_LINE. */
 uint32_t shi_irqdesc_pop(struct shi_self *self);
 
-/* Interrupt a coprocessor: 0, or -ENXIO for one that is not there. */
-int shi_coproc_raise(struct shi_self *self, uint32_t coproc);
+/* Interrupt the coprocessor whose irq is `virq`: 0, or -ENXIO when it is not there. */
+int shi_coproc_raise(struct shi_self *self, uint32_t coproc, uint32_t virq);
+/* The machine stops: let each of them look. */
+void shi_coproc_ring_all(const struct shi_machine *m);
 
 #endif

@@ -38,6 +38,7 @@
 #define SHI_NO_LINE UINT32_MAX
 #define SHI_NROWS 32u           /* rows of /proc/interrupts that a chip may have */
 #define SHI_NR_IRQS 1024u       /* irq descriptors; virq 0 is none */
+#define SHI_NDOMAINS 64u        /* irq domains: what gives hwirqs out */
 #define SHI_NCOPROC 8u          /* processes that take interrupts and are no CPUs */
 #define SHI_EQ 64u              /* entries of an event queue: a power of two */
 #define SHI_ESB_LINES 28u       /* esb: 8 for messages, then one for each source */
@@ -402,7 +403,7 @@ struct shi_irqdesc {
     uint32_t flags; /* shmipi/irq/desc.py */
     uint32_t domain; /* 1 + its place in the machine's list of domains */
     uint32_t hwirq;
-    uint32_t ipi_base;   /* first virq of the block that was reserved with it */
+    uint32_t ipi_base;   /* first virq of the block that was reserved with it: its head */
     uint32_t ipi_nr;     /* virqs in the block */
     uint32_t ipi_offset; /* first CPU of the block */
     shi_a32 action;      /* enum shi_irq_action: published last */
@@ -412,10 +413,23 @@ struct shi_irqdesc {
     uint32_t kind;         /* native: enum shi_kind of info */
     uint64_t info;
     char name[32];
-    uint32_t lines[2]; /* mapped root lines: first, and how many */
+    uint32_t epoch;  /* counts its reservations: a descriptor held for longer is stale */
+    uint32_t stride; /* native, info in a per-CPU array: bytes from a CPU's row to the next */
     uint32_t reserved[8];
 };
 _Static_assert(sizeof(struct shi_irqdesc) == 128, "an irq descriptor is a line pair");
+
+/* What gives hardware irq numbers out: the controller itself, or a child of it. */
+struct shi_irqdomain {
+    shi_a32 used;    /* 1: there; stored last */
+    uint32_t flags;  /* shmipi/irq/domain.py */
+    uint32_t parent; /* 1 + its place in the list; 0: a root */
+    uint32_t coproc; /* 1 + the coprocessor whose domain it is; 0: the CPUs' */
+    char name[32];
+    uint64_t lines[SHI_NLINES / 64]; /* that are its own; none: what its parent has left */
+    uint32_t reserved[12];
+};
+_Static_assert(sizeof(struct shi_irqdomain) == 128, "an irq domain is a line pair");
 
 struct shi_coproc {
     _Alignas(SHI_PAIR) shi_a32 pending; /* one bit: a SINGLE domain has one hwirq */
@@ -430,12 +444,18 @@ struct shi_irq_area {
     _Alignas(SHI_PAIR) shi_a64 shared[SHI_NLINES / 64]; /* shared: pending */
     _Alignas(SHI_PAIR) shi_a64 mask[SHI_NLINES / 64];   /* shared: enabled */
     shi_a32 route[SHI_NLINES];     /* shared: 1 + the CPU a line is mapped to */
-    shi_a32 line_virq[SHI_NLINES]; /* descriptor of a SHI_USE_IRQ line, 0: none */
+    shi_a32 line_virq[SHI_NLINES]; /* descriptor (head) of a SHI_USE_IRQ line, 0: none */
     _Alignas(SHI_PAIR) shi_a64 lock; /* 0, or slot + 1 | generation << 32 */
+    /* Descriptors that a change is about, first | how many << 32: who takes the lock from
+     * a dead holder finds here what to free. */
+    shi_a64 undo;
     struct shi_coproc coproc[SHI_NCOPROC];
+    struct shi_irqdomain domain[SHI_NDOMAINS];
     struct shi_irqdesc desc[SHI_NR_IRQS]; /* desc[0] is the NMI's */
+    /* then a row for each CPU: how often it took each line, SHI_NLINES 64-bit words */
     /* then the affinity mask of each descriptor: 64-bit words, as many as ncpus needs */
 };
+_Static_assert(sizeof(struct shi_irq_area) % SHI_PAIR == 0, "counts start on a line pair");
 
 /* ---- a slot: one per CPU, then the host's, then the firmware's ------------------- */
 

@@ -52,7 +52,7 @@ int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records
     h->slot_offset = round_up(sizeof *h, SHI_PAGE);
     h->irq_offset = round_up(h->slot_offset + (uint64_t)nslots * SHI_SLOT_BYTES, SHI_PAGE);
     h->region_offset =
-        round_up(h->irq_offset + sizeof(struct shi_irq_area) +
+        round_up(h->irq_offset + sizeof(struct shi_irq_area) + shi_line_count_bytes(ncpus) +
                      (uint64_t)SHI_NR_IRQS * shi_affinity_words(ncpus) * sizeof(uint64_t),
                  SHI_PAGE);
     h->func_offset = round_up((uint64_t)SHI_LINE << h->csd_shift, SHI_PAGE);

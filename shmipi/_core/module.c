@@ -253,8 +253,14 @@ static const struct field irqdesc_fields[] = {
     FIELD(struct shi_irqdesc, domain),     FIELD(struct shi_irqdesc, hwirq),
     FIELD(struct shi_irqdesc, ipi_base),   FIELD(struct shi_irqdesc, ipi_nr),
     FIELD(struct shi_irqdesc, ipi_offset), FIELD(struct shi_irqdesc, action),
-    FIELD(struct shi_irqdesc, name),       FIELD(struct shi_irqdesc, lines),
-    FIELD(struct shi_irqdesc, src),
+    FIELD(struct shi_irqdesc, name),       FIELD(struct shi_irqdesc, epoch),
+    FIELD(struct shi_irqdesc, src),        FIELD(struct shi_irqdesc, src_gen),
+};
+
+static const struct field irqdomain_fields[] = {
+    FIELD(struct shi_irqdomain, used),   FIELD(struct shi_irqdomain, flags),
+    FIELD(struct shi_irqdomain, parent), FIELD(struct shi_irqdomain, coproc),
+    FIELD(struct shi_irqdomain, name),   FIELD(struct shi_irqdomain, lines),
 };
 
 static const char *const flow_names[SHI_NFLOWS] = {
@@ -345,6 +351,8 @@ static int module_exec(PyObject *module)
         add_names(module, "FLOWS", flow_names, SHI_NFLOWS) < 0 ||
         add_fields(module, "IRQDESC_FIELDS", irqdesc_fields,
                    sizeof irqdesc_fields / sizeof *irqdesc_fields) < 0 ||
+        add_fields(module, "IRQDOMAIN_FIELDS", irqdomain_fields,
+                   sizeof irqdomain_fields / sizeof *irqdomain_fields) < 0 ||
         add_fields(module, "SLOT_FIELDS", slot_fields,
                    sizeof slot_fields / sizeof *slot_fields) < 0)
         return -1;
@@ -380,6 +388,11 @@ static int module_exec(PyObject *module)
         {"NCOPROC", SHI_NCOPROC},
         {"IRQDESC_OFFSET", offsetof(struct shi_irq_area, desc)},
         {"IRQDESC_BYTES", sizeof(struct shi_irqdesc)},
+        {"IRQDOMAIN_OFFSET", offsetof(struct shi_irq_area, domain)},
+        {"IRQDOMAIN_BYTES", sizeof(struct shi_irqdomain)},
+        {"NDOMAINS", SHI_NDOMAINS},
+        {"LINE_VIRQ_OFFSET", offsetof(struct shi_irq_area, line_virq)},
+        {"IRQ_AREA_BYTES", sizeof(struct shi_irq_area)},
         {"ROWS_OFFSET", offsetof(struct shi_slot, pic.rows)},
         {"USE_NONE", SHI_USE_NONE},
         {"USE_RESCHEDULE", SHI_USE_RESCHEDULE},

@@ -2,6 +2,10 @@
 /* Interrupt controllers and irq descriptors as Python drives them. */
 #include "py_shi.h"
 
+#include <signal.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
 #include "chip.h"
 #include "doorbell.h"
 #include "irqdesc.h"
@@ -20,13 +24,17 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
     uint8_t flags = self->irqs_off;
     self->irqs_off = 1;
     self->in_irq++;
-    if (shi_load_acquire(&desc->action) == SHI_IA_PYTHON)
+    /* A handler dies with the process that requested it: its table may be another's now. */
+    if (shi_load_acquire(&desc->action) == SHI_IA_PYTHON &&
+        shi_irqdesc_requester_lives(&machine->m, desc))
         function = shi_function_received(machine, desc->src, desc->src_gen, desc->func,
                                          desc->serial);
     if (function) {
         shi_count(self, SHI_C_python_run);
         if (is_nmi)
             shi_nmi_entered(self);
+        else
+            shi_count(self, SHI_C_irq_handled);
         result = PyObject_CallOneArg(function, argument);
     } else {
         shi_count(self, SHI_C_irq_other); /* freed meanwhile, or its requester is gone */
@@ -51,9 +59,8 @@ void shi_run_line(Machine *machine, uint32_t line)
     uint32_t outer = self->handling;
     uint32_t virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
     const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
-    PyObject *number = virq && desc ? PyLong_FromUnsignedLong(desc->ipi_base) : NULL;
+    PyObject *number = virq && desc ? PyLong_FromUnsignedLong(virq) : NULL;
     if (number) {
-        shi_count(self, SHI_C_irq_handled);
         self->handling = line + 1;
         apply(machine, desc, number, false);
         self->handling = outer;
@@ -443,6 +450,7 @@ static const struct reg regs[] = {
     AREA(mask, SHI_NLINES / 64, 0),
     AREA(route, SHI_NLINES, 1),
     AREA(line_virq, SHI_NLINES, 1),
+    AREA(undo, 1, 1),
 };
 
 static void *find_reg(Machine *machine, unsigned cpu, const char *name, unsigned index,
@@ -563,10 +571,11 @@ METHOD(unlock)
 }
 
 static int request_native(Machine *machine, struct shi_irqdesc *desc, PyObject *handler,
-                          PyObject *info)
+                          PyObject *info, uint32_t stride)
 {
     uint32_t native = ((NativeHandler *)handler)->index;
     struct outgoing out;
+    desc->stride = stride;
     if (info == Py_None) {
         shi_irqdesc_set_native(desc, native, SHI_K_NONE, 0);
         return 0;
@@ -585,15 +594,17 @@ static int request_native(Machine *machine, struct shi_irqdesc *desc, PyObject *
     return err;
 }
 
-/* irq_request(virq, handler, info): publish the handler; a number: do what taking that line
- * of the chip means.  The table is locked, and the
+/* irq_request(virq, handler, info, stride=0): publish the handler; a number: do what taking
+ * that line of the chip means.  With a stride, the native handler of CPU n gets what lies n
+ * strides after `info`.  The table is locked, and the
  * caller keeps `handler` (a function, or a NativeHandler) alive. */
 METHOD(request)
 {
     Machine *machine = MACHINE(object);
-    unsigned virq;
+    unsigned virq, stride = 0;
     PyObject *handler, *info;
-    if (!PyArg_ParseTuple(arg, "IOO", &virq, &handler, &info) || shi_use(machine) < 0)
+    if (!PyArg_ParseTuple(arg, "IOO|I", &virq, &handler, &info, &stride) ||
+        shi_use(machine) < 0)
         return NULL;
     struct shi_irqdesc *desc = shi_irqdesc(&machine->m, virq);
     if (!desc) {
@@ -601,7 +612,7 @@ METHOD(request)
         return NULL;
     }
     if (Py_IS_TYPE(handler, shi_native_type)) {
-        if (request_native(machine, desc, handler, info) < 0)
+        if (request_native(machine, desc, handler, info, stride) < 0)
             return NULL;
         Py_RETURN_NONE;
     }
@@ -617,6 +628,7 @@ METHOD(request)
         PyErr_SetString(PyExc_TypeError, "an irq handler is a function or a NativeHandler");
     if (index < 0)
         return NULL;
+    desc->stride = 0;
     shi_irqdesc_set_python(&machine->self, desc, (uint32_t)index,
                            shi_load_relaxed(&shi_func_entry(&machine->m, machine->self.id,
                                                             (uint32_t)index)->serial));
@@ -637,6 +649,19 @@ METHOD(free)
     Py_RETURN_NONE;
 }
 
+/* irq_reset_line(line): masked everywhere, not pending anywhere, counted from zero. */
+METHOD(reset_line)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long line = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred() || shi_use(machine) < 0 || check_line(machine, (unsigned)line) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    shi_irqdesc_reset_line(&machine->self, (uint32_t)line);
+    shi_leave(&machine->self);
+    Py_RETURN_NONE;
+}
+
 /* ---- coprocessors ---------------------------------------------------------------- */
 
 static struct shi_coproc *coproc_arg(Machine *machine, unsigned number)
@@ -647,15 +672,15 @@ static struct shi_coproc *coproc_arg(Machine *machine, unsigned number)
     return NULL;
 }
 
-/* coproc_raise(number): OSError ENXIO when there is none. */
+/* coproc_raise(number, virq): OSError ENXIO when it is not there (any more). */
 METHOD(coproc_raise)
 {
     Machine *machine = MACHINE(object);
-    unsigned long which = PyLong_AsUnsignedLong(arg);
-    if (PyErr_Occurred() || shi_use(machine) < 0)
+    unsigned which, virq;
+    if (!PyArg_ParseTuple(arg, "II", &which, &virq) || shi_use(machine) < 0)
         return NULL;
     shi_enter(&machine->self);
-    int err = shi_coproc_raise(&machine->self, (uint32_t)which);
+    int err = shi_coproc_raise(&machine->self, which, virq);
     shi_leave(&machine->self);
     if (err)
         return shi_os_error(-err, "coprocessor");
@@ -705,6 +730,7 @@ METHOD(coproc_set)
     if (!virq)
         shi_store_relaxed(&c->pending, 0);
     shi_store_release(&c->virq, virq);
+    shi_event_ring(&MACHINE(object)->m.header->hotplug_event); /* whoever waits for its end */
     Py_RETURN_NONE;
 }
 
@@ -740,9 +766,11 @@ PyMethodDef shi_irq_methods[] = {
      "pic_change(cpu, register, index, clear, set) -> int: pending bits, as they were"},
     {"irq_trylock", irq_trylock, METH_NOARGS, "irq_trylock() -> bool: of the descriptors"},
     {"irq_unlock", irq_unlock, METH_NOARGS, "irq_unlock()"},
-    {"irq_request", irq_request, METH_VARARGS, "irq_request(virq, handler, info)"},
+    {"irq_request", irq_request, METH_VARARGS, "irq_request(virq, handler, info, stride=0)"},
     {"irq_free", irq_free, METH_O, "irq_free(virq)"},
-    {"coproc_raise", irq_coproc_raise, METH_O, "coproc_raise(number)"},
+    {"irq_reset_line", irq_reset_line, METH_O,
+     "irq_reset_line(line): masked and not pending at any CPU"},
+    {"coproc_raise", irq_coproc_raise, METH_VARARGS, "coproc_raise(number, virq)"},
     {"coproc_take", irq_coproc_take, METH_O, "coproc_take(number) -> bool"},
     {"coproc_wait", irq_coproc_wait, METH_VARARGS, "coproc_wait(number, seen, seconds) -> count"},
     {"coproc_set", irq_coproc_set, METH_VARARGS, "coproc_set(number, pid, virq)"},
@@ -759,7 +787,22 @@ static PyObject *current(PyObject *module, PyObject *unused)
     return machine ? Py_NewRef((PyObject *)machine) : NULL;
 }
 
+/* die_with(parent): be killed when `parent`, which forked this process, ends. */
+static PyObject *die_with(PyObject *module, PyObject *arg)
+{
+    long parent = PyLong_AsLong(arg);
+    (void)module;
+    if (PyErr_Occurred())
+        return NULL;
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
+        return PyErr_SetFromErrno(PyExc_OSError);
+    if (getppid() != (pid_t)parent)
+        _exit(1); /* it ended before the request was in force */
+    Py_RETURN_NONE;
+}
+
 PyMethodDef shi_irq_functions[] = {
+    {"die_with", die_with, METH_O, "die_with(parent): end when the parent does"},
     {"current_machine", current, METH_NOARGS,
      "current_machine()\n--\n\nThe Machine that module-level functions act on."},
     {NULL, NULL, 0, NULL},

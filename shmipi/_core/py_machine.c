@@ -563,6 +563,7 @@ GETTER(oversubscribed, PyBool_FromLong(machine->m.oversubscribed))
 GETTER(chip, PyUnicode_FromString(machine->m.chip.name))
 GETTER(closed, PyBool_FromLong(machine->closed || machine->foreign))
 GETTER(irq_offset, PyLong_FromUnsignedLongLong(machine->m.irq_offset))
+GETTER(line_count_offset, PyLong_FromUnsignedLongLong(shi_line_count_offset(&machine->m)))
 GETTER(affinity_offset, PyLong_FromUnsignedLongLong(shi_affinity_offset(&machine->m)))
 GETTER(slot_offset, PyLong_FromUnsignedLongLong(machine->m.slot_offset))
 GETTER(trace_offset, PyLong_FromUnsignedLongLong(machine->m.trace_offset))
@@ -575,6 +576,7 @@ static PyGetSetDef machine_getset[] = {
     GET(host_pid), GET(boot_time), GET(doorbell), GET(kick_signal), GET(kick),
     GET(oversubscribed), GET(chip), GET(closed), GET(slot_offset), GET(trace_offset),
     GET(trace_records), GET(nmi_signal), GET(irq_offset), GET(affinity_offset),
+    GET(line_count_offset),
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -5,6 +5,7 @@
 #include "csd.h"
 #include "doorbell.h"
 #include "irq.h"
+#include "irqdesc.h"
 #include "reap.h"
 
 void shi_reap_mark(struct shi_self *self, uint32_t cpu)
@@ -104,6 +105,7 @@ void shi_reap_stop_all(struct shi_self *self)
         shi_event_wake(&shi_slot(m, cpu)->hotplug);
         shi_chip_prod(self, cpu);
     }
+    shi_coproc_ring_all(m);
     shi_event_ring(&shi_slot(m, m->ncpus)->event);
     shi_event_ring(&m->header->hotplug_event);
 }
