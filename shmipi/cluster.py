@@ -29,7 +29,10 @@ from shmipi.errors import (
     IpiTimeoutError,
     MachineDiedError,
 )
+from shmipi.irq import BoundIrq, DomainNode
+from shmipi.irq import current as irqs
 from shmipi.irq.chips import CHIPS, Chip
+from shmipi.irq.domain import Description, check_tree, parse_tree
 from shmipi.machine import controller as controllers
 from shmipi.machine import segment, topology
 from shmipi.machine.arrays import Arrays, SharedArray
@@ -92,6 +95,8 @@ class Cluster:
         handlers: native handlers to load: "FILE.so:symbol". The built-in ones (noop,
             count, stamp) are always there.
         trace: True: record tracepoints, see ``trace_events()``.
+        domains: irq domains beside the controller's own, as a small device tree: a dict
+            or text (``shmipi.irq.domain.parse_tree``).
 
     Raises:
         BootError: the machine could not be booted; its errno says why and its text what
@@ -111,9 +116,19 @@ class Cluster:
         name: str | None = None,
         handlers: Iterable[str] = (),
         trace: bool = False,
+        domains: Description | None = None,
     ) -> None:
         plan = _plan(
-            ncpus, idle, doorbell, kick, controller, cores, name, handlers, trace
+            ncpus,
+            idle,
+            doorbell,
+            kick,
+            controller,
+            cores,
+            name,
+            handlers,
+            trace,
+            domains=domains,
         )
         self._open(plan)
 
@@ -127,9 +142,17 @@ class Cluster:
         self._hotplug_lock = threading.Lock()
         #: ``shmipi.smp`` bound to this machine.
         self.smp = BoundSmp(self._machine)
+        #: ``shmipi.irq`` bound to this machine: irq domains, IPIs, coprocessors.
+        self.irq = BoundIrq(self._machine, self._chip, self._host)
+        irqs.register(self._machine, self.irq)
         self._finalizer = weakref.finalize(
             self, _close, self._host, self._futures, self._arrays
         )
+        try:
+            self.irq.set_up(cast(tuple[DomainNode, ...], plan.domains))
+        except BaseException:
+            self._finalizer()
+            raise
         _open_clusters.add(self)
         _choose_current()
 
@@ -585,6 +608,7 @@ def _close(host: Host, futures: _Futures, arrays: Arrays) -> None:
     futures.close()
     arrays.close()
     controllers.forget(host.machine)
+    irqs.forget(host.machine)
     host.machine.close()
 
 
@@ -613,6 +637,7 @@ def _plan(
     trace: bool,
     steps: bool = False,
     arena_bytes: int = 0,
+    domains: Description | None = None,
 ) -> Plan:
     if ncpus is None:
         ncpus = topology.default_ncpus()
@@ -621,6 +646,8 @@ def _plan(
     if not 1 <= ncpus <= _core.MAX_CPUS:
         raise ValueError(f"ncpus is {ncpus}: a machine has 1 to {_core.MAX_CPUS} CPUs")
     chip = _chip(controller).for_cpus(ncpus)
+    nodes = parse_tree(domains)
+    check_tree(nodes, chip, ncpus)
     if doorbell not in DOORBELLS:
         raise ValueError(
             f"doorbell is {doorbell!r}: choose from {', '.join(map(repr, DOORBELLS))}"
@@ -646,6 +673,7 @@ def _plan(
         trace=bool(trace),
         steps=steps,
         arena_bytes=arena_bytes,
+        domains=nodes,
     )
 
 

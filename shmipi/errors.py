@@ -122,6 +122,14 @@ def _rebuild_irq(
     return IrqError(message, cpu=cpu, errno=errno, irq=irq, domain=domain)
 
 
+class DeviceTreeError(ShmipiError, ValueError):
+    """A description of irq domains that cannot be. ``node`` is the node's name."""
+
+    def __init__(self, message: str, *, node: str | None = None) -> None:
+        super().__init__(message)
+        self.node = node
+
+
 class BootError(ShmipiOSError):
     """The machine could not be booted; errno says why, the text what to do."""
 

@@ -1,5 +1,82 @@
-"""Interrupt controllers, irq descriptors, IPI domains."""
+"""Interrupt controllers, irq descriptors, IPI domains, with the kernel's names.
 
-from shmipi.irq.current import chip
+The functions that take a virq act on this process's machine: on a CPU its own, in the
+host the only open ``Cluster``'s; ``cluster.irq`` has them for one machine.
+"""
 
-__all__ = ["chip"]
+from shmipi.irq.bound import BoundIrq
+from shmipi.irq.coprocessor import Coprocessor, Mailbox
+from shmipi.irq.current import (
+    chip,
+    disable_percpu_irq,
+    enable_percpu_irq,
+    free_percpu_irq,
+    ipi_get_hwirq,
+    ipi_send_mask,
+    ipi_send_single,
+    irq,
+    irq_destroy_ipi,
+    irq_reserve_ipi,
+    irq_send_ipi,
+    irq_send_ipi_all,
+    irq_to_desc,
+    request_percpu_irq,
+)
+from shmipi.irq.desc import (
+    INVALID_HWIRQ,
+    NR_IRQS,
+    IpiMapping,
+    IrqData,
+    IrqDesc,
+    IrqFlags,
+    irq_data_get_affinity_mask,
+    irq_data_get_irq_chip,
+    irq_desc_get_irq_data,
+    irqd_is_global_ipi,
+)
+from shmipi.irq.domain import (
+    DomainNode,
+    IrqChip,
+    IrqDomain,
+    IrqDomainFlags,
+    irq_chip_send_ipi,
+)
+from shmipi.irq.ipi import __ipi_send_mask, __ipi_send_single, irq_desc_send_ipi
+
+__all__ = [
+    "INVALID_HWIRQ",
+    "NR_IRQS",
+    "BoundIrq",
+    "Coprocessor",
+    "DomainNode",
+    "IpiMapping",
+    "IrqChip",
+    "IrqData",
+    "IrqDesc",
+    "IrqDomain",
+    "IrqDomainFlags",
+    "IrqFlags",
+    "Mailbox",
+    "__ipi_send_mask",
+    "__ipi_send_single",
+    "chip",
+    "disable_percpu_irq",
+    "enable_percpu_irq",
+    "free_percpu_irq",
+    "ipi_get_hwirq",
+    "ipi_send_mask",
+    "ipi_send_single",
+    "irq",
+    "irq_chip_send_ipi",
+    "irq_data_get_affinity_mask",
+    "irq_data_get_irq_chip",
+    "irq_desc_get_irq_data",
+    "irq_desc_send_ipi",
+    "irq_destroy_ipi",
+    "irq_reserve_ipi",
+    "irq_send_ipi",
+    "irq_send_ipi_all",
+    "irq_to_desc",
+    "irqd_is_global_ipi",
+    "request_percpu_irq",
+]

@@ -1,14 +1,45 @@
-"""The controller of the machine that this process is part of."""
+"""The controller, and the irqs, of the machine that this process is part of.
+
+The functions are those of ``cluster.irq``, for the machine of this process: on a CPU
+its own; in the host that of the only open ``Cluster``, else they raise
+``NoMachineError``.
+"""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 from shmipi import _core
+from shmipi.cpumask import MaskLike
 from shmipi.irq.chips.base import Chip
+from shmipi.irq.desc import IrqDesc
 from shmipi.machine import controller
 
-__all__ = ["chip"]
+if TYPE_CHECKING:
+    from shmipi.irq.bound import BoundIrq
+    from shmipi.irq.ipi import DomainLike
+    from shmipi.irq.percpu import IrqHandler
+
+__all__ = [
+    "chip",
+    "disable_percpu_irq",
+    "enable_percpu_irq",
+    "forget",
+    "free_percpu_irq",
+    "ipi_get_hwirq",
+    "ipi_send_mask",
+    "ipi_send_single",
+    "irq",
+    "irq_destroy_ipi",
+    "irq_reserve_ipi",
+    "irq_send_ipi",
+    "irq_send_ipi_all",
+    "irq_to_desc",
+    "register",
+    "request_percpu_irq",
+]
+
+_known: list[tuple[_core.Machine, BoundIrq]] = []
 
 
 def chip() -> Chip:
@@ -18,3 +49,89 @@ def chip() -> Chip:
     ``NoMachineError``: use ``cluster.chip``.
     """
     return cast(Chip, controller.of(_core.current_machine()))
+
+
+def irq() -> BoundIrq:
+    """Return the irqs of this machine: what ``cluster.irq`` is in the host."""
+    machine = _core.current_machine()
+    for known, bound in _known:
+        if known is machine:
+            return bound
+    from shmipi.irq.bound import BoundIrq
+
+    return register(machine, BoundIrq(machine, chip()))
+
+
+def register(machine: _core.Machine, bound: BoundIrq) -> BoundIrq:
+    """Remember the irqs of a machine; return them."""
+    _known.append((machine, bound))
+    return bound
+
+
+def forget(machine: _core.Machine) -> None:
+    """Undo ``register``: the machine has ended."""
+    _known[:] = [known for known in _known if known[0] is not machine]
+
+
+def irq_to_desc(virq: int) -> IrqDesc | None:
+    """Return the descriptor of a virq, or None."""
+    return irq().irq_to_desc(virq)
+
+
+def irq_reserve_ipi(
+    domain: DomainLike, dest: MaskLike, *, hwirq: int | None = None, name: str = ""
+) -> int:
+    """Reserve an IPI to the CPUs of ``dest``; see ``IpiCalls``."""
+    return irq().irq_reserve_ipi(domain, dest, hwirq=hwirq, name=name)
+
+
+def irq_destroy_ipi(virq: int, dest: MaskLike | None = None) -> None:
+    """Give an IPI back; see ``IpiCalls``."""
+    irq().irq_destroy_ipi(virq, dest)
+
+
+def ipi_get_hwirq(virq: int, cpu: int) -> int:
+    """Return the hwirq by which an IPI reaches a CPU, or ``INVALID_HWIRQ``."""
+    return irq().ipi_get_hwirq(virq, cpu)
+
+
+def ipi_send_single(virq: int, cpu: int) -> None:
+    """Send an IPI to one CPU; see ``IpiCalls``."""
+    irq().ipi_send_single(virq, cpu)
+
+
+def ipi_send_mask(virq: int, dest: MaskLike) -> None:
+    """Send an IPI to several CPUs; see ``IpiCalls``."""
+    irq().ipi_send_mask(virq, dest)
+
+
+def irq_send_ipi(virq: int, mask: MaskLike) -> None:
+    """Send an IPI, verified unless it is global; see ``IpiCalls``."""
+    irq().irq_send_ipi(virq, mask)
+
+
+def irq_send_ipi_all(virq: int) -> None:
+    """Send an IPI to all CPUs that it was reserved for; see ``IpiCalls``."""
+    irq().irq_send_ipi_all(virq)
+
+
+def request_percpu_irq(
+    virq: int, handler: IrqHandler, name: str = "", dev_id: Any = None
+) -> None:
+    """Publish the handler of an irq; see ``PercpuCalls``."""
+    irq().request_percpu_irq(virq, handler, name, dev_id)
+
+
+def free_percpu_irq(virq: int, dev_id: Any = None) -> None:
+    """Withdraw the handler of an irq; see ``PercpuCalls``."""
+    irq().free_percpu_irq(virq, dev_id)
+
+
+def enable_percpu_irq(virq: int, cpus: MaskLike | None = None) -> None:
+    """Let an irq through on this CPU; see ``PercpuCalls``."""
+    irq().enable_percpu_irq(virq, cpus)
+
+
+def disable_percpu_irq(virq: int, cpus: MaskLike | None = None) -> None:
+    """Hold an irq back on this CPU; see ``PercpuCalls``."""
+    irq().disable_percpu_irq(virq, cpus)

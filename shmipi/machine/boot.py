@@ -57,6 +57,7 @@ class Plan:
     trace: bool
     steps: bool = False
     arena_bytes: int = 0
+    domains: tuple[Any, ...] = ()  # irq domains: the layer above makes them
 
     @property
     def ncpus(self) -> int:
@@ -77,6 +78,7 @@ class Host:
         self.died = False
         self.on_death: Callable[[], None] | None = None
         self._lock = threading.Lock()
+        self.coprocessors = threading.Lock()  # held while one is added, or buried
         self._answers: list[dict[str, Any]] = []
         self._answered = threading.Condition()
         self._eventfds: list[int] = []
@@ -292,18 +294,7 @@ class Host:
 
     def boot_cpu(self, cpu: int) -> None:
         """Have a dead CPU's slot booted anew. ``BootError``, ``MachineDiedError``."""
-        with self._lock:
-            self._orders += 1
-            number = self._orders
-            self._order({"op": "boot", "cpu": cpu, "id": number})
-            with self._answered:
-                self._answered.wait_for(
-                    lambda: self.died or self._answer(number) is not None, _BOOT_S
-                )
-                reply = self._answer(number)
-                self._answers.clear()
-        if self.died:
-            raise _machine_died(self.plan.name)
+        reply = self._ask({"op": "boot", "cpu": cpu})
         if reply is None:
             raise BootError(
                 f"CPU {cpu} did not boot in {_BOOT_S:.0f} s: is the computer"
@@ -318,13 +309,57 @@ class Host:
                 errno=reply["errno"],
             )
 
+    def start_coprocessor(self, number: int, virq: int, start: bytes) -> int:
+        """Have a coprocessor forked that runs ``start``: its pid. ``OSError``.
+
+        ``start`` is the pickle of a callable that takes the machine and ``number``.
+        """
+        fd = os.memfd_create("shmipi-coprocessor", os.MFD_CLOEXEC)
+        with os.fdopen(fd, "wb", buffering=0) as stream:
+            view = memoryview(start)
+            while view:
+                view = view[stream.write(view) :]
+            reply = self._ask(
+                {"op": "coprocessor", "number": number, "virq": virq}, [fd]
+            )
+        if reply is None or "error" in reply:
+            reply = reply or {"error": "no answer", "errno": errno.ETIMEDOUT}
+            raise BootError(
+                f"a coprocessor could not be started: {reply['error']}"
+                f" ({_process_limits()})",
+                errno=reply["errno"],
+            )
+        return int(reply["pid"])
+
+    def kill_coprocessor(self, pid: int) -> None:
+        """Have a coprocessor killed, if it still runs. ``MachineDiedError``."""
+        self._ask({"op": "kill_coprocessor", "pid": pid})
+
+    def _ask(
+        self, message: dict[str, Any], fds: Sequence[int] = ()
+    ) -> dict[str, Any] | None:
+        """Order something and wait for the answer; None: there was none in time."""
+        with self._lock:
+            self._orders += 1
+            number = self._orders
+            self._order({**message, "id": number}, fds)
+            with self._answered:
+                self._answered.wait_for(
+                    lambda: self.died or self._answer(number) is not None, _BOOT_S
+                )
+                reply = self._answer(number)
+                self._answers.clear()
+        if self.died:
+            raise _machine_died(self.plan.name)
+        return reply
+
     def _answer(self, number: int) -> dict[str, Any] | None:
         return next((a for a in self._answers if a.get("id") == number), None)
 
-    def _order(self, message: dict[str, Any]) -> None:
+    def _order(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         assert self._control is not None
         try:
-            self._control.send(json.dumps(message).encode())
+            socket.send_fds(self._control, [json.dumps(message).encode()], list(fds))
         except OSError:
             raise _machine_died(self.plan.name) from None
 

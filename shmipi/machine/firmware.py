@@ -21,9 +21,10 @@ import socket
 import struct
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from shmipi import _core
 from shmipi.errors import ShmipiOSError
@@ -48,6 +49,7 @@ class Firmware:
         self.machine = _core.Machine(fd, config["ncpus"] + 1)
         os.close(fd)  # the machine has a descriptor of its own: the lock is on that
         self.pids: dict[int, int] = {}  # pid -> CPU
+        self.coprocessors: dict[int, int] = {}  # pid -> its place
         self.unreaped: set[int] = set()  # pids of the dead whose number is guarded
         self.stopping = False
         self.deadline = 0.0  # of an orderly stop
@@ -86,6 +88,17 @@ class Firmware:
 
     def boot(self, cpus: list[int]) -> None:
         """Fork these CPUs and wait until each is online or dead. ``OSError``."""
+        self.before_fork()
+        me = os.getpid()
+        private = self.private()
+        for number in cpus:
+            self.machine.reap_reset(number)
+            # Not os.fork(): the child goes to its idle loop without touching Python.
+            self.pids[self.machine.fork_cpu(number, me, private)] = number
+        self.await_online(cpus)
+
+    def before_fork(self) -> None:
+        """Check that a fork is safe; nothing is printed twice. ``OSError``."""
         threads = len(os.listdir("/proc/self/task"))
         if threads != 1:
             raise OSError(
@@ -93,20 +106,17 @@ class Firmware:
                 f"the firmware has {threads} threads and cannot fork safely: a native"
                 " handler's library started one",
             )
-        me = os.getpid()
-        private = [
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+    def private(self) -> list[int]:
+        """Return the descriptors that are no child's business."""
+        return [
             self.control.fileno(),
             self.host,
             self.signals,
             self.selector.fileno(),
         ]
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number in cpus:
-            self.machine.reap_reset(number)
-            # Not os.fork(): the child goes to its idle loop without touching Python.
-            self.pids[self.machine.fork_cpu(number, me, private)] = number
-        self.await_online(cpus)
 
     def await_online(self, cpus: list[int]) -> None:
         """Return when every one of ``cpus`` is online. ``OSError`` when one died."""
@@ -136,7 +146,7 @@ class Firmware:
 
     def loop(self) -> None:
         """Serve until there is nothing left to serve."""
-        while not (self.stopping and not self.pids):
+        while not (self.stopping and not self.pids and not self.coprocessors):
             timeout = None
             if self.unreaped:
                 timeout = _REAP_RETRY_S
@@ -163,7 +173,7 @@ class Firmware:
         self.stopping = True
 
     def on_message(self) -> None:
-        data = self.control.recv(_MESSAGE_MAX)
+        data, fds, *_ = socket.recv_fds(self.control, _MESSAGE_MAX, 1)
         if not data:
             # The host closed its end, or died: its pidfd tells which, either ends us.
             self.kill_all()
@@ -174,6 +184,11 @@ class Firmware:
             self.stop(message["grace"])
         elif message["op"] == "boot":
             self.answer(message["id"], self.boot_one, message["cpu"])
+        elif message["op"] == "coprocessor":
+            number, virq = message["number"], message["virq"]
+            self.answer(message["id"], self.start_coprocessor, number, virq, fds[0])
+        elif message["op"] == "kill_coprocessor":
+            self.answer(message["id"], self.kill_coprocessor, message["pid"])
         elif message["op"] == "unlink_doorbells":
             segment.unlink_doorbells(self.config["segment"], self.config["ncpus"])
 
@@ -197,6 +212,46 @@ class Firmware:
                 print(f"shmipi: CPU {number} did not start: {error}", file=sys.stderr)
                 self.machine.pic_write(number, "startup", 0, _core.STARTUP_RESET)
 
+    def start_coprocessor(self, number: int, virq: int, fd: int) -> dict[str, int]:
+        """Fork a coprocessor that runs what ``fd`` holds. ``OSError``."""
+        try:
+            self.before_fork()
+            me = os.getpid()
+            pid = os.fork()
+            if not pid:
+                self.become_coprocessor(me, number, virq, fd)
+        finally:
+            os.close(fd)
+        self.coprocessors[pid] = number
+        self.machine.coproc_set(number, pid, virq)
+        return {"pid": pid}
+
+    def become_coprocessor(
+        self, firmware: int, number: int, virq: int, fd: int
+    ) -> NoReturn:
+        """In the child: no CPU, and not the firmware any more."""
+        status = 1
+        try:
+            _core.die_with(firmware)
+            with os.fdopen(fd, "rb") as stream:
+                stream.seek(0)  # the position is the host's too
+                start = stream.read()
+            # Nothing of the machine goes on in a child of its own.
+            os.register_at_fork(after_in_child=self.machine.disown)
+            for private in self.private():
+                os.close(private)
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            self.machine.coproc_set(number, os.getpid(), virq)
+            status = pickle.loads(start)(self.machine, number)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def kill_coprocessor(self, pid: int) -> None:
+        if pid in self.coprocessors:
+            os.kill(pid, signal.SIGKILL)  # not reaped, so the number is still its
+
     def boot_one(self, number: int) -> None:
         if number in self.live():
             raise OSError(errno.EBUSY, f"CPU {number} is not dead")
@@ -211,7 +266,7 @@ class Firmware:
     def answer(self, number: int, work: Any, *args: Any) -> None:
         reply: dict[str, Any] = {"id": number}
         try:
-            work(*args)
+            reply |= work(*args) or {}
         except OSError as error:
             reply |= {"error": error.strerror or str(error), "errno": error.errno}
         self.send(reply)
@@ -225,6 +280,11 @@ class Firmware:
     def reap(self) -> None:
         """Look after CPUs that died: mark, complete, ring, and only then wait for."""
         for pid in self.find_dead():
+            number = self.coprocessors.pop(pid, None)
+            if number is not None:
+                self.machine.coproc_set(number, 0, 0)
+                os.waitpid(pid, 0)
+                continue
             self.unreaped.add(pid)
             self.bury(pid)
             self.release(pid)
@@ -241,7 +301,8 @@ class Firmware:
                 yield found.si_pid
             else:
                 return
-        for pid in [pid for pid in self.pids if pid not in self.unreaped]:
+        children = [*self.pids, *self.coprocessors]
+        for pid in [pid for pid in children if pid not in self.unreaped]:
             with contextlib.suppress(ChildProcessError):
                 if os.waitid(os.P_PID, pid, look) is not None:
                     yield pid
@@ -274,16 +335,17 @@ class Firmware:
 
     def kill_all(self) -> None:
         self.machine.set_state(_core.DEAD)
-        for pid in self.pids:
+        for pid in (*self.pids, *self.coprocessors):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # our child: not reaped, so its pid is its
         deadline = time.monotonic() + _KILL_WAIT_S
-        while self.pids and time.monotonic() < deadline:
+        while (self.pids or self.coprocessors) and time.monotonic() < deadline:
             try:
                 pid, _ = os.waitpid(-1, 0)
             except ChildProcessError:
                 break
             self.pids.pop(pid, None)
+            self.coprocessors.pop(pid, None)
 
     def close(self) -> None:
         """Remove what the machine has outside its processes."""
@@ -332,7 +394,7 @@ def main() -> None:
             control.send(json.dumps(reply).encode())
     finally:
         if firmware is not None:
-            if firmware.pids:
+            if firmware.pids or firmware.coprocessors:
                 firmware.kill_all()
             firmware.close()
         with contextlib.suppress(OSError, ValueError):

@@ -1,0 +1,549 @@
+"""irq descriptors: what a virq stands for (``kernel/irq/irqdesc.c``, ``linux/irq.h``).
+
+The table lies in the machine's shared memory, so the host and every CPU see the same
+irqs; the objects here are views of it. A descriptor that was looked up is a snapshot
+with the number of its reservation (``epoch``): once the irq has been destroyed it is
+stale, and sending through it is refused (but for the unverified fast path, as in the
+kernel).
+
+Changes are made under a lock that survives its holder. While several descriptors and
+lines change together, ``undo`` names them: whoever takes the lock after a holder that
+died frees what he was about to make, or to free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shmipi import _core
+from shmipi.cpumask import CpuMask
+from shmipi.errors import ClusterStateError, IpiTimeoutError, IrqError
+from shmipi.irq.chips.base import Chip
+
+if TYPE_CHECKING:
+    from shmipi.irq.domain import IrqChip, IrqDomain, IrqDomainFlags
+
+__all__ = [
+    "INVALID_HWIRQ",
+    "NR_IRQS",
+    "IpiMapping",
+    "IrqData",
+    "IrqDesc",
+    "IrqFlags",
+    "IrqTable",
+    "irq_data_get_affinity_mask",
+    "irq_data_get_irq_chip",
+    "irq_desc_get_irq_data",
+    "irqd_is_global_ipi",
+]
+
+#: No hardware irq number: a CPU that an IPI does not reach.
+INVALID_HWIRQ: Final = _core.NO_LINE
+#: How many descriptors a machine has; virq 0 is none.
+NR_IRQS: Final = _core.NR_IRQS
+
+_LOCK_S = 5.0
+_LOCK_LOOK_S = 0.0005
+
+
+class IrqFlags(IntFlag):
+    """What an irq is, with the kernel's values (``linux/irq.h``)."""
+
+    IRQ_PER_CPU = 1 << 9
+    IRQ_NOREQUEST = 1 << 11
+    IRQ_NO_BALANCING = 1 << 13
+    IRQ_PER_CPU_DEVID = 1 << 17
+    #: Reserved for every CPU: masks need not be verified. The seed's
+    #: ``irqd_is_global_ipi``; the kernel's tree has no such bit.
+    IRQD_GLOBAL_IPI = 1 << 31
+
+
+@dataclass(frozen=True)
+class IpiMapping:
+    """Which hwirq interrupts which CPU: the ``ipi_mapping`` of an IPI.
+
+    Three shapes. ``single``: one hwirq for all CPUs, where the controller has vectors
+    or lines of each CPU. ``block``: ``nr_hwirqs`` consecutive ones, ``hwirq =
+    hwirq_base + cpu - cpu_offset``. ``cpumap``: any, with gaps (``INVALID_HWIRQ``);
+    ``cpumap[cpu - cpu_offset]``.
+    """
+
+    shape: str
+    cpu_offset: int
+    cpumap: tuple[int, ...]
+
+    @property
+    def hwirq_base(self) -> int:
+        """The first hwirq."""
+        return self.cpumap[0]
+
+    @property
+    def nr_hwirqs(self) -> int:
+        """How many hwirqs it takes."""
+        return sum(hwirq != INVALID_HWIRQ for hwirq in self.cpumap)
+
+    def hwirq(self, cpu: int) -> int:
+        """Return the hwirq that interrupts ``cpu``, or ``INVALID_HWIRQ``."""
+        if self.shape == "single":
+            return self.cpumap[0]
+        place = cpu - self.cpu_offset
+        return self.cpumap[place] if 0 <= place < len(self.cpumap) else INVALID_HWIRQ
+
+
+@dataclass(frozen=True, eq=False)
+class IrqDesc:
+    """The descriptor of ``irq``, as it was when it was looked up.
+
+    ``ipi_base``, ``ipi_nr``, ``ipi_offset``: the block of virqs that was reserved with
+    it, and the block's first CPU. A block is sent to, requested and destroyed by its
+    first virq.
+    """
+
+    table: IrqTable
+    irq: int
+    epoch: int
+    flags: IrqFlags
+    domain: IrqDomain
+    hwirq: int
+    ipi_base: int
+    ipi_nr: int
+    ipi_offset: int
+    name: str
+    mapping: IpiMapping
+
+    @property
+    def irq_data(self) -> IrqData:
+        """What the irq is in its own domain; ``parent_data`` leads on."""
+        return IrqData(self, self.domain, self.hwirq)
+
+    @property
+    def alive(self) -> bool:
+        """Is the reservation that this descriptor was looked up for still there?"""
+        return self.table.is_current(self)
+
+
+@dataclass(frozen=True, eq=False)
+class IrqData:
+    """An irq at one level of the hierarchy of domains."""
+
+    desc: IrqDesc
+    domain: IrqDomain
+    hwirq: int
+
+    @property
+    def irq(self) -> int:
+        """The virq: the same at every level."""
+        return self.desc.irq
+
+    @property
+    def chip(self) -> IrqChip:
+        """What this level's controller can do with it."""
+        return self.domain.irq_chip
+
+    @property
+    def chip_data(self) -> IpiMapping:
+        """Which hwirq interrupts which CPU."""
+        return self.desc.mapping
+
+    @property
+    def parent_data(self) -> IrqData | None:
+        """The irq in the parent domain; None at the root."""
+        return self.at_parent(self.hwirq)
+
+    parent = parent_data
+
+    def at_parent(self, hwirq: int) -> IrqData | None:
+        """Return the same in the parent domain for one of the mapping's hwirqs."""
+        parent = self.domain.parent
+        return None if parent is None else IrqData(self.desc, parent, hwirq)
+
+
+def irq_desc_get_irq_data(desc: IrqDesc) -> IrqData:
+    """Return the irq data of a descriptor's own domain."""
+    return desc.irq_data
+
+
+def irq_data_get_irq_chip(data: IrqData) -> IrqChip:
+    """Return what the controller at this level can do."""
+    return data.chip
+
+
+def irq_data_get_affinity_mask(data: IrqData) -> CpuMask:
+    """Return the CPUs that the irq was reserved for and not destroyed for since."""
+    return data.desc.table.affinity(data.desc.ipi_base)
+
+
+def irqd_is_global_ipi(data: IrqData) -> bool:
+    """Is it an IPI that reaches every CPU, so that masks need not be verified?"""
+    return bool(data.desc.flags & IrqFlags.IRQD_GLOBAL_IPI)
+
+
+def _dtype(fields: tuple[tuple[str, int, int], ...], size: int) -> np.dtype[Any]:
+    formats = {2: "<u2", 4: "<u4"}
+    return np.dtype(
+        {
+            "names": [name for name, _, _ in fields],
+            "offsets": [offset for _, offset, _ in fields],
+            "formats": [
+                "S32" if name == "name" else formats.get(length, f"({length // 8},)<u8")
+                for name, _, length in fields
+            ],
+            "itemsize": size,
+        }
+    )
+
+
+_DESC: Final = _dtype(_core.IRQDESC_FIELDS, _core.IRQDESC_BYTES)
+_DOMAIN: Final = _dtype(_core.IRQDOMAIN_FIELDS, _core.IRQDOMAIN_BYTES)
+
+
+class IrqTable:
+    """The irq descriptors and domains of a machine, as one process sees them."""
+
+    def __init__(self, machine: _core.Machine, chip: Chip) -> None:
+        self.machine = machine
+        self.chip = chip
+        memory = memoryview(machine)
+        area = machine.irq_offset
+        self._desc: NDArray[Any] = np.ndarray(
+            (NR_IRQS,), _DESC, memory, area + _core.IRQDESC_OFFSET
+        )
+        self._domain: NDArray[Any] = np.ndarray(
+            (_core.NDOMAINS,), _DOMAIN, memory, area + _core.IRQDOMAIN_OFFSET
+        )
+        self._line_virq: NDArray[np.uint32] = np.ndarray(
+            (_core.NLINES,), np.uint32, memory, area + _core.LINE_VIRQ_OFFSET
+        )
+        self._affinity: NDArray[np.uint64] = np.ndarray(
+            (NR_IRQS, -(-machine.ncpus // 64)),
+            np.uint64,
+            memory,
+            machine.affinity_offset,
+        )
+        self._routed = chip.flow == "shared"
+        self._lines: tuple[int, ...] | None = None
+        self._domains: dict[tuple[int, str, IrqDomainFlags], IrqDomain] = {}
+
+    # ---- the lock -------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the table's lock. It is short, and taken from a holder that died.
+
+        Raises ``ClusterStateError`` in an interrupt handler or with interrupts disabled
+        (the kernel's ``might_sleep``), ``IpiTimeoutError`` when a live holder does not
+        let go.
+        """
+        machine = self.machine
+        if machine.is_cpu and (_core.in_interrupt() or _core.irqs_disabled()):
+            raise ClusterStateError(
+                "irqs are reserved, destroyed, requested and freed under a lock that"
+                " may have to wait: not in interrupt handlers, nor with interrupts"
+                " disabled"
+            )
+        flags = self._take()
+        try:
+            undo = machine.pic_read(0, "undo")
+            if undo:
+                self._free(undo & 0xFFFFFFFF, undo >> 32)
+                self._store("undo", 0, 0)
+            yield
+        finally:
+            machine.irq_unlock()
+            if machine.is_cpu:
+                _core.local_irq_restore(flags)
+
+    def _take(self) -> int:
+        deadline = time.monotonic() + _LOCK_S
+        while True:
+            # A CPU is not taken offline, and runs no handler, while it holds the lock.
+            flags = _core.local_irq_save() if self.machine.is_cpu else 0
+            if self.machine.irq_trylock():
+                return flags
+            if self.machine.is_cpu:
+                _core.local_irq_restore(flags)
+            if time.monotonic() > deadline:
+                raise IpiTimeoutError(
+                    f"the irq table's lock is not free in {_LOCK_S:g} s: is the process"
+                    " that holds it stopped?"
+                )
+            time.sleep(_LOCK_LOOK_S)
+
+    # ---- stores ---------------------------------------------------------------------
+
+    def _store(self, what: str, index: int, value: Any) -> None:
+        """Every change of the table in shared memory: one of these each."""
+        machine = self.machine
+        if what in ("undo", "line_virq", "route"):
+            machine.pic_write(0, what, index, value)
+        elif what == "reset":
+            machine.irq_reset_line(index)
+        elif what == "affinity":
+            self._affinity[index] = _words(value, self._affinity.shape[1])
+        elif what in ("used", "flags"):
+            _core.atomic_store(self._desc[what], index, value)
+        elif what == "domain_used":
+            _core.atomic_store(self._domain["used"], index, value)
+        elif what.startswith("domain_"):
+            self._domain[what.removeprefix("domain_")][index] = value
+        else:
+            self._desc[what][index] = value
+
+    # ---- lines ----------------------------------------------------------------------
+
+    def irq_lines(self) -> tuple[int, ...]:
+        """Return the controller's lines that are free for IPI domains."""
+        if self._lines is None:
+            self._lines = irq_lines(self.chip, self.machine.ncpus)
+        return self._lines
+
+    def line_is_free(self, line: int) -> bool:
+        """Does no irq have this line?"""
+        return not self._line_virq[line]
+
+    def lines_of(self, virq: int) -> list[int]:
+        """Return the lines of a block, least first."""
+        return [int(line) for line in np.flatnonzero(self._line_virq == virq)]
+
+    # ---- descriptors ----------------------------------------------------------------
+
+    def lookup(self, virq: int) -> IrqDesc | None:
+        """Return the descriptor of ``virq``, or None when there is no such irq."""
+        if isinstance(virq, bool) or not isinstance(virq, int | np.integer):
+            raise TypeError(f"a virq is an integer, not {virq!r}")
+        virq = int(virq)
+        if not 0 < virq < NR_IRQS:
+            return None
+        row = self._row(virq)
+        if not row["used"] or not row["domain"]:
+            return None
+        domain = self.domain(row["domain"] - 1)
+        if domain is None:
+            return None
+        base, count = row["ipi_base"], row["ipi_nr"]
+        return IrqDesc(
+            table=self,
+            irq=virq,
+            epoch=row["epoch"],
+            flags=IrqFlags(row["flags"]),
+            domain=domain,
+            hwirq=row["hwirq"],
+            ipi_base=base,
+            ipi_nr=count,
+            ipi_offset=row["ipi_offset"],
+            name=row["name"].decode("utf-8", "replace"),
+            mapping=IpiMapping(
+                domain.mapping,
+                row["ipi_offset"],
+                tuple(self._desc["hwirq"][base : base + count].tolist()),
+            ),
+        )
+
+    def _row(self, virq: int) -> dict[str, Any]:
+        values = self._desc[virq].tolist()
+        return dict(zip(_DESC.names or (), values, strict=True))
+
+    def is_current(self, desc: IrqDesc) -> bool:
+        """Is it still the reservation that ``desc`` was looked up for?"""
+        record = self._desc[desc.irq]
+        return bool(record["used"]) and int(record["epoch"]) == desc.epoch
+
+    def affinity(self, virq: int) -> CpuMask:
+        """Return the CPUs of a block."""
+        bits = int.from_bytes(self._affinity[virq].tobytes(), "little")
+        return CpuMask.from_bits(bits & ((1 << self.machine.ncpus) - 1))
+
+    def action(self, virq: int) -> int:
+        """Return 0 when nobody has requested it."""
+        return int(self._desc["action"][virq])
+
+    def virqs(self) -> list[int]:
+        """Return the first virqs of all blocks there are."""
+        used, base = self._desc["used"], self._desc["ipi_base"]
+        return [v for v in range(1, NR_IRQS) if used[v] and base[v] == v]
+
+    def virqs_of(self, domain: IrqDomain) -> list[int]:
+        """Return the first virqs of the blocks of a domain."""
+        return [v for v in self.virqs() if self._desc["domain"][v] == domain.index + 1]
+
+    # ---- changing them; the lock is held --------------------------------------------
+
+    def find_descs(self, count: int) -> int:
+        """Return the first of ``count`` consecutive free virqs. -1: there are none."""
+        run = 0
+        for virq, used in enumerate(self._desc["used"].tolist()):
+            run = 0 if used or not virq else run + 1
+            if run == count:
+                return virq - count + 1
+        return -1
+
+    def make(
+        self,
+        domain: IrqDomain,
+        first: int,
+        offset: int,
+        hwirqs: list[int],
+        affinity: CpuMask,
+        flags: IrqFlags,
+        name: str = "",
+    ) -> None:
+        """Make a block of descriptors from ``first`` on, and give it its lines.
+
+        ``hwirqs[n]`` is CPU ``offset + n``'s (``INVALID_HWIRQ``: a gap), or the only
+        one there is.
+        """
+        count = len(hwirqs)
+        self._store("undo", 0, first | count << 32)
+        for place, hwirq in enumerate(hwirqs):
+            virq = first + place
+            self._store("action", virq, 0)
+            self._store("flags", virq, int(flags))
+            self._store("domain", virq, domain.index + 1)
+            self._store("hwirq", virq, hwirq)
+            self._store("ipi_base", virq, first)
+            self._store("ipi_nr", virq, count)
+            self._store("ipi_offset", virq, offset)
+            self._store("name", virq, name.encode()[:31])
+            epoch = int(self._desc["epoch"][virq])
+            self._store("epoch", virq, (epoch + 1) & 0xFFFFFFFF)
+        self._store("affinity", first, affinity)
+        if not domain.is_coprocessor:
+            self._give_lines(first, offset, hwirqs)
+        for place in reversed(range(count)):
+            self._store("used", first + place, 1)
+        self._store("undo", 0, 0)
+
+    def _give_lines(self, first: int, offset: int, hwirqs: list[int]) -> None:
+        for place, line in enumerate(hwirqs):
+            if line == INVALID_HWIRQ:
+                continue
+            self._store("reset", line, 0)  # nothing that was sent before is for it
+            if self._routed:
+                self._store("route", line, offset + place + 1)
+            self._store("line_virq", line, first)
+
+    def destroy(self, desc: IrqDesc) -> None:
+        """Free a whole block: its descriptors and lines."""
+        self._store("undo", 0, desc.ipi_base | desc.ipi_nr << 32)
+        self._free(desc.ipi_base, desc.ipi_nr)
+        self._store("undo", 0, 0)
+
+    def shrink(self, desc: IrqDesc, gone: CpuMask) -> None:
+        """Free the lines of some CPUs of a block; its virqs stay taken."""
+        base = desc.ipi_base
+        # The mask first: from here on nobody sends to these CPUs.
+        self._store("affinity", base, self.affinity(base) - gone)
+        self._store("flags", base, int(desc.flags & ~IrqFlags.IRQD_GLOBAL_IPI))
+        for cpu in gone:
+            line = desc.mapping.hwirq(cpu)
+            if line != INVALID_HWIRQ and self._line_virq[line] == base:
+                self._take_line(line)
+            self._store("hwirq", base + cpu - desc.ipi_offset, INVALID_HWIRQ)
+
+    def _take_line(self, line: int) -> None:
+        self._store("reset", line, 0)
+        if self._routed:
+            self._store("route", line, 0)
+        self._store("line_virq", line, 0)
+
+    def _free(self, first: int, count: int) -> None:
+        """Whatever state they are in: also half made, or half freed."""
+        for line in self.lines_of(first):
+            self._take_line(line)
+        for virq in range(max(first, 1), min(first + count, NR_IRQS)):
+            self._store("action", virq, 0)
+            self._store("used", virq, 0)
+
+    # ---- domains --------------------------------------------------------------------
+
+    def domain(self, index: int) -> IrqDomain | None:
+        """Return the domain at a place of the machine's list, or None."""
+        from shmipi.irq.domain import IrqDomain, IrqDomainFlags
+
+        if not 0 <= index < _core.NDOMAINS:
+            return None
+        record = self._domain[index]
+        if not record["used"]:
+            return None
+        name = bytes(record["name"]).decode("utf-8", "replace")
+        key = (index, name, IrqDomainFlags(int(record["flags"])))
+        found = self._domains.get(key)
+        if found is None:
+            own = _bits(record["lines"].tobytes())
+            found = self._domains[key] = IrqDomain(
+                self,
+                index,
+                name,
+                key[2],
+                int(record["parent"]) - 1,
+                int(record["coproc"]) - 1,
+                own,
+            )
+        return found
+
+    def domains(self) -> list[IrqDomain]:
+        """Return all domains, the controller's root first."""
+        found = (self.domain(index) for index in range(_core.NDOMAINS))
+        return [domain for domain in found if domain is not None]
+
+    def add_domain(
+        self,
+        name: str,
+        flags: IrqDomainFlags,
+        parent: int,
+        coproc: int,
+        lines: frozenset[int],
+    ) -> IrqDomain:
+        """Write a domain's record; the lock is held. ``IrqError`` ENOMEM."""
+        free = np.flatnonzero(self._domain["used"] == 0)
+        if not len(free):
+            raise IrqError(
+                f"a machine has at most {_core.NDOMAINS} irq domains",
+                errno=errno.ENOMEM,
+                domain=name,
+            )
+        index = int(free[0])
+        self._domains = {k: v for k, v in self._domains.items() if k[0] != index}
+        self._store("domain_flags", index, int(flags))
+        self._store("domain_parent", index, parent + 1)
+        self._store("domain_coproc", index, coproc + 1)
+        self._store("domain_name", index, name.encode())
+        self._store("domain_lines", index, _words(lines, _core.NLINES // 64))
+        self._store("domain_used", index, 1)
+        made = self.domain(index)
+        assert made is not None
+        return made
+
+    def drop_domain(self, index: int) -> None:
+        """Remove a domain's record; the lock is held."""
+        self._store("domain_used", index, 0)
+
+
+def irq_lines(chip: Chip, ncpus: int) -> tuple[int, ...]:
+    """Return the lines that a chip has for IPI domains, least first."""
+    own: Callable[[int], Iterable[Any]] | None = getattr(chip, "ipi_lines", None)
+    if own is None:
+        found = [line.number for line in chip.lines(ncpus) if line.use == "irq"]
+    else:
+        found = [int(getattr(line, "number", line)) for line in own(ncpus)]
+    return tuple(sorted(found))
+
+
+def _words(members: Any, count: int) -> NDArray[np.uint64]:
+    bits = (
+        members.bits if isinstance(members, CpuMask) else sum(1 << n for n in members)
+    )
+    return np.frombuffer(bits.to_bytes(count * 8, "little"), "<u8").copy()
+
+
+def _bits(data: bytes) -> frozenset[int]:
+    return frozenset(CpuMask.from_bits(int.from_bytes(data, "little")))

@@ -1,0 +1,530 @@
+"""irq domains: who gives hardware irq numbers out (``kernel/irq/irqdomain.c``).
+
+A machine has a hierarchy of them. The root is the controller that its CPUs have; its
+hwirqs are the controller's lines of use "irq". IPI domains are its children, as MSI
+domains are of the vector domain on x86::
+
+    [apic-ipi]  ---> [apic vector]
+    [your own]  --->       |
+
+There is one root, because a CPU has one controller. Several IPI controllers are several
+IPI domains: with lines of their own (``reserved-ipi-vectors``), which nobody else gets,
+or out of what is left of their parent's. A coprocessor is a controller of its own: a
+domain without a parent, with one hwirq (see ``coprocessor.py``).
+
+hwirq numbers are the root's at every level: a domain decides who gets which, it does
+not renumber.
+
+The kinds of domain, and the ``compatible`` of a description that asks for them:
+
+=====================  ===============================================================
+shmipi,ipi             an IPI domain of the kind that suits the controller
+shmipi,ipi-single      one hwirq for all CPUs (IRQ_DOMAIN_FLAG_IPI_SINGLE): apic, xive,
+                       mips, gicv2, gicv3, riscv
+shmipi,ipi-per-cpu     a block of consecutive hwirqs, one for each CPU
+                       (IRQ_DOMAIN_FLAG_IPI_PER_CPU): mips-gic has to, others can
+shmipi,ipi-cpumap      a hwirq for each CPU, of any number, for any set of CPUs
+shmipi,ppi             no IPIs: interrupts that a device raises at a CPU. They are
+                       mapped with ``irq_create_mapping``; their chip has no send_ipi
+=====================  ===============================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Any, Final, TypeAlias
+
+from shmipi.cpumask import CpuMask
+from shmipi.errors import DeviceTreeError, IrqError
+from shmipi.irq.chips.base import Chip
+from shmipi.irq.desc import (
+    INVALID_HWIRQ,
+    IrqData,
+    IrqTable,
+    irq_lines,
+)
+
+__all__ = [
+    "Description",
+    "DomainNode",
+    "IrqChip",
+    "IrqDomain",
+    "IrqDomainFlags",
+    "check_tree",
+    "irq_chip_send_ipi",
+    "parse_tree",
+    "root_name",
+]
+
+#: What ``Cluster(domains=...)`` takes: see ``parse_tree``.
+Description: TypeAlias = str | Mapping[str, Mapping[str, Any]]
+
+
+class IrqDomainFlags(IntFlag):
+    """What a domain is, with the kernel's values (``linux/irqdomain.h``)."""
+
+    IRQ_DOMAIN_FLAG_HIERARCHY = 1 << 0
+    IRQ_DOMAIN_FLAG_IPI_PER_CPU = 1 << 2
+    IRQ_DOMAIN_FLAG_IPI_SINGLE = 1 << 3
+    #: Ours: hwirqs for each CPU that need not be consecutive.
+    IPI_CPUMAP = 1 << 16
+    #: Ours: where an IPI comes from when no domain is named.
+    DEFAULT = 1 << 17
+
+
+_IPI: Final = (
+    IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_PER_CPU
+    | IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_SINGLE
+)
+_SHAPES: Final = {
+    "single": IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_SINGLE,
+    "block": IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_PER_CPU,
+    "cpumap": IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_PER_CPU | IrqDomainFlags.IPI_CPUMAP,
+    "none": IrqDomainFlags(0),
+}
+_COMPATIBLE: Final = {
+    "shmipi,ipi": "",
+    "shmipi,ipi-single": "single",
+    "shmipi,ipi-per-cpu": "block",
+    "shmipi,ipi-cpumap": "cpumap",
+    "shmipi,ppi": "none",
+}
+
+
+@dataclass(frozen=True)
+class IrqChip:
+    """What a domain's controller can do with an irq: None for what it cannot.
+
+    ``send_ipi(data, mask)`` is the seed's operation; ``ipi_send_single(data, cpu)`` and
+    ``ipi_send_mask(data, mask)`` are the two it became in the kernel, of which a
+    controller has one.
+    """
+
+    name: str
+    send_ipi: Callable[[IrqData, CpuMask], None] | None = None
+    ipi_send_single: Callable[[IrqData, int], None] | None = None
+    ipi_send_mask: Callable[[IrqData, CpuMask], None] | None = None
+
+
+def irq_chip_send_ipi(data: IrqData, mask: CpuMask) -> None:
+    """Send by the parent: to all CPUs at once where they share a hwirq, else to each.
+
+    CPUs for which the mapping has a gap are left out.
+    """
+    mapping = data.chip_data
+    if mapping.shape == "single":
+        _to_parent(data, mapping.hwirq_base, mask)
+        return
+    for cpu in mask:
+        hwirq = mapping.hwirq(cpu)
+        if hwirq != INVALID_HWIRQ:
+            _to_parent(data, hwirq, CpuMask.from_bits(1 << cpu))
+
+
+def _send_single(data: IrqData, cpu: int) -> None:
+    irq_chip_send_ipi(data, CpuMask.from_bits(1 << cpu))
+
+
+def _to_parent(data: IrqData, hwirq: int, mask: CpuMask) -> None:
+    parent = data.at_parent(hwirq)
+    if parent is None or parent.chip.send_ipi is None:
+        raise IrqError(
+            f"irq {data.irq}: no parent of domain {data.domain.name} can send",
+            irq=data.irq,
+            domain=data.domain.name,
+        )
+    parent.chip.send_ipi(parent, mask)
+
+
+def _raise_line(data: IrqData, mask: CpuMask) -> None:
+    data.desc.table.chip.raise_line(data.hwirq, mask)
+
+
+def _raise_coprocessor(data: IrqData, mask: CpuMask) -> None:
+    if not mask:
+        return
+    try:
+        data.desc.table.machine.coproc_raise(data.domain.coprocessor, data.irq)
+    except OSError as error:
+        raise IrqError(
+            f"irq {data.irq}: coprocessor {data.domain.name} has ended",
+            errno=error.errno,
+            irq=data.irq,
+            domain=data.domain.name,
+        ) from None
+
+
+@dataclass(frozen=True, eq=False)
+class IrqDomain:
+    """A domain of the machine, as ``cluster.irq.domains`` lists it.
+
+    ``own`` are the lines that only it gives out; without any it shares with its parent
+    what that has left.
+    """
+
+    table: IrqTable
+    index: int
+    name: str
+    flags: IrqDomainFlags
+    parent_index: int
+    coprocessor: int
+    own: frozenset[int]
+
+    def __repr__(self) -> str:
+        parent = self.parent
+        above = "" if parent is None else f" ---> {parent.name}"
+        return f"<IrqDomain {self.name} ({self.mapping}){above}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, IrqDomain) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[str, int, str]:
+        return self.table.machine.name, self.index, self.name
+
+    def __reduce__(self) -> Any:
+        # By name: what arrives on another CPU is that domain there.
+        return _find, (self.name,)
+
+    @property
+    def parent(self) -> IrqDomain | None:
+        """The domain that it gets its hwirqs from; None for a root."""
+        return self.table.domain(self.parent_index)
+
+    @property
+    def children(self) -> list[IrqDomain]:
+        """The domains that get their hwirqs from it."""
+        return [d for d in self.table.domains() if d.parent_index == self.index]
+
+    @property
+    def is_ipi(self) -> bool:
+        """Can IPIs be reserved here (``irq_domain_is_ipi``)?"""
+        return bool(self.flags & _IPI)
+
+    @property
+    def is_per_cpu(self) -> bool:
+        """Has each CPU a hwirq of its own (``irq_domain_is_ipi_per_cpu``)?"""
+        return bool(self.flags & IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_PER_CPU)
+
+    @property
+    def is_coprocessor(self) -> bool:
+        """Is it a coprocessor's, and not the CPUs'?"""
+        return self.coprocessor >= 0
+
+    @property
+    def mapping(self) -> str:
+        """The shape of its IPIs' mappings: single, block or cpumap."""
+        if self.flags & IrqDomainFlags.IPI_CPUMAP:
+            return "cpumap"
+        return "block" if self.is_per_cpu else "single"
+
+    @property
+    def irq_chip(self) -> IrqChip:
+        """What can be done with its irqs."""
+        if self.is_coprocessor:
+            return IrqChip(self.name, _raise_coprocessor, None, _raise_coprocessor)
+        if self.parent_index < 0:
+            return IrqChip(self.name, _raise_line, None, _raise_line)
+        if not self.is_ipi:
+            return IrqChip(self.name)
+        if self.is_per_cpu:
+            return IrqChip(self.name, irq_chip_send_ipi, _send_single, None)
+        return IrqChip(self.name, irq_chip_send_ipi, None, irq_chip_send_ipi)
+
+    @property
+    def possible(self) -> CpuMask:
+        """What its IPIs can be for: the CPUs; a coprocessor has one target, 0."""
+        return CpuMask.full(1 if self.is_coprocessor else self.table.machine.ncpus)
+
+    def hwirqs(self) -> list[int]:
+        """Return the hwirqs that it may give out, taken or not, least first."""
+        if self.is_coprocessor:
+            return [0]
+        lines = set(self.own)
+        parent = self.parent
+        if not lines:
+            lines = set(parent.hwirqs() if parent else self.table.irq_lines())
+        for child in self.children:
+            lines -= child.own
+        return sorted(lines)
+
+    def free_hwirqs(self) -> list[int]:
+        """Return those of them that no irq has."""
+        if self.is_coprocessor:
+            return [] if self.table.virqs_of(self) else [0]
+        return [line for line in self.hwirqs() if self.table.line_is_free(line)]
+
+
+def _find(name: str) -> IrqDomain:
+    from shmipi.irq.current import irq
+
+    return irq().domain(name)
+
+
+# ---- descriptions -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DomainNode:
+    """A domain that a description asks for; ``parent`` None is the root.
+
+    ``shape`` is single, block, cpumap, none (no IPIs) or "" (what suits the chip).
+    """
+
+    name: str
+    shape: str = ""
+    parent: str | None = None
+    lines: frozenset[int] = frozenset()
+    default: bool = False
+
+    def flags(self, chip: Chip) -> IrqDomainFlags:
+        """Return the domain's flags under ``chip``. ``DeviceTreeError``."""
+        routed = chip.flow == "shared"
+        shape = self.shape or ("block" if routed or chip.per_cpu else "single")
+        if shape == "single" and routed:
+            raise DeviceTreeError(
+                f"{self.name}: on {chip.name} a line interrupts one CPU: its IPIs are"
+                " of compatible shmipi,ipi-per-cpu or shmipi,ipi-cpumap",
+                node=self.name,
+            )
+        flags = _SHAPES[shape] | IrqDomainFlags.IRQ_DOMAIN_FLAG_HIERARCHY
+        return flags | IrqDomainFlags.DEFAULT if self.default else flags
+
+
+def root_name(chip: Chip) -> str:
+    """Return the name of a chip's root domain."""
+    return f"{chip.name} vector" if chip.flow == "vector" else chip.name
+
+
+def parse_tree(description: Description | None) -> tuple[DomainNode, ...]:
+    """Read a description of irq domains, as a dict or as text.
+
+    The text is a small part of the device tree's language: nodes, properties, comments;
+    a value is a string, cells or a reference to a node by its name::
+
+        fast {
+            compatible = "shmipi,ipi-per-cpu";
+            interrupt-parent = <&root>;         // or a node above; default: the root
+            reserved-ipi-vectors = <0x40 16>;   // first, how many; any number
+            shmipi,default;                     // where IPIs come from unless told
+        };
+
+    The dict has the same properties: ``{"fast": {"compatible": ..., "interrupt-parent":
+    "root", "reserved-ipi-vectors": [0x40, 16], "shmipi,default": True}}``.
+    ``mti,reserved-ipi-vectors`` is understood as well. Raises ``DeviceTreeError``,
+    which names the node.
+    """
+    if description is None:
+        return ()
+    if isinstance(description, str):
+        nodes: Mapping[str, Mapping[str, Any]] = _parse_text(description)
+    elif isinstance(description, Mapping):
+        nodes = description
+    else:
+        raise TypeError(
+            f"domains is {description!r}: give a dict of nodes, or a description's text"
+        )
+    return tuple(_node(str(name), properties) for name, properties in nodes.items())
+
+
+def _node(name: str, properties: Any) -> DomainNode:
+    if not isinstance(properties, Mapping):
+        raise DeviceTreeError(f"{name}: a node is a dict of properties", node=name)
+    known = dict(properties)
+    compatible = known.pop("compatible", None)
+    if compatible not in _COMPATIBLE:
+        raise DeviceTreeError(
+            f"{name}: compatible is {compatible!r}: choose from"
+            f" {', '.join(_COMPATIBLE)}",
+            node=name,
+        )
+    parent = known.pop("interrupt-parent", None)
+    if parent is not None and not isinstance(parent, str):
+        raise DeviceTreeError(
+            f"{name}: interrupt-parent is {parent!r}: give a node's name", node=name
+        )
+    cells: list[Any] = []
+    for key in ("reserved-ipi-vectors", "mti,reserved-ipi-vectors"):
+        value = known.pop(key, ())
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise DeviceTreeError(f"{name}: {key} is cells: <first count>", node=name)
+        cells += value
+    default = known.pop("shmipi,default", False)
+    if known:
+        raise DeviceTreeError(
+            f"{name}: no property {next(iter(known))!r} is known", node=name
+        )
+    return DomainNode(
+        _checked_name(name),
+        _COMPATIBLE[compatible],
+        None if parent in (None, "root") else parent,
+        _ranges(name, cells),
+        bool(default),
+    )
+
+
+def _checked_name(name: str) -> str:
+    if not 0 < len(name.encode()) < 32 or not name.isprintable():
+        raise DeviceTreeError(
+            f"{name!r}: a domain's name is 1 to 31 printable bytes", node=name
+        )
+    return name
+
+
+def _ranges(name: str, cells: list[Any]) -> frozenset[int]:
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in cells)
+    if not whole or len(cells) % 2 or any(n < 0 for n in cells) or 0 in cells[1::2]:
+        raise DeviceTreeError(
+            f"{name}: reserved-ipi-vectors is pairs of a first hwirq and how many, not"
+            f" {cells}",
+            node=name,
+        )
+    if any(n > 4096 for n in cells):
+        raise DeviceTreeError(
+            f"{name}: no controller has hwirq {max(cells)}", node=name
+        )
+    lines: set[int] = set()
+    for first, count in zip(cells[::2], cells[1::2], strict=True):
+        lines.update(range(first, first + count))
+    return frozenset(lines)
+
+
+_TOKEN: Final = re.compile(
+    r"\s+|//[^\n]*|/\*.*?\*/"
+    r'|(?P<string>"[^"\n]*")|(?P<number>0[xX][0-9a-fA-F]+\b|\d+\b(?![\w,-]))'
+    r"|(?P<word>[A-Za-z_][\w,.+@-]*)|(?P<sign>[{}=;<>&:])|(?P<bad>.)",
+    re.DOTALL,
+)
+
+
+def _parse_text(text: str) -> dict[str, dict[str, Any]]:
+    tokens: list[tuple[str, str]] = []
+    for match in _TOKEN.finditer(text):
+        if match.lastgroup == "bad":
+            line = text.count("\n", 0, match.start()) + 1
+            raise DeviceTreeError(f"line {line}: {match[0]!r} means nothing here")
+        if match.lastgroup:
+            tokens.append((match.lastgroup, match[0]))
+    reader = _Reader(tokens)
+    nodes: dict[str, dict[str, Any]] = {}
+    while reader.left:
+        name = reader.word("a node's name")
+        if name in nodes:
+            raise DeviceTreeError(
+                f"{name}: there are two nodes of this name", node=name
+            )
+        reader.node = name
+        reader.sign("{")
+        nodes[name] = reader.properties()
+        reader.optional(";")
+        reader.node = None
+    return nodes
+
+
+class _Reader:
+    def __init__(self, tokens: list[tuple[str, str]]) -> None:
+        self.left = tokens[::-1]
+        self.node: str | None = None
+
+    def next(self, wanted: str) -> tuple[str, str]:
+        if not self.left:
+            raise DeviceTreeError(
+                f"the text ends where {wanted} belongs", node=self.node
+            )
+        return self.left.pop()
+
+    def word(self, wanted: str) -> str:
+        kind, text = self.next(wanted)
+        if kind != "word":
+            raise DeviceTreeError(
+                f"{text} stands where {wanted} belongs", node=self.node
+            )
+        return text
+
+    def sign(self, wanted: str) -> None:
+        _, text = self.next(wanted)
+        if text != wanted:
+            raise DeviceTreeError(
+                f"{text} stands where {wanted} belongs", node=self.node
+            )
+
+    def optional(self, sign: str) -> bool:
+        if self.left and self.left[-1] == ("sign", sign):
+            self.left.pop()
+            return True
+        return False
+
+    def properties(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        while not self.optional("}"):
+            key = self.word("a property or }")
+            found[key] = self.value() if self.optional("=") else True
+            self.sign(";")
+        return found
+
+    def value(self) -> Any:
+        kind, text = self.next("a value")
+        if kind == "string":
+            return text[1:-1]
+        if text == "&":
+            return self.word("a node's name")
+        if text != "<":
+            raise DeviceTreeError(
+                f'{text} is no value: write "text", <cells> or &node', node=self.node
+            )
+        if self.optional("&"):
+            name = self.word("a node's name")
+            self.sign(">")
+            return name
+        cells: list[int] = []
+        while not self.optional(">"):
+            kind, text = self.next("a number or >")
+            if kind != "number":
+                raise DeviceTreeError(f"{text} is no number", node=self.node)
+            cells.append(int(text, 0))
+        return cells
+
+
+def check_tree(nodes: Iterable[DomainNode], chip: Chip, ncpus: int) -> None:
+    """Raise ``DeviceTreeError`` for nodes that ``chip`` cannot have."""
+    seen: dict[str, DomainNode] = {}
+    lines_of: dict[str | None, set[int]] = {None: set(irq_lines(chip, ncpus))}
+    default = ""
+    for node in nodes:
+        if node.name in seen or node.name in (root_name(chip), "root"):
+            raise DeviceTreeError(
+                f"{node.name}: there is a domain of this name already", node=node.name
+            )
+        node.flags(chip)
+        if node.parent is not None and node.parent not in seen:
+            raise DeviceTreeError(
+                f"{node.name}: interrupt-parent {node.parent} is no node above it",
+                node=node.name,
+            )
+        if node.parent is not None and not seen[node.parent].lines:
+            raise DeviceTreeError(
+                f"{node.name}: its interrupt-parent {node.parent} has no"
+                " reserved-ipi-vectors of its own to give",
+                node=node.name,
+            )
+        wrong = node.lines - lines_of[node.parent]
+        if wrong:
+            raise DeviceTreeError(
+                f"{node.name}: hwirq {min(wrong)} is not {node.parent or chip.name}'s"
+                " to give: it is no free line, or another domain's",
+                node=node.name,
+            )
+        if node.default and default:
+            raise DeviceTreeError(
+                f"{node.name}: {default} is the default already", node=node.name
+            )
+        if node.default:
+            default = node.name
+        lines_of[node.parent] -= node.lines
+        lines_of[node.name] = set(node.lines)
+        seen[node.name] = node

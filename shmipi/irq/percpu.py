@@ -1,0 +1,221 @@
+"""Per-CPU irqs: who handles them, and on which CPUs (``kernel/irq/manage.c``).
+
+``request_percpu_irq(virq, handler, name, dev_id)`` publishes a handler for all CPUs;
+``enable_percpu_irq(virq)`` then lets the interrupt through on the CPU that calls it
+(the host, which is none, names CPUs). An interrupt that comes before that stays
+pending. A CPU that goes offline takes none, and what is sent to it then is lost; when
+it is back, also as a new process after a kill, what was enabled is enabled: the masks
+are the controller's, in the machine's memory. (In the kernel each driver does that with
+a hotplug callback.)
+
+The handler is called as ``handler(irq)``, or ``handler(irq, dev_id)`` if there is one,
+in interrupt context on the CPU that took it. A ``dev_id`` that is a per-CPU array
+(``cluster.percpu``) is handed over as that CPU's row, as the kernel's ``__percpu``
+pointer is; a row of one number as an array of one. A ``NativeHandler`` gets ``dev_id``
+as its info: None, an int, a shared array, or that CPU's row of a per-CPU array.
+
+A Python handler belongs to the process that requested it. When that was a CPU and it
+dies, the irq stays requested but nobody handles it: interrupts are counted as
+``irq_other`` until somebody frees it and requests it anew. Native handlers have no
+owner.
+"""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeAlias
+
+from shmipi import _core
+from shmipi.cpumask import CpuMask, MaskLike
+from shmipi.errors import ClusterStateError, ShmipiWarning
+from shmipi.irq.desc import INVALID_HWIRQ, IrqDesc, IrqFlags
+from shmipi.irq.ipi import IpiCalls, _refuse
+from shmipi.machine.arrays import SharedArray
+
+__all__ = ["IrqHandler", "PercpuCalls"]
+
+IrqHandler: TypeAlias = Callable[..., object] | _core.NativeHandler
+
+
+class PercpuCalls(IpiCalls):
+    """Requesting and enabling irqs of one machine."""
+
+    def __init__(self) -> None:
+        # What this process requested: the core knows functions by identity.
+        self._requested: dict[int, tuple[int, Any, Any]] = {}
+
+    def request_percpu_irq(
+        self, virq: int, handler: IrqHandler, name: str = "", dev_id: Any = None
+    ) -> None:
+        """Publish the handler of an irq; see the module for how it is called.
+
+        ``name`` is for ``/proc/interrupts`` (31 bytes are kept). The irq is let through
+        nowhere until it is enabled. ``IrqError``: EINVAL (no such irq, a coprocessor's,
+        not per-CPU, no handler), EBUSY (requested already); ``TypeError`` for a handler
+        that is none, ``ClusterStateError`` in an interrupt handler.
+        """
+        machine = self.table.machine
+        if handler is not None and not (
+            callable(handler) or isinstance(handler, _core.NativeHandler)
+        ):
+            raise TypeError(
+                f"an irq handler is a function or a NativeHandler, not {handler!r}"
+            )
+        with self.table.locked():
+            desc = self._percpu(virq)
+            if handler is None:
+                _refuse(desc, "a handler is needed")
+            if self.table.action(virq):
+                _refuse(desc, "it is requested already", code=errno.EBUSY)
+            # A new one may be in use by those who look it up: the name goes before it.
+            self.table._store("name", virq, name.encode()[:31])
+            if isinstance(handler, _core.NativeHandler):
+                published: Any = handler
+                stride = dev_id.strides[0] if _is_percpu(dev_id, machine) else 0
+                info = dev_id[0:1] if stride else dev_id
+                machine.irq_request(virq, handler, info, stride)
+            else:
+                published = _plain(handler, dev_id, machine)
+                machine.irq_request(virq, published, None)
+            self._requested[virq] = (desc.epoch, published, dev_id)
+
+    def free_percpu_irq(self, virq: int, dev_id: Any = None) -> None:
+        """Withdraw the handler of an irq that is enabled nowhere any more.
+
+        Any process may free it. As in the kernel this only warns (``ShmipiWarning``),
+        and changes nothing, when it is not requested, still enabled on a CPU, or was
+        requested by this process with another ``dev_id``. ``IrqError`` EINVAL for no
+        such irq, or one that is not per-CPU.
+        """
+        with self.table.locked():
+            desc = self._percpu(virq)
+            known = self._requested.get(virq)
+            mine = known is not None and known[0] == desc.epoch
+            enabled = self._enabled(desc)
+            problem = ""
+            if not self.table.action(virq) or (
+                mine and known is not None and dev_id is not known[2]
+            ):
+                problem = f"Trying to free already-free IRQ {virq}"
+            elif enabled:
+                problem = f"percpu IRQ {virq} still enabled on CPU{enabled.first}!"
+            else:
+                self.table.machine.irq_free(virq)
+                self._requested.pop(virq, None)
+        if problem:
+            warnings.warn(problem, ShmipiWarning, stacklevel=2)
+
+    def enable_percpu_irq(self, virq: int, cpus: MaskLike | None = None) -> None:
+        """Let an irq through on this CPU; from the host, on ``cpus`` (default: all).
+
+        One that is pending is taken at once. On a CPU that is offline it takes effect
+        when that comes online. ``IrqError`` EINVAL: no such irq, not per-CPU, or not
+        for such a CPU.
+        """
+        self._switch(virq, cpus, True)
+
+    def disable_percpu_irq(self, virq: int, cpus: MaskLike | None = None) -> None:
+        """Hold an irq back on this CPU, or on ``cpus``: what comes stays pending."""
+        self._switch(virq, cpus, False)
+
+    def irq_percpu_is_enabled(self, virq: int, cpu: int | None = None) -> bool:
+        """Is an irq let through on this CPU (from the host: on ``cpu``)?"""
+        desc = self._percpu(virq)
+        if cpu is None:
+            cpu = self._this_cpu()
+        return cpu in self._enabled(desc)
+
+    def _switch(self, virq: int, cpus: MaskLike | None, on: bool) -> None:
+        desc = self._percpu(virq)
+        machine = self.table.machine
+        mask = self.table.affinity(virq)
+        if cpus is not None:
+            chosen = CpuMask.of([cpus] if isinstance(cpus, int) else cpus)
+        else:
+            chosen = CpuMask([machine.id]) if machine.is_cpu else mask
+        foreign = chosen - mask
+        if foreign:
+            _refuse(desc, f"it is not for CPUs {foreign}", foreign.first)
+        for cpu in chosen:
+            line = desc.mapping.hwirq(cpu)
+            if line != INVALID_HWIRQ:
+                machine.irq_enable_line(cpu, line, on)
+
+    def _this_cpu(self) -> int:
+        machine = self.table.machine
+        if not machine.is_cpu:
+            raise ClusterStateError("the host is no CPU: say which CPU is meant")
+        return machine.id
+
+    def _enabled(self, desc: IrqDesc) -> CpuMask:
+        """The CPUs that let it through: what the controller's masks say."""
+        machine, shared = self.table.machine, self.table.chip.flow == "shared"
+        found = []
+        for cpu in self.table.affinity(desc.irq):
+            line = desc.mapping.hwirq(cpu)
+            register = "mask" if shared else "enable"
+            if line != INVALID_HWIRQ and (
+                machine.pic_read(0 if shared else cpu, register, line // 64)
+                >> (line % 64)
+                & 1
+            ):
+                found.append(cpu)
+        return CpuMask(found)
+
+    def _percpu(self, virq: int) -> IrqDesc:
+        desc = self._desc(virq)
+        if desc.flags & IrqFlags.IRQ_NOREQUEST:
+            _refuse(desc, "it is a coprocessor's: nobody here can request it")
+        if not desc.flags & IrqFlags.IRQ_PER_CPU_DEVID:
+            _refuse(desc, "it is not per-CPU")
+        if desc.irq != desc.ipi_base:
+            _refuse(desc, f"it is part of the block of irq {desc.ipi_base}")
+        return desc
+
+    def _was_requested(self, desc: IrqDesc) -> None:
+        """An irq was destroyed with its handler."""
+        self._requested.pop(desc.irq, None)
+        warnings.warn(
+            f"irq {desc.irq} of domain {desc.domain.name} was destroyed while it was"
+            " requested: free_percpu_irq comes first",
+            ShmipiWarning,
+            stacklevel=3,
+        )
+
+
+def _is_percpu(dev_id: Any, machine: _core.Machine) -> bool:
+    return (
+        isinstance(dev_id, SharedArray)
+        and dev_id._key is not None
+        and dev_id._key[0] == "percpu"
+        and dev_id.ndim > 0
+        and dev_id.shape[0] == machine.ncpus
+    )
+
+
+def _plain(handler: Callable[..., object], dev_id: Any, machine: _core.Machine) -> Any:
+    """Return a function of the irq alone: only functions travel by number."""
+    if dev_id is None:
+        if isinstance(handler, FunctionType):
+            return handler
+
+        def call(irq: int) -> None:
+            handler(irq)
+
+        return call
+    if _is_percpu(dev_id, machine):
+        flat = dev_id.ndim == 1
+
+        def call_percpu(irq: int) -> None:
+            cpu = _core.smp_processor_id()
+            handler(irq, dev_id[cpu : cpu + 1] if flat else dev_id[cpu])
+
+        return call_percpu
+
+    def call_dev(irq: int) -> None:
+        handler(irq, dev_id)
+
+    return call_dev
