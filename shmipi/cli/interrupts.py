@@ -91,6 +91,7 @@ def _text(inspector: Inspector) -> str:
         inspector.ncpus,
         inspector.interrupt_counts(),
         inspector.rows(),
+        inspector.irqs(),
     )
     return interrupts(counters)
 

@@ -28,7 +28,17 @@ from shmipi.errors import LayoutError
 from shmipi.machine import segment
 from shmipi.machine.boot import DOORBELLS, IDLE
 
-__all__ = ["CpuView", "Inspector", "MachineView", "RowView", "leftovers", "row_views"]
+__all__ = [
+    "CpuView",
+    "Inspector",
+    "IrqView",
+    "MachineView",
+    "RowView",
+    "irq_area_bytes",
+    "irq_views",
+    "leftovers",
+    "row_views",
+]
 
 #: Words for ``enum shi_state``; a rung CPU is a halted one still.
 _CPU_STATES: Final = ("offline", "running", "polling", "halted", "halted", "dead")
@@ -39,7 +49,7 @@ _ABI_BYTES: Final = 16  # magic, ABI, size of the header: the same in every vers
 
 def _dtype(fields: tuple[tuple[str, int, int], ...], size: int) -> np.dtype[Any]:
     """Build a dtype from what the core says of a struct; other sizes are text."""
-    formats = {4: "<u4", 8: "<u8"}
+    formats = {2: "<u2", 4: "<u4", 8: "<u8"}
     texts = ("magic", "name", "chip", "task_name")
     return np.dtype(
         {
@@ -57,6 +67,9 @@ def _dtype(fields: tuple[tuple[str, int, int], ...], size: int) -> np.dtype[Any]
 _HEADER: Final = _dtype(_core.HEADER_FIELDS, _core.HEADER_BYTES)
 _SLOT: Final = _dtype(_core.SLOT_FIELDS, _core.SLOT_BYTES)
 
+
+_IRQDESC: Final = _dtype(_core.IRQDESC_FIELDS, _core.IRQDESC_BYTES)
+_IRQDOMAIN: Final = _dtype(_core.IRQDOMAIN_FIELDS, _core.IRQDOMAIN_BYTES)
 
 _ROW: Final = np.dtype([("label", "S8"), ("text", "S52"), ("counter", "<u4")])
 
@@ -85,6 +98,47 @@ def row_views(header: Any) -> list[RowView]:
         )
         for row in rows
     ]
+
+
+@dataclass(frozen=True)
+class IrqView:
+    """A requested irq: its virq, what it is, and counts of shape (ncpus,)."""
+
+    virq: int
+    text: str
+    counts: NDArray[np.uint64]
+
+
+def irq_area_bytes(ncpus: int) -> int:
+    """Return the size of what ``irq_views`` wants."""
+    return _core.IRQ_AREA_BYTES + ncpus * _core.NLINES * 8
+
+
+def irq_views(area: bytes, ncpus: int) -> list[IrqView]:
+    """Return the irqs that are requested, or were taken, in a copy of the irq area.
+
+    ``area`` is the area with the counts of lines taken behind it.
+    """
+    descs = np.frombuffer(area, _IRQDESC, _core.NR_IRQS, _core.IRQDESC_OFFSET)
+    domains = np.frombuffer(area, _IRQDOMAIN, _core.NDOMAINS, _core.IRQDOMAIN_OFFSET)
+    owners = np.frombuffer(area, "<u4", _core.NLINES, _core.LINE_VIRQ_OFFSET)
+    taken = np.frombuffer(area, "<u8", ncpus * _core.NLINES, _core.IRQ_AREA_BYTES)
+    taken = taken.reshape(ncpus, _core.NLINES)
+    views = []
+    for virq in np.unique(owners[owners != 0]).tolist():
+        lines = np.flatnonzero(owners == virq)
+        if not 0 < virq < len(descs) or not descs[virq]["used"]:
+            continue
+        desc = descs[virq]
+        counts = taken[:, lines].sum(axis=1, dtype=np.uint64)
+        if not desc["action"] and not counts.any():
+            continue
+        domain = int(desc["domain"]) - 1
+        whose = _text(domains[domain]["name"]) if 0 <= domain < len(domains) else "?"
+        span = str(lines[0]) if len(lines) == 1 else f"{lines[0]}-{lines[-1]}"
+        text = f"{whose} {span} {_text(desc['name'])}".rstrip()
+        views.append(IrqView(virq, text, counts))
+    return views
 
 
 def header_of(machine: _core.Machine) -> Any:
@@ -221,6 +275,18 @@ class Inspector:
         raw = np.ascontiguousarray(self._slots(self._header())["rows"])
         counts: NDArray[np.uint64] = raw.view("<u8").reshape(len(raw), _core.NROWS)
         return counts
+
+    def irqs(self) -> list[IrqView]:
+        """Return the irqs of its IPI domains. ``LayoutError``."""
+        header = self._header()
+        ncpus, offset = int(header["ncpus"]), int(header["irq_offset"])
+        size = irq_area_bytes(ncpus)
+        data = b""
+        if offset + size <= os.fstat(self._fd).st_size:
+            data = os.pread(self._fd, size, offset)
+        if len(data) != size:
+            raise LayoutError("the machine's header is damaged: where its irqs lie")
+        return irq_views(data, ncpus)
 
     def counter_rows(self) -> NDArray[np.uint64]:
         """Return the counters now: shape (slots, contexts, counters)."""

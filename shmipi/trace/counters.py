@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from shmipi import _core
-from shmipi.machine.inspect import RowView, header_of, row_views
+from shmipi.machine.inspect import (
+    IrqView,
+    RowView,
+    header_of,
+    irq_area_bytes,
+    irq_views,
+    row_views,
+)
 
 __all__ = ["Counters", "interrupts"]
 
@@ -17,6 +26,8 @@ class Counters:
     Each slot keeps a row per context (task, irq, NMI) so that an interrupt never writes
     a word its task was adding to; what is read here is their sum.
     """
+
+    _irqs: Callable[[], list[IrqView]]
 
     def __init__(self, machine: _core.Machine) -> None:
         self._ncpus = machine.ncpus
@@ -35,6 +46,9 @@ class Counters:
             (_core.SLOT_BYTES, 8),
         )
         self._row_views = row_views(header_of(machine))
+        memory = memoryview(machine)
+        start, size = machine.irq_offset, irq_area_bytes(machine.ncpus)
+        self._irqs = lambda: irq_views(bytes(memory[start : start + size]), self._ncpus)
 
     @classmethod
     def of_rows(
@@ -43,20 +57,27 @@ class Counters:
         ncpus: int,
         interrupts: NDArray[np.uint64],
         row_views: list[RowView],
+        irqs: Sequence[IrqView] = (),
     ) -> Counters:
         """Read counts that were taken before.
 
-        ``rows`` has shape (slots, contexts, counters), ``interrupts`` (slots, rows).
+        ``rows`` has shape (slots, contexts, counters), ``interrupts`` (slots, rows),
+        ``irqs`` the requested irqs.
         """
         self = cls.__new__(cls)
         self._ncpus, self._rows = ncpus, rows
         self._interrupts, self._row_views = interrupts, row_views
+        self._irqs = lambda: list(irqs)
         return self
 
     @property
     def ncpus(self) -> int:
         """How many CPUs are counted."""
         return self._ncpus
+
+    def irqs(self) -> list[tuple[str, str, NDArray[np.uint64]]]:
+        """Return the requested irqs: virq, words, counts of shape (ncpus,)."""
+        return [(str(view.virq), view.text, view.counts) for view in self._irqs()]
 
     def interrupts(self) -> list[tuple[str, str, NDArray[np.uint64]]]:
         """Return the controller's rows: label, words, counts of shape (ncpus,)."""
@@ -95,12 +116,12 @@ class Counters:
 def interrupts(counters: Counters) -> str:
     """Return the counts in the shape of ``/proc/interrupts``.
 
-    The controller's rows first. Calls that needed no interrupt because the target was
-    polling are in a row of their own (``ELI``), never in those; so are coalesced ones
-    (``COA``), which the CPU that sent them counts.
+    Requested irqs first, by number, then the controller's rows. Calls that needed no
+    interrupt because the target was polling are in a row of their own (``ELI``), never
+    in those; so are coalesced ones (``COA``), which the CPU that sent them counts.
     """
     now = counters.cpus()
-    rows = counters.interrupts()
+    rows = counters.irqs() + counters.interrupts()
     rows += [
         ("ELI", "Calls sent without interrupt, target polling", now["elided"]),
         ("COA", "Calls sent without interrupt, queue not empty", now["coalesced"]),
