@@ -353,6 +353,14 @@ static void esb_end(struct shi_self *self, uint32_t line)
         end(self, line);
 }
 
+static void esb_clear(struct shi_self *self, uint32_t cpu, uint32_t line)
+{
+    shi_a64 *esb = &shi_slot(self->m, cpu)->irr[0];
+    uint32_t source = source_of(line);
+    if (line >= MESSAGES)
+        shi_fetch_and_full(esb, ~(P(source) | Q(source) | N(source)));
+}
+
 static void esb_reset(const struct shi_machine *m, uint32_t cpu)
 {
     struct shi_pic *pic = shi_pic(m, cpu);
@@ -386,6 +394,7 @@ const struct shi_flow shi_flow_esb = {
     .next = esb_next,
     .end = esb_end,
     .pending = esb_pending,
+    .clear = esb_clear,
     .reset = esb_reset,
     .masked = esb_masked,
 };

@@ -108,22 +108,13 @@ static shi_a64 *line_count(const struct shi_machine *m, uint32_t cpu, uint32_t l
 
 void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line)
 {
-    const struct shi_machine *m = self->m;
-    struct shi_irq_area *area = shi_irq_area(m);
-    uint64_t bits = 1ull << (line % 64);
     uint32_t cpu;
-    if (m->chip.flow == SHI_FLOW_ESB)
-        bits |= bits << 32; /* P and Q */
-    for (cpu = 0; cpu < m->ncpus; cpu++) {
+    for (cpu = 0; cpu < self->m->ncpus; cpu++) {
         /* Masked first: what is set after that stays where it is until it is unmasked. */
         shi_chip_enable(self, cpu, line, false);
-        shi_fetch_and_full(&shi_slot(m, cpu)->irr[line / 64], ~bits);
-        if (m->chip.banked)
-            shi_store_full(&shi_pic(m, cpu)->bank[line], 0);
-        shi_store_relaxed(line_count(m, cpu, line), 0);
+        shi_chip_clear(self, cpu, line);
+        shi_store_relaxed(line_count(self->m, cpu, line), 0);
     }
-    if (m->chip.flow == SHI_FLOW_SHARED)
-        shi_fetch_and_full(&area->shared[line / 64], ~bits);
 }
 
 bool shi_irqdesc_handle(struct shi_self *self, uint32_t line)

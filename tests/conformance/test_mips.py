@@ -35,9 +35,7 @@ def machine():
 
 def rows(cluster, cpu):
     """What a CPU took, by row of /proc/interrupts."""
-    return {
-        name: cluster.chip.read("rows", cpu, n) for n, name in enumerate(ROWS)
-    }
+    return {name: cluster.chip.read("rows", cpu, n) for n, name in enumerate(ROWS)}
 
 
 def quiet(cluster):
@@ -292,7 +290,7 @@ def test_en_holds_back_and_lets_through_once(machine, taken, eventually):
     assert box.STATUS == SMP_DUMP
     box.EN = was
     eventually(lambda: taken(1) == {"ICF": 1, "DMP": 1})
-    assert (box.STATUS, box.EN) == (0, was)
+    assert (0, was) == (box.STATUS, box.EN)
 
 
 def test_the_own_en(machine, taken):
@@ -437,9 +435,7 @@ def test_a_put_off_handler_runs_once_for_each_taken(
 
 @pytest.mark.parametrize("state", ["halted", "running"])
 @pytest.mark.parametrize("step", ["raise", "ring"])
-def test_a_sender_that_dies_before_it_rings(
-    boot, eventually, background, step, state
-):
+def test_a_sender_that_dies_before_it_rings(boot, eventually, background, step, state):
     cluster = boot(3, controller="mips", idle="halt", steps=True)
     cluster.shared("go", "i8", 2)[:] = 0
     go = cluster.shared("go", "i8", 2)
