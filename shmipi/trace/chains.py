@@ -234,9 +234,9 @@ _PPC_PASS: Final = (
     ),
 )
 _PPC_DEMUX: Final = (
-    # Source 0 is the CPU's IPI; bit 31 the core doorbell, the way in for siblings.
-    _at("chip_source", "xive_muxed_ipi_action(irq, dev_id)", when="=0"),
-    _at("chip_source", "doorbell_exception(regs)", when="=31"),
+    # By the one IPI that a CPU has, or by the core doorbell: the way in for siblings.
+    _at("line_ack", "xive_muxed_ipi_action(irq, dev_id)", when="=5"),
+    _at("line_ack", "doorbell_exception(regs)", when="=6"),
     _at("chip_demux", "  smp_ipi_demux()", "    smp_ipi_demux_relaxed()", when="first"),
 )
 _PPC_EOI: Final = _at("chip_eoi", "xive_do_source_eoi(xd)")
@@ -500,6 +500,8 @@ _HARDWARE: Final[Mapping[str, Mapping[str, str]]] = {
         "line_set": "the source of CPU {cpu} notifies",
         "ipi_entry": "external interrupt, vector 0x500",
         "line_ack": "{line} found in the messages",
+        "line_ack=5": "source of the IPI taken from the event queue",
+        "line_ack=6": "core doorbell",
         "line_eoi": "{line} handled",
     },
     "mips": {
@@ -551,7 +553,6 @@ _HERE: Final[Mapping[str, str]] = {
     "ipi_exit": "nothing more is pending",
     "line_ack": "{line} taken",
     "line_eoi": "{line} ended",
-    "chip_source": "source taken from the event queue",
     "flush": "the whole queue is taken, in one exchange",
     "csd_function_entry": "func runs",
     "csd_function_exit": "func has returned",
@@ -697,6 +698,7 @@ class _Reader:
         fill = self._fill(event, record)
         stage = self._stage(event, words)
         note = self.hardware.get(event, _HERE.get(event, event))
+        note = self.hardware.get(f"{event}={record['arg']}", note)
         if event == "rung":
             note = self._rung(record)
         elif event == "chip_trigger":
@@ -854,7 +856,7 @@ class _Reader:
             return several and not any(
                 other.when == "all but self" for other in self.chain.interrupt
             )
-        return stage.when != "=31"
+        return stage.when != "=6"
 
 
 #: What a CPU is inside of, from the one record to the other.
