@@ -1,7 +1,8 @@
 """A damaged segment: errors are allowed; a crash of the host, a hang or a stray is not.
 
 Random bytes go over the mailboxes of a scratch machine while calls go on: over the
-call_single_data of every slot, the queue heads, function tables and arenas.
+call_single_data of every slot, the queue heads, function tables and arenas, the pending
+lines, and what the CPUs' interrupt controllers have in common with the descriptors.
 """
 
 import pickle
@@ -11,12 +12,12 @@ import time
 
 import pytest
 
-from shmipi import ShmipiError, smp
+from shmipi import ShmipiError, _core, smp
 
 # What the layout says of a slot's region, from the segment's own header.
-HEADER = struct.Struct("<8sII64s 10Q 2I")
+HEADER = struct.Struct("<8sII64s 11Q 2I")
 
-DAMAGE = ["csds", "heads", "functions", "arenas", "all"]
+DAMAGE = ["csds", "heads", "functions", "arenas", "lines", "irqs", "all"]
 
 
 class Layout:
@@ -31,6 +32,7 @@ class Layout:
             _,
             total,
             slots,
+            irqs,
             regions,
             region,
             funcs,
@@ -45,7 +47,9 @@ class Layout:
         assert total == len(self.memory)
         assert ncpus == machine.ncpus
         assert slots == machine.slot_offset
-        self.slots = [slots + n * 2048 for n in range(machine.nslots)]
+        assert irqs == machine.irq_offset
+        self.irqs = range(irqs, irqs + _core.IRQDESC_OFFSET + 8 * _core.IRQDESC_BYTES)
+        self.slots = [slots + n * _core.SLOT_BYTES for n in range(machine.nslots)]
         self.regions = [regions + n * region for n in range(machine.nslots)]
         self.funcs, self.arena = funcs, arena
 
@@ -59,6 +63,10 @@ class Layout:
             at, size = base + rng.randrange(4096), rng.choice([1, 8, 64])
         elif kind == "heads":
             at, size = rng.choice(self.slots) + 4, 4  # the upper half: the queue's head
+        elif kind == "lines":
+            at, size = rng.choice(self.slots) + 8 + rng.randrange(32), 1  # IRR
+        elif kind == "irqs":
+            at, size = rng.choice(self.irqs), rng.choice([1, 4, 32])
         elif kind == "functions":
             at, size = base + self.funcs + rng.randrange(1024), rng.choice([1, 8, 32])
         else:
