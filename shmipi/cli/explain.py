@@ -257,9 +257,11 @@ def _call(
         "nmi": lambda: smp.smp_send_nmi_ipi(cpus[0], function),
     }
     call = make[kind]
-    shares_core = len({_core.current_machine().slot(cpu)[2] for cpu in (0, *cpus)}) == 1
-    # As the kernel's caller: it spins until its csd is unlocked, and does not sleep.
-    _core.bench_spin(None if shares_core else _SPIN_NS)
+    machine = _core.current_machine()
+    mine, *theirs = (machine.slot(cpu)[2] for cpu in (_SENDER, *cpus))
+    # As the kernel's caller: it spins until its csd is unlocked, and does not sleep; but
+    # not on the core that a target needs.
+    _core.bench_spin(None if mine in theirs else _SPIN_NS)
     start = returned = 0
     try:
         for _ in range(_WARM_UP + 1):
