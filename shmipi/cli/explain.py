@@ -44,7 +44,8 @@ _HANDLERS: Final = ("native", "python")
 _SENDER: Final = 0
 _WARM_UP: Final = 5  # calls before the one that is shown
 _GAP_NS: Final = 100_000  # before each, so that a target is in its state for a while
-_SETTLE_S: Final = 0.005  # what the targets do after the call has returned
+_SETTLE_S: Final = 0.005  # what the targets do after the call has returned,
+_PATIENCE_S: Final = 5.0  # or longer, where they share their cores with other work
 _SPIN_NS: Final = 10**9
 _MASKED_S: Final = 0.002
 #: A shared array, and what its words say.
@@ -259,7 +260,7 @@ def _call(
     call = make[kind]
     machine = _core.current_machine()
     mine, *theirs = (machine.slot(cpu)[2] for cpu in (_SENDER, *cpus))
-    # As the kernel's caller: it spins until its csd is unlocked, and does not sleep; but
+    # As the kernel's caller it spins until its csd is unlocked, and does not sleep; but
     # not on the core that a target needs.
     _core.bench_spin(None if mine in theirs else _SPIN_NS)
     start = returned = 0
@@ -273,7 +274,34 @@ def _call(
             time.sleep(_SETTLE_S)
     finally:
         _core.bench_spin(None)
+    _settle(cpus, start, _last_record(kind, state))
     return start, returned, _core.stamp()
+
+
+def _last_record(kind: str, state: str) -> str:
+    """The tracepoint by which a target shows that it is done with a call."""
+    if state == "halted":
+        return "cpu_halt"
+    if kind == "nmi":
+        return "nmi_exit"
+    if state == "running":
+        return "irq_exit"
+    return "resched_idle" if kind == "resched" else "csd_unlock"
+
+
+def _settle(cpus: list[int], start: int, event: str) -> None:
+    """Wait until each of ``cpus`` has recorded ``event``: it may have lost its core."""
+    from shmipi import _core
+    from shmipi.trace import events
+
+    number = _core.TRACE_EVENTS.index(event)
+    deadline = time.monotonic() + _PATIENCE_S
+    missing = set(cpus)
+    while missing and time.monotonic() < deadline:
+        records = events.read(_core.current_machine())
+        found = (records["stamp"] >= start) & (records["event"] == number)
+        missing -= {int(cpu) for cpu in records["slot"][found]}
+        time.sleep(_SETTLE_S)
 
 
 def _behind_another(
@@ -294,7 +322,7 @@ def _behind_another(
         start = _core.stamp()
         smp.smp_call_function_single(cpus[0], function)
         returned = _core.stamp()
-    time.sleep(_SETTLE_S)
+    _settle(cpus, start, "ipi_exit")
     return start, returned, _core.stamp()
 
 
