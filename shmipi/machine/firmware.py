@@ -208,7 +208,9 @@ class Firmware:
             try:
                 self.boot([number])
             except OSError as error:
-                # Who sent it does not wait for an answer, as with the hardware.
+                if self.machine.slot(number)[7]:
+                    continue  # it came up, and was reset again before we looked
+                # Who sent the IPI waits for no answer, as with the hardware.
                 print(f"shmipi: CPU {number} did not start: {error}", file=sys.stderr)
                 self.machine.pic_write(number, "startup", 0, _core.STARTUP_RESET)
 
