@@ -59,7 +59,7 @@
 enum { NOT_DEMUXING, BY_XIVE, BY_DOORBELL, BY_HAND };
 
 _Static_assert(3 * SOURCES == 63, "P, Q, N and the doorbell fill a word");
-_Static_assert(MESSAGES - 1 + SOURCES == SHI_ESB_LINES, "every source but the first has a line");
+_Static_assert(MESSAGES - 1 + SOURCES == SHI_ESB_LINES, "a line for each source");
 
 static uint32_t source_of(uint32_t line)
 {
@@ -92,8 +92,8 @@ static bool let_through(const struct shi_pic *pic)
 
 static bool external_pending(const struct shi_pic *pic, uint64_t esb)
 {
-    return let_through(pic) && (shi_load_relaxed(&pic->eq_put) != shi_load_relaxed(&pic->eq_at) ||
-                                (esb >> 2 * SOURCES & enabled(pic)));
+    bool queued = shi_load_relaxed(&pic->eq_put) != shi_load_relaxed(&pic->eq_at);
+    return let_through(pic) && (queued || esb >> 2 * SOURCES & enabled(pic));
 }
 
 static bool esb_pending(const struct shi_machine *m, uint32_t cpu)

@@ -15,7 +15,7 @@ mailbox     action bits, read and cleared all at once, least first (MIPS mailbox
 mux         the same, with a doorbell for each bit that goes from 0 to 1 (ipi-mux)
 sgi         by priority, active until deactivated (Arm GIC)
 shared      interrupts of the machine, each routed to one CPU (MIPS GIC)
-esb         0 to 7: messages behind one source; 8 and up: sources (XIVE)
+esb         0 to 4: messages behind source 5; 6: doorbell; 8 to 27: sources (XIVE)
 ==========  ============================================================================
 """
 

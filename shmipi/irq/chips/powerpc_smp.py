@@ -1,7 +1,7 @@
 """arch/powerpc on top of an interrupt controller: messages, doorbells, lazy masking.
 
-What powerpc's kernel does with the one IPI that its interrupt controller gives each CPU,
-under the kernel's names: ``arch/powerpc/kernel/smp.c`` (messages behind the IPI),
+What powerpc's kernel does with the one IPI that its interrupt controller gives each
+CPU, under the kernel's names: ``arch/powerpc/kernel/smp.c`` (messages behind the IPI),
 ``dbell.c`` (core doorbells) and ``irq_64.c`` (soft-masking). The methods below are the
 sender's side and what else software can do by hand. A machine's own calls go the same
 way without Python; who receives is always the core:
@@ -168,7 +168,7 @@ class PowerpcSmp(Chip):
             self.smp_muxed_ipi_message_pass(cpu, msg)
 
     def smp_muxed_ipi_set_message(self, cpu: int, msg: int) -> None:
-        """Store the byte of ``msg``, and cause no IPI: whichever comes next takes it."""
+        """Store the byte of ``msg`` and cause no IPI: whichever comes next takes it."""
         self.machine.esb_message(self._exists(cpu), self._message(msg))
 
     def smp_muxed_ipi_message_pass(self, cpu: int, msg: int) -> None:
@@ -216,8 +216,8 @@ class PowerpcSmp(Chip):
         """Let the irq ``virq`` be message ``msg``: a platform with an IPI for each.
 
         Whichever CPU takes the irq does what it does for the message; the irq's line is
-        the caller's to raise and to unmask. Returns 0; 1 for PPC_MSG_NMI_IPI where it is
-        not configured, and nothing was requested. Raises ``IrqError``: EINVAL for a
+        the caller's to raise and to unmask. Returns 0; 1 for PPC_MSG_NMI_IPI where it
+        is not configured, and nothing was requested. Raises ``IrqError``: EINVAL for a
         message that has no irq of its own or an irq that cannot be, EBUSY for one that
         has a handler.
         """

@@ -1,8 +1,9 @@
 """XIVE, the interrupt controller of POWER9 and later, with powerpc's muxed IPIs.
 
 XIVE has interrupt sources. Each has an event state buffer (ESB) of two bits and a page
-or two of registers that change them; what a source notifies goes to the event queue of a
-CPU, in memory, and interrupts it if its priority is more favoured than the CPU's (CPPR):
+or two of registers that change them; what a source notifies goes to the event queue of
+a CPU, in memory, and interrupts it if it is more favoured than the CPU's own priority
+(CPPR):
 
 =====  =======  =====================  ==============================================
 P Q    state    a trigger              an EOI
@@ -14,11 +15,12 @@ P Q    state    a trigger              an EOI
 =====  =======  =====================  ==============================================
 
 A CPU has one source for its IPIs, and powerpc's messages are behind it (see
-``powerpc_smp``). The others are free for IPI domains: lines from 8, a source of each CPU
-apiece. The kernel masks such an irq lazily, so what comes meanwhile is kept and taken
-once when it is unmasked, where a source that was turned OFF loses it; masking the IPI does
-nothing. All have one priority, 7: none is taken while another is being handled, and a
-handler that is Python's is, until it has returned. Doorbells know no priority.
+``powerpc_smp``). The others are free for IPI domains: lines from 8, a source of each
+CPU apiece. The kernel masks such an irq lazily, so what comes meanwhile is kept and
+taken once when it is unmasked, where a source that was turned OFF loses it; masking the
+IPI does nothing. All have one priority, 7: none is taken while another is being
+handled, and one whose handler is Python's is, until that has returned. Doorbells know
+no priority.
 
 ``cluster.chip`` for a CPU's view of it: ``chip.xive_cpu(1).ipi_data.esb_state``.
 """
@@ -204,7 +206,7 @@ class XiveCpu:
             raise self._chip.invalid(f"CPPR is a byte, not {value}")
         if self._chip.cpu() != self._cpu:
             raise ClusterStateError(
-                f"the CPPR of CPU {self._cpu} is its own to write: call a function there"
+                f"the CPPR of CPU {self._cpu} is its own to write: call() it there"
             )
         self._chip.machine.irq_threshold(CPPR_ALL - value)
 
@@ -249,7 +251,7 @@ class Xive(PowerpcSmp):
     )
 
     def lines(self, ncpus: int) -> Iterable[Line]:
-        """Return the messages, the IPI, the doorbell, and the sources for IPI domains."""
+        """Return the messages, the IPI, the doorbell, the sources for IPI domains."""
         yield Line(PPC_MSG_CALL_FUNCTION, "PPC_MSG_CALL_FUNCTION", "call", "CAL")
         yield Line(PPC_MSG_RESCHEDULE, "PPC_MSG_RESCHEDULE", "reschedule", "RES")
         yield Line(PPC_MSG_TICK_BROADCAST, "PPC_MSG_TICK_BROADCAST", "count", "TBI")
