@@ -327,9 +327,6 @@ static uint32_t esb_next(struct shi_self *self)
             shi_fetch_and_full(&self->slot->irr[0], ~DOORBELL);
             enter(self, BY_DOORBELL, DOORBELL_LINE);
         } else {
-            if (shi_load_relaxed(&pic->spurious))
-                shi_count(self, SHI_C_irq_spurious); /* CPPR was set meanwhile */
-            shi_store_relaxed(&pic->spurious, 0);
             shi_store_relaxed(&pic->happened, 0);
             return SHI_NO_LINE;
         }
