@@ -136,8 +136,9 @@ static bool sibling(const struct shi_self *self, uint32_t dst)
 
 void shi_esb_message(struct shi_self *self, uint32_t dst, uint32_t message)
 {
-    /* Nobody else's byte is touched, so senders need no read-modify-write. */
-    shi_store_full((shi_a8 *)(void *)&shi_pic(self->m, dst)->messages + message, 1);
+    /* Nobody else's byte is touched, so senders need no read-modify-write.  Release: what
+     * was stored before is seen by whoever finds it, whatever he was interrupted by. */
+    shi_store_release((shi_a8 *)(void *)&shi_pic(self->m, dst)->messages + message, 1);
     SHI_TRACE(self, chip_message, dst, 0, 0, message);
 }
 
@@ -251,9 +252,12 @@ static uint32_t get_irq(struct shi_self *self)
                               shi_load_relaxed(&pic->isr[0]) | 1ull << line_of(source));
             return source;
         }
-        /* Masked since it was put there: kept for its unmasking, as IRQS_PENDING is.
-         * That is looked for once more, because it may have come in between. */
-        shi_fetch_or_full(&self->slot->irr[0], N(source));
+        /* Masked since it was put there: kept for its unmasking, as IRQS_PENDING is, which
+         * may have come in between.  But without P it was taken back, and is stale. */
+        uint64_t was = shi_load_relaxed(&self->slot->irr[0]);
+        while (was & P(source) &&
+               !shi_cas_full(&self->slot->irr[0], &was, was | N(source)))
+            ;
         enqueue(self);
     }
     return SHI_NO_LINE;

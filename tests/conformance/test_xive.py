@@ -385,10 +385,14 @@ def test_the_call_chain_of_a_call_to_another_core(rig):
     taken = [(name, arg) for slot, name, _, arg in events if slot == 2]
     names = [name for name, _ in taken]
     at = names.index("ipi_entry")
-    assert taken[at + 1 : at + 3] == [("line_ack", IPI_LINE), ("line_ack", 0)]
-    chain = ["flush", "csd_function_entry", "csd_unlock", "csd_function_exit"]
+    assert taken[at + 1 : at + 4] == [
+        ("line_ack", IPI_LINE),
+        ("chip_demux", 1 << PPC_MSG_CALL_FUNCTION),
+        ("line_ack", PPC_MSG_CALL_FUNCTION),
+    ]
+    chain = ["flush", "csd_function_entry", "csd_function_exit", "csd_unlock"]
     rest = [
-        name for name in names[at + 3 :] if name in (*chain, "line_eoi", "chip_eoi")
+        name for name in names[at + 4 :] if name in (*chain, "line_eoi", "chip_eoi")
     ]
     assert rest[:6] == [*chain, "line_eoi", "chip_eoi"]
 
