@@ -1,4 +1,4 @@
-"""The MIPS mailbox: actions, registers, what stays pending and in which order it is taken."""
+"""The MIPS mailbox: actions, registers, what stays pending, in which order they go."""
 
 import errno
 import time
@@ -41,7 +41,7 @@ def rows(cluster, cpu):
 def quiet(cluster):
     """Wait until every CPU has taken what it was sent, and sleeps."""
     end = time.monotonic() + 5
-    while any(cpu.state != "halted" for cpu in cluster.cpus):
+    while any(cluster._machine.slot(n)[3] != _core.HALTED for n in cluster.online_mask):
         assert time.monotonic() < end, "they do not come to rest"
         time.sleep(0.0005)
 
@@ -97,7 +97,7 @@ def masked(machine, background, eventually):
 
 @pytest.fixture
 def request_irq(machine):
-    """`request_irq(handler, info, cpus)`: give line FREE a handler until the test's end."""
+    """`request_irq(handler, info, cpus)`: line FREE has a handler for one test."""
     m, kept = machine._machine, []
 
     def start(handler, info=None, cpus=(0, 1, 2)):
@@ -290,7 +290,9 @@ def test_en_holds_back_and_lets_through_once(machine, taken, eventually):
     assert box.STATUS == SMP_DUMP
     box.EN = was
     eventually(lambda: taken(1) == {"ICF": 1, "DMP": 1})
-    assert (0, was) == (box.STATUS, box.EN)
+    assert box.STATUS == 0
+    enabled = box.EN
+    assert enabled == was
 
 
 def test_the_own_en(machine, taken):
@@ -391,7 +393,7 @@ def test_bits_for_domains(machine):
 def test_a_put_off_handler_runs_once_for_each_taken(
     machine, request_irq, background, eventually
 ):
-    """The task makes no bytecode step: the line stays pending until the first has run."""
+    """While the task makes no bytecode step, what is sent again stays pending."""
     n = machine.shared("seen", "i8", 64)
     n[:] = 0
     go = machine.shared("go", "i8", 4)
@@ -430,7 +432,7 @@ def test_a_put_off_handler_runs_once_for_each_taken(
     assert box.STATUS == 0
 
 
-# ---- senders that die, CPUs that go ---------------------------------------------------
+# ---- senders that die, CPUs that go --------------------------------------------------
 
 
 @pytest.mark.parametrize("state", ["halted", "running"])
