@@ -1,6 +1,9 @@
 """The MIPS GIC: shared edge interrupts, their routes and masks, the reserved IPIs."""
 
 import errno
+import os
+import signal
+import threading
 import time
 
 import pytest
@@ -400,7 +403,7 @@ def test_the_cpu_that_is_named_does_not_matter(machine, chip, counted, taken):
 
 
 def test_routes_that_change_while_it_is_sent(machine, chip, counted):
-    """2,000 sends against 2,000 changes of the route: each is taken, and once."""
+    """1,000 sends while the route changes for ever: each is taken, and once."""
     handled = counted(FREE)
     chip.map_to_vp(FREE, 1)
     go = machine.shared("go", "i8", 4)
@@ -409,7 +412,7 @@ def test_routes_that_change_while_it_is_sent(machine, chip, counted):
 
     def sender():
         here = shmipi.irq.chip()
-        for turn in range(2000):
+        for turn in range(1000):
             here.write_gic_wedge(GIC_WEDGE_RW | FREE)
             end = time.monotonic() + 5
             while seen[0, 0] <= turn and time.monotonic() < end:
@@ -419,25 +422,20 @@ def test_routes_that_change_while_it_is_sent(machine, chip, counted):
         go[3] = 1
         return int(seen[0, 0])
 
-    future = machine.submit(0, int)
-    future.result(5)
-
     def router():
         turn = 0
         while not go[3]:
             turn += 1
             chip.map_to_vp(FREE, 1 + turn % 2)
 
-    import threading
-
     thread = threading.Thread(target=router)
     thread.start()
     try:
-        assert machine.run(sender, cpus=[0]) == [2000]
+        assert machine.run(sender, cpus=[0]) == [1000]
     finally:
         go[3] = 1
         thread.join(10)
-    assert handled() == 2000
+    assert handled() == 1000
 
 
 # ---- senders that die, CPUs that go --------------------------------------------------
@@ -479,9 +477,6 @@ def test_a_killed_cpu_leaves_nothing_in_service(boot, eventually):
     chip, m = cluster.chip, cluster._machine
 
     def handler(irq):
-        import os
-        import signal
-
         if not shmipi.shared("killed")[0]:
             shmipi.shared("killed")[0] = 1
             os.kill(os.getpid(), signal.SIGKILL)
