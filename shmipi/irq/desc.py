@@ -529,13 +529,13 @@ class IrqTable:
 
 
 def irq_lines(chip: Chip, ncpus: int) -> tuple[int, ...]:
-    """Return the lines that a chip has for IPI domains, least first."""
+    """Return a chip's lines for IPI domains, in the order in which to take them."""
     own: Callable[[int], Iterable[Any]] | None = getattr(chip, "ipi_lines", None)
     if own is None:
         found = [line.number for line in chip.lines(ncpus) if line.use == "irq"]
     else:
         found = [int(getattr(line, "number", line)) for line in own(ncpus)]
-    return tuple(sorted(found))
+    return tuple(found)
 
 
 def _words(members: Any, count: int) -> NDArray[np.uint64]:

@@ -254,10 +254,14 @@ class IrqDomain:
         return sorted(lines)
 
     def free_hwirqs(self) -> list[int]:
-        """Return those of them that no irq has."""
+        """Return those of them that no irq has, in the order in which to take them.
+
+        That is the controller's: on a mips-gic the range reserved for IPIs comes first.
+        """
         if self.is_coprocessor:
             return [] if self.table.virqs_of(self) else [0]
-        return [line for line in self.hwirqs() if self.table.line_is_free(line)]
+        own, table = set(self.hwirqs()), self.table
+        return [n for n in table.irq_lines() if n in own and table.line_is_free(n)]
 
 
 def _find(name: str) -> IrqDomain:

@@ -371,7 +371,7 @@ class IpiCalls:
                     f"hwirq {wanted} is not domain {domain.name}'s",
                     domain=domain.name,
                 )
-            free = [line for line in free if line >= wanted]
+            free = sorted(line for line in free if line >= wanted)
         if not domain.is_per_cpu:
             if free and wanted in (None, free[0]):
                 return (0 if domain.is_coprocessor else cpus.first or 0), [free[0]]
