@@ -1,5 +1,6 @@
 """Lines with handlers of the tests' own, and a look at what arrived where."""
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -212,3 +213,46 @@ class Held:
         """Let it go on; return (look before enabling interrupts, look after)."""
         self.flag[1] = 1
         return self._thread.end()
+
+
+@pytest.fixture
+def stuck(
+    background: Callable[..., Any], eventually: Callable[..., float]
+) -> Iterator[Callable[..., Callable[[], None]]]:
+    """`free = stuck(cluster, cpu)`: a task of that CPU is in C and takes no bytecode.
+
+    It takes signals, so native handlers run, but Python ones wait for `free()`.
+    The very first interrupt may still come a bytecode before it is stuck.
+    """
+    libc = ctypes.PyDLL(None)  # keeps the interpreter, as a real C extension may
+    ends: list[Callable[[], None]] = []
+
+    def start(cluster: Any, cpu: int) -> Callable[[], None]:
+        words = cluster.shared(f"stuck{cpu}", "i4", 2)
+        lock = ctypes.c_void_p(words.ctypes.data)
+        words[1] = 0
+        libc.pthread_spin_init(lock, 1)  # shared between processes
+        libc.pthread_spin_lock(lock)
+
+        def task() -> None:
+            spin = ctypes.PyDLL(None).pthread_spin_lock
+            there = ctypes.c_void_p(words.ctypes.data)
+            words[1] = 1
+            spin(there)
+
+        thread = background(lambda: cluster.run(task, cpus=[cpu]))
+        done: list[bool] = []
+
+        def free() -> None:
+            if not done:
+                done.append(True)
+                libc.pthread_spin_unlock(lock)
+                thread.end(20)
+
+        ends.append(free)
+        eventually(lambda: words[1])
+        return free
+
+    yield start
+    for free in ends:
+        free()
