@@ -1,0 +1,624 @@
+"""What every interrupt controller has to do, whatever it is made of.
+
+After the interrupt tests of kvm-unit-tests (x86/apic.c, x86/smptest.c, arm/gic.c) and
+the kernel's xapic_ipi_test. Only what ``Chip`` has is used: a controller of one's own
+can be put to the same tests by adding it to CONTROLLERS.
+"""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import shmipi
+from shmipi import irq, smp
+from shmipi.irq.chips import CHIPS, Chip
+
+NCPUS = 4
+CONTROLLERS = list(CHIPS)
+#: 100,000 over all controllers when there is time for it.
+ROUNDS = 100_000 // len(CONTROLLERS) + 1 if os.environ.get("SHMIPI_STRESS") else 300
+POLL, HALT = 0, 2  # enum shi_idle
+
+
+@pytest.fixture(scope="module", params=CONTROLLERS)
+def cluster(request):
+    """A machine for each controller, one after the other."""
+    with shmipi.Cluster(NCPUS, controller=request.param, idle="halt") as made:
+        yield made
+
+
+@pytest.fixture
+def taken(cluster):
+    """Array of (CPU, handler): what was taken."""
+    array = cluster.percpu("taken", "i8", 4)
+    array[:] = 0
+    return array
+
+
+@pytest.fixture
+def counting(cluster, lines, taken):
+    """A line for each CPU with a Python handler that counts in `taken`."""
+    wanted = lines(cluster)
+
+    def count(_):
+        taken[smp.smp_processor_id(), 0] += 1
+
+    wanted.here = wanted.request_all(count)
+    return wanted
+
+
+@pytest.fixture
+def put(cluster, background, eventually):
+    """`put(cpu, state)`: make it halted, polling or running."""
+    flag = cluster.shared("put", "i8", 1)
+    tasks, polling = [], []
+
+    def spin():
+        end = time.monotonic() + 30
+        while not flag[0] and time.monotonic() < end:
+            pass
+
+    def start(cpu, state):
+        flag[0] = 0
+        if state == "running":
+            tasks.append(background(lambda: cluster.run(spin, cpus=[cpu])))
+        elif state == "polling":
+            cluster._machine.set_idle(cpu, POLL)
+            polling.append(cpu)
+            cluster.call(cpu, int)
+        eventually(lambda: cluster.cpus[cpu].state == state)
+
+    yield start
+    flag[0] = 1
+    for task in tasks:
+        task.end()
+    for cpu in polling:
+        cluster._machine.set_idle(cpu, HALT)
+        cluster.call(cpu, int)
+
+
+def real_nmis(chip: Chip) -> bool:
+    """Has it NMIs that nothing masks, or a line that stands in for them?"""
+    return all(line.use != "nmi" for line in chip.lines(NCPUS))
+
+
+def row_of(cluster, use):
+    """What is counted in the row of a line of this use, by CPU."""
+    [label] = {line.row for line in cluster.chip.lines(NCPUS) if line.use == use}
+    return next(
+        counts for name, _, counts in cluster._counters.interrupts() if name == label
+    )
+
+
+def printed(cluster):
+    """The rows of interrupts(): label -> counts by CPU."""
+    rows = [line.split() for line in cluster.interrupts().splitlines()[1:]]
+    return {row[0].rstrip(":"): [int(n) for n in row[1 : NCPUS + 1]] for row in rows}
+
+
+# ---- it boots ------------------------------------------------------------------------
+
+
+def test_it_names_itself(cluster):
+    name = cluster.controller
+    assert name in CONTROLLERS
+    assert f"controller={name}" in repr(cluster)
+    assert (cluster.chip.name, type(cluster.chip)) == (name, CHIPS[name])
+    assert cluster.chip.ncpus == NCPUS
+    assert cluster.run(lambda: (irq.chip().name, irq.chip().cpu())) == [
+        (name, cpu) for cpu in range(NCPUS)
+    ]
+    assert cluster.chip.description
+    with pytest.raises(shmipi.ClusterStateError, match="the host is no CPU"):
+        cluster.chip.cpu()
+    with pytest.raises(shmipi.ClusterStateError, match="no machine's"):
+        CHIPS[name]().raise_line(1, 1)
+    with pytest.raises(KeyError, match=f"controller {name} has no line nix"):
+        cluster.chip.line("nix")
+    uses = {line.use for line in cluster.chip.lines(NCPUS)}
+    assert uses >= {"call", "reschedule", "irq"}
+    assert all(cluster.chip.in_service(cpu) == [] for cpu in range(NCPUS))
+
+
+def test_unknown_controllers_are_refused():
+    with pytest.raises(ValueError, match="controller is 'nix': choose from 'apic'"):
+        shmipi.Cluster(2, controller="nix")
+    for chip in CHIPS.values():
+        most = chip.max_cpus
+        with pytest.raises(ValueError, match=f"can address {most} CPUs"):
+            chip().for_cpus(most + 1)
+
+
+def test_smptest(cluster):
+    """A call from every CPU to every CPU, itself as well, runs there."""
+    ran = cluster.shared("ran", "i8", (NCPUS, NCPUS))
+    ran[:] = -1
+
+    def handler(sender):
+        ran[sender, smp.smp_processor_id()] = smp.smp_processor_id()
+
+    def task():
+        me = smp.smp_processor_id()
+        for cpu in range(NCPUS):
+            smp.smp_call_function_single(cpu, handler, me)
+            assert ran[me, cpu] == cpu
+
+    cluster.run(task)
+    assert ran.tolist() == [list(range(NCPUS))] * NCPUS
+    ran[:] = -1
+    cluster.smp.on_each_cpu(handler, 0)
+    assert ran[0].tolist() == list(range(NCPUS))
+
+
+# ---- exactly once, and nowhere else --------------------------------------------------
+
+
+def test_self_ipi(cluster, counting, taken, settle):
+    here = counting.here
+
+    def task():
+        me = smp.smp_processor_id()
+        before = taken[me, 0]
+        irq.chip().raise_line(here[me], me)
+        return int(taken[me, 0] - before)  # taken before the next bytecode
+
+    for turn in range(1, 4):
+        assert cluster.run(task) == [1] * NCPUS
+        settle(lambda turn=turn: taken[:, 0], [turn] * NCPUS)
+
+
+def test_to_each_other_cpu(cluster, counting, taken, settle, acked):
+    here = counting.here
+    for sender in range(NCPUS):
+        taken[:] = 0
+
+        def task():
+            me = smp.smp_processor_id()
+            for cpu in range(NCPUS):
+                if cpu != me:
+                    irq.chip().raise_line(here[cpu], cpu)
+
+        cluster.run(task, cpus=[sender])
+        wanted = {cpu: 1 for cpu in range(NCPUS) if cpu != sender}
+        settle(lambda wanted=wanted: taken[:, 0].sum(), len(wanted))
+        assert not acked(wanted, taken[:, 0])
+
+
+def test_broadcast(cluster, counting, taken, settle):
+    """To all CPUs, the sender as well; from the host, from CPUs."""
+    here = counting.here
+
+    def broadcast(chip):
+        if chip.flow == "shared":  # an interrupt is one CPU's there
+            for cpu in range(NCPUS):
+                chip.raise_line(here[cpu], cpu)
+        else:
+            chip.raise_line(here[0], range(NCPUS))
+
+    broadcast(cluster.chip)
+    settle(lambda: taken[:, 0], [1] * NCPUS)
+    for sender, turn in enumerate((2, 3)):
+        cluster.run(lambda: broadcast(irq.chip()), cpus=[sender])
+        settle(lambda turn=turn: taken[:, 0], [turn] * NCPUS)
+
+
+def test_targets_that_do_not_exist_are_ignored(cluster, counting, taken, settle):
+    line = counting.here[1]
+    cluster.chip.raise_line(line, [1, NCPUS, 4095])
+    settle(lambda: taken[:, 0], [0, 1, 0, 0])
+    cluster.chip.raise_line(line, [NCPUS])
+    cluster.chip.raise_line(line, [])
+    settle(lambda: taken[:, 0], [0, 1, 0, 0])
+
+
+@pytest.mark.parametrize("fault", ["none", "missing", "extra", "unexpected"])
+def test_the_checker_tells_faults_apart(cluster, counting, taken, settle, acked, fault):
+    """What the tests above rely on, of machines where one thing is wrong."""
+    here, chip = counting.here, cluster.chip
+    counts = [0, 1, 1, 0]
+    found = {}
+    if fault == "missing":
+        chip.mask_line(here[1], 1)
+        counts[1], found = 0, {"missing": {1: 1}}
+    for cpu in (1, 2):
+        chip.raise_line(here[cpu], cpu)
+    settle(lambda: taken[:, 0], counts)
+    if fault in ("extra", "unexpected"):
+        cpu = 2 if fault == "extra" else 3
+        chip.raise_line(here[cpu], cpu)
+        counts[cpu] += 1
+        found = {fault: {cpu: 1}}
+    settle(lambda: taken[:, 0], counts)
+    verdict = acked({1: 1, 2: 1}, taken[:, 0])
+    assert {name: cpus for name, cpus in vars(verdict).items() if cpus} == found
+    if fault == "missing":
+        chip.unmask_line(here[1], 1)
+        settle(lambda: taken[1, 0], 1)
+
+
+# ---- masks ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["halted", "polling", "running"])
+def test_a_masked_line_fires_once_on_unmask(
+    cluster, counting, taken, settle, put, state
+):
+    line = counting.here[2]
+    put(2, state)
+    cluster.chip.mask_line(line, 2)
+    for _ in range(5):
+        cluster.chip.raise_line(line, 2)
+    # Others come through meanwhile.
+    assert cluster.call(2, abs, -2) == 2
+    settle(lambda: taken[:, 0], [0] * NCPUS)
+    cluster.chip.unmask_line(line, 2)
+    settle(lambda: taken[:, 0], [0, 0, 1, 0])
+    cluster.chip.mask_line(line, 2)
+    cluster.chip.unmask_line(line, 2)
+    settle(lambda: taken[:, 0], [0, 0, 1, 0])
+
+
+def test_a_cpu_unmasks_its_own_line(cluster, counting, taken):
+    line = counting.here[3]
+
+    def task():
+        chip, me = irq.chip(), smp.smp_processor_id()
+        chip.mask_line(line, me)
+        for _ in range(3):
+            chip.raise_line(line, me)
+        before = int(taken[me, 0])
+        chip.unmask_line(line, me)
+        return before, int(taken[me, 0])
+
+    assert cluster.run(task, cpus=[3]) == [(0, 1)]
+
+
+def test_interrupts_off_hold_a_line_and_on_lets_it_in_once(
+    cluster, counting, taken, held
+):
+    line = counting.here[1]
+    task = held(cluster, 1, lambda: None, lambda: int(taken[1, 0]))
+    cluster.chip.raise_line(line, 1)
+    cluster.call(0, lambda: irq.chip().raise_line(line, 1))
+    # GICv2 keeps CPU 0's and the host's, which goes by CPU 0's name, as one.
+    assert task.release() == (0, 1)
+    assert taken[:, 0].tolist() == [0, 1, 0, 0]
+
+
+# ---- what the kernel sends -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["halted", "running"])
+def test_reschedule_is_counted_in_its_row(cluster, settle, put, state, eventually):
+    put(1, state)
+    before = row_of(cluster, "reschedule")
+    for sent in range(1, 6):
+        eventually(lambda: cluster.cpus[1].state == state)
+        cluster.smp.smp_send_reschedule(1)
+        eventually(
+            lambda sent=sent: row_of(cluster, "reschedule")[1] - before[1] == sent
+        )
+    settle(lambda: row_of(cluster, "reschedule") - before, [0, 5, 0, 0])
+
+
+def test_rows_add_up_to_what_was_sent(cluster, eventually):
+    """Each call is in one row: an interrupt taken, elided, or behind another."""
+    calls = 60
+
+    def send():
+        for _ in range(calls):
+            smp.smp_call_function_single(1, smp.NativeHandler("noop"))
+
+    def send_many():
+        for _ in range(calls):
+            smp.smp_call_function_many([1, 2], smp.NativeHandler("noop"))
+
+    use = {line.use for line in cluster.chip.lines(NCPUS)}
+    single = "call_single" if "call_single" in use else "call"
+    for func, kind, to in ((send, single, [1]), (send_many, "call", [1, 2])):
+        eventually(lambda: all(cpu.state == "halted" for cpu in cluster.cpus))
+        rows, words = row_of(cluster, kind), printed(cluster)
+        cluster.run(func, cpus=[0])
+        eventually(lambda: all(cpu.state == "halted" for cpu in cluster.cpus))
+        now = printed(cluster)
+        got = [int(n) for n in row_of(cluster, kind) - rows]
+        sent_otherwise = sum(
+            now[label][0] - words[label][0] for label in ("ELI", "COA")
+        )
+        # CPU 0 takes the interrupt that its task came with.
+        assert [cpu for cpu in range(1, NCPUS) if got[cpu]] == to
+        assert sum(got[1:]) + sent_otherwise == calls * len(to)
+        # And they are printed so.
+        labels = {line.row for line in cluster.chip.lines(NCPUS) if line.use == kind}
+        assert all(
+            now[label][cpu] - words[label][cpu] == got[cpu]
+            for label in labels
+            for cpu in range(NCPUS)
+        )
+
+
+def test_elided_calls_are_in_a_row_of_their_own(cluster, put):
+    put(1, "polling")
+    calls = 50
+
+    def send():
+        for _ in range(calls):
+            smp.smp_call_function_single(1, smp.NativeHandler("noop"))
+
+    rows, writes = printed(cluster), cluster.counters()["chip_writes"][0]
+    cluster.run(send, cpus=[0])
+    now = printed(cluster)
+    assert now["ELI"][0] - rows["ELI"][0] == calls
+    assert cluster.counters()["chip_writes"][0] == writes
+    own = [label for label, _, _ in cluster._counters.interrupts()]
+    assert own
+    assert all(now[label][1] == rows[label][1] for label in own)
+
+
+# ---- handlers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["halted", "polling", "running"])
+def test_handlers(cluster, lines, settle, put, state):
+    """Python's and native ones, ended after each: they come again."""
+    python = cluster.percpu("python", "i8")
+    native = cluster.shared("native", "i8", 1)
+    python[:], native[:] = 0, 0
+
+    def handler(_):
+        assert smp.in_hardirq()
+        assert smp.irqs_disabled()
+        python[smp.smp_processor_id()] += 1
+
+    wanted = lines(cluster)
+    by_python = wanted.request_all(handler, which=0)[2]
+    by_native = wanted.request_all(smp.NativeHandler("count"), native, which=1)[2]
+    before = cluster.counters()
+    put(2, state)
+    for turn in range(1, 11):
+        cluster.chip.raise_line(by_python, 2)
+        cluster.chip.raise_line(by_native, 2)
+        end = time.monotonic() + 5
+        while (native[0], python[2]) != (turn, turn) and time.monotonic() < end:
+            pass
+    settle(lambda: [*python, *native], [0, 0, 10, 0, 10])
+    now = cluster.counters()
+    assert (now["irq_handled"] - before["irq_handled"]).tolist() == [0, 0, 20, 0]
+    assert (now["irq_other"] - before["irq_other"]).sum() == 0
+    settle(lambda: cluster.chip.in_service(2), [])
+
+
+def test_two_lines_at_once_are_both_taken(cluster, lines, taken, held):
+    wanted = lines(cluster)
+
+    def first(_):
+        taken[smp.smp_processor_id(), 0] += 1
+
+    def second(_):
+        taken[smp.smp_processor_id(), 1] += 1
+
+    here = [wanted.request_all(h, which=n)[1] for n, h in enumerate((first, second))]
+    task = held(cluster, 1, lambda: None, lambda: taken[1, :2].tolist())
+    for line in here:
+        cluster.chip.raise_line(line, 1)
+    assert task.release() == ([0, 0], [1, 1])
+
+
+def test_a_handlers_exception_ends_the_line_all_the_same(cluster, lines, settle, taken):
+    # What it prints is its CPU's: the hook there keeps quiet.
+    def quiet():
+        import sys
+
+        sys.unraisablehook = lambda what: None
+
+    def loud():
+        import sys
+
+        sys.unraisablehook = sys.__unraisablehook__
+
+    def boom(_):
+        taken[smp.smp_processor_id(), 0] += 1
+        raise ValueError("boom")
+
+    line = lines(cluster).request_all(boom)[1]
+    cluster.call(1, quiet)
+    before = cluster.counters()["unraisable"][1]
+    for turn in range(1, 4):
+        cluster.chip.raise_line(line, 1)
+        settle(lambda turn=turn: taken[1, 0], turn)
+    assert cluster.counters()["unraisable"][1] == before + 3
+    cluster.call(1, loud)
+
+
+def test_a_line_that_nobody_handles_is_reported(cluster, lines, settle):
+    wanted = lines(cluster)
+    line = wanted.of_cpu()[1]
+    if cluster.chip.flow == "shared":
+        cluster._machine.pic_write(0, "route", line, 2)
+    before = cluster.counters()
+    bad = printed(cluster)["BAD"][1]
+    cluster.chip.unmask_line(line, 1)
+    cluster.chip.raise_line(line, 1)
+    settle(lambda: cluster.counters()["irq_other"] - before["irq_other"], [0, 1, 0, 0])
+    assert cluster.counters()["irq_handled"][1] == before["irq_handled"][1]
+    assert printed(cluster)["BAD"][1] == bad + 1
+    cluster.chip.mask_line(line, 1)
+
+
+# ---- NMIs ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_nmi(cluster):
+    """`on_nmi(handler, info)`: until the test ends."""
+    yield lambda handler, info=None: smp.register_nmi_handler(
+        handler, info, machine=cluster._machine
+    )
+    smp.register_nmi_handler(None, machine=cluster._machine)
+
+
+def test_ten_nmis_inside_the_handler_are_one_more(cluster, on_nmi, taken, settle):
+    """pending nmi: one is in service, one more stays pending."""
+
+    def handler(_):
+        me = smp.smp_processor_id()
+        taken[me, 0] += 1
+        if taken[me, 0] == 1:
+            for _ in range(10):
+                irq.chip().send_nmi(me)
+            taken[me, 1] = taken[me, 0]  # none of them interrupted this one
+
+    on_nmi(handler)
+    for turn in (1, 2):
+        taken[:] = 0
+        cluster.chip.send_nmi(turn)
+        settle(lambda turn=turn: taken[turn, :2], [2, 1])
+
+
+def test_nmis_of_two_senders_are_two(cluster, on_nmi, settle, held):
+    """multiple nmi: both pending at once, and both received; a line is one."""
+    n = cluster.shared("nmis", "i8", 4)
+    n[:] = 0
+    rounds = 100
+    on_nmi(smp.NativeHandler("count"), n)
+
+    def send(which):
+        for turn in range(rounds):
+            n[1 + which] = turn + 1
+            while n[2 - which] < turn + 1:
+                pass
+            irq.chip().send_nmi(3)
+            end = time.monotonic() + 5
+            while n[0] < 2 * (turn + 1):
+                assert time.monotonic() < end, f"round {turn}: {n[0]} NMIs"
+
+    def both():
+        me = smp.smp_processor_id()
+        if me < 2:
+            send(me)
+
+    if real_nmis(cluster.chip):
+        cluster.run(both, cpus=[0, 1])
+        settle(lambda: n[0], 2 * rounds)
+        assert cluster.chip.read("nmi", 3) == 0
+        return
+
+    # The maskable stand-in: as many as the line can be pending.
+    task = held(cluster, 3, lambda: None, lambda: int(n[0]))
+    for cpu in (0, 1):
+        cluster.call(cpu, lambda: irq.chip().send_nmi(3))
+    assert task.release() == (0, 2 if cluster.chip.banked else 1)
+
+
+@pytest.mark.parametrize("handler", ["native", "python"])
+def test_interrupts_off_hold_up_no_real_nmi(cluster, on_nmi, held, settle, handler):
+    n = cluster.shared("masked_nmi", "i8", 1)
+    n[:] = 0
+
+    def count(_):
+        assert smp.in_nmi()
+        n[0] += 1
+
+    on_nmi(smp.NativeHandler("count") if handler == "native" else count, n)
+    task = held(cluster, 2, lambda: None, lambda: int(n[0]))
+    cluster.chip.send_nmi(2)
+    during = int(real_nmis(cluster.chip))
+    settle(lambda: n[0], during)
+    assert task.release() == (during, 1)
+
+
+# ---- the halted target ---------------------------------------------------------------
+
+
+def test_it_wakes_counts_and_goes_back_to_sleep(cluster, lines, eventually):
+    """xapic_ipi_test: received, woke and halted all advance, every time."""
+    n = cluster.shared("rounds", "i8", 1)
+    n[:] = 0
+    line = lines(cluster).request_all(smp.NativeHandler("count"), n)[1]
+    names = ("irq_handled", "doorbells_received", "halts")
+
+    def counts():
+        now = cluster.counters()
+        return [int(now[name][1]) for name in names]
+
+    eventually(lambda: cluster.cpus[1].state == "halted")
+    machine = cluster._machine
+    before = counts()
+    for turn in range(1, ROUNDS + 1):
+        machine.irq_raise(line, [1], 1)
+        end = time.monotonic() + 5
+        wanted = [was + turn for was in before]
+        while (now := counts()) != wanted or machine.slot(1)[3] != 3:
+            assert time.monotonic() < end, f"round {turn}: {names} {now}, not {wanted}"
+    assert n[0] == ROUNDS
+
+
+# ---- CPUs that go and come back ------------------------------------------------------
+
+
+def test_a_line_to_an_offline_cpu_is_lost(cluster, counting, taken, settle):
+    line = counting.here[2]
+    cluster.offline(2, timeout=10)
+    for _ in range(3):
+        cluster.chip.raise_line(line, 2)
+    cluster.online(2, timeout=10)
+    settle(lambda: taken[:, 0], [0] * NCPUS)
+    assert cluster.chip.pending_lines(2) == []
+    # The mask is what it was, and so is everything else.
+    cluster.chip.raise_line(line, 2)
+    settle(lambda: taken[:, 0], [0, 0, 1, 0])
+    assert cluster.call(2, abs, -1) == 1
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_a_killed_cpu_comes_back_clean(boot, lines, settle, eventually, controller):
+    """Whatever was pending, masked or in service there is not any more."""
+    cluster = boot(2, controller=controller, idle="halt")
+    wanted, chip = lines(cluster), cluster.chip
+    taken = cluster.shared("taken", "i8", 2)
+    busy = cluster.shared("busy", "i8", 1)
+
+    def handler(_):
+        taken[0] += 1
+        while busy[0]:
+            pass
+
+    line = wanted.request_all(handler)[1]
+    other = wanted.request_all(smp.NativeHandler("count"), taken[1:], which=1)[1]
+
+    def die(*, while_masked=False):
+        pid = cluster.cpus[1].pid
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: cluster.cpus[1].state == "dead")
+        cluster.online(1, timeout=10)
+        assert cluster.cpus[1].pid != pid
+        if while_masked:
+            chip.unmask_line(line, 1)
+        settle(lambda: taken, before)
+        assert (chip.pending_lines(1), chip.in_service(1)) == ([], [])
+        for each in (line, other):  # and it takes what comes now
+            chip.raise_line(each, 1)
+        settle(lambda: taken, [before[0] + 1, before[1] + 1])
+        assert cluster.call(1, abs, -1, timeout=5) == 1
+
+    # In a handler, with its own line and another one behind it.
+    busy[0] = 1
+    chip.raise_line(line, 1)
+    eventually(lambda: taken[0])
+    chip.raise_line(line, 1)
+    chip.raise_line(other, 1)
+    busy[0], before = 0, taken.tolist()
+    before = [1, before[1]]
+    # The handler may go on now: it is stopped before it can.
+    die_at = cluster.cpus[1].pid
+    assert die_at
+    die()
+    # With interrupts off, and with the line masked.
+    cluster.submit(1, smp.local_irq_disable).result(5)
+    chip.mask_line(line, 1)
+    chip.raise_line(line, 1)
+    before = taken.tolist()
+    die(while_masked=True)
