@@ -146,6 +146,15 @@ static void sgi_end(struct shi_self *self, uint32_t line)
     shi_store_relaxed(active, shi_load_relaxed(active) & ~(1ull << line));
 }
 
+/* GICD_CPENDSGIR for all its senders, or GICR_ICPENDR0. */
+static void sgi_clear(struct shi_self *self, uint32_t cpu, uint32_t line)
+{
+    if (self->m->chip.banked)
+        shi_fetch_and_full(&shi_pic(self->m, cpu)->bank[line / 8], ~(0xffull << (8 * (line % 8))));
+    else
+        shi_fetch_and_full(&shi_slot(self->m, cpu)->irr[0], ~(1ull << line));
+}
+
 static bool sgi_pending(const struct shi_machine *m, uint32_t cpu)
 {
     return deliverable(m, cpu) != SHI_NO_LINE;

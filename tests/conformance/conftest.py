@@ -71,19 +71,16 @@ class Lines:
         self._kept: list[Any] = []  # a handler lives as long as it may be called
         self._wanted: dict[int, int] = {}
 
-    @property
-    def free(self) -> list[int]:
-        """The lines that an IPI domain could have, least first."""
-        lines = self.chip.lines(self.cluster.ncpus)
-        return [line.number for line in lines if line.use == "irq"]
-
     def of_cpu(self, which: int = 0) -> list[int]:
         """A line for each CPU: the same one, where each CPU has lines of its own."""
         ncpus = self.cluster.ncpus
+        free = self.chip.ipi_lines(ncpus)
         if self.chip.flow != "shared":
-            return [self.free[which]] * ncpus
-        first = which * ncpus
-        return self.free[first : first + ncpus]
+            return [free[which]] * ncpus
+        lines = list(free[which * ncpus : (which + 1) * ncpus])
+        for cpu, line in enumerate(lines):
+            self.chip.route_line(line, cpu)
+        return lines
 
     def request(self, line: int, handler: Any, info: Any = None) -> int:
         """Give a line a handler; unmask it at every CPU that it can go to."""
@@ -104,8 +101,6 @@ class Lines:
         """Give every CPU a line with this handler; return them by CPU."""
         lines = self.of_cpu(which)
         for cpu, line in enumerate(lines):
-            if self.chip.flow == "shared":
-                self.machine.pic_write(0, "route", line, cpu + 1)
             if line not in lines[:cpu]:
                 self.request(line, handler, info)
         return lines

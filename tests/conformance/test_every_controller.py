@@ -82,7 +82,7 @@ def put(cluster, background, eventually):
 
 def real_nmis(chip: Chip) -> bool:
     """Has it NMIs that nothing masks, or a line that stands in for them?"""
-    return all(line.use != "nmi" for line in chip.lines(NCPUS))
+    return chip.describe(NCPUS)["nmi"] is None
 
 
 def row_of(cluster, use):
@@ -146,7 +146,8 @@ def test_smptest(cluster):
             smp.smp_call_function_single(cpu, handler, me)
             assert ran[me, cpu] == cpu
 
-    cluster.run(task)
+    for sender in range(NCPUS):
+        cluster.run(task, cpus=[sender])
     assert ran.tolist() == [list(range(NCPUS))] * NCPUS
     ran[:] = -1
     cluster.smp.on_each_cpu(handler, 0)
@@ -165,8 +166,9 @@ def test_self_ipi(cluster, counting, taken, settle):
         irq.chip().raise_line(here[me], me)
         return int(taken[me, 0] - before)  # taken before the next bytecode
 
-    for turn in range(1, 4):
-        assert cluster.run(task) == [1] * NCPUS
+    for turn in range(1, 3):
+        for cpu in range(NCPUS):
+            assert cluster.run(task, cpus=[cpu]) == [1]
         settle(lambda turn=turn: taken[:, 0], [turn] * NCPUS)
 
 
@@ -283,9 +285,11 @@ def test_interrupts_off_hold_a_line_and_on_lets_it_in_once(
     task = held(cluster, 1, lambda: None, lambda: int(taken[1, 0]))
     cluster.chip.raise_line(line, 1)
     cluster.call(0, lambda: irq.chip().raise_line(line, 1))
-    # GICv2 keeps CPU 0's and the host's, which goes by CPU 0's name, as one.
-    assert task.release() == (0, 1)
-    assert taken[:, 0].tolist() == [0, 1, 0, 0]
+    # Once: GICv2 takes the host's for CPU 0's own. A XIVE source remembers in Q that it
+    # was triggered again.
+    times = 2 if cluster.chip.flow == "esb" else 1
+    assert task.release() == (0, times)
+    assert taken[:, 0].tolist() == [0, times, 0, 0]
 
 
 # ---- what the kernel sends -----------------------------------------------------------
@@ -436,8 +440,6 @@ def test_a_handlers_exception_ends_the_line_all_the_same(cluster, lines, settle,
 def test_a_line_that_nobody_handles_is_reported(cluster, lines, settle):
     wanted = lines(cluster)
     line = wanted.of_cpu()[1]
-    if cluster.chip.flow == "shared":
-        cluster._machine.pic_write(0, "route", line, 2)
     before = cluster.counters()
     bad = printed(cluster)["BAD"][1]
     cluster.chip.unmask_line(line, 1)
@@ -593,6 +595,7 @@ def test_a_killed_cpu_comes_back_clean(boot, lines, settle, eventually, controll
         pid = cluster.cpus[1].pid
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: cluster.cpus[1].state == "dead")
+        busy[0] = 0
         cluster.online(1, timeout=10)
         assert cluster.cpus[1].pid != pid
         if while_masked:
@@ -610,11 +613,7 @@ def test_a_killed_cpu_comes_back_clean(boot, lines, settle, eventually, controll
     eventually(lambda: taken[0])
     chip.raise_line(line, 1)
     chip.raise_line(other, 1)
-    busy[0], before = 0, taken.tolist()
-    before = [1, before[1]]
-    # The handler may go on now: it is stopped before it can.
-    die_at = cluster.cpus[1].pid
-    assert die_at
+    before = taken.tolist()
     die()
     # With interrupts off, and with the line masked.
     cluster.submit(1, smp.local_irq_disable).result(5)

@@ -1,0 +1,48 @@
+"""Every controller under fire, with CPUs that go, come back and die.
+
+The same as ``shmipi stress --controller C --onoff-interval ... --kill-interval ...``;
+about two seconds for each, SHMIPI_STRESS=<seconds> makes each run that long.
+"""
+
+import os
+
+import pytest
+
+from shmipi.irq.chips import CHIPS
+from shmipi.stress import PRIMITIVES, Options, run
+
+pytestmark = pytest.mark.stress
+
+SECONDS = float(os.environ.get("SHMIPI_STRESS") or 0)
+
+
+@pytest.fixture(autouse=True)
+def time_enough(request: pytest.FixtureRequest) -> None:
+    if SECONDS:
+        request.node.add_marker(pytest.mark.timeout(120 + 3 * SECONDS))
+
+
+@pytest.mark.parametrize("interval", ["onoff_interval", "kill_interval"])
+@pytest.mark.parametrize("controller", CHIPS)
+def test_stress(controller: str, interval: str) -> None:
+    said: list[str] = []
+    seconds = {"onoff_interval": 1.0, "kill_interval": 1.5}[interval]
+    report = run(
+        Options(
+            duration=SECONDS or seconds,
+            stutter=0,
+            machine={"ncpus": 4, "controller": controller, "idle": "halt"},
+            **{interval: {"onoff_interval": 0.02, "kill_interval": 0.2}[interval]},
+        ),
+        line=said.append,
+    )
+    told = "\n".join([*said, *report.explain()])
+    assert report.verdict == "SUCCESS", told
+    assert (report.lost, report.duplicated, report.errors) == (0, 0, 0), told
+    assert report.calls == sum(report.by_primitive.values())
+    assert all(report.by_primitive[name] for name in PRIMITIVES), report.by_primitive
+    if interval == "kill_interval":
+        assert report.hotplug.kills > 1
+    else:
+        assert report.hotplug.offline > 1
+        assert report.hotplug.online > 1
