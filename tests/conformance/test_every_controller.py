@@ -9,12 +9,11 @@ import os
 import signal
 import time
 
-import numpy as np
 import pytest
 
 import shmipi
 from shmipi import irq, smp
-from shmipi.irq.chips import CHIPS, Chip
+from shmipi.irq.chips import CHIPS, Chip, Line, Row
 
 NCPUS = 4
 CONTROLLERS = list(CHIPS)
@@ -130,6 +129,64 @@ def test_unknown_controllers_are_refused():
         most = chip.max_cpus
         with pytest.raises(ValueError, match=f"can address {most} CPUs"):
             chip().for_cpus(most + 1)
+
+
+class Own(Chip):
+    """The least that a controller can be."""
+
+    name = "own"
+    flow = "mailbox"
+    rows = (Row("RES", "reschedule"), Row("CAL", "call"))
+    made_of: tuple[tuple[int, str, str], ...] = ((0, "reschedule", "RES"),)
+    calls = (1, "call", "CAL")
+
+    def lines(self, ncpus):
+        for number, use, row in (*self.made_of, self.calls):
+            yield Line(number, f"line {number}", use, row)
+
+
+@pytest.mark.parametrize("flow", ["vector", "mailbox", "mux", "sgi", "esb"])
+def test_an_own_controller_over_each_flow(boot, flow, settle):
+    class Mine(Own):
+        name = f"mine-{flow}"
+
+    Mine.flow = flow
+    if flow == "vector":  # what it calls illegal is never taken
+        Mine.made_of, Mine.calls = ((0x50, "reschedule", "RES"),), (0x60, "call", "CAL")
+    cluster = boot(2, controller=Mine, idle="halt")
+    assert cluster.controller == f"mine-{flow}"
+    assert cluster.call(1, smp.smp_processor_id) == 1
+    cluster.smp.smp_send_reschedule(1)
+    rows = cluster._counters.interrupts
+    settle(lambda: sum(counts[1] for _, _, counts in rows()), 2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"name": None}, "has no name"),
+        ({"name": "x" * 16}, "1 to 15 characters"),
+        ({"flow": "nix"}, "no flow 'nix'; there are vector, mailbox"),
+        ({"calls": (1, "nix", "CAL")}, "no use 'nix'"),
+        ({"calls": (1, "count", "CAL")}, "no line of use call"),
+        ({"calls": (0, "call", "CAL")}, "line 0 is there twice"),
+        ({"calls": (256, "call", "CAL")}, "no line 256"),
+        ({"calls": (1, "call", "NIX")}, "no row 'NIX'"),
+        ({"calls": (16, "call", "CAL"), "flow": "sgi"}, "lines 0 to 15"),
+        ({"calls": (28, "call", "CAL"), "flow": "esb"}, "lines 0 to 27"),
+        ({"rows": (*Own.rows, Row("EIGHTLET", ""))}, "1 to 7"),
+        ({"rows": (*Own.rows, Row("CAL", ""))}, "'CAL' is there twice"),
+        ({"rows": (*Own.rows, Row("X", "", "nix"))}, "no counter 'nix'"),
+        ({"rows": [Row(f"R{n}", "") for n in range(33)]}, "32 rows"),
+        ({"banked": True}, "only flow sgi"),
+        ({"per_cpu": True}, "no 2 lines of use call in a row"),
+        ({"max_cpus": 1}, "can address 1 CPUs"),
+    ],
+)
+def test_what_a_controller_cannot_be(wrong, says):
+    made = type("Wrong", (Own,), wrong)
+    with pytest.raises(ValueError, match=says):
+        shmipi.Cluster(2, controller=made)
 
 
 def test_smptest(cluster):

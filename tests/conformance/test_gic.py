@@ -253,7 +253,7 @@ def test_active_until_its_handler_has_returned(gic, lines, settle):
 def test_it_is_pending_again_while_active_and_taken_once_more(
     gic, lines, settle, eventually, handler
 ):
-    """Ten sent while its handler runs are one, at its end; GICv2: one for each sender."""
+    """Ten sent while its handler runs are one, at its end; GICv2: one of each sender."""
     n = gic.shared("again", "i8", 4)
     n[:] = 0
 
@@ -337,7 +337,7 @@ def test_pmr_holds_back_and_lets_through(gic, taken):
 
 
 def test_masked_before_it_was_taken_is_spurious(gic, taken, held):
-    """Signalled, then masked by PMR: the acknowledge reads 1023, and it stays pending."""
+    """Signalled, then masked by PMR: the acknowledge reads 1023, the SGI is kept."""
     got = taken(gic)
     spurious = gic.counters()["irq_spurious"][2]
 

@@ -87,6 +87,7 @@ def test_commands_of_the_readme_exist() -> None:
 
 PROGRAMS = {
     "ipi_matrix.py": ("3", "100"),
+    "own_controller.py": ("4",),
     "tlb_shootdown.py": ("3", "100"),
 }
 
@@ -110,6 +111,11 @@ def test_program(name: str, tmp_path: Path) -> None:
         # A call to oneself is inline: no way to another process is as short.
         for number, row in enumerate(cells):
             assert row[number] <= 2 * min(row)
+    elif name == "own_controller.py":
+        assert printed.startswith("calls ran on [0, 1, 2, 3]; letters: [0, 1, 1, 1]\n")
+        taken = {row[0]: row[1:5] for row in rows[2:]}
+        assert taken["FUN:"] == ["1"] * 4
+        assert taken["1:"] == ["0", "1", "1", "1"]
     else:
         assert [int(row[2]) for row in rows[1:]] == [200, 100, 100]
         assert float(rows[2][1]) > 0.0

@@ -42,6 +42,10 @@ _USES = {
     "irq": _core.USE_IRQ,
     "count": _core.USE_COUNT,
 }
+#: What the core's layout has room for.
+_NAME_MAX = 15
+_LABEL_MAX = 7
+_FLOW_LINES = {"sgi": 16, "esb": 28}
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,25 @@ class Row:
 class Chip:
     """An interrupt controller. Derive from it for one of your own.
 
-    A class says what it is with the class attributes below and ``lines()``; see
-    ``scripts/own_controller.py`` for a whole example.
+    A class says what it is with the class attributes below and ``lines()``; then
+    ``Cluster(controller=YourChip)`` boots with it, or with ``YourChip(...)`` where it
+    has options. ``name``, ``flow``, and a line each for calls and for reschedule is all
+    that there has to be: see ``scripts/own_controller.py`` for a whole example.
+
+    What the core makes of the description:
+
+    - The *flow* decides how a line becomes pending, which is taken next, and when it
+      may come again (see the module). Limits: ``sgi`` 16 lines, ``esb`` 28, all others
+      256.
+    - The *use* of a line decides what taking it means. Those of use "irq" are what IPI
+      domains give out; they start masked, the others do not.
+    - *Rows* are counted when a line is taken. A call that needs no interrupt because
+      its target polls takes no line, and is in no row of the chip's.
+
+    Further methods are the chip's registers. In them ``self.machine`` is the machine
+    (the chip is copied for it, with all its attributes); ``raise_line``, ``read`` and
+    the other methods of "the interface" are what they are made of. A chip travels to
+    the CPUs by pickle: keep it small and without open files.
     """
 
     #: What ``Cluster(controller=...)`` calls it (at most 15 characters).
@@ -134,7 +155,7 @@ class Chip:
         Raises ``ValueError`` for a description that cannot be.
         """
         lines = list(self.lines(ncpus))
-        labels = [row.label for row in self.rows]
+        labels = self._check_description()
         use = bytearray(_core.NLINES)
         row = bytearray([0xFF]) * _core.NLINES
         first: dict[str, int] = {}
@@ -147,16 +168,31 @@ class Chip:
                 raise ValueError(f"{self.name}: line {line.number} is there twice")
             use[line.number] = _USES[line.use]
             if line.row is not None:
+                if line.row not in labels:
+                    raise ValueError(
+                        f"{self.name}: {line.name}: no row {line.row!r} in its rows"
+                    )
                 row[line.number] = labels.index(line.row)
             first.setdefault(line.use, line.number)
         if "call" not in first or "reschedule" not in first:
             raise ValueError(f"{self.name} has no line of use call or of reschedule")
-        if self.flow not in _core.FLOWS:
-            raise ValueError(f"{self.name}: no flow {self.flow!r}")
+        if self.per_cpu:
+            for kind in ("call", "call_single", "reschedule", "nmi"):
+                start = first.get(kind, 0)
+                block = use[start : start + ncpus]
+                if kind in first and block != bytes([_USES[kind]]) * ncpus:
+                    raise ValueError(
+                        f"{self.name}: per_cpu, but there are no {ncpus} lines of use"
+                        f" {kind} in a row"
+                    )
+        nlines = max(line.number for line in lines) + 1
+        most = _FLOW_LINES.get(self.flow, _core.NLINES)
+        if nlines > most:
+            raise ValueError(f"{self.name}: flow {self.flow} has lines 0 to {most - 1}")
         return {
             "name": self.name,
             "flow": _core.FLOWS.index(self.flow),
-            "nlines": max(line.number for line in lines) + 1,
+            "nlines": nlines,
             "call_single": first.get("call_single", first["call"]),
             "call": first["call"],
             "reschedule": first["reschedule"],
@@ -180,6 +216,37 @@ class Chip:
                 for row in self.rows
             ],
         }
+
+    def _check_description(self) -> list[str]:
+        """Return the labels of its rows. ``ValueError`` for what the core can not."""
+        for what in ("name", "flow"):
+            if not isinstance(getattr(self, what, None), str):
+                raise ValueError(f"{type(self).__name__} has no {what}: a string")
+        if not 0 < len(self.name.encode()) <= _NAME_MAX:
+            raise ValueError(f"{self.name!r}: a name has 1 to {_NAME_MAX} characters")
+        if self.flow not in _core.FLOWS:
+            raise ValueError(
+                f"{self.name}: no flow {self.flow!r}; there are"
+                f" {', '.join(_core.FLOWS)}"
+            )
+        if self.banked and self.flow != "sgi":
+            raise ValueError(f"{self.name}: only flow sgi can be banked")
+        if len(self.rows) > _core.NROWS:
+            raise ValueError(f"{self.name}: {_core.NROWS} rows are the most")
+        labels = [row.label for row in self.rows]
+        for row in self.rows:
+            if not 0 < len(row.label.encode()) <= _LABEL_MAX:
+                raise ValueError(
+                    f"{self.name}: row {row.label!r}: a label has 1 to {_LABEL_MAX}"
+                    " characters"
+                )
+            if labels.count(row.label) > 1:
+                raise ValueError(f"{self.name}: row {row.label!r} is there twice")
+            if row.counter is not None and row.counter not in _core.COUNTERS:
+                raise ValueError(
+                    f"{self.name}: row {row.label}: no counter {row.counter!r}"
+                )
+        return labels
 
     def ipi_lines(self, ncpus: int) -> Sequence[int]:
         """Return the lines for IPI domains, in the order in which to take them."""
