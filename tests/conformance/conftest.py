@@ -138,7 +138,7 @@ def acked() -> Callable[..., Verdict]:
 
 @pytest.fixture
 def settle(eventually: Callable[..., float]) -> Callable[..., None]:
-    """`settle(look, wanted)`: until it is so, and 20 ms for what should not come."""
+    """`settle(look, wanted)`: until it is so, and 5 ms for what should not come."""
 
     def wait(look: Callable[[], Any], wanted: Any, seconds: float = 5.0) -> None:
         def same() -> bool:
@@ -147,7 +147,7 @@ def settle(eventually: Callable[..., float]) -> Callable[..., None]:
         end = time.monotonic() + seconds
         while not same() and time.monotonic() < end:
             time.sleep(0.001)
-        time.sleep(0.02)
+        time.sleep(0.005)
         assert np.array_equal(look(), wanted), f"{look()}, and not {wanted}"
 
     return wait

@@ -199,12 +199,14 @@ def test_smptest(cluster):
 
     def task():
         me = smp.smp_processor_id()
+        at_return = []
         for cpu in range(NCPUS):
             smp.smp_call_function_single(cpu, handler, me)
-            assert ran[me, cpu] == cpu
+            at_return.append(int(ran[me, cpu]))
+        return at_return
 
     for sender in range(NCPUS):
-        cluster.run(task, cpus=[sender])
+        assert cluster.run(task, cpus=[sender]) == [list(range(NCPUS))]
     assert ran.tolist() == [list(range(NCPUS))] * NCPUS
     ran[:] = -1
     cluster.smp.on_each_cpu(handler, 0)
@@ -430,9 +432,8 @@ def test_handlers(cluster, lines, settle, put, state):
     python[:], native[:] = 0, 0
 
     def handler(_):
-        assert smp.in_hardirq()
-        assert smp.irqs_disabled()
-        python[smp.smp_processor_id()] += 1
+        # No assert where a CPU runs it: pytest's need all of pytest there.
+        python[smp.smp_processor_id()] += smp.in_hardirq() and smp.irqs_disabled()
 
     wanted = lines(cluster)
     by_python = wanted.request_all(handler, which=0)[2]
@@ -552,7 +553,8 @@ def test_nmis_of_two_senders_are_two(cluster, on_nmi, settle, held):
             irq.chip().send_nmi(3)
             end = time.monotonic() + 5
             while n[0] < 2 * (turn + 1):
-                assert time.monotonic() < end, f"round {turn}: {n[0]} NMIs"
+                if time.monotonic() > end:
+                    raise TimeoutError(f"round {turn}: {n[0]} NMIs")
 
     def both():
         me = smp.smp_processor_id()
@@ -578,8 +580,7 @@ def test_interrupts_off_hold_up_no_real_nmi(cluster, on_nmi, held, settle, handl
     n[:] = 0
 
     def count(_):
-        assert smp.in_nmi()
-        n[0] += 1
+        n[0] += smp.in_nmi()
 
     on_nmi(smp.NativeHandler("count") if handler == "native" else count, n)
     task = held(cluster, 2, lambda: None, lambda: int(n[0]))
