@@ -284,8 +284,8 @@ class Firmware:
         for pid in self.find_dead():
             number = self.coprocessors.pop(pid, None)
             if number is not None:
+                os.waitpid(pid, 0)  # first: who sees its place free finds no process
                 self.machine.coproc_set(number, 0, 0)
-                os.waitpid(pid, 0)
                 continue
             self.unreaped.add(pid)
             self.bury(pid)
