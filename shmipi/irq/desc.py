@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import TYPE_CHECKING, Any, Final
@@ -301,9 +301,9 @@ class IrqTable:
     # ---- lines ----------------------------------------------------------------------
 
     def irq_lines(self) -> tuple[int, ...]:
-        """Return the controller's lines that are free for IPI domains."""
+        """Return the controller's lines for IPI domains, in the order to take them."""
         if self._lines is None:
-            self._lines = irq_lines(self.chip, self.machine.ncpus)
+            self._lines = tuple(self.chip.ipi_lines(self.machine.ncpus))
         return self._lines
 
     def line_is_free(self, line: int) -> bool:
@@ -526,16 +526,6 @@ class IrqTable:
     def drop_domain(self, index: int) -> None:
         """Remove a domain's record; the lock is held."""
         self._store("domain_used", index, 0)
-
-
-def irq_lines(chip: Chip, ncpus: int) -> tuple[int, ...]:
-    """Return a chip's lines for IPI domains, in the order in which to take them."""
-    own: Callable[[int], Iterable[Any]] | None = getattr(chip, "ipi_lines", None)
-    if own is None:
-        found = [line.number for line in chip.lines(ncpus) if line.use == "irq"]
-    else:
-        found = [int(getattr(line, "number", line)) for line in own(ncpus)]
-    return tuple(found)
 
 
 def _words(members: Any, count: int) -> NDArray[np.uint64]:

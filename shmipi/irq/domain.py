@@ -44,7 +44,6 @@ from shmipi.irq.desc import (
     INVALID_HWIRQ,
     IrqData,
     IrqTable,
-    irq_lines,
 )
 
 __all__ = [
@@ -242,16 +241,16 @@ class IrqDomain:
         return CpuMask.full(1 if self.is_coprocessor else self.table.machine.ncpus)
 
     def hwirqs(self) -> list[int]:
-        """Return the hwirqs that it may give out, taken or not, least first."""
+        """Return the hwirqs that it may give out, taken or not, in that order."""
         if self.is_coprocessor:
             return [0]
-        lines = set(self.own)
         parent = self.parent
-        if not lines:
-            lines = set(parent.hwirqs() if parent else self.table.irq_lines())
-        for child in self.children:
-            lines -= child.own
-        return sorted(lines)
+        if self.own:
+            lines: Iterable[int] = sorted(self.own)
+        else:
+            lines = parent.hwirqs() if parent else self.table.irq_lines()
+        others = frozenset[int]().union(*(child.own for child in self.children))
+        return [line for line in lines if line not in others]
 
     def free_hwirqs(self) -> list[int]:
         """Return those of them that no irq has, in the order in which to take them.
@@ -497,7 +496,7 @@ class _Reader:
 def check_tree(nodes: Iterable[DomainNode], chip: Chip, ncpus: int) -> None:
     """Raise ``DeviceTreeError`` for nodes that ``chip`` cannot have."""
     seen: dict[str, DomainNode] = {}
-    lines_of: dict[str | None, set[int]] = {None: set(irq_lines(chip, ncpus))}
+    lines_of: dict[str | None, set[int]] = {None: set(chip.ipi_lines(ncpus))}
     default = ""
     for node in nodes:
         if node.name in seen or node.name in (root_name(chip), "root"):

@@ -365,26 +365,27 @@ class IpiCalls:
     ) -> tuple[int, list[int]]:
         """The block's first CPU and its hwirqs. ``IrqError`` EBUSY, EINVAL."""
         free = domain.free_hwirqs()
+        first, last = cpus.first or 0, cpus.last or 0
         if wanted is not None:
             if wanted not in domain.hwirqs():
                 raise IrqError(
                     f"hwirq {wanted} is not domain {domain.name}'s",
                     domain=domain.name,
                 )
-            free = sorted(line for line in free if line >= wanted)
+            # That one first, or none at all.
+            free = free[free.index(wanted) :] if wanted in free else []
         if not domain.is_per_cpu:
-            if free and wanted in (None, free[0]):
-                return (0 if domain.is_coprocessor else cpus.first or 0), [free[0]]
+            if free:
+                return first, free[:1]
             raise self._busy(domain, 1, wanted)
-        first, last = cpus.first or 0, cpus.last or 0
         if domain.mapping == "block":
-            taken = set(free)
-            for base in free if wanted is None else [wanted]:
+            left = set(domain.free_hwirqs())
+            for base in free[:1] if wanted is not None else free:
                 block = list(range(base, base + cpus.weight))
-                if taken.issuperset(block):
+                if left.issuperset(block):
                     return first, block
             raise self._busy(domain, cpus.weight, wanted)
-        if len(free) < cpus.weight or wanted not in (None, free[0]):
+        if len(free) < cpus.weight:
             raise self._busy(domain, cpus.weight, wanted)
         lines = iter(free)
         return first, [
@@ -398,8 +399,8 @@ class IpiCalls:
             text = f"domain {domain.name} has no {count} hwirqs{row} left"
         else:
             text = (
-                f"of the {count} hwirqs from {wanted} on of domain {domain.name} some"
-                " are reserved already"
+                f"domain {domain.name}: of the {count} hwirqs from {wanted} on some are"
+                " reserved already, or not its own"
             )
         owner = None
         if wanted is not None and not domain.is_coprocessor:

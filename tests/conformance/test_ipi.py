@@ -113,7 +113,7 @@ def test_the_ipi_domain_is_the_controllers_child(rig):
     assert (root.is_ipi, child.is_ipi) == (False, True)
     assert rig.irq.domain("root") == rig.irq.root == root
     assert rig.irq.domain({"interrupt-parent": child.name}) == child
-    assert child.hwirqs() == root.hwirqs() == list(rig.irq.table.irq_lines())
+    assert child.hwirqs() == root.hwirqs() == rig.cluster.chip.ipi_lines(NCPUS)
     assert child.mapping == ("block" if rig.routed else "single")
 
 
@@ -642,6 +642,36 @@ def test_a_stopped_holder_is_waited_for(boot, monkeypatch):
         os.kill(pid, signal.SIGCONT)
     rig.machine.collect(call, 1, 5.0)
     rig.reserve(None, "0")
+
+
+def test_a_cpu_goes_offline_after_it_has_let_go(boot, background):
+    """A task that stands still while its CPU is offline does not hold the lock."""
+    cluster = boot(2, idle="halt")
+    at = cluster.shared("at", "i8", 1)
+
+    def hold(at):
+        from shmipi import irq
+
+        with irq.irq().table.locked():
+            at[0] = 1
+            end = time.monotonic() + 0.3
+            while time.monotonic() < end:
+                pass
+        at[0] = 2
+        while at[0] == 2:
+            time.sleep(0.001)
+
+    call = cluster._machine.post(1, hold, (at,), None, True)
+    while not at[0]:
+        time.sleep(0.001)
+    offline = background(cluster.offline, 1)
+    start = time.monotonic()
+    cluster.irq.irq_reserve_ipi(None, "0")
+    assert 0.1 < time.monotonic() - start < 3
+    offline.end()
+    at[0] = 3
+    cluster.online(1)
+    cluster._machine.collect(call, 1, 5.0)
 
 
 def stopped(pid):
