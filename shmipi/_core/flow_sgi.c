@@ -160,15 +160,6 @@ static bool sgi_pending(const struct shi_machine *m, uint32_t cpu)
     return deliverable(m, cpu) != SHI_NO_LINE;
 }
 
-static void sgi_clear(struct shi_self *self, uint32_t cpu, uint32_t line)
-{
-    struct shi_machine *m = self->m;
-    if (m->chip.banked) /* GICD_CPENDSGIRn, all senders */
-        shi_fetch_and_full(&shi_pic(m, cpu)->bank[line / 8], ~(0xffull << (8 * (line % 8))));
-    else
-        shi_fetch_and_full(&shi_slot(m, cpu)->irr[0], ~(1ull << line));
-}
-
 static void sgi_reset(const struct shi_machine *m, uint32_t cpu)
 {
     struct shi_pic *pic = shi_pic(m, cpu);
