@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from shmipi import _core
 from shmipi.cpumask import CpuMask
-from shmipi.errors import ClusterStateError, IpiTimeoutError, IrqError
+from shmipi.errors import ClusterStateError, IpiTimeoutError, IrqError, LayoutError
 from shmipi.irq.chips.base import Chip
 
 if TYPE_CHECKING:
@@ -317,7 +317,10 @@ class IrqTable:
     # ---- descriptors ----------------------------------------------------------------
 
     def lookup(self, virq: int) -> IrqDesc | None:
-        """Return the descriptor of ``virq``, or None when there is no such irq."""
+        """Return the descriptor of ``virq``, or None when there is no such irq.
+
+        ``LayoutError`` for one that is damaged.
+        """
         if isinstance(virq, bool) or not isinstance(virq, int | np.integer):
             raise TypeError(f"a virq is an integer, not {virq!r}")
         virq = int(virq)
@@ -330,6 +333,8 @@ class IrqTable:
         if domain is None:
             return None
         base, count = row["ipi_base"], row["ipi_nr"]
+        if not 0 < base <= virq < base + count <= NR_IRQS:
+            raise LayoutError(f"the descriptor of irq {virq} is damaged: its block")
         return IrqDesc(
             table=self,
             irq=virq,

@@ -269,11 +269,26 @@ def test_it_is_no_cpu(boot):
     assert len(cluster.cpus) == 1
 
 
-def test_it_ends_with_the_machine(started):
-    cluster, dsp, _ = started
+def test_it_ends_with_the_machine(boot):
+    cluster = boot(1, idle="halt")
+    up = cluster.shared("up", "i8", 2)
+
+    def patient(mailbox, up):
+        from shmipi.irq import coprocessor
+
+        coprocessor._LOOK_S = 60.0
+        up[0] = 1
+        try:
+            mailbox.wait()
+        finally:
+            up[1] = 1
+
+    dsp = cluster.irq.add_coprocessor("dsp", patient, up)
+    wait(lambda: up[0])
     start = time.monotonic()
     cluster.shutdown()
     assert time.monotonic() - start < 1.5  # not by the grace's end: it was told
+    assert up[1]
     assert not exists(dsp.pid)
     assert not dsp.alive
     assert dsp.join(0)

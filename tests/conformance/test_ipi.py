@@ -10,7 +10,7 @@ import pytest
 
 import shmipi
 from shmipi import ClusterStateError, CpuMask, _core, smp
-from shmipi.errors import DeviceTreeError, IrqError
+from shmipi.errors import DeviceTreeError, IrqError, LayoutError
 from shmipi.irq import (
     INVALID_HWIRQ,
     NR_IRQS,
@@ -250,6 +250,24 @@ def test_no_descriptors_are_left(rig):
         used[1 : NR_IRQS - 1] = 0
 
 
+@KINDS
+def test_a_damaged_descriptor_is_an_error(rig):
+    virq = rig.reserve(None, "0-1")
+    for field, value in (("ipi_nr", 0), ("ipi_nr", 1 << 31), ("ipi_base", virq + 1)):
+        record = rig.irq.table._desc[field]
+        was, record[virq] = int(record[virq]), value
+        for call in (rig.irq.irq_to_desc, rig.irq.irq_send_ipi_all):
+            with pytest.raises(LayoutError, match=f"irq {virq} is damaged"):
+                call(virq)
+        record[virq] = was
+    rig.irq.irq_send_ipi_all(virq)
+    # A lock that is taken with nonsense to undo frees what there is, and no more.
+    rig.machine.pic_write(0, "undo", 0, 0xFFFFFFFF_FFFFFFFF)
+    rig.machine.irq_request(virq, COUNT, None)
+    assert rig.reserve(None, "0") > virq
+    assert rig.irq.irq_to_desc(virq) is not None
+
+
 # ---- destroying ----------------------------------------------------------------------
 
 
@@ -322,6 +340,26 @@ def test_what_was_sent_before_is_not_the_next_ones(rig):
     rig.settles(0, 0, 0, 0)
     rig.irq.irq_send_ipi_all(again)
     rig.settles(1, 1, 1, 1)
+
+
+def test_a_line_is_nobodys_before_and_after(rig):
+    """What the hardware does to a line that no irq has reaches no irq."""
+    virq = rig.reserve(None, "0-3")
+    lines = [rig.irq.ipi_get_hwirq(virq, cpu) for cpu in range(NCPUS)]
+    rig.irq.enable_percpu_irq(virq)
+    rig.irq.irq_destroy_ipi(virq)
+
+    def others():
+        return int(rig.cluster.counters()["irq_other"].sum())
+
+    before = others()
+    for cpu, line in enumerate(lines):
+        rig.cluster.chip.raise_line(line, cpu)
+    time.sleep(0.02)
+    assert others() == before
+    assert rig.counting(None, "0-3") == virq
+    assert [rig.irq.ipi_get_hwirq(virq, cpu) for cpu in range(NCPUS)] == lines
+    rig.settles(0, 0, 0, 0)
 
 
 # ---- sending -------------------------------------------------------------------------
@@ -647,7 +685,7 @@ def test_a_stopped_holder_is_waited_for(boot, monkeypatch):
 def test_a_cpu_goes_offline_after_it_has_let_go(boot, background):
     """A task that stands still while its CPU is offline does not hold the lock."""
     cluster = boot(2, idle="halt")
-    at = cluster.shared("at", "i8", 1)
+    at = cluster.shared("at", "i8", 2)
 
     def hold(at):
         from shmipi import irq
@@ -657,8 +695,7 @@ def test_a_cpu_goes_offline_after_it_has_let_go(boot, background):
             end = time.monotonic() + 0.3
             while time.monotonic() < end:
                 pass
-        at[0] = 2
-        while at[0] == 2:
+        while not at[1]:
             time.sleep(0.001)
 
     call = cluster._machine.post(1, hold, (at,), None, True)
@@ -669,7 +706,7 @@ def test_a_cpu_goes_offline_after_it_has_let_go(boot, background):
     cluster.irq.irq_reserve_ipi(None, "0")
     assert 0.1 < time.monotonic() - start < 3
     offline.end()
-    at[0] = 3
+    at[1] = 1
     cluster.online(1)
     cluster._machine.collect(call, 1, 5.0)
 
