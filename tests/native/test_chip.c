@@ -80,7 +80,10 @@ static void describe(struct shi_chip *chip, enum shi_flow_kind flow, bool banked
     chip->per_cpu = flow == SHI_FLOW_SHARED;
     if (chip->per_cpu)
         chip->reschedule = CPUS;
-    chip->nlines = flow == SHI_FLOW_VECTOR ? 256 : flow == SHI_FLOW_SGI ? 16 : 31;
+    chip->nlines = flow == SHI_FLOW_VECTOR ? 256
+                   : flow == SHI_FLOW_SGI  ? 16
+                   : flow == SHI_FLOW_ESB  ? SHI_ESB_LINES
+                                           : 31;
     for (i = 0; i < chip->nlines; i++)
         chip->use[i] = i >= 8 ? SHI_USE_IRQ : SHI_USE_NONE;
     for (i = 0; i < (chip->per_cpu ? CPUS : 1u); i++) {
@@ -119,15 +122,20 @@ static void storm(enum shi_flow_kind flow, bool banked, enum shi_idle idle)
         line = line_of_cpu[i] = flow == SHI_FLOW_SHARED   ? 10 + i
                                      : flow == SHI_FLOW_VECTOR ? 0x29
                                                                : 9;
-        shi_store_relaxed(&area->route[line], i + 1);
         shi_store_relaxed(&area->line_virq[line], VIRQ);
     }
     CHECK(shi_irq_trylock(&rig.host) == 0);
     CHECK(shi_irq_trylock(&rig.firmware) == -EAGAIN);
     shi_irqdesc_set_native(shi_irqdesc(&rig.m, VIRQ), (uint32_t)native, SHI_K_NONE, 0);
     shi_irq_unlock(&rig.host);
-    for (i = 0; i < CPUS; i++)
+    for (i = 0; i < CPUS; i++) {
+        if (flow == SHI_FLOW_SHARED) {
+            uint32_t calls[] = {chip.call + i, chip.reschedule + i, line_of_cpu[i]}, n;
+            for (n = 0; n < 3; n++)
+                shi_chip_route(&rig.host, calls[n], i);
+        }
         shi_chip_enable(&rig.host, i, line_of_cpu[i], true);
+    }
     for (burst = 0; burst < BURSTS; burst++) {
         for (i = 0; i < SENDERS; i++)
             CHECK(pthread_create(&threads[i], NULL, sender,
