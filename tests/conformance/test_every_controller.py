@@ -146,7 +146,7 @@ class Own(Chip):
 
 
 @pytest.mark.parametrize("flow", ["vector", "mailbox", "mux", "sgi", "esb"])
-def test_an_own_controller_over_each_flow(boot, flow, settle):
+def test_an_own_controller_over_each_flow(boot, flow, settle, eventually):
     class Mine(Own):
         name = f"mine-{flow}"
 
@@ -156,6 +156,7 @@ def test_an_own_controller_over_each_flow(boot, flow, settle):
     cluster = boot(2, controller=Mine, idle="halt")
     assert cluster.controller == f"mine-{flow}"
     assert cluster.call(1, smp.smp_processor_id) == 1
+    eventually(lambda: cluster.cpus[1].state == "halted")  # else it would be elided
     cluster.smp.smp_send_reschedule(1)
     rows = cluster._counters.interrupts
     settle(lambda: sum(counts[1] for _, _, counts in rows()), 2)
