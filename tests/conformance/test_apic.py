@@ -137,10 +137,24 @@ def on(where, cpu, func, *args):
     return where.run(func, *args, cpus=[cpu])[0]
 
 
+# No assert and no pytest.raises where a CPU runs it: they need all of pytest there.
+
+
 def until(condition, seconds=5.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        if time.monotonic() > end:
+            raise TimeoutError("it did not happen")
+        time.sleep(0)
+
+
+def refusal(func, *args):
+    """Return the errno and the words of the IrqError that it raises, or None."""
+    try:
+        func(*args)
+    except IrqError as error:
+        return error.errno, str(error)
+    return None
 
 
 def asleep(where, eventually):
@@ -234,13 +248,14 @@ def test_self_ipi_is_taken_exactly_once(either, on_vector):
         ]
         if chip.x2apic:
             ways.append(lambda: chip.write(APIC_SELF_IPI, VECTOR))
+        seen = []
         for turn in range(200):
             ways[turn % len(ways)]()
             until(lambda turn=turn: n[0] != turn)
-            assert n[0] == turn + 1
-        return chip.read_irr(me), chip.read_isr(me)
+            seen.append(int(n[0]))
+        return seen, chip.read_irr(me), chip.read_isr(me)
 
-    assert on(either, 1, task) == (0, 0)
+    assert on(either, 1, task) == (list(range(1, 201)), 0, 0)
     assert n[0] == 200
 
 
@@ -471,8 +486,8 @@ def entries(log):
     return log[1 : 1 + log[0]].tolist()
 
 
-def test_two_pending_vectors_are_delivered_highest_first(cluster, on_vector, log):
-    for vector in (32, 33):
+def test_pending_vectors_are_delivered_highest_first(cluster, on_vector, log):
+    for vector in (32, 33, 0x90):
         on_vector(cluster, vector, noting(log, vector))
 
     def task():
@@ -481,6 +496,7 @@ def test_two_pending_vectors_are_delivered_highest_first(cluster, on_vector, log
         alone = entries(log)
         smp.local_irq_disable()
         chip.apic_send_IPI_self(32)
+        chip.apic_send_IPI_self(0x90)
         chip.apic_send_IPI_self(33)
         pending = chip.read_irr(1)
         held = entries(log)
@@ -490,8 +506,8 @@ def test_two_pending_vectors_are_delivered_highest_first(cluster, on_vector, log
     alone, held, pending, vectors = on(cluster, 1, task)
     assert alone == [33]
     assert held == [33], "interrupts are off"
-    assert pending == 1 << 32 | 1 << 33
-    assert vectors == [33, 33, 32]
+    assert pending == 1 << 32 | 1 << 33 | 1 << 0x90
+    assert vectors == [33, 0x90, 33, 32]
 
 
 def test_tpr_holds_a_class_back_and_lets_the_higher_through(cluster, on_vector, log):
@@ -615,18 +631,27 @@ def test_eoi_leaves_a_higher_vector_alone_that_waits_for_python(
         go[0] = 1
         end = time.monotonic() + 20
         while not go[1] and time.monotonic() < end:
-            sum(range(1_000_000))
-        return entries(log)
+            sum(range(5_000_000))
 
     thread = background(on, cluster, 1, task)
     eventually(lambda: go[0])
+    chip, both = cluster.chip, []
+
+    def ended():
+        if chip.read_isr(1) == 1 << low | 1 << high and not log[0]:
+            both.append(True)
+        return log[0] == 4
+
     try:
-        for _ in range(5):
+        while not both:
             log[:] = 0
-            cluster.chip.write_icr(low, 1)
-            cluster.chip.write_icr(high, 1)
-            eventually(lambda: log[0] == 4 and not cluster.chip.read_isr(1))
+            chip.write_icr(low, 1)
+            eventually(lambda: chip.read_isr(1) or log[0])
+            chip.write_icr(high, 1)
+            eventually(ended)
+            eventually(lambda: not chip.read_isr(1))
             assert entries(log) in ([low, low, high, high], [high, high, low, low])
+            assert thread.is_alive(), "they were never both taken and put off"
     finally:
         go[1] = 1
     thread.end(10)
@@ -743,14 +768,12 @@ def test_two_nmi_senders_two_nmis(cluster, on_nmi):
         chip, me = this_chip(), smp.smp_processor_id()
         for turn in range(1, rounds + 1):
             at[me] = turn
-            while at[2 - me] < turn:
-                time.sleep(0)
+            until(lambda turn=turn: at[2 - me] >= turn)
             chip.apic_send_IPI(1, apic.NMI_VECTOR)
-            while n[0] < 2 * turn:
-                time.sleep(0)
-            assert n[0] == 2 * turn
+            until(lambda turn=turn: n[0] >= 2 * turn)
+        return int(n[0])
 
-    cluster.run(task, cpus=[0, 2])
+    assert max(cluster.run(task, cpus=[0, 2])) == 2 * rounds
     smp_call = cluster.smp.smp_call_function_single
     smp_call(1, smp.NativeHandler("noop"))
     assert n[0] == 2 * rounds
@@ -863,6 +886,7 @@ def test_init_and_startup_at_once(boot, eventually):
         eventually(lambda number=number: is_up(cluster, 1, number))
         assert cluster.chip.startup_address(1) == number << 12
     assert cluster.call(1, abs, -3) == 3
+    cluster.chip.write_icr(INIT, 2)  # a machine can end with a CPU in reset
 
 
 def test_a_cpu_resets_others_and_itself(boot, eventually):
@@ -996,11 +1020,10 @@ def test_vectors_below_16_are_illegal(either):
             return chip.read_register(APIC_ESR)
 
         esr()
-        with pytest.raises(IrqError):
-            chip.write_icr(APIC_DEST_SELF | 3)
-        return chip.read_register(APIC_ESR), esr(), esr()
+        refused = refusal(chip.write_icr, APIC_DEST_SELF | 3)
+        return refused[0], chip.read_register(APIC_ESR), esr(), esr()
 
-    assert on(either, 1, task) == (0, APIC_ESR_SENDILL, 0)
+    assert on(either, 1, task) == (errno.EINVAL, 0, APIC_ESR_SENDILL, 0)
 
 
 @pytest.mark.parametrize(
@@ -1032,21 +1055,12 @@ def test_destinations_that_do_not_fit_an_xapic(cluster):
 
 
 def test_registers_that_are_not_there(cluster, x2apic):
-    def refused(chip, action, register, value=None):
-        args = (register,) if value is None else (register, value)
-        with pytest.raises(IrqError) as caught:
-            getattr(chip, action)(*args)
-        return caught.value.errno == errno.EINVAL and hex(register) in str(caught.value)
+    def task(accesses):
+        return [refusal(getattr(this_chip(), name), *args) for name, *args in accesses]
 
-    def task(registers):
-        chip = this_chip()
-        return [refused(chip, *what) for what in registers]
-
-    assert all(
-        on(
+    for where, accesses in (
+        (
             cluster,
-            1,
-            task,
             [
                 ("write", APIC_SELF_IPI, VECTOR),
                 ("write", APIC_LDR, 1 << 24),
@@ -1054,35 +1068,32 @@ def test_registers_that_are_not_there(cluster, x2apic):
                 ("read_register", APIC_EOI),
                 ("read_register", 0x204),
             ],
-        )
-    )
-    assert all(
-        on(
+        ),
+        (
             x2apic,
-            1,
-            task,
             [
                 ("write", APIC_ICR2, 1 << 24),
                 ("write", apic.APIC_DFR, 0),
                 ("read_register", apic.APIC_DFR),
                 ("read_register", APIC_ICR2),
             ],
-        )
-    )
-
-    def values():
-        chip = this_chip()
-        for register, value in (
-            (APIC_EOI, 1),
-            (APIC_ESR, 1),
-            (APIC_SELF_IPI, 0x100),
-            (apic.APIC_TASKPRI, 0x100),
-            (APIC_ICR, 1 << 64),
-        ):
-            with pytest.raises(IrqError, match="can not take"):
-                chip.write(register, value)
-
-    on(x2apic, 1, values)
+        ),
+    ):
+        for access, refused in zip(accesses, on(where, 1, task, accesses), strict=True):
+            assert refused, access
+            assert refused[0] == errno.EINVAL
+            assert f"no register {access[1]:#x}" in refused[1]
+    values = [
+        ("write", APIC_EOI, 1),
+        ("write", APIC_ESR, 1),
+        ("write", APIC_SELF_IPI, 0x100),
+        ("write", apic.APIC_TASKPRI, 0x100),
+        ("write", APIC_ICR, 1 << 64),
+    ]
+    for access, refused in zip(values, on(x2apic, 1, task, values), strict=True):
+        assert refused, access
+        assert refused[0] == errno.EINVAL
+        assert "can not take" in refused[1]
 
 
 def test_registers_by_offset(cluster, x2apic, counted):
@@ -1142,8 +1153,8 @@ def test_another_controller_has_no_apic(boot):
     cluster = boot(1, idle="halt", controller="riscv")
 
     def task():
-        with pytest.raises(IrqError, match="no local APIC") as caught:
-            apic.__apic_send_IPI(0, VECTOR)
-        return caught.value.errno
+        return refusal(apic.__apic_send_IPI, 0, VECTOR)
 
-    assert on(cluster, 0, task) == errno.EINVAL
+    code, words = on(cluster, 0, task)
+    assert code == errno.EINVAL
+    assert "no local APIC" in words
