@@ -5,6 +5,8 @@ the kernel's xapic_ipi_test. Only what ``Chip`` has is used: a controller of one
 can be put to the same tests by adding it to CONTROLLERS.
 """
 
+import concurrent.futures
+import contextlib
 import os
 import signal
 import time
@@ -12,7 +14,7 @@ import time
 import pytest
 
 import shmipi
-from shmipi import irq, smp
+from shmipi import _core, irq, smp
 from shmipi.irq.chips import CHIPS, Chip, Line, Row
 
 NCPUS = 4
@@ -50,30 +52,21 @@ def counting(cluster, lines, taken):
 
 
 @pytest.fixture
-def put(cluster, background, eventually):
+def put(cluster, eventually):
     """`put(cpu, state)`: make it halted, polling or running."""
-    flag = cluster.shared("put", "i8", 1)
-    tasks, polling = [], []
+    polling = []
+    with contextlib.ExitStack() as stack:
 
-    def spin():
-        end = time.monotonic() + 30
-        while not flag[0] and time.monotonic() < end:
-            pass
+        def start(cpu, state):
+            if state == "running":
+                stack.enter_context(spinning(cluster, cpu))
+            elif state == "polling":
+                cluster._machine.set_idle(cpu, POLL)
+                polling.append(cpu)
+                cluster.call(cpu, int)
+            eventually(lambda: cluster.cpus[cpu].state == state)
 
-    def start(cpu, state):
-        flag[0] = 0
-        if state == "running":
-            tasks.append(background(lambda: cluster.run(spin, cpus=[cpu])))
-        elif state == "polling":
-            cluster._machine.set_idle(cpu, POLL)
-            polling.append(cpu)
-            cluster.call(cpu, int)
-        eventually(lambda: cluster.cpus[cpu].state == state)
-
-    yield start
-    flag[0] = 1
-    for task in tasks:
-        task.end()
+        yield start
     for cpu in polling:
         cluster._machine.set_idle(cpu, HALT)
         cluster.call(cpu, int)
@@ -321,6 +314,41 @@ def test_a_masked_line_fires_once_on_unmask(
     cluster.chip.mask_line(line, 2)
     cluster.chip.unmask_line(line, 2)
     settle(lambda: taken[:, 0], [0, 0, 1, 0])
+
+
+def test_no_line_is_lost_while_its_mask_goes_up_and_down(cluster, lines):
+    """A sender looks at the mask after its store, who unmasks at the line after his."""
+    rounds = 300
+    n = cluster.shared("toggled", "i8", 4)
+    n[:] = 0
+    line = lines(cluster).request_all(smp.NativeHandler("count"), n)[1]
+
+    def toggle():
+        chip = irq.chip()
+        while not n[2]:
+            chip.mask_line(line, 1)
+            chip.unmask_line(line, 1)
+            n[3] += 1
+
+    def send():
+        chip = irq.chip()
+        try:
+            for turn in range(1, rounds + 1):
+                chip.raise_line(line, 1)
+                end = time.monotonic() + 5
+                while n[0] < turn:
+                    if time.monotonic() > end:
+                        return turn
+            return rounds
+        finally:
+            n[2] = 1
+
+    def task():
+        return send() if smp.smp_processor_id() == 0 else toggle()
+
+    assert cluster.run(task, cpus=[0, 2]) == [rounds, None]
+    assert n[0] == rounds
+    assert n[3] > 1
 
 
 def test_a_cpu_unmasks_its_own_line(cluster, counting, taken):
@@ -635,7 +663,73 @@ def test_a_line_to_an_offline_cpu_is_lost(cluster, counting, taken, settle):
 
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
-def test_a_killed_cpu_comes_back_clean(boot, lines, settle, eventually, controller):
+def test_a_sender_that_dies_before_it_rings(boot, lines, settle, controller):
+    """The line is there already: somebody rings for it, and it is taken, once."""
+    cluster = boot(3, controller=controller, idle="halt", steps=True)
+    n = cluster.shared("orphans", "i8", 1)
+    line = lines(cluster).request_all(smp.NativeHandler("count"), n)[1]
+    sent = 0
+
+    def run_into(who, step, send):
+        cluster._machine.arm_step(who, step, _core.STEP_KILL)
+        future = cluster.submit(0, send)
+        settle(lambda: cluster.cpus[who].state, "dead")
+        return future
+
+    def send_line():
+        irq.chip().raise_line(line, 1)
+
+    for state in ("halted", "running"):
+        with contextlib.ExitStack() as stack:
+            if state == "running":
+                stack.enter_context(spinning(cluster, 1))
+            settle(lambda: cluster.cpus[1].state, state)
+            for step in ("raise", "ring", "rung"):
+                future = run_into(0, step, send_line)
+                with pytest.raises(shmipi.CpuDiedError):
+                    future.result(5)
+                sent += 1
+                settle(lambda: n[0], sent)
+                cluster.online(0, timeout=10)
+            nmis = cluster.counters()["nmi"][1]
+            step = "nmi" if real_nmis(cluster.chip) else "raise"
+            with pytest.raises(shmipi.CpuDiedError):
+                run_into(0, step, lambda: irq.chip().send_nmi(1)).result(5)
+            settle(lambda: cluster.counters()["nmi"][1], nmis + 1)
+            cluster.online(0, timeout=10)
+    # The target, with the line in its hand.
+    run_into(1, "line", send_line).result(5)
+    cluster.online(1, timeout=10)
+    settle(lambda: n[0], sent)
+    assert (cluster.chip.pending_lines(1), cluster.chip.in_service(1)) == ([], [])
+    cluster.chip.raise_line(line, 1)
+    settle(lambda: n[0], sent + 1)
+
+
+@contextlib.contextmanager
+def spinning(cluster, cpu):
+    """A task that keeps a CPU running."""
+    flag = cluster.shared("spinning", "i8", 1)
+    flag[0] = 0
+
+    def spin():
+        end = time.monotonic() + 20
+        while not flag[0] and time.monotonic() < end:
+            pass
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        done = pool.submit(cluster.run, spin, cpus=[cpu])
+        try:
+            yield
+        finally:
+            flag[0] = 1
+        done.result(10)
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_a_killed_cpu_comes_back_clean(
+    boot, lines, settle, eventually, held, controller
+):
     """Whatever was pending, masked or in service there is not any more."""
     cluster = boot(2, controller=controller, idle="halt")
     wanted, chip = lines(cluster), cluster.chip
@@ -674,9 +768,12 @@ def test_a_killed_cpu_comes_back_clean(boot, lines, settle, eventually, controll
     chip.raise_line(other, 1)
     before = taken.tolist()
     die()
-    # With interrupts off, and with the line masked.
-    cluster.submit(1, smp.local_irq_disable).result(5)
+    # With interrupts off; one line masked as well.
+    task = held(cluster, 1, lambda: None, lambda: None)
     chip.mask_line(line, 1)
-    chip.raise_line(line, 1)
+    for each in (line, other):
+        chip.raise_line(each, 1)
     before = taken.tolist()
     die(while_masked=True)
+    with pytest.raises(shmipi.CpuDiedError):
+        task.release()

@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -353,6 +354,34 @@ def test_masked_before_it_was_taken_is_spurious(gic, taken, held):
     gic.run(lambda: pmr(irq.chip(), 0xFF), cpus=[2])
     assert got.of(2) == [SGI]
     assert gic.counters()["irq_spurious"][2] == spurious + 1
+
+
+def test_none_is_lost_while_pmr_goes_up_and_down(gic, lines):
+    rounds = 300
+    n = gic.shared("pmr", "i8", 3)
+    n[:] = 0
+    lines(gic).request(SGI, smp.NativeHandler("count"), n)
+
+    def task():
+        chip = irq.chip()
+        if smp.smp_processor_id() == 2:
+            while not n[1]:
+                pmr(chip, GICD_INT_DEF_PRI)
+                pmr(chip, 0xFF)
+            return None
+        try:
+            for turn in range(1, rounds + 1):
+                chip.raise_line(SGI, 2)
+                end = time.monotonic() + 5
+                while n[0] < turn:
+                    if time.monotonic() > end:
+                        return turn
+            return rounds
+        finally:
+            n[1] = 1
+
+    assert gic.run(task, cpus=[0, 2]) == [rounds, None]
+    assert n[0] == rounds
 
 
 def test_system_ipis_have_priorities_too(gic, taken):
