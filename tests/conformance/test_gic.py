@@ -142,7 +142,7 @@ def sgi_broadcast(chip):
     ("send", "to"),
     [(sgi_self, [SENDER]), (sgi_list, [0, 2]), (sgi_broadcast, [0, 2, 3])],
 )
-def test_ipi(gic, taken, settle, acked, send, to):
+def test_ipi(gic, taken, settle, acked, eventually, send, to):
     got = taken(gic)
     before = gic.counters()["chip_writes"][SENDER]
     gic.run(lambda: send(irq.chip()), cpus=[SENDER])
@@ -152,7 +152,7 @@ def test_ipi(gic, taken, settle, acked, send, to):
     assert gic.counters()["chip_writes"][SENDER] == before + 1
     # It came with that number, and is not active any more.
     assert all(iar(gic.chip, cpu) & 0x3FF == SGI for cpu in to)
-    assert all(gic.chip.in_service(cpu) == [] for cpu in range(NCPUS))
+    eventually(lambda: all(gic.chip.in_service(cpu) == [] for cpu in range(NCPUS)))
     assert all(gic.chip.pending_lines(cpu) == [] for cpu in range(NCPUS))
 
 
@@ -279,6 +279,37 @@ def test_it_is_pending_again_while_active_and_taken_once_more(
     n[1] = 0
     settle(lambda: n[0], 3 if gic.chip.banked else 2)
     assert n[3] == (handler == "native")
+
+
+def test_active_while_its_handler_waits_for_the_interpreter(
+    gic, taken, settle, stuck, eventually
+):
+    """Equal priorities wait behind it; a higher one is taken, and runs after it."""
+    got, n = taken(gic), gic.chip
+    free = stuck(gic, 2)
+    prio(n, OTHER, 0x40, 2)
+    while n.in_service(2) != [SGI]:  # the first may come just before it is stuck
+        got.nlog[2] = 0
+        gic.call(SENDER, lambda: irq.chip().raise_line(SGI, 2))
+        eventually(lambda: n.in_service(2) == [SGI] or got.nlog[2])
+    for cpu in (SENDER, 3):  # once more: pending beside active
+        gic.call(cpu, lambda: irq.chip().raise_line(SGI, 2))
+    reschedules = gic.counters()["irq_resched"][2]
+    n.arch_smp_send_reschedule(2)
+    gic.call(SENDER, lambda: irq.chip().raise_line(OTHER, 2))
+    eventually(lambda: n.in_service(2) == [SGI, OTHER])
+    assert n.pending_lines(2) == [0, SGI]
+    assert gic.counters()["irq_resched"][2] == reschedules
+    running = n.gicc_rpr if n.banked else n.icc_rpr_el1
+    assert running(2) == 0x40
+    free()
+    times = [SGI, OTHER, *[SGI] * (2 if n.banked else 1)]
+    settle(lambda: [sgi & 0x3FF for sgi in got.of(2)], times)
+    settle(lambda: gic.counters()["irq_resched"][2], reschedules + 1)
+    if n.banked:
+        assert [sgi >> 10 for sgi in got.of(2)] == [SENDER, SENDER, SENDER, 3]
+    eventually(lambda: n.in_service(2) == [])
+    prio(n, OTHER, GICD_INT_DEF_PRI, 2)
 
 
 def test_highest_priority_first_then_the_least_number(gic, taken, held):
