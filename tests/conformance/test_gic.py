@@ -388,7 +388,7 @@ def test_masked_before_it_was_taken_is_spurious(gic, taken, held):
 
 
 def test_none_is_lost_while_pmr_goes_up_and_down(gic, lines):
-    rounds = 300
+    rounds = 100
     n = gic.shared("pmr", "i8", 3)
     n[:] = 0
     lines(gic).request(SGI, smp.NativeHandler("count"), n)
