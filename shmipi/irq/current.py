@@ -70,6 +70,9 @@ def register(machine: _core.Machine, bound: BoundIrq) -> BoundIrq:
 
 def forget(machine: _core.Machine) -> None:
     """Undo ``register``: the machine has ended."""
+    for known, bound in _known:
+        if known is machine:
+            bound.table.close()
     _known[:] = [known for known in _known if known[0] is not machine]
 
 

@@ -46,9 +46,9 @@ class Counters:
             (_core.SLOT_BYTES, 8),
         )
         self._row_views = row_views(header_of(machine))
-        memory = memoryview(machine)
-        start, size = machine.irq_offset, irq_area_bytes(machine.ncpus)
-        self._irqs = lambda: irq_views(bytes(memory[start : start + size]), self._ncpus)
+        memory, ncpus = memoryview(machine), machine.ncpus
+        start, size = machine.irq_offset, irq_area_bytes(ncpus)
+        self._irqs = lambda: irq_views(bytes(memory[start : start + size]), ncpus)
 
     @classmethod
     def of_rows(
