@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import shmipi
 from shmipi import smp
 from shmipi.irq.chips import Chip
 
@@ -251,3 +252,55 @@ def stuck(
     yield start
     for free in ends:
         free()
+
+
+@pytest.fixture
+def masked(machine: Any, background: Any, eventually: Any) -> Iterator[Any]:
+    """CPU 1 of `machine` runs a task with interrupts disabled; `masked()` ends it.
+
+    `machine` is the module's, with a shared array "go" of four.
+    """
+    go = machine.shared("go", "i8", 4)
+    go[:] = 0
+
+    def task() -> None:
+        smp.local_irq_disable()
+        flag = shmipi.shared("go")
+        flag[0] = 1
+        end = time.monotonic() + 10
+        while not flag[1] and time.monotonic() < end:
+            pass
+        smp.local_irq_enable()
+
+    thread = background(lambda: machine.run(task, cpus=[1]))
+    eventually(lambda: go[0])
+
+    def end() -> None:
+        go[1] = 1
+        thread.end()
+
+    yield end
+    end()
+
+
+@pytest.fixture
+def request_irq(machine: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """`request_irq(handler, info, cpus)`: the module's line FREE has it in a test."""
+    m, kept = machine._machine, []
+    line, virq = request.module.FREE, request.module.VIRQ
+
+    def start(handler: Any, info: Any = None, cpus: Any = (0, 1, 2)) -> None:
+        kept.append(handler)
+        assert m.irq_trylock()
+        m.irq_request(virq, handler, info)
+        m.irq_unlock()
+        m.pic_write(0, "line_virq", line, virq)
+        for cpu in cpus:
+            machine.chip.unmask_line(line, cpu)
+
+    yield start
+    for cpu in range(3):
+        machine.chip.mask_line(line, cpu)
+        machine.chip.clear_line(line, cpu)
+    m.pic_write(0, "line_virq", line, 0)
+    m.irq_free(virq)

@@ -69,54 +69,6 @@ def taken(machine):
     return Taken(machine)
 
 
-@pytest.fixture
-def masked(machine, background, eventually):
-    """CPU 1 runs a task with interrupts disabled; `masked()` ends it."""
-    go = machine.shared("go", "i8", 4)
-    go[:] = 0
-
-    def task():
-        smp.local_irq_disable()
-        flag = shmipi.shared("go")
-        flag[0] = 1
-        end = time.monotonic() + 10
-        while not flag[1] and time.monotonic() < end:
-            pass
-        smp.local_irq_enable()
-
-    thread = background(lambda: machine.run(task, cpus=[1]))
-    eventually(lambda: go[0])
-
-    def end():
-        go[1] = 1
-        thread.end()
-
-    yield end
-    end()
-
-
-@pytest.fixture
-def request_irq(machine):
-    """`request_irq(handler, info, cpus)`: line FREE has a handler for one test."""
-    m, kept = machine._machine, []
-
-    def start(handler, info=None, cpus=(0, 1, 2)):
-        kept.append(handler)
-        assert m.irq_trylock()
-        m.irq_request(VIRQ, handler, info)
-        m.irq_unlock()
-        m.pic_write(0, "line_virq", FREE, VIRQ)
-        for cpu in cpus:
-            machine.chip.unmask_line(FREE, cpu)
-
-    yield start
-    for cpu in range(3):
-        machine.chip.mask_line(FREE, cpu)
-        machine.chip.clear_line(FREE, cpu)
-    m.pic_write(0, "line_virq", FREE, 0)
-    m.irq_free(VIRQ)
-
-
 # ---- mp_ops --------------------------------------------------------------------------
 
 

@@ -56,32 +56,6 @@ def taken(machine):
 
 
 @pytest.fixture
-def masked(machine, background, eventually):
-    """CPU 1 runs a task with interrupts disabled; `masked()` ends it."""
-    go = machine.shared("go", "i8", 4)
-    go[:] = 0
-
-    def task():
-        smp.local_irq_disable()
-        flag = shmipi.shared("go")
-        flag[0] = 1
-        end = time.monotonic() + 10
-        while not flag[1] and time.monotonic() < end:
-            pass
-        smp.local_irq_enable()
-
-    thread = background(lambda: machine.run(task, cpus=[1]))
-    eventually(lambda: go[0])
-
-    def end():
-        go[1] = 1
-        thread.end()
-
-    yield end
-    end()
-
-
-@pytest.fixture
 def request_irq(machine):
     """`request_irq(handler, info, *interrupts)`: give them a handler, unmasked."""
     m, done = machine._machine, []
