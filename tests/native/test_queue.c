@@ -24,7 +24,7 @@ static void quiet(uint32_t ncpus)
     rig.ncpus = ncpus;
     shi_native_init();
     CHECK(shi_layout_plan(plan, ncpus, 0, 1 << 20, 1 << 20) == 0);
-    strcpy(plan->chip, "apic");
+    rig_chip(&plan->chip);
     plan->doorbell = SHI_DB_FUTEX;
     plan->kick_signal = 40;
     CHECK(shi_clock_calibrate(&plan->clock) == 0);
