@@ -58,7 +58,7 @@ static void flush_standard_files(void)
 
 /* The function forked and its child came back here: the child is no second CPU, and ends
  * where the function does. */
-static void leave_if_forked(Machine *machine, PyObject *result)
+void shi_leave_if_forked(Machine *machine, PyObject *result)
 {
     int status = 0;
     if (__builtin_expect(!machine->foreign, 1))
@@ -106,7 +106,7 @@ static void run_handler(Machine *machine, uint32_t index)
     if (async) /* the kernel's order: unlock, then run */
         shi_csd_unlock(self, csd);
     PyObject *result = shi_incoming_apply(&in);
-    leave_if_forked(machine, result);
+    shi_leave_if_forked(machine, result);
     SHI_TRACE(self, csd_function_exit, self->id, index + 1, func, 0);
     if (!async) {
         shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
@@ -338,7 +338,7 @@ static void run_task(Machine *machine)
     shi_kick_block(self, false);
     irq_window(machine); /* serves what came meanwhile, then RUNNING */
     PyObject *result = shi_incoming_apply(&in);
-    leave_if_forked(machine, result);
+    shi_leave_if_forked(machine, result);
     shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
     Py_XDECREF(result);
     /* What the task left behind must not outlive it. */

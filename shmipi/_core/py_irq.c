@@ -36,6 +36,7 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
         else
             shi_count(self, SHI_C_irq_handled);
         result = PyObject_CallOneArg(function, argument);
+        shi_leave_if_forked(machine, result);
     } else {
         shi_count(self, SHI_C_irq_other); /* freed meanwhile, or its requester is gone */
     }

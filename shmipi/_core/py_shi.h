@@ -191,6 +191,8 @@ void shi_after_enable(Machine *machine);
 
 /* ---- being a CPU (py_cpu.c) ------------------------------------------------------ */
 void shi_cpu_hooks(Machine *machine);
+/* After a function of the user's: `result`, or an exception.  Ends a fork's child. */
+void shi_leave_if_forked(Machine *machine, PyObject *result);
 /* Run Python csds that the kick handler put off.  Holds the interpreter. */
 void shi_run_deferred(Machine *machine);
 /* The same between two steps of a task: and senders kick again from then on. */

@@ -203,3 +203,30 @@ def test_of_one_machine_among_several(rig):
     assert isinstance(first.cluster, Cluster)
     assert first.cluster.smp.smp_send_nmi_ipi(1, note, NMI_S) == 1
     assert second.cluster.counters()["nmi"].sum() == 0
+
+
+def test_a_handler_that_forks_makes_no_second_cpu(rig, eventually):
+    found = rig()
+    children = found.cluster.shared("children", "i8", 2)
+
+    def fork(regs):
+        pid = os.fork()
+        if pid:
+            shmipi.shared("children")[0] = pid
+
+    assert found.cluster.smp.smp_send_nmi_ipi(1, fork, NMI_S) == 1
+    eventually(lambda: children[0])
+    pid = int(children[0])
+
+    def wait(pid):
+        end = time.monotonic() + 2.0
+        while time.monotonic() < end:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return status
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return None
+
+    assert found.cluster.run(wait, pid, cpus=[1]) == [0]
