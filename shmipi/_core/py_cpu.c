@@ -274,8 +274,12 @@ static PyObject *nmi_entry(PyObject *module, PyObject *const *args, Py_ssize_t n
     (void)args;
     (void)nargs;
     if (machine && !machine->self.host && !machine->foreign &&
-        pthread_equal(pthread_self(), machine->self.thread))
+        pthread_equal(pthread_self(), machine->self.thread)) {
         shi_run_nmi(machine);
+        /* Kicks that its handler held up are acknowledged: nobody sends them again. */
+        if (machine->self.happened)
+            shi_leave_slow(&machine->self);
+    }
     Py_RETURN_NONE;
 }
 

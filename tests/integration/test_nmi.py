@@ -230,3 +230,40 @@ def test_a_handler_that_forks_makes_no_second_cpu(rig, eventually):
         return None
 
     assert found.cluster.run(wait, pid, cpus=[1]) == [0]
+
+
+def test_what_came_in_the_middle_of_a_handler_is_taken_after_it(rig, eventually):
+    found = rig()
+    cluster = found.cluster
+    inside = cluster.shared("inside", "i8", 2)
+    counted = cluster.shared("counted", "i8", 1)
+
+    def busy():
+        go = shmipi.shared("go")  # from here on no call into the core
+        go[0] = 1
+        end = time.monotonic() + 20.0
+        while not go[1] and time.monotonic() < end:
+            pass
+        return bool(go[1])
+
+    def handler(regs):
+        inside = shmipi.shared("inside")
+        inside[0] = 1
+        while not inside[1]:
+            pass
+
+    # Posted, not run: nobody waits, so nobody rings again.
+    task = cluster._machine.post(0, busy, (), None, True)
+    eventually(lambda: found.go[0])
+    assert cluster.smp.smp_send_nmi_ipi(0, handler, NMI_S) == 1
+    eventually(lambda: inside[0])
+    kicks = cluster.counters()["kicks_received"][0]
+    cluster.smp.smp_call_function_single(
+        0, smp.NativeHandler("count"), counted, wait=False
+    )
+    eventually(lambda: cluster.counters()["kicks_received"][0] > kicks)
+    assert not counted[0]  # it runs with interrupts off
+    inside[1] = 1
+    eventually(lambda: counted[0], 2.0)
+    found.go[1] = 1
+    assert cluster._machine.collect(task, 0, None)
