@@ -24,6 +24,7 @@ from shmipi.errors import (
     ArenaFullError,
     BootError,
     ClusterStateError,
+    ControllerError,
     CpuDiedError,
     CpuOfflineError,
     IpiTimeoutError,
@@ -682,10 +683,11 @@ def _chip(controller: str | Chip | type[Chip]) -> Chip:
         return controller
     if isinstance(controller, type) and issubclass(controller, Chip):
         return controller()
-    if controller not in CHIPS:
-        raise ValueError(
+    if not isinstance(controller, str) or controller not in CHIPS:
+        raise ControllerError(
             f"controller is {controller!r}: choose from {', '.join(map(repr, CHIPS))},"
-            " or give a Chip of your own"
+            " or give a Chip of your own",
+            domain=str(controller),
         )
     return CHIPS[controller]()
 

@@ -60,6 +60,19 @@ class CpuMask(Set[int]):
         return cls(cpus, ncpus)
 
     @classmethod
+    def of_any(cls, cpus: MaskLike, ncpus: int) -> CpuMask:
+        """Return ``cpus`` as a mask that may also name CPUs from ``ncpus`` on.
+
+        "all" and "N" are of a machine of ``ncpus`` CPUs. For callers who refuse CPUs
+        that do not exist with an error of their own. Raises as the class does for what
+        is no mask.
+        """
+        try:
+            return cls.of(cpus, ncpus)
+        except ValueError:
+            return cls.of(cpus)
+
+    @classmethod
     def from_bits(cls, bits: int) -> CpuMask:
         """Make a mask from an integer in which bit ``n`` stands for CPU ``n``.
 

@@ -113,13 +113,25 @@ class IrqError(ShmipiOSError):
 
     def __reduce__(self) -> tuple[object, ...]:
         what = (self.strerror, self.cpu, self.errno, self.irq, self.domain)
-        return _rebuild_irq, what
+        return _rebuild_irq, (type(self), *what)
 
 
 def _rebuild_irq(
-    message: str, cpu: int | None, errno: int, irq: int | None, domain: str | None
+    kind: type[IrqError],
+    message: str,
+    cpu: int | None,
+    errno: int,
+    irq: int | None,
+    domain: str | None,
 ) -> IrqError:
-    return IrqError(message, cpu=cpu, errno=errno, irq=irq, domain=domain)
+    return kind(message, cpu=cpu, errno=errno, irq=irq, domain=domain)
+
+
+class ControllerError(IrqError, ValueError):
+    """EINVAL: there is no such controller, or it cannot address so many CPUs.
+
+    ``domain`` is the controller, ``cpu`` the first CPU that it has no address for.
+    """
 
 
 class DeviceTreeError(ShmipiError, ValueError):

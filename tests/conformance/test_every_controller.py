@@ -7,6 +7,7 @@ can be put to the same tests by adding it to CONTROLLERS.
 
 import concurrent.futures
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -14,8 +15,8 @@ import time
 import pytest
 
 import shmipi
-from shmipi import _core, irq, smp
-from shmipi.irq.chips import CHIPS, Chip, Line, Row
+from shmipi import CpuMask, _core, irq, smp
+from shmipi.irq.chips import CHIPS, Apic, Chip, Gicv3, Line, MipsGic, Row
 
 NCPUS = 4
 CONTROLLERS = list(CHIPS)
@@ -116,12 +117,39 @@ def test_it_names_itself(cluster):
 
 
 def test_unknown_controllers_are_refused():
-    with pytest.raises(ValueError, match="controller is 'nix': choose from 'apic'"):
-        shmipi.Cluster(2, controller="nix")
-    for chip in CHIPS.values():
+    for wrong in ("nix", None, 5, [], int):
+        with pytest.raises(shmipi.ControllerError, match="choose from 'apic'") as got:
+            shmipi.Cluster(2, controller=wrong)
+        assert (got.value.errno, got.value.domain) == (errno.EINVAL, str(wrong))
+    for name, chip in CHIPS.items():
         most = chip.max_cpus
-        with pytest.raises(ValueError, match=f"can address {most} CPUs"):
+        with pytest.raises(shmipi.ControllerError, match=f"{most} CPUs") as got:
             chip().for_cpus(most + 1)
+        error = got.value
+        assert (error.errno, error.domain, error.cpu) == (errno.EINVAL, name, most)
+    for chip, most in (
+        (Apic(destination="flat"), 8),
+        (Apic(mode="xapic"), 255),
+        (Apic(mode="xapic", destination="cluster"), 60),
+        (Gicv3(aff0=1), 256),
+        (MipsGic(reserved_ipi_vectors=(0, 9)), 4),
+    ):
+        chip.for_cpus(most)
+        with pytest.raises(shmipi.ControllerError, match=f"{most + 1}") as got:
+            chip.for_cpus(most + 1)
+        assert (got.value.errno, got.value.cpu) == (errno.EINVAL, most)
+
+
+def test_cpus_of_a_chip(cluster):
+    """Named as everywhere, and what does not exist is refused with an errno."""
+    chip = cluster.chip
+    assert chip.cpus("all") == chip.cpus("0-N") == CpuMask.full(NCPUS)
+    assert chip.is_online(NCPUS - 1)
+    assert not any(map(chip.is_online, (NCPUS, -1, 10**30)))
+    with pytest.raises(shmipi.IrqError) as got:
+        chip.send_nmi([0, NCPUS])
+    error = got.value
+    assert (error.errno, error.domain, error.cpu) == (errno.EINVAL, chip.name, NCPUS)
 
 
 class Own(Chip):

@@ -268,28 +268,31 @@ class Apic(Chip):
     # ---- the description ------------------------------------------------------------
 
     def check(self, ncpus: int) -> None:
-        """Raise ``ValueError`` if it cannot address so many CPUs."""
+        """Raise ``ControllerError`` EINVAL if it cannot address so many CPUs."""
         if self.destination == "flat" and ncpus > _FLAT_CPUS:
-            raise ValueError(
+            raise self.too_many(
+                _FLAT_CPUS,
                 f"logical flat mode has one bit for each of {_FLAT_CPUS} CPUs, not"
-                f" {ncpus}: use Apic(destination='physical') or 'cluster'"
+                f" {ncpus}: use Apic(destination='physical') or 'cluster'",
             )
         if self.mode == "xapic" and self.destination == "cluster":
             limit = _XAPIC_CLUSTER * _XAPIC_CLUSTERS
             if ncpus > limit:
-                raise ValueError(
+                raise self.too_many(
+                    limit,
                     f"xAPIC clusters hold {limit} CPUs ({_XAPIC_CLUSTERS} of"
-                    f" {_XAPIC_CLUSTER}), not {ncpus}: use Apic(mode='x2apic')"
+                    f" {_XAPIC_CLUSTER}), not {ncpus}: use Apic(mode='x2apic')",
                 )
         if self.mode == "xapic" and ncpus > _XAPIC_CPUS:
-            raise ValueError(
+            raise self.too_many(
+                _XAPIC_CPUS,
                 f"an xAPIC has ids for {_XAPIC_CPUS} CPUs, not {ncpus}: use"
-                " Apic(mode='x2apic'), or leave the choice to mode='auto'"
+                " Apic(mode='x2apic'), or leave the choice to mode='auto'",
             )
         super().check(ncpus)
 
     def for_cpus(self, ncpus: int) -> Self:
-        """Return it with ``mode`` chosen for ``ncpus`` CPUs. ``ValueError``."""
+        """Return it with ``mode`` chosen for ``ncpus`` CPUs, or raise as ``check``."""
         self.check(ncpus)
         chosen = copy.copy(self)
         if chosen.mode == "auto":

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Self
 
 from shmipi import _core
 from shmipi.cpumask import CpuMask, MaskLike
-from shmipi.errors import ClusterStateError, IrqError
+from shmipi.errors import ClusterStateError, ControllerError, IrqError
 
 __all__ = ["Chip", "Line", "Row"]
 
@@ -138,14 +138,19 @@ class Chip:
         raise NotImplementedError
 
     def check(self, ncpus: int) -> None:
-        """Raise ``ValueError`` if it cannot address so many CPUs."""
+        """Raise ``ControllerError`` EINVAL if it cannot address so many CPUs."""
         if ncpus > self.max_cpus:
-            raise ValueError(
-                f"controller {self.name} can address {self.max_cpus} CPUs, not {ncpus}"
+            raise self.too_many(
+                self.max_cpus,
+                f"controller {self.name} can address {self.max_cpus} CPUs, not {ncpus}",
             )
 
+    def too_many(self, limit: int, message: str) -> ControllerError:
+        """Return the error of a machine with more than ``limit`` CPUs."""
+        return ControllerError(message, cpu=limit, domain=self.name)
+
     def for_cpus(self, ncpus: int) -> Self:
-        """Return the chip as a machine of ``ncpus`` CPUs gets it. ``ValueError``."""
+        """Return the chip as a machine of ``ncpus`` CPUs gets it, or as ``check``."""
         self.check(ncpus)
         return self
 
@@ -296,6 +301,8 @@ class Chip:
 
     def is_online(self, cpu: int) -> bool:
         """Is the CPU there and online?"""
+        if not 0 <= cpu < self.ncpus:
+            return False
         state = self.machine.slot(cpu)[3]
         return state not in (_core.OFFLINE, _core.CPU_DEAD)
 
@@ -304,7 +311,7 @@ class Chip:
 
         ``ValueError`` and ``TypeError`` for what is no CPU mask.
         """
-        cpus = _mask(mask)
+        cpus = self._named(mask)
         last = cpus.last
         if last is not None and last >= self.ncpus:
             raise IrqError(
@@ -328,7 +335,7 @@ class Chip:
         Never elided: what is polled is the pending line. ``writes`` is how many
         register writes it took, for the counters (default: one for each CPU).
         """
-        targets = [cpu for cpu in _mask(cpus) if cpu < self.ncpus]
+        targets = [cpu for cpu in self._named(cpus) if cpu < self.ncpus]
         self.machine.irq_raise(
             line, targets, len(targets) if writes is None else writes
         )
@@ -375,9 +382,10 @@ class Chip:
     def send_nmi(self, cpus: MaskLike | int) -> None:
         """Send an NMI to each of ``cpus``; CPUs that are offline do not take it.
 
-        On a chip without NMIs a maskable line stands in for it.
+        On a chip without NMIs a maskable line stands in for it. ``IrqError`` EINVAL for
+        a CPU that does not exist.
         """
-        for cpu in _mask(cpus, self.ncpus):
+        for cpu in self.cpus(cpus):
             if self.is_online(cpu):
                 self.machine.nmi_send(cpu)
 
@@ -387,6 +395,5 @@ class Chip:
             f"{self.name}: {message}", errno=errno.EINVAL, irq=irq, domain=self.name
         )
 
-
-def _mask(cpus: MaskLike | int, ncpus: int | None = None) -> CpuMask:
-    return CpuMask.of([cpus] if isinstance(cpus, int) else cpus, ncpus)
+    def _named(self, cpus: MaskLike | int) -> CpuMask:
+        return CpuMask.of_any([cpus] if isinstance(cpus, int) else cpus, self.ncpus)

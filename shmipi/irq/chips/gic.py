@@ -384,12 +384,14 @@ class Gicv3(_Gic):
             )
 
     def check(self, ncpus: int) -> None:
-        """Raise ``ValueError`` if it cannot address so many CPUs."""
+        """Raise ``ControllerError`` EINVAL if it cannot address so many CPUs."""
         super().check(ncpus)
-        if ncpus > 256 * self.aff0:
-            raise ValueError(
-                f"controller gicv3 with aff0={self.aff0} can address"
-                f" {256 * self.aff0} CPUs (Aff1 has 8 bits), not {ncpus}"
+        limit = 256 * self.aff0
+        if ncpus > limit:
+            raise self.too_many(
+                limit,
+                f"controller gicv3 with aff0={self.aff0} can address {limit} CPUs (Aff1"
+                f" has 8 bits), not {ncpus}",
             )
 
     def ipi_should_be_nmi(self, ipi: int) -> bool:

@@ -80,7 +80,7 @@ class MipsGic(MipsSmp):
     # ---- the description ------------------------------------------------------------
 
     def check(self, ncpus: int) -> None:
-        """Raise ``ValueError`` if the reserved range is too small for so many CPUs."""
+        """Raise ``ControllerError`` EINVAL if the reserved range is too small."""
         super().check(ncpus)
         self.ipi_range(ncpus)
 
@@ -90,9 +90,10 @@ class MipsGic(MipsSmp):
             return range(_SHARED - 2 * ncpus, _SHARED)
         base, count = self.reserved_ipi_vectors
         if count < 2 * ncpus:
-            raise ValueError(
+            raise self.too_many(
+                count // 2,
                 f"reserved_ipi_vectors=({base}, {count}): {ncpus} CPUs need"
-                f" {2 * ncpus} vectors, not {count}"
+                f" {2 * ncpus} vectors, not {count}",
             )
         return range(base, base + count)
 
