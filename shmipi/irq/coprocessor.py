@@ -205,6 +205,8 @@ class CoprocessorCalls(PercpuCalls):
         pickling raises.
         """
         host = self._host_process()
+        if not callable(func):
+            raise TypeError(f"a coprocessor runs a function, not {func!r}")
         with host.coprocessors:  # one after another, and none while the dead are buried
             start = remote.dumps(_Start(name, remote.dumps((func, args))))
             self._bury_dead()

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shmipi import _core
-from shmipi.cpumask import CpuMask
+from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import ClusterStateError, IpiTimeoutError, IrqError, LayoutError
 from shmipi.irq.chips.base import Chip
 
@@ -43,6 +43,7 @@ __all__ = [
     "irq_data_get_affinity_mask",
     "irq_data_get_irq_chip",
     "irq_desc_get_irq_data",
+    "irq_name",
     "irqd_is_global_ipi",
 ]
 
@@ -62,8 +63,8 @@ class IrqFlags(IntFlag):
     IRQ_NOREQUEST = 1 << 11
     IRQ_NO_BALANCING = 1 << 13
     IRQ_PER_CPU_DEVID = 1 << 17
-    #: Reserved for every CPU: masks need not be verified. The seed's
-    #: ``irqd_is_global_ipi``; the kernel's tree has no such bit.
+    #: Reserved for every CPU: masks need not be verified (``irqd_is_global_ipi`` of the
+    #: proposal for IPI domains; the kernel's tree has no such bit).
     IRQD_GLOBAL_IPI = 1 << 31
 
 
@@ -206,6 +207,19 @@ _DESC: Final = _dtype(_core.IRQDESC_FIELDS, _core.IRQDESC_BYTES)
 _DOMAIN: Final = _dtype(_core.IRQDOMAIN_FIELDS, _core.IRQDOMAIN_BYTES)
 
 
+def irq_name(name: str) -> bytes:
+    """Return a name as a descriptor holds it: its first 31 bytes.
+
+    Raises ``TypeError`` if it is no string, ``ValueError`` for what would spoil a table
+    that shows it (a line feed, for example).
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"an irq's name is a string, not {name!r}")
+    if not name.isprintable():
+        raise ValueError(f"an irq's name is printable characters, not {name!r}")
+    return name.encode()[:31]
+
+
 class IrqTable:
     """The irq descriptors and domains of a machine, as one process sees them."""
 
@@ -303,6 +317,13 @@ class IrqTable:
             self._desc[what][index] = value
 
     # ---- lines ----------------------------------------------------------------------
+
+    def cpus(self, mask: MaskLike) -> CpuMask:
+        """Return a mask of this machine's CPUs ("all", "2-N"), or of others.
+
+        That there are no such CPUs is for the irq's errno to say: who asks, checks.
+        """
+        return CpuMask.of_any(mask, self.machine.ncpus)
 
     def irq_lines(self) -> tuple[int, ...]:
         """Return the controller's lines for IPI domains, in the order to take them."""
@@ -410,6 +431,7 @@ class IrqTable:
         ``hwirqs[n]`` is CPU ``offset + n``'s (``INVALID_HWIRQ``: a gap), or the only
         one there is.
         """
+        label = irq_name(name)  # refused before there is anything to undo
         count = len(hwirqs)
         self._store("undo", 0, first | count << 32)
         for place, hwirq in enumerate(hwirqs):
@@ -421,7 +443,7 @@ class IrqTable:
             self._store("ipi_base", virq, first)
             self._store("ipi_nr", virq, count)
             self._store("ipi_offset", virq, offset)
-            self._store("name", virq, name.encode()[:31])
+            self._store("name", virq, label)
             epoch = int(self._desc["epoch"][virq])
             self._store("epoch", virq, (epoch + 1) & 0xFFFFFFFF)
         self._store("affinity", first, affinity)

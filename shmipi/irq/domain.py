@@ -97,9 +97,9 @@ _COMPATIBLE: Final = {
 class IrqChip:
     """What a domain's controller can do with an irq: None for what it cannot.
 
-    ``send_ipi(data, mask)`` is the seed's operation; ``ipi_send_single(data, cpu)`` and
-    ``ipi_send_mask(data, mask)`` are the two it became in the kernel, of which a
-    controller has one.
+    ``send_ipi(data, mask)`` is the operation as it was proposed;
+    ``ipi_send_single(data, cpu)`` and ``ipi_send_mask(data, mask)`` are the two it
+    became in the kernel, of which a controller has one.
     """
 
     name: str
@@ -372,6 +372,8 @@ def _node(name: str, properties: Any) -> DomainNode:
 
 
 def _checked_name(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"a domain's name is a string, not {name!r}")
     if not 0 < len(name.encode()) < 32 or not name.isprintable():
         raise DeviceTreeError(
             f"{name!r}: a domain's name is 1 to 31 printable bytes", node=name

@@ -18,6 +18,8 @@ import errno
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeAlias
 
+import numpy as np
+
 from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import IrqError
 from shmipi.irq.desc import (
@@ -59,7 +61,7 @@ def irq_desc_send_ipi(desc: IrqDesc, mask: MaskLike) -> None:
     send = data.chip.send_ipi
     if send is None:
         _refuse(desc, f"the chip of domain {data.domain.name} has no send_ipi")
-    cpus = CpuMask.of(mask)
+    cpus = desc.table.cpus(mask)
     if not irqd_is_global_ipi(data):
         _check_mask(desc, cpus)
     send(data, cpus)
@@ -86,7 +88,7 @@ def __ipi_send_mask(desc: IrqDesc, mask: MaskLike) -> None:
     """
     data = desc.irq_data
     chip = data.chip
-    cpus = CpuMask.of(mask)
+    cpus = desc.table.cpus(mask)
     if chip.ipi_send_mask is not None:
         chip.ipi_send_mask(data, cpus)
     elif chip.ipi_send_single is not None:
@@ -191,6 +193,8 @@ class IpiCalls:
         ``IrqError``: EEXIST (the name is taken), EINVAL (no such parent, hwirqs that it
         does not have), EBUSY (hwirqs that are another domain's or an irq's), ENOMEM.
         """
+        if not isinstance(node, DomainNode):
+            raise TypeError(f"a domain is made from a DomainNode, not {node!r}")
         with self.table.locked():
             names = [domain.name for domain in self.domains]
             if node.name in names or node.name == "root":
@@ -312,7 +316,7 @@ class IpiCalls:
         descriptors left).
         """
         found = self.domain(domain)
-        cpus = CpuMask.of(dest)
+        cpus = self.table.cpus(dest)
         self._check_dest(found, cpus)
         with self.table.locked():
             offset, hwirqs = self._choose(found, cpus, hwirq)
@@ -367,6 +371,8 @@ class IpiCalls:
         free = domain.free_hwirqs()
         first, last = cpus.first or 0, cpus.last or 0
         if wanted is not None:
+            if isinstance(wanted, bool) or not isinstance(wanted, int | np.integer):
+                raise TypeError(f"a hwirq is an integer, not {wanted!r}")
             if wanted not in domain.hwirqs():
                 raise IrqError(
                     f"hwirq {wanted} is not domain {domain.name}'s",
@@ -395,8 +401,9 @@ class IpiCalls:
 
     def _busy(self, domain: IrqDomain, count: int, wanted: int | None) -> IrqError:
         if wanted is None:
-            row = " in a row" if domain.mapping == "block" and count > 1 else ""
-            text = f"domain {domain.name} has no {count} hwirqs{row} left"
+            row = " in a row" if domain.mapping == "block" else ""
+            some = f"{count} hwirqs{row}" if count > 1 else "hwirq"
+            text = f"domain {domain.name} has no {some} left"
         else:
             text = (
                 f"domain {domain.name}: of the {count} hwirqs from {wanted} on some are"
@@ -425,7 +432,7 @@ class IpiCalls:
             if desc.irq != desc.ipi_base:
                 _refuse(desc, f"it is part of the block of irq {desc.ipi_base}")
             mask = self.table.affinity(desc.irq)
-            gone = mask if dest is None else CpuMask.of(dest)
+            gone = mask if dest is None else self.table.cpus(dest)
             _check_mask(desc, gone)
             if not gone:
                 _refuse(desc, "the mask of CPUs is empty")
@@ -447,6 +454,8 @@ class IpiCalls:
         ``INVALID_HWIRQ`` for a CPU that is not in its mask, or for no such irq.
         """
         desc = self.table.lookup(virq)
+        if isinstance(cpu, bool) or not isinstance(cpu, int | np.integer):
+            raise TypeError(f"a CPU number is an integer, not {cpu!r}")
         if desc is None or desc.irq != desc.ipi_base or cpu < 0:
             return INVALID_HWIRQ
         if cpu not in self.table.affinity(desc.irq):
@@ -464,7 +473,7 @@ class IpiCalls:
     def ipi_send_mask(self, virq: int, dest: MaskLike) -> None:
         """Send an IPI to the CPUs of ``dest``. ``IrqError`` EINVAL for others."""
         desc = self._desc(virq)
-        cpus = CpuMask.of(dest)
+        cpus = self.table.cpus(dest)
         _ipi_send_verify(desc, cpus)
         _send_mask(desc, cpus)
 

@@ -31,7 +31,7 @@ from typing import Any, TypeAlias
 from shmipi import _core
 from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import ClusterStateError, ShmipiWarning
-from shmipi.irq.desc import INVALID_HWIRQ, IrqDesc, IrqFlags
+from shmipi.irq.desc import INVALID_HWIRQ, IrqDesc, IrqFlags, irq_name
 from shmipi.irq.ipi import IpiCalls, _refuse
 from shmipi.machine.arrays import SharedArray
 
@@ -58,6 +58,7 @@ class PercpuCalls(IpiCalls):
         that is none, ``ClusterStateError`` in an interrupt handler.
         """
         machine = self.table.machine
+        label = irq_name(name)
         if handler is not None and not (
             callable(handler) or isinstance(handler, _core.NativeHandler)
         ):
@@ -71,7 +72,7 @@ class PercpuCalls(IpiCalls):
             if self.table.action(virq):
                 _refuse(desc, "it is requested already", code=errno.EBUSY)
             # A new one may be in use by those who look it up: the name goes before it.
-            self.table._store("name", virq, name.encode()[:31])
+            self.table._store("name", virq, label)
             if isinstance(handler, _core.NativeHandler):
                 published: Any = handler
                 stride = dev_id.strides[0] if _is_percpu(dev_id, machine) else 0
@@ -133,7 +134,7 @@ class PercpuCalls(IpiCalls):
         machine = self.table.machine
         mask = self.table.affinity(virq)
         if cpus is not None:
-            chosen = CpuMask.of([cpus] if isinstance(cpus, int) else cpus)
+            chosen = self.table.cpus([cpus] if isinstance(cpus, int) else cpus)
         else:
             chosen = CpuMask([machine.id]) if machine.is_cpu else mask
         foreign = chosen - mask

@@ -207,6 +207,47 @@ def test_reserving_what_cannot_be(rig):
 
 
 @KINDS
+def test_arguments_of_the_wrong_kind(rig):
+    """A TypeError that says what is wanted, and nothing has changed."""
+    calls, virq = rig.irq, rig.irq.irq_reserve_ipi(None, "1-2")
+    for name in (5, None, b"x"):
+        with pytest.raises(TypeError, match="an irq's name is a string"):
+            calls.irq_reserve_ipi(None, "3", name=name)
+        with pytest.raises(TypeError, match="an irq's name is a string"):
+            calls.request_percpu_irq(virq, COUNT, name)
+        with pytest.raises(TypeError, match="a domain's name is a string"):
+            calls.add_coprocessor(name, print)
+    with pytest.raises(ValueError, match="printable"):
+        calls.request_percpu_irq(virq, COUNT, "two\nrows")
+    with pytest.raises(TypeError, match="a coprocessor runs a function, not 5"):
+        calls.add_coprocessor("test", 5)
+    with pytest.raises(TypeError, match="made from a DomainNode, not 'test'"):
+        calls.irq_domain_create("test")
+    for number in (True, "1", 1.5):
+        with pytest.raises(TypeError, match="a hwirq is an integer"):
+            calls.irq_reserve_ipi(None, "3", hwirq=number)
+        with pytest.raises(TypeError, match="a CPU number is an integer"):
+            calls.ipi_get_hwirq(virq, number)
+    assert calls.table.virqs() == [virq]
+    assert len(calls.domains) == 2
+    calls.request_percpu_irq(virq, COUNT, "n" * 40)
+    calls.free_percpu_irq(virq)
+
+
+@KINDS
+def test_masks_are_named_as_everywhere(rig):
+    calls = rig.irq
+    virq = calls.irq_reserve_ipi(None, "all")
+    assert irqd_is_global_ipi(calls.irq_to_desc(virq).irq_data)
+    for send in (calls.ipi_send_mask, calls.irq_send_ipi):
+        send(virq, "2-N")
+    calls.enable_percpu_irq(virq, "all")
+    refused(errno.EINVAL, calls.enable_percpu_irq, virq, "0-9")
+    calls.disable_percpu_irq(virq, "all")
+    calls.irq_destroy_ipi(virq, "all")
+
+
+@KINDS
 def test_the_same_hwirq_is_not_reserved_twice(rig):
     for shape in shapes(rig):
         domain = rig.domain_of(shape)

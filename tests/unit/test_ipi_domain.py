@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from shmipi.cpumask import CpuMask
-from shmipi.errors import DeviceTreeError, IrqError
+from shmipi.errors import ControllerError, DeviceTreeError, IrqError
 from shmipi.irq import (
     INVALID_HWIRQ,
     IpiMapping,
@@ -187,6 +187,11 @@ def test_an_error_survives_the_journey():
     error = IrqError("no", errno=errno.EBUSY, irq=5, domain="d", cpu=2)
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.errno, copy.irq, copy.domain, copy.cpu) == (errno.EBUSY, 5, "d", 2)
+    with pytest.raises(ValueError, match="8 CPUs, not 9") as caught:
+        CHIPS["gicv2"]().for_cpus(9)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert type(copy) is ControllerError
+    assert (copy.errno, copy.domain, copy.cpu) == (errno.EINVAL, "gicv2", 8)
 
 
 # ---- mappings ------------------------------------------------------------------------
@@ -226,6 +231,9 @@ class Table:
 
     def __init__(self, mask="0-3", alive=True):
         self.mask, self.alive = CpuMask(mask), alive
+
+    def cpus(self, mask):
+        return CpuMask.of(mask)
 
     def affinity(self, virq):
         return self.mask
