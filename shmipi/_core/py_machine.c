@@ -132,8 +132,8 @@ Machine *shi_use_current(void)
         return NULL;
     if (!shi_current || shi_current->foreign) {
         shi_raise(shi_py.NoMachineError, 0, -1,
-                  "shmipi.smp needs exactly one open Cluster in this process: use cluster.smp, "
-                  "which is bound to its machine");
+                  "shmipi.smp and shmipi.irq need exactly one open Cluster in this process: use "
+                  "cluster.smp and cluster.irq, which are bound to its machine");
         return NULL;
     }
     return shi_use(shi_current) < 0 ? NULL : shi_current;
