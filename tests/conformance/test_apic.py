@@ -684,6 +684,7 @@ def test_system_vectors_are_counted_in_their_rows(cluster, eventually):
             eventually(lambda: not cluster.chip.read_irr(1))
         after = [before[0], before[1] + 3, before[2]]
         eventually(lambda label=label, after=after: row(cluster, label) == after)
+    assert row(cluster, "TLB") == [0, 0, 0]
     # A vector that is an exception's, legal to send: nobody's, and said so.
     before = row(cluster, "BAD")[1]
     cluster.chip.write_icr(0x10, 1)

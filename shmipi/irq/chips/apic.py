@@ -227,6 +227,9 @@ class Apic(Chip):
         Row("PLT", "Platform interrupts"),
         Row("RES", "Rescheduling interrupts"),
         Row("CAL", "Function call interrupts"),
+        # No vector of its own: the kernel takes the flushes out of CAL. CPUs without
+        # page tables have none, and what a program calls by that name is in CAL.
+        Row("TLB", "TLB shootdowns"),
         Row("TRM", "Thermal event interrupts"),
         Row("THR", "Threshold APIC interrupts"),
         Row("DFR", "Deferred Error APIC interrupts"),
