@@ -31,6 +31,7 @@ from shmipi.irq.desc import (
     IrqFlags,
     irq_data_get_affinity_mask,
     irq_data_get_irq_chip,
+    irq_data_get_irq_chip_data,
     irq_desc_get_irq_data,
     irqd_is_global_ipi,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "irq_chip_send_ipi",
     "irq_data_get_affinity_mask",
     "irq_data_get_irq_chip",
+    "irq_data_get_irq_chip_data",
     "irq_desc_get_irq_data",
     "irq_desc_send_ipi",
     "irq_destroy_ipi",

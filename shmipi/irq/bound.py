@@ -11,6 +11,7 @@ from shmipi.irq.desc import (
     IrqTable,
     irq_data_get_affinity_mask,
     irq_data_get_irq_chip,
+    irq_data_get_irq_chip_data,
     irq_desc_get_irq_data,
     irqd_is_global_ipi,
 )
@@ -34,6 +35,7 @@ class BoundIrq(CoprocessorCalls):
     irq_chip_send_ipi = staticmethod(irq_chip_send_ipi)
     irq_desc_get_irq_data = staticmethod(irq_desc_get_irq_data)
     irq_data_get_irq_chip = staticmethod(irq_data_get_irq_chip)
+    irq_data_get_irq_chip_data = staticmethod(irq_data_get_irq_chip_data)
     irq_data_get_affinity_mask = staticmethod(irq_data_get_affinity_mask)
     irqd_is_global_ipi = staticmethod(irqd_is_global_ipi)
 

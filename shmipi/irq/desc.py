@@ -42,6 +42,7 @@ __all__ = [
     "IrqTable",
     "irq_data_get_affinity_mask",
     "irq_data_get_irq_chip",
+    "irq_data_get_irq_chip_data",
     "irq_desc_get_irq_data",
     "irq_name",
     "irqd_is_global_ipi",
@@ -176,6 +177,11 @@ def irq_desc_get_irq_data(desc: IrqDesc) -> IrqData:
 def irq_data_get_irq_chip(data: IrqData) -> IrqChip:
     """Return what the controller at this level can do."""
     return data.chip
+
+
+def irq_data_get_irq_chip_data(data: IrqData) -> IpiMapping:
+    """Return what a domain keeps for the irq: which hwirq interrupts which CPU."""
+    return data.chip_data
 
 
 def irq_data_get_affinity_mask(data: IrqData) -> CpuMask:

@@ -44,6 +44,7 @@ from shmipi.irq.desc import (
     INVALID_HWIRQ,
     IrqData,
     IrqTable,
+    irq_data_get_irq_chip_data,
 )
 
 __all__ = [
@@ -113,7 +114,7 @@ def irq_chip_send_ipi(data: IrqData, mask: CpuMask) -> None:
 
     CPUs for which the mapping has a gap are left out.
     """
-    mapping = data.chip_data
+    mapping = irq_data_get_irq_chip_data(data)
     if mapping.shape == "single":
         _to_parent(data, mapping.hwirq_base, mask)
         return

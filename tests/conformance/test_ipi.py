@@ -20,6 +20,7 @@ from shmipi.irq import (
     __ipi_send_single,
     irq_data_get_affinity_mask,
     irq_data_get_irq_chip,
+    irq_data_get_irq_chip_data,
     irq_desc_get_irq_data,
     irqd_is_global_ipi,
 )
@@ -124,6 +125,7 @@ def test_a_descriptor_has_data_at_each_level(rig):
     data = irq_desc_get_irq_data(desc)
     assert (data.irq, data.domain, desc.name) == (virq, rig.default, "it")
     assert irq_data_get_irq_chip(data).send_ipi is not None
+    assert irq_data_get_irq_chip_data(data) == desc.mapping
     assert irq_data_get_affinity_mask(data) == CpuMask("1-2")
     assert (data.parent.domain, data.parent.hwirq) == (rig.irq.root, data.hwirq)
     assert data.hwirq == rig.irq.ipi_get_hwirq(virq, 1)
