@@ -669,6 +669,18 @@ def test_a_masked_vector_stays_pending_and_fires_once(cluster, counted):
     assert taken() == [0, 0, 1]
 
 
+def test_a_vector_is_not_taken_for_other_bits_of_the_icr(cluster):
+    for vector in (256, 0x100 | VECTOR, -1, 10**30):
+        for use in (
+            lambda vector: cluster.chip.apic_send_IPI(1, vector),
+            lambda vector: cluster.chip.apic_send_IPI_mask("1", vector),
+            cluster.chip.apic_send_IPI_all,
+        ):
+            with pytest.raises(IrqError, match=f"vector {vector} is illegal") as got:
+                use(vector)
+            assert (got.value.errno, got.value.domain) == (errno.EINVAL, "apic")
+
+
 def test_system_vectors_are_counted_in_their_rows(cluster, eventually):
     vectors = {
         "LOC": apic.LOCAL_TIMER_VECTOR,

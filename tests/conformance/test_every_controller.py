@@ -140,9 +140,14 @@ def test_unknown_controllers_are_refused():
         assert (got.value.errno, got.value.cpu) == (errno.EINVAL, most)
 
 
-def test_cpus_of_a_chip(cluster):
+def test_cpus_and_lines_of_a_chip(cluster):
     """Named as everywhere, and what does not exist is refused with an errno."""
     chip = cluster.chip
+    for line in (-1, 256, 1 << 32, 10**30):
+        for use in (chip.raise_line, chip.mask_line, chip.unmask_line, chip.clear_line):
+            with pytest.raises(shmipi.IrqError, match=f"no (line|SGI) {line}") as got:
+                use(line, 1)
+            assert (got.value.errno, got.value.domain) == (errno.EINVAL, chip.name)
     assert chip.cpus("all") == chip.cpus("0-N") == CpuMask.full(NCPUS)
     assert chip.is_online(NCPUS - 1)
     assert not any(map(chip.is_online, (NCPUS, -1, 10**30)))

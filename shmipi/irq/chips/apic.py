@@ -30,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import operator
 import warnings
 from collections.abc import Iterable, Iterator
 from types import MappingProxyType
@@ -800,6 +801,11 @@ _RESERVED: Final = {
 
 
 def _command(vector: int) -> int:
+    # Not to be taken for the bits of the ICR beside it.
+    if not 0 <= operator.index(vector) <= _VECTOR:
+        raise IrqError(
+            f"apic: vector {vector} is illegal: an APIC sends 16 to 255", domain="apic"
+        )
     return APIC_DM_NMI if vector == NMI_VECTOR else APIC_DM_FIXED | vector
 
 

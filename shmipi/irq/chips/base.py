@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -334,23 +336,24 @@ class Chip:
 
         Never elided: what is polled is the pending line. ``writes`` is how many
         register writes it took, for the counters (default: one for each CPU).
+        ``IrqError`` EINVAL for a line that the controller does not have.
         """
         targets = [cpu for cpu in self._named(cpus) if cpu < self.ncpus]
         self.machine.irq_raise(
-            line, targets, len(targets) if writes is None else writes
+            self._line(line), targets, len(targets) if writes is None else writes
         )
 
     def mask_line(self, line: int, cpu: int) -> None:
         """Let ``line`` of a CPU stay pending when it comes, until it is unmasked."""
-        self.machine.irq_enable_line(cpu, line, False)
+        self.machine.irq_enable_line(self.one_cpu(cpu), self._line(line), False)
 
     def unmask_line(self, line: int, cpu: int) -> None:
         """Undo ``mask_line``; a line that is pending is taken now, once."""
-        self.machine.irq_enable_line(cpu, line, True)
+        self.machine.irq_enable_line(self.one_cpu(cpu), self._line(line), True)
 
     def clear_line(self, line: int, cpu: int) -> None:
         """Take a line back that is pending at a CPU; one that was taken goes on."""
-        self.machine.irq_clear(cpu, line)
+        self.machine.irq_clear(self.one_cpu(cpu), self._line(line))
 
     def route_line(self, line: int, cpu: int | None) -> None:
         """Let ``line`` interrupt ``cpu`` from now on; None: nobody.
@@ -394,6 +397,18 @@ class Chip:
         return IrqError(
             f"{self.name}: {message}", errno=errno.EINVAL, irq=irq, domain=self.name
         )
+
+    def _line(self, line: int) -> int:
+        number = operator.index(line)
+        if not 0 <= number < self._nlines:
+            raise self.invalid(
+                f"there is no line {number}: they are 0 to {self._nlines - 1}"
+            )
+        return number
+
+    @functools.cached_property
+    def _nlines(self) -> int:
+        return 1 + max(line.number for line in self.lines(self.ncpus))
 
     def _named(self, cpus: MaskLike | int) -> CpuMask:
         return CpuMask.of_any([cpus] if isinstance(cpus, int) else cpus, self.ncpus)

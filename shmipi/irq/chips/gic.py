@@ -91,13 +91,14 @@ class _Gic(Chip):
     def smp_cross_call(self, target: MaskLike | int, ipi: int) -> None:
         """Send an IPI (``IPI_RESCHEDULE`` to ``IPI_KGDB_ROUNDUP``) to the CPUs.
 
-        Raises ``IrqError`` EINVAL for a message that arm64 does not have.
+        Raises ``IrqError`` EINVAL for a message that arm64 does not have, or a CPU that
+        the machine does not have.
         """
         if not 0 <= ipi < MAX_IPI:
             raise self.invalid(
                 f"there is no IPI message {ipi:#x}: arm64 has 0 to {MAX_IPI - 1}"
             )
-        self.raise_line(ipi, target)
+        self.raise_line(ipi, self.cpus(target))
 
     def arch_smp_send_reschedule(self, cpu: int) -> None:
         """Send IPI_RESCHEDULE. Unlike ``smp_send_reschedule``, this is never elided."""
@@ -121,7 +122,7 @@ class _Gic(Chip):
         """
         if not 0 <= line < NR_SGIS:
             raise self.invalid(f"there is no SGI {line}: they are 0 to {NR_SGIS - 1}")
-        mask = CpuMask.of([cpus] if isinstance(cpus, int) else cpus)
+        mask = self._named(cpus)
         targets = CpuMask(cpu for cpu in mask if cpu < self.ncpus)
         if self.ipi_should_be_nmi(line):
             self.send_nmi(targets)
