@@ -31,7 +31,7 @@ from shmipi import _core
 from shmipi.cpumask import CpuMask
 from shmipi.errors import ClusterStateError, IrqError, MachineDiedError
 from shmipi.irq.desc import IrqFlags
-from shmipi.irq.domain import IrqDomain, IrqDomainFlags, _checked_name
+from shmipi.irq.domain import IrqDomain, IrqDomainFlags, checked_name
 from shmipi.irq.percpu import PercpuCalls
 from shmipi.machine import remote
 
@@ -210,7 +210,7 @@ class CoprocessorCalls(PercpuCalls):
         with host.coprocessors:  # one after another, and none while the dead are buried
             start = remote.dumps(_Start(name, remote.dumps((func, args))))
             self._bury_dead()
-            made = Coprocessor(self, *self._add(_checked_name(name)))
+            made = Coprocessor(self, *self._add(checked_name(name)))
             try:
                 made.pid = host.start_coprocessor(
                     made.domain.coprocessor, made.virq, start

@@ -54,6 +54,7 @@ __all__ = [
     "IrqDomain",
     "IrqDomainFlags",
     "check_tree",
+    "checked_name",
     "irq_chip_send_ipi",
     "parse_tree",
     "root_name",
@@ -364,7 +365,7 @@ def _node(name: str, properties: Any) -> DomainNode:
             f"{name}: no property {next(iter(known))!r} is known", node=name
         )
     return DomainNode(
-        _checked_name(name),
+        checked_name(name),
         _COMPATIBLE[compatible],
         None if parent in (None, "root") else parent,
         _ranges(name, cells),
@@ -372,10 +373,11 @@ def _node(name: str, properties: Any) -> DomainNode:
     )
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """Return a domain's name. ``TypeError``, ``DeviceTreeError`` for what is none."""
     if not isinstance(name, str):
         raise TypeError(f"a domain's name is a string, not {name!r}")
-    if not 0 < len(name.encode()) < 32 or not name.isprintable():
+    if not name.isprintable() or not 0 < len(name.encode()) < 32:
         raise DeviceTreeError(
             f"{name!r}: a domain's name is 1 to 31 printable bytes", node=name
         )

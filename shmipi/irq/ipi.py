@@ -40,6 +40,7 @@ __all__ = [
     "__ipi_send_mask",
     "__ipi_send_single",
     "irq_desc_send_ipi",
+    "refuse",
 ]
 
 #: A domain, its name, a consumer's description (``{"interrupt-parent": name}``), or
@@ -60,7 +61,7 @@ def irq_desc_send_ipi(desc: IrqDesc, mask: MaskLike) -> None:
     data = irq_desc_get_irq_data(desc)
     send = data.chip.send_ipi
     if send is None:
-        _refuse(desc, f"the chip of domain {data.domain.name} has no send_ipi")
+        refuse(desc, f"the chip of domain {data.domain.name} has no send_ipi")
     cpus = desc.table.cpus(mask)
     if not irqd_is_global_ipi(data):
         _check_mask(desc, cpus)
@@ -104,26 +105,27 @@ def _ipi_send_verify(desc: IrqDesc, mask: CpuMask) -> None:
     chip = desc.irq_data.chip
     _check_alive(desc)
     if chip.ipi_send_single is None and chip.ipi_send_mask is None:
-        _refuse(desc, f"the chip of domain {desc.domain.name} sends no IPIs")
+        refuse(desc, f"the chip of domain {desc.domain.name} sends no IPIs")
     _check_mask(desc, mask)
 
 
 def _check_alive(desc: IrqDesc) -> None:
     if not desc.alive:
-        _refuse(desc, "it was destroyed: reserve another one")
+        refuse(desc, "it was destroyed: reserve another one")
     if desc.irq != desc.ipi_base:
-        _refuse(desc, f"it is part of the block of irq {desc.ipi_base}: send by that")
+        refuse(desc, f"it is part of the block of irq {desc.ipi_base}: send by that")
 
 
 def _check_mask(desc: IrqDesc, mask: CpuMask) -> None:
     foreign = mask - irq_data_get_affinity_mask(desc.irq_data)
     if foreign:
-        _refuse(desc, f"it is not for CPUs {foreign}", foreign.first)
+        refuse(desc, f"it is not for CPUs {foreign}", foreign.first)
 
 
-def _refuse(
+def refuse(
     desc: IrqDesc, why: str, cpu: int | None = None, code: int = errno.EINVAL
 ) -> NoReturn:
+    """Raise the ``IrqError`` about an irq: ``code`` is its errno."""
     raise IrqError(
         f"irq {desc.irq} of domain {desc.domain.name}: {why}",
         cpu=cpu,
@@ -341,25 +343,25 @@ class IpiCalls:
         return first
 
     def _check_dest(self, domain: IrqDomain, cpus: CpuMask) -> None:
-        def refuse(why: str, cpu: int | None = None) -> NoReturn:
+        def wrong(why: str, cpu: int | None = None) -> NoReturn:
             raise IrqError(f"domain {domain.name}: {why}", cpu=cpu, domain=domain.name)
 
         if not domain.is_ipi:
-            refuse("it is no IPI domain")
+            wrong("it is no IPI domain")
         beyond = cpus - domain.possible
         if beyond:
-            refuse(
+            wrong(
                 f"CPUs {beyond} are not possible: it has {domain.possible}",
                 beyond.first,
             )
         if not cpus:
-            refuse("the mask of CPUs is empty")
+            wrong("the mask of CPUs is empty")
         first, last = cpus.first, cpus.last
         assert first is not None
         assert last is not None
         if domain.mapping == "block" and last - first + 1 != cpus.weight:
             holes = CpuMask(range(first, last)) - cpus
-            refuse(
+            wrong(
                 f"CPUs {cpus} have holes ({holes}), and its hwirqs are consecutive",
                 holes.first,
             )
@@ -428,14 +430,14 @@ class IpiCalls:
         with self.table.locked():
             desc = self._desc(virq)
             if not desc.domain.is_ipi:
-                _refuse(desc, "its domain is no IPI domain: irq_dispose_mapping is its")
+                refuse(desc, "its domain is no IPI domain: irq_dispose_mapping is its")
             if desc.irq != desc.ipi_base:
-                _refuse(desc, f"it is part of the block of irq {desc.ipi_base}")
+                refuse(desc, f"it is part of the block of irq {desc.ipi_base}")
             mask = self.table.affinity(desc.irq)
             gone = mask if dest is None else self.table.cpus(dest)
             _check_mask(desc, gone)
             if not gone:
-                _refuse(desc, "the mask of CPUs is empty")
+                refuse(desc, "the mask of CPUs is empty")
             whole = not desc.domain.is_per_cpu or gone == mask
             requested = whole and bool(self.table.action(desc.irq))
             if whole:
@@ -511,7 +513,7 @@ class IpiCalls:
                 desc = self._desc(owner)
                 if desc.domain == found:
                     return owner
-                _refuse(desc, f"it has hwirq {hwirq}", code=errno.EBUSY)
+                refuse(desc, f"it has hwirq {hwirq}", code=errno.EBUSY)
             first = self._find_descs(found, 1)
             routed = self.table.chip.flow == "shared"
             cpus = CpuMask([0]) if routed else found.possible
@@ -523,7 +525,7 @@ class IpiCalls:
         with self.table.locked():
             desc = self._desc(virq)
             if desc.domain.is_ipi:
-                _refuse(desc, "it is an IPI: irq_destroy_ipi is its")
+                refuse(desc, "it is an IPI: irq_destroy_ipi is its")
             requested = bool(self.table.action(virq))
             self.table.destroy(desc)
         if requested:

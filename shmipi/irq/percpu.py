@@ -32,7 +32,7 @@ from shmipi import _core
 from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import ClusterStateError, ShmipiWarning
 from shmipi.irq.desc import INVALID_HWIRQ, IrqDesc, IrqFlags, irq_name
-from shmipi.irq.ipi import IpiCalls, _refuse
+from shmipi.irq.ipi import IpiCalls, refuse
 from shmipi.machine.arrays import SharedArray
 
 __all__ = ["IrqHandler", "PercpuCalls"]
@@ -68,9 +68,9 @@ class PercpuCalls(IpiCalls):
         with self.table.locked():
             desc = self._percpu(virq)
             if handler is None:
-                _refuse(desc, "a handler is needed")
+                refuse(desc, "a handler is needed")
             if self.table.action(virq):
-                _refuse(desc, "it is requested already", code=errno.EBUSY)
+                refuse(desc, "it is requested already", code=errno.EBUSY)
             # A new one may be in use by those who look it up: the name goes before it.
             self.table._store("name", virq, label)
             if isinstance(handler, _core.NativeHandler):
@@ -139,7 +139,7 @@ class PercpuCalls(IpiCalls):
             chosen = CpuMask([machine.id]) if machine.is_cpu else mask
         foreign = chosen - mask
         if foreign:
-            _refuse(desc, f"it is not for CPUs {foreign}", foreign.first)
+            refuse(desc, f"it is not for CPUs {foreign}", foreign.first)
         for cpu in chosen:
             line = desc.mapping.hwirq(cpu)
             if line != INVALID_HWIRQ:
@@ -169,11 +169,11 @@ class PercpuCalls(IpiCalls):
     def _percpu(self, virq: int) -> IrqDesc:
         desc = self._desc(virq)
         if desc.flags & IrqFlags.IRQ_NOREQUEST:
-            _refuse(desc, "it is a coprocessor's: nobody here can request it")
+            refuse(desc, "it is a coprocessor's: nobody here can request it")
         if not desc.flags & IrqFlags.IRQ_PER_CPU_DEVID:
-            _refuse(desc, "it is not per-CPU")
+            refuse(desc, "it is not per-CPU")
         if desc.irq != desc.ipi_base:
-            _refuse(desc, f"it is part of the block of irq {desc.ipi_base}")
+            refuse(desc, f"it is part of the block of irq {desc.ipi_base}")
         return desc
 
     def _was_requested(self, desc: IrqDesc) -> None:

@@ -225,6 +225,8 @@ def test_arguments_of_the_wrong_kind(rig):
         calls.add_coprocessor("test", 5)
     with pytest.raises(TypeError, match="made from a DomainNode, not 'test'"):
         calls.irq_domain_create("test")
+    with pytest.raises(DeviceTreeError, match="printable"):
+        calls.add_coprocessor("\ud800", print)
     for number in (True, "1", 1.5):
         with pytest.raises(TypeError, match="a hwirq is an integer"):
             calls.irq_reserve_ipi(None, "3", hwirq=number)
