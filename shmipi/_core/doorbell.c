@@ -353,19 +353,23 @@ void shi_kick_remove(void)
 
 int shi_kick_check(struct shi_self *self)
 {
+    const int signals[] = {(int)self->m->kick_signal, (int)self->m->nmi_signal};
     struct sigaction now;
-    sigset_t mask;
+    sigset_t mask, ours;
+    size_t i;
     int found = 0;
-    if (sigaction((int)self->m->kick_signal, NULL, &now) == 0 &&
-        (!(now.sa_flags & SA_SIGINFO) || now.sa_sigaction != on_kick)) {
+    sigemptyset(&ours);
+    for (i = 0; i < sizeof signals / sizeof *signals; i++) {
+        sigaddset(&ours, signals[i]);
+        if (sigaction(signals[i], NULL, &now) == 0 &&
+            (!(now.sa_flags & SA_SIGINFO) || now.sa_sigaction != on_kick))
+            found = -EEXIST;
+    }
+    if (found)
         install(self->m);
-        found = -EEXIST;
-    }
-    if (pthread_sigmask(SIG_BLOCK, NULL, &mask) == 0 &&
-        sigismember(&mask, (int)self->m->kick_signal)) {
-        shi_kick_block(self, false);
+    if (pthread_sigmask(SIG_UNBLOCK, &ours, &mask) == 0 &&
+        (sigismember(&mask, signals[0]) || sigismember(&mask, signals[1])))
         found = found ? found : -EPERM;
-    }
     return found;
 }
 

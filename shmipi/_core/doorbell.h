@@ -27,7 +27,7 @@ void shi_firmware_look(const struct shi_self *self);
 /* Install the handlers of the kick and the NMI signal, for the process's CPU `self`. */
 int shi_kick_install(struct shi_self *self);
 void shi_kick_remove(void);
-/* 0, or what task code did to the kick signal: -EEXIST replaced it, -EPERM blocks it.
+/* 0, or what task code did to one of them: -EEXIST replaced it, -EPERM blocks it.
  * It is put right again in either case. */
 int shi_kick_check(struct shi_self *self);
 /* Block or unblock the kick signal in this thread. */

@@ -305,18 +305,25 @@ static void name_task(Machine *machine, PyObject *function)
 
 /* The interpreter has a handler of its own for each signal: put ours back there, and then
  * the core's over it, because signal.signal installs the interpreter's. */
-static void restore_kick_handler(Machine *machine)
+static void restore_handlers(Machine *machine)
 {
+    const struct {
+        uint32_t signal;
+        const char *entry;
+    } handlers[] = {{machine->m.kick_signal, "irq_entry"}, {machine->m.nmi_signal, "nmi_entry"}};
     PyObject *module = PyImport_ImportModule("signal");
     PyObject *core = PyImport_ImportModule("shmipi._core");
-    PyObject *entry = core ? PyObject_GetAttrString(core, "irq_entry") : NULL;
-    PyObject *old = module && entry ? PyObject_CallMethod(module, "signal", "IO",
-                                                          machine->m.kick_signal, entry)
-                                    : NULL;
-    if (!old)
-        PyErr_WriteUnraisable(NULL);
-    Py_XDECREF(old);
-    Py_XDECREF(entry);
+    size_t i;
+    for (i = 0; i < 2; i++) {
+        PyObject *entry = core ? PyObject_GetAttrString(core, handlers[i].entry) : NULL;
+        PyObject *old = module && entry ? PyObject_CallMethod(module, "signal", "IO",
+                                                              handlers[i].signal, entry)
+                                        : NULL;
+        if (!old)
+            PyErr_WriteUnraisable(NULL);
+        Py_XDECREF(old);
+        Py_XDECREF(entry);
+    }
     Py_XDECREF(core);
     Py_XDECREF(module);
     shi_kick_install(&machine->self);
@@ -353,13 +360,13 @@ static void run_task(Machine *machine)
     self->preempt = 0;
     switch (shi_kick_check(self)) {
     case -EEXIST:
-        restore_kick_handler(machine);
-        complain("CPU %d: the task %s replaced the handler of the kick signal: calls waited "
-                 "until it ended", machine);
+        restore_handlers(machine);
+        complain("CPU %d: the task %s replaced the handler of the kick signal or the NMI's: "
+                 "calls or NMIs waited until it ended", machine);
         break;
     case -EPERM:
-        complain("CPU %d: the task %s blocked the kick signal: calls waited until it ended",
-                 machine);
+        complain("CPU %d: the task %s blocked the kick signal or the NMI's: calls or NMIs "
+                 "waited until it ended", machine);
         break;
     default:
         break;

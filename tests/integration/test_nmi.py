@@ -267,3 +267,22 @@ def test_what_came_in_the_middle_of_a_handler_is_taken_after_it(rig, eventually)
     eventually(lambda: counted[0], 2.0)
     found.go[1] = 1
     assert cluster._machine.collect(task, 0, None)
+
+
+def test_a_task_cannot_leave_nmis_off(rig):
+    found = rig()
+
+    def block():
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+    def ignore():
+        for number in range(signal.SIGRTMIN, signal.SIGRTMAX + 1):
+            signal.signal(number, signal.SIG_IGN)
+
+    for count, (task, words) in enumerate(
+        [(block, "blocked"), (ignore, "replaced")], start=1
+    ):
+        found.cluster.run(task, cpus=[1])
+        assert found.cluster.smp.smp_send_nmi_ipi(1, note, NMI_S) == 1, words
+        found.cluster.run(int)
+        assert found.seen[1, 0] == count
