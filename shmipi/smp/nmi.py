@@ -7,8 +7,9 @@ controller without NMIs the interrupt is a line that can be masked, as in the ke
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -23,6 +24,7 @@ NMI_IPI_ALL_OTHERS = -2
 _NMI_DESC = 0  # the descriptor of the NMI's handler
 _LOOK_S = 0.0002
 _AGAIN_S = 0.01
+_AGAIN_MAX_S = 0.64
 _LOCK_S = 10.0
 
 #: Handlers that this process has published: the core pulls them from here.
@@ -44,11 +46,8 @@ def register_nmi_handler(
     counted then. Raises ``ClusterStateError`` in an interrupt handler.
     """
     here = _machine(machine)
-    _lock(here)
-    try:
+    with _locked(here):
         _publish(here, handler, info)
-    finally:
-        here.irq_unlock()
 
 
 def smp_send_nmi_ipi(
@@ -69,31 +68,38 @@ def smp_send_nmi_ipi(
     here = _machine(machine)
     targets = _targets(here, cpu)
     deadline = time.monotonic() + delay_us / 1e6 if delay_us else None
-    if not _lock(here, deadline):
-        return 0
-    try:
-        _publish(here, func, info)
-        waiting = {target: _taken(here, target) for target in targets}
-        for target in targets:
+    with _locked(here, deadline) as held:
+        if not held:
+            return 0
+        try:
+            _publish(here, func, info)
+            return _send(here, targets, deadline)
+        finally:
+            _publish(here, None, None)
+
+
+def _send(here: _core.Machine, targets: list[int], deadline: float | None) -> int:
+    waiting = {target: _taken(here, target) for target in targets}
+    for target in targets:
+        with contextlib.suppress(CpuOfflineError):  # it has just gone
             here.nmi_send(target)
-        again = time.monotonic() + _AGAIN_S
-        while True:
-            waiting = {
-                target: before
-                for target, before in waiting.items()
-                if _taken(here, target) == before and _online(here, target)
-            }
-            now = time.monotonic()
-            if not waiting or (deadline is not None and now >= deadline):
-                return int(not waiting)
-            if now >= again:  # the signal may have died with somebody, or not fitted
-                for target in waiting:
-                    here.nmi_resend(target)
-                again = now + _AGAIN_S
-            time.sleep(_LOOK_S)
-    finally:
-        _publish(here, None, None)
-        here.irq_unlock()
+    pause = _AGAIN_S
+    again = time.monotonic() + pause
+    while True:
+        waiting = {
+            target: before
+            for target, before in waiting.items()
+            if _taken(here, target) == before and _online(here, target)
+        }
+        now = time.monotonic()
+        if not waiting or (deadline is not None and now >= deadline):
+            return int(not waiting)
+        if now >= again:  # the signal may have died with somebody, or not fitted
+            for target in waiting:
+                here.nmi_resend(target)
+            pause = min(2 * pause, _AGAIN_MAX_S)  # a stopped target's signals pile up
+            again = now + pause
+        time.sleep(_LOOK_S)
 
 
 def _machine(machine: _core.Machine | None) -> _core.Machine:
@@ -105,19 +111,34 @@ def _machine(machine: _core.Machine | None) -> _core.Machine:
     return here
 
 
-def _lock(machine: _core.Machine, deadline: float | None = None) -> bool:
+@contextlib.contextmanager
+def _locked(machine: _core.Machine, deadline: float | None = None) -> Iterator[bool]:
+    """Hold the lock of the irq tables: False when it is not free by ``deadline``."""
     limit = time.monotonic() + _LOCK_S
-    while not machine.irq_trylock():
+    while True:
+        # As nmi_ipi_lock_start(): with interrupts off a CPU that holds it neither runs
+        # a handler nor goes offline, and on in between, where NMIs can be masked.
+        flags = _core.local_irq_save() if machine.is_cpu else 0
+        if machine.irq_trylock():
+            break
+        if machine.is_cpu:
+            _core.local_irq_restore(flags)
         now = time.monotonic()
         if deadline is not None and now >= deadline:
-            return False
+            yield False
+            return
         if now >= limit:
             raise ClusterStateError(
                 f"the irq tables of machine {machine.name} are locked by somebody who"
                 " does not go on"
             )
         time.sleep(_LOOK_S)
-    return True
+    try:
+        yield True
+    finally:
+        machine.irq_unlock()
+        if machine.is_cpu:
+            _core.local_irq_restore(flags)
 
 
 def _publish(machine: _core.Machine, handler: Any, info: Any) -> None:

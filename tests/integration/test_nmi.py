@@ -286,3 +286,22 @@ def test_a_task_cannot_leave_nmis_off(rig):
         assert found.cluster.smp.smp_send_nmi_ipi(1, note, NMI_S) == 1, words
         found.cluster.run(int)
         assert found.seen[1, 0] == count
+
+
+def test_a_sender_does_not_park_with_the_lock(rig, background):
+    found = rig()
+    cluster = found.cluster
+    pid = cluster.cpus[0].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        thread = background(
+            lambda: cluster.run(smp.smp_send_nmi_ipi, 0, note, NMI_S, cpus=[1])
+        )
+        time.sleep(0.1)
+        with pytest.raises(shmipi.IpiTimeoutError):
+            cluster.offline(1, timeout=0.3)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert thread.end(30) == [1]
+    cluster.offline(1, timeout=5)
+    cluster.online(1)
