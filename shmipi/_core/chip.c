@@ -273,7 +273,7 @@ void shi_chip_look(struct shi_self *self, uint32_t cpu, bool again)
         shi_irq_ring_pending(self, cpu, again);
 }
 
-void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
+static void reset(const struct shi_machine *m, uint32_t cpu)
 {
     struct shi_pic *pic = shi_pic(m, cpu);
     struct shi_slot *slot = shi_slot(m, cpu);
@@ -287,11 +287,6 @@ void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
             shi_fetch_or_full(&pic->enable[i / 64], 1ull << (i % 64));
     shi_store_relaxed(&pic->messages, 0);
     shi_store_relaxed(&pic->nmi, 0);
-    uint32_t startup = shi_load_relaxed(&pic->startup);
-    /* INIT, or a STARTUP that asked for the process that takes the slot, still stands. */
-    while ((startup == SHI_SU_WAITING || startup == SHI_SU_STARTED) &&
-           !shi_cas_full(&pic->startup, &startup, SHI_SU_NONE))
-        ;
     shi_store_relaxed(&pic->threshold, 0);
     shi_store_relaxed(&pic->spurious, 0);
     shi_store_relaxed(&pic->happened, 0);
@@ -301,11 +296,22 @@ void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
         m->flow->reset(m, cpu);
 }
 
+void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
+{
+    shi_a32 *startup = &shi_pic(m, cpu)->startup;
+    uint32_t was = shi_load_relaxed(startup);
+    reset(m, cpu);
+    /* INIT, or a STARTUP that asked for the process that takes the slot, still stands. */
+    while ((was == SHI_SU_WAITING || was == SHI_SU_STARTED) &&
+           !shi_cas_full(startup, &was, SHI_SU_NONE))
+        ;
+}
+
 void shi_chip_reset_own(struct shi_self *self)
 {
     memset(self->taken, 0, sizeof self->taken);
     self->demuxing = 0;
-    shi_chip_reset(self->m, self->id);
+    reset(self->m, self->id); /* its process stays, and so has started */
 }
 
 void shi_chip_note_masked(struct shi_self *self)

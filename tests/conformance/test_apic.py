@@ -944,6 +944,20 @@ def test_startup_of_dead_and_parked_cpus(boot, eventually):
     assert cluster.run(abs, -3) == [3, 3, 3]
 
 
+def test_init_of_a_cpu_that_nearly_went_offline(boot, eventually):
+    cluster = boot(2, idle="halt", steps=True)
+    machine = cluster._machine
+    machine.arm_step(1, "offline", shmipi._core.STEP_STOP)
+    machine.hotplug(1, True)
+    eventually(lambda: machine.step_hit(1) == "offline")
+    machine.hotplug(1, False)  # the request is withdrawn: it has not parked
+    os.kill(cluster.cpus[1].pid, signal.SIGCONT)
+    assert cluster.call(1, abs, -3, timeout=5) == 3
+    eventually(lambda: cluster.cpus[1].state != "offline")
+    cluster.chip.write_icr(INIT, 1)
+    eventually(lambda: cluster.cpus[1].state == "dead")
+
+
 # ---- what the kernel has over it -----------------------------------------------------
 
 
