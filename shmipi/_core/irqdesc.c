@@ -117,6 +117,18 @@ void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line)
     }
 }
 
+static uint64_t reservation(uint32_t virq, const struct shi_irqdesc *desc)
+{
+    return virq | (uint64_t)desc->epoch << 32;
+}
+
+bool shi_irqdesc_still(const struct shi_self *self, uint32_t line)
+{
+    uint32_t virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
+    const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
+    return virq && desc && self->later_for[line] == reservation(virq, desc);
+}
+
 bool shi_irqdesc_handle(struct shi_self *self, uint32_t line)
 {
     uint32_t i, virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
@@ -142,6 +154,7 @@ bool shi_irqdesc_handle(struct shi_self *self, uint32_t line)
         self->hooks.irq(self, line);
         return true;
     }
+    self->later_for[line] = reservation(virq, desc);
     for (i = 0; i < self->nlater; i++)
         if (self->later[i] == line)
             return false; /* once more before it was handled at all */

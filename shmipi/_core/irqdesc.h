@@ -58,6 +58,8 @@ bool shi_irqdesc_handle(struct shi_self *self, uint32_t line);
 bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *desc);
 /* The next line whose Python handler was put off, or SHI_NO_LINE. */
 uint32_t shi_irqdesc_pop(struct shi_self *self);
+/* Is that line the same irq's as when its handler was put off? */
+bool shi_irqdesc_still(const struct shi_self *self, uint32_t line);
 
 /* Interrupt the coprocessor whose irq is `virq`: 0, or -ENXIO when it is not there. */
 int shi_coproc_raise(struct shi_self *self, uint32_t coproc, uint32_t virq);

@@ -109,6 +109,7 @@ struct shi_self {
     struct shi_list deferred; /* Python csds waiting for the interpreter */
     struct shi_list tasks;
     uint16_t later[SHI_NLINES]; /* lines of requested irqs waiting for the interpreter */
+    uint64_t later_for[SHI_NLINES]; /* by line: of which irq, and which of its reservations */
     uint32_t handling; /* 1 + the line whose Python handler runs, 0: none does */
     uint32_t nlater;
     uint64_t taken[SHI_NLINES / 64]; /* read from the chip, and not dispatched yet */

@@ -8,6 +8,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "chip.h"
 #include "doorbell.h"
 #include "idle.h"
 #include "irqdesc.h"
@@ -161,8 +162,14 @@ void shi_run_deferred(Machine *machine)
     if (self->nmi_waits)
         shi_run_nmi(machine);
     self->in_core++;
-    while ((line = shi_irqdesc_pop(self)) != SHI_NO_LINE)
-        shi_run_line(machine, line);
+    while ((line = shi_irqdesc_pop(self)) != SHI_NO_LINE) {
+        if (shi_irqdesc_still(self, line)) {
+            shi_run_line(machine, line);
+        } else { /* destroyed meanwhile, and what has the line now was not sent to */
+            shi_count(self, SHI_C_irq_other);
+            shi_chip_end(self, line);
+        }
+    }
     while ((index = shi_list_pop(self, &self->deferred)) != UINT32_MAX)
         run_handler(machine, index);
     self->in_core--;

@@ -387,6 +387,54 @@ def test_what_was_sent_before_is_not_the_next_ones(rig):
     rig.settles(1, 1, 1, 1)
 
 
+@KINDS
+def test_what_was_put_off_is_not_the_next_ones(rig, background):
+    """Destroyed while its handler waits for the interpreter of a CPU."""
+    seen = rig.cluster.shared("seen", "i8", 2)
+    seen[:] = 0
+
+    def first(virq):
+        shmipi.shared("seen")[0] += 1
+
+    def second(virq):
+        shmipi.shared("seen")[1] += 1
+
+    def long_in_c():
+        import hashlib
+
+        shmipi.shared("going")[0] = 1
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_500_000)
+        shmipi.shared("going")[0] = 2
+
+    going = rig.cluster.shared("going", "i8", 1)
+    going[0] = 0
+    task = background(lambda: rig.cluster.run(long_in_c, cpus=[1]))
+    while not going[0]:
+        time.sleep(0.001)
+    virq = rig.reserve(None, "0-3")
+    rig.irq.request_percpu_irq(virq, first)
+    rig.irq.enable_percpu_irq(virq, "1")
+    line = rig.irq.ipi_get_hwirq(virq, 1)
+    rig.irq.ipi_send_single(virq, 1)
+    while not rig.cluster.chip.in_service(1):
+        time.sleep(0.001)
+    rig.irq.disable_percpu_irq(virq, "1")
+    rig.irq.free_percpu_irq(virq)
+    rig.irq.irq_destroy_ipi(virq)
+    assert rig.reserve(None, "0-3") == virq
+    assert rig.irq.ipi_get_hwirq(virq, 1) == line
+    rig.irq.request_percpu_irq(virq, second)
+    rig.irq.enable_percpu_irq(virq, "1")
+    assert going[0] == 1
+    task.end(60)
+    assert seen.tolist() == [0, 0]
+    rig.irq.ipi_send_single(virq, 1)
+    deadline = time.monotonic() + 5
+    while seen.tolist() != [0, 1] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert seen.tolist() == [0, 1]
+
+
 def test_a_line_is_nobodys_before_and_after(rig):
     """What the hardware does to a line that no irq has reaches no irq."""
     virq = rig.reserve(None, "0-3")
