@@ -424,7 +424,8 @@ static void irq_work(struct shi_self *self)
         }
         if (!shi_word_online(w))
             break;
-        next = shi_word_with(w, SHI_RUNNING);
+        /* ASKED anew: an NMI may have been what waited, and its handler has run since. */
+        next = shi_word_with(w, SHI_RUNNING) & ~SHI_W_ASKED;
         if (shi_python_waits(self))
             next |= SHI_W_ASKED;
         /* Compare-and-swap: a push since the last look makes it fail. */

@@ -157,6 +157,30 @@ static void storm(enum shi_flow_kind flow, bool banked, enum shi_idle idle)
     rig_stop(&rig);
 }
 
+/* An NMI's Python handler can be what ASKED was set for, and it does not take it back. */
+static void asked_for_nothing(void)
+{
+    struct shi_self self;
+    uint32_t i;
+    rig_boot(&rig, 2, SHI_IDLE_HALT);
+    shi_reap_stop_all(&rig.firmware);
+    for (i = 0; i < 2; i++)
+        CHECK(pthread_join(rig.thread[i], NULL) == 0);
+    CHECK(shi_self_init(&self, &rig.m, 0) == 0);
+    shi_store_full(&self.slot->word, (uint64_t)self.gen << SHI_W_GEN_SHIFT | SHI_RUNNING |
+                                         SHI_W_ASKED | SHI_W_KICKED);
+    shi_irq_entry(&self);
+    CHECK(shi_word_state(shi_load_full(&self.slot->word)) == SHI_RUNNING);
+    CHECK(!(shi_load_full(&self.slot->word) & SHI_W_ASKED));
+    self.nmi_waits = 1;
+    shi_irq_entry(&self);
+    CHECK(shi_load_full(&self.slot->word) & SHI_W_ASKED);
+    shi_self_fini(&self);
+    shi_self_fini(&rig.host);
+    shi_self_fini(&rig.firmware);
+    CHECK(munmap(rig.m.base, rig.m.total_bytes) == 0);
+}
+
 int main(void)
 {
     uint32_t flow;
@@ -167,5 +191,6 @@ int main(void)
         storm((enum shi_flow_kind)flow, false, SHI_IDLE_HALTPOLL);
     }
     storm(SHI_FLOW_SGI, true, SHI_IDLE_HALT);
+    asked_for_nothing();
     return 0;
 }
