@@ -16,7 +16,9 @@ static uint32_t highest(const shi_a64 *bits, const shi_a64 *and)
 {
     int i;
     for (i = SHI_NLINES / 64 - 1; i >= 0; i--) {
-        uint64_t word = shi_load_acquire(&bits[i]);
+        /* Full: who unmasks, or comes online, has done so before it looks; an acquire
+         * load may pass his own store where the processor has weaker ones (RCpc). */
+        uint64_t word = shi_load_full(&bits[i]);
         if (word && and) /* nearly always none, and then the mask's line is not needed */
             word &= shi_load_relaxed(&and[i]);
         if (word)
