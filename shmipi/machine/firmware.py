@@ -93,8 +93,13 @@ class Firmware:
         private = self.private()
         for number in cpus:
             self.machine.reap_reset(number)
-            # Not os.fork(): the child goes to its idle loop without touching Python.
-            self.pids[self.machine.fork_cpu(number, me, private)] = number
+            try:
+                # Not os.fork(): the child goes to its idle loop and touches no Python.
+                pid = self.machine.fork_cpu(number, me, private)
+            except OSError:
+                self.machine.reap_mark(number)  # dead as before, and not coming up
+                raise
+            self.pids[pid] = number
         self.await_online(cpus)
 
     def before_fork(self) -> None:
