@@ -120,8 +120,11 @@ void shi_chip_send_reschedule(struct shi_self *self, uint32_t dst)
 void shi_chip_prod(struct shi_self *self, uint32_t dst)
 {
     shi_chip_send_reschedule(self, dst);
-    if (!self->m->flow->pending(self->m, dst))
-        shi_irq_ring(self, dst); /* taken already, or held back: then nobody rang */
+    /* Taken already, or held back: then nobody rang.  Nor has who made the line pending
+     * before us, where that is who rings (ipi-mux), if he is stopped on the way to it. */
+    if (!self->m->flow->pending(self->m, dst) ||
+        !(shi_load_full(&shi_slot(self->m, dst)->word) & SHI_W_PENDING))
+        shi_irq_ring(self, dst);
 }
 
 /* ---- receiving ------------------------------------------------------------------- */

@@ -424,6 +424,20 @@ def test_a_sender_that_dies_before_it_rings(boot, eventually, step, again):
     assert (chip.bits(1), chip.msip(1)) == (0, 0)
 
 
+def test_a_sender_that_is_stopped_before_it_rings_holds_up_no_hotplug(boot, eventually):
+    """Its bit is set, so that who asks the CPU to go has nothing to ring for."""
+    cluster = boot(3, controller="riscv", idle="halt", steps=True)
+    quiet(cluster)
+    cluster._machine.arm_step(0, "raise", _core.STEP_STOP)
+    cluster.submit(0, lambda: shmipi.smp.smp_send_reschedule(1))
+    eventually(lambda: cluster._machine.step_hit(0) == "raise")
+    try:
+        cluster.offline(1, timeout=2)
+    finally:
+        os.kill(cluster.cpus[0].pid, signal.SIGCONT)
+    cluster.online(1)
+
+
 def test_offline_loses_and_starts_anew(boot):
     cluster = boot(2, controller="riscv", idle="halt")
     chip = cluster.chip
