@@ -84,8 +84,9 @@ bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *des
     if (desc->kind == SHI_K_INT)
         info = (void *)(uintptr_t)desc->info;
     else if (desc->kind == SHI_K_POINTER) {
-        uint64_t at = desc->info + (uint64_t)desc->stride * self->id; /* this_cpu_ptr() */
-        if (desc->info >= shi_array_end(self->m) || at >= shi_array_end(self->m))
+        uint64_t info_at = *(const volatile uint64_t *)&desc->info; /* once: it is checked */
+        uint64_t at = info_at + (uint64_t)desc->stride * self->id; /* this_cpu_ptr() */
+        if (info_at >= shi_array_end(self->m) || at >= shi_array_end(self->m))
             return false;
         info = self->m->base + at;
     }
@@ -140,11 +141,13 @@ bool shi_irqdesc_handle(struct shi_self *self, uint32_t line)
         shi_count(self, SHI_C_irq_handled);
         return true;
     }
-    if (action == SHI_IA_LINE && desc->func < self->m->chip.nlines &&
-        self->m->chip.use[desc->func] != SHI_USE_IRQ) {
-        shi_count(self, SHI_C_irq_handled);
-        shi_chip_count_row(self, desc->func);
-        return shi_chip_act(self, desc->func);
+    if (action == SHI_IA_LINE) {
+        uint32_t as = *(const volatile uint32_t *)&desc->func; /* once: it is checked */
+        if (as < self->m->chip.nlines && self->m->chip.use[as] != SHI_USE_IRQ) {
+            shi_count(self, SHI_C_irq_handled);
+            shi_chip_count_row(self, as);
+            return shi_chip_act(self, as);
+        }
     }
     if (action != SHI_IA_PYTHON) {
         shi_count(self, SHI_C_irq_other); /* freed meanwhile, or never requested */
