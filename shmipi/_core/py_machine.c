@@ -668,7 +668,8 @@ static PyMethodDef *all_methods(void)
 {
     static PyMethodDef all[128];
     PyMethodDef *const parts[] = {shi_machine_methods, shi_call_methods, shi_cpu_methods,
-                                  shi_bench_methods, shi_irq_methods};
+                                  shi_bench_methods, shi_chip_methods,
+                                  shi_irq_methods};
     size_t n = 0, p;
     for (p = 0; p < sizeof parts / sizeof *parts; p++) {
         PyMethodDef *def;

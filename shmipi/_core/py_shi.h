@@ -184,12 +184,16 @@ extern PyMethodDef shi_call_functions[]; /* of the module: on the current machin
 void shi_run_line(Machine *machine, uint32_t line);
 /* The Python handler of the NMI that is in service, and of those after it. */
 void shi_run_nmi(Machine *machine);
+
+/* ---- interrupt controllers (py_chip.c) ------------------------------------------- */
 /* Fill `chip` from the description that shmipi/irq/chips/base.py makes: 0, or -1. */
 int shi_chip_from_python(PyObject *description, struct shi_chip *chip);
-/* Interrupts came on, or something was let through: take what is there now. */
-void shi_after_enable(Machine *machine);
+/* 0, or -1: ValueError. */
+int shi_check_line(const Machine *machine, unsigned line);
 
 /* ---- being a CPU (py_cpu.c) ------------------------------------------------------ */
+/* Interrupts came on, or something was let through: take what is there now. */
+void shi_after_enable(Machine *machine);
 void shi_cpu_hooks(Machine *machine);
 /* After a function of the user's: `result`, or an exception.  Ends a fork's child. */
 void shi_leave_if_forked(Machine *machine, PyObject *result);
@@ -209,6 +213,7 @@ extern PyMethodDef shi_machine_functions[];
 extern PyMethodDef shi_atomic_functions[];
 extern PyMethodDef shi_bench_methods[];
 extern PyMethodDef shi_bench_functions[];
+extern PyMethodDef shi_chip_methods[];
 extern PyMethodDef shi_irq_methods[];
 extern PyMethodDef shi_irq_functions[];
 
