@@ -251,9 +251,13 @@ def test_a_parked_sender_halts(rig):
         return rig.counters(1)["doorbells_sent"]
 
     calls = {"warmup": 0, "gap_ns": 30_000, "state": _core.HALTED, "park": True}
-    start = rung()
-    rig.run(0, tasks.native_calls, 1, 100, calls)
-    native = rung()
+    for _ in range(10):
+        start = rung()
+        rig.run(0, tasks.native_calls, 1, 100, calls)
+        native = rung()
+        if native - start > 75:
+            break
+        time.sleep(0.1)  # the hypervisor has one core for both: that passes
     _, missed = rig.run(0, tasks.python_calls, 1, 100, 0, 30_000, _core.HALTED, 0)
     assert missed <= 100
     # A sender that loses its core between call and sleep finds the answer there, as a

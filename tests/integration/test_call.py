@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import itertools
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -767,9 +768,14 @@ def test_timeout_zero_and_infinity(cluster):
 
 
 def test_hundreds_of_timeouts_leak_nothing(cluster):
-    for _ in range(300):
-        with pytest.raises(IpiTimeoutError):
-            cluster.call(1, time.sleep, 0.001, timeout=0.0001)
+    pid = cluster.cpus[1].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for _ in range(300):
+            with pytest.raises(IpiTimeoutError):
+                cluster.call(1, time.sleep, 0.001, timeout=0.0001)
+    finally:
+        os.kill(pid, signal.SIGCONT)
     assert cluster.call(1, len, bytes(100_000), timeout=10) == 100_000
 
 

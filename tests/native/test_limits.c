@@ -226,10 +226,19 @@ static void test_kind(int kind)
     CHECK(err == 0 && block > 0, "%s: %s, %f", name, strerror(-err), block);
     printf("  block: %9.1f ns  preempted %u", block, shi_load_relaxed(&area->preempted));
     if (is_sleeping(kind)) {
-        uint32_t total = p.calls + p.warmup, slept = shi_load_relaxed(&area->slept);
+        uint32_t total = p.calls + p.warmup, slept = shi_load_relaxed(&area->slept), tries;
 
         printf("  slept %u of %u", slept, total);
-        /* A few may find the ring there already, when the target lost its core. */
+        /* A few may find the ring there already, when somebody lost his core; many, when
+         * a hypervisor has one core for both at the moment: that passes. */
+        for (tries = 0; tries < 10 && slept + total / 10 < total; tries++) {
+            usleep(100000);
+            p = params(kind);
+            err = run(&p, NULL, &block);
+            CHECK(err == 0, "%s: %s", name, strerror(-err));
+            slept = shi_load_relaxed(&area->slept);
+            printf(", again %u", slept);
+        }
         CHECK(slept + total / 10 >= total, "%s: slept %u times in %u calls", name, slept,
               total);
     }
