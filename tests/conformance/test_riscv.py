@@ -152,6 +152,7 @@ def test_to_itself_exactly_once(machine, trace):
 
 def test_layers_above_use_it(machine, chip, trace):
     assert machine.call(1, abs, -5) == 5
+    quiet(machine)  # else it polls still, and needs no interrupt
     machine.smp.on_each_cpu(smp.NativeHandler("noop"))
     calls = [trace.taken(cpu) for cpu in range(3)]
     assert calls == [[CALL_FUNC], [CALL_FUNC, CALL_FUNC], [CALL_FUNC]]

@@ -1,7 +1,7 @@
 """Every controller under fire, with CPUs that go, come back and die.
 
 The same as ``shmipi stress --controller C --onoff-interval ... --kill-interval ...``;
-about two seconds for each, SHMIPI_STRESS=<seconds> makes each run that long.
+about a second for each, SHMIPI_STRESS=<seconds> makes each run that long.
 """
 
 import os
@@ -26,13 +26,13 @@ def time_enough(request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("controller", CHIPS)
 def test_stress(controller: str, interval: str) -> None:
     said: list[str] = []
-    seconds = {"onoff_interval": 1.0, "kill_interval": 1.5}[interval]
+    seconds = {"onoff_interval": 0.6, "kill_interval": 0.8}[interval]
     report = run(
         Options(
             duration=SECONDS or seconds,
             stutter=0,
             machine={"ncpus": 4, "controller": controller, "idle": "halt"},
-            **{interval: {"onoff_interval": 0.02, "kill_interval": 0.2}[interval]},
+            **{interval: {"onoff_interval": 0.02, "kill_interval": 0.1}[interval]},
         ),
         line=said.append,
     )
