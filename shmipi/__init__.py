@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from shmipi.machine.arrays import SharedArray, percpu, shared
     from shmipi.smp import CallSingleData, NativeHandler
+    from shmipi.trace import TraceEvent
 
 __all__ = [
     "ArenaFullError",
@@ -61,6 +62,7 @@ __all__ = [
     "SharedArray",
     "ShmipiError",
     "ShmipiWarning",
+    "TraceEvent",
     "__version__",
     "atomic",
     "irq",
@@ -76,3 +78,8 @@ def __getattr__(name: str) -> object:
     import shmipi._lazy as _lazy
 
     return _lazy.load(name, __name__)
+
+
+def __dir__() -> list[str]:
+    # What is not imported yet is there all the same: for completion.
+    return sorted({*globals(), *__all__})

@@ -32,6 +32,7 @@ _HOMES = {
     ),
     "shmipi.machine.arrays": ("SharedArray", "percpu", "shared"),
     "shmipi.smp": ("CallSingleData", "NativeHandler"),
+    "shmipi.trace": ("TraceEvent",),
 }
 
 

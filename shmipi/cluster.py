@@ -298,9 +298,9 @@ class Cluster:
     def trace_events(self) -> NDArray[Any]:
         """Return the tracepoints recorded so far, oldest first, as a structured array.
 
-        Fields: slot (who wrote it), stamp (ns, CLOCK_MONOTONIC), event (an index of
-        ``shmipi._core.TRACE_EVENTS``), cpu, csd, func, arg, seq. Empty unless the
-        cluster was made with ``trace=True``.
+        Fields: slot (who wrote it: a CPU's number, or ``ncpus`` for the host), stamp
+        (ns, CLOCK_MONOTONIC), event (a ``shmipi.TraceEvent``), cpu, csd, func, arg,
+        seq. Empty unless the cluster was made with ``trace=True``.
         """
         self._check()
         return events.read(self._machine)

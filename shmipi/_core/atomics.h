@@ -5,7 +5,7 @@
  * An ACQUIRE load guarantees that what stands after it sees everything that the
  * releasing side did before its RELEASE.  A FULL read-modify-write (seq_cst) is
  * used wherever a store must be seen before a later load of another location
- * (store-load order).  shmipi never uses a stand-alone fence for that:
+ * (store-load order).  The core never uses a stand-alone fence for that:
  * ThreadSanitizer does not understand fences, and a read-modify-write costs the
  * same on x86 and less on arm.
  */
@@ -36,12 +36,19 @@ typedef _Atomic uint8_t shi_a8;
 #define shi_fetch_add_relaxed(p, v) atomic_fetch_add_explicit((p), (v), memory_order_relaxed)
 #define shi_fetch_or_full(p, v) atomic_fetch_or_explicit((p), (v), memory_order_seq_cst)
 #define shi_fetch_and_full(p, v) atomic_fetch_and_explicit((p), (v), memory_order_seq_cst)
+#define shi_fetch_sub_full(p, v) atomic_fetch_sub_explicit((p), (v), memory_order_seq_cst)
+#define shi_fetch_xor_full(p, v) atomic_fetch_xor_explicit((p), (v), memory_order_seq_cst)
 #define shi_cas_full(p, expected, desired)                                             \
     atomic_compare_exchange_strong_explicit((p), (expected), (desired),                \
                                             memory_order_seq_cst, memory_order_seq_cst)
 #define shi_cas_weak_full(p, expected, desired)                                        \
     atomic_compare_exchange_weak_explicit((p), (expected), (desired),                  \
                                           memory_order_seq_cst, memory_order_seq_cst)
+
+/* For users' own protocols (shmipi.smp): the core itself has none of these. */
+#define shi_fence_full() atomic_thread_fence(memory_order_seq_cst)
+#define shi_fence_acquire() atomic_thread_fence(memory_order_acquire)
+#define shi_fence_release() atomic_thread_fence(memory_order_release)
 
 /* Orders plain stores before a signal handler of the same thread may run, and back. */
 #define shi_signal_fence() atomic_signal_fence(memory_order_seq_cst)

@@ -335,12 +335,12 @@ static PyMethodDef own_functions[] = {
 static int module_exec(PyObject *module)
 {
     PyMethodDef *const parts[] = {own_functions,     shi_call_functions,   shi_cpu_functions,
-                                  shi_machine_functions, shi_atomic_functions,
+                                  shi_machine_functions, shi_barrier_functions,
                                   shi_native_functions, shi_segment_functions,
                                   shi_bench_functions,
                                   shi_irq_functions};
     if (add_methods(module, parts, sizeof parts / sizeof *parts) < 0 ||
-        shi_function_types() < 0 || shi_native_types(module) < 0 ||
+        shi_atomic_add(module) < 0 || shi_function_types() < 0 || shi_native_types(module) < 0 ||
         shi_machine_types(module) < 0 || shi_csd_types(module) < 0 ||
         shi_bench_types(module) < 0)
         return -1;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Real atomics (seq_cst) on elements of integer arrays in shared memory. */
+/* Real atomics on elements of integer arrays in shared memory, and memory barriers. */
 #include "py_shi.h"
 
 /* Which type an element has. */
@@ -111,7 +111,7 @@ static PyObject *as_object(uint64_t bits, const struct element *e)
     }
 }
 
-enum operation { LOAD, STORE, ADD, OR, AND, EXCHANGE, COMPARE };
+enum operation { LOAD, STORE, ADD, SUB, OR, AND, XOR, EXCHANGE, COMPARE, ACQUIRE, RELEASE };
 
 #define OPERATE(type)                                                                            \
     do {                                                                                         \
@@ -125,15 +125,24 @@ enum operation { LOAD, STORE, ADD, OR, AND, EXCHANGE, COMPARE };
             return 0;                                                                            \
         case ADD:                                                                                \
             return shi_fetch_add_full(p, v);                                                     \
+        case SUB:                                                                                \
+            return shi_fetch_sub_full(p, v);                                                     \
         case OR:                                                                                 \
             return shi_fetch_or_full(p, v);                                                      \
         case AND:                                                                                \
             return shi_fetch_and_full(p, v);                                                     \
+        case XOR:                                                                                \
+            return shi_fetch_xor_full(p, v);                                                     \
         case EXCHANGE:                                                                           \
             return shi_xchg_full(p, v);                                                          \
         case COMPARE:                                                                            \
             shi_cas_full(p, &want, v);                                                           \
             return want;                                                                         \
+        case ACQUIRE:                                                                            \
+            return shi_load_acquire(p);                                                          \
+        case RELEASE:                                                                            \
+            shi_store_release(p, v);                                                             \
+            return 0;                                                                            \
         }                                                                                        \
         return 0;                                                                                \
     } while (0)
@@ -171,37 +180,92 @@ static PyObject *run(const char *name, enum operation op, PyObject *const *args,
         (as_bits(args[2], &e, &expected) < 0 || as_bits(args[3], &e, &value) < 0))
         goto out;
     uint64_t old = operate(op, &e, value, expected);
-    result = op == STORE ? Py_NewRef(Py_None) : as_object(old, &e);
+    result = op == STORE || op == RELEASE ? Py_NewRef(Py_None) : as_object(old, &e);
 out:
     PyBuffer_Release(&view);
     return result;
 }
 
-#define ATOMIC(name, op, nargs)                                                                  \
+#define ELEMENT(name, op, nargs)                                                                 \
     static PyObject *element_##name(PyObject *module, PyObject *const *args, Py_ssize_t n)        \
     {                                                                                            \
         (void)module;                                                                            \
         return run(#name, op, args, n, nargs);                                                   \
     }
-ATOMIC(load, LOAD, 2)
-ATOMIC(store, STORE, 3)
-ATOMIC(fetch_add, ADD, 3)
-ATOMIC(fetch_or, OR, 3)
-ATOMIC(fetch_and, AND, 3)
-ATOMIC(exchange, EXCHANGE, 3)
-ATOMIC(compare_exchange, COMPARE, 4)
+ELEMENT(load, LOAD, 2)
+ELEMENT(store, STORE, 3)
+ELEMENT(fetch_add, ADD, 3)
+ELEMENT(fetch_sub, SUB, 3)
+ELEMENT(fetch_or, OR, 3)
+ELEMENT(fetch_and, AND, 3)
+ELEMENT(fetch_xor, XOR, 3)
+ELEMENT(exchange, EXCHANGE, 3)
+ELEMENT(compare_exchange, COMPARE, 4)
+ELEMENT(smp_load_acquire, ACQUIRE, 2)
+ELEMENT(smp_store_release, RELEASE, 3)
 
-#define ENTRY(name, text)                                                                        \
-    {"atomic_" #name, (PyCFunction)(void (*)(void))element_##name, METH_FASTCALL, text}
-PyMethodDef shi_atomic_functions[] = {
-    ENTRY(load, "load(array, index)\n--\n\nThe element."),
-    ENTRY(store, "store(array, index, value)\n--\n\nSet the element."),
-    ENTRY(fetch_add, "fetch_add(array, index, value)\n--\n\nAdd, wrapping; the old value."),
-    ENTRY(fetch_or, "fetch_or(array, index, value)\n--\n\nOr; the old value."),
-    ENTRY(fetch_and, "fetch_and(array, index, value)\n--\n\nAnd; the old value."),
-    ENTRY(exchange, "exchange(array, index, value)\n--\n\nSet; the old value."),
-    ENTRY(compare_exchange,
-          "compare_exchange(array, index, expected, new)\n--\n\nSet to `new` if it equals "
-          "`expected`; the value found: it succeeded if that equals `expected`."),
+#define BARRIER(name, fence)                                                                     \
+    static PyObject *barrier_##name(PyObject *module, PyObject *unused)                           \
+    {                                                                                            \
+        (void)module;                                                                            \
+        (void)unused;                                                                            \
+        fence();                                                                                 \
+        Py_RETURN_NONE;                                                                          \
+    }
+BARRIER(smp_mb, shi_fence_full)
+BARRIER(smp_rmb, shi_fence_acquire)
+BARRIER(smp_wmb, shi_fence_release)
+
+#define ENTRY(name, arguments, text)                                                             \
+    {#name, (PyCFunction)(void (*)(void))element_##name, METH_FASTCALL,                          \
+     #name "($module, " arguments ", /)\n--\n\n" text}
+/* Of shmipi.atomic, whose names the help and the pickles of these are to bear. */
+static PyMethodDef atomics[] = {
+    ENTRY(load, "array, index", "Return the element."),
+    ENTRY(store, "array, index, value", "Set the element."),
+    ENTRY(fetch_add, "array, index, value", "Add, wrapping; return the old value."),
+    ENTRY(fetch_sub, "array, index, value", "Subtract, wrapping; return the old value."),
+    ENTRY(fetch_or, "array, index, value", "Or; return the old value."),
+    ENTRY(fetch_and, "array, index, value", "And; return the old value."),
+    ENTRY(fetch_xor, "array, index, value", "Exclusive or; return the old value."),
+    ENTRY(exchange, "array, index, value", "Set; return the old value."),
+    ENTRY(compare_exchange, "array, index, expected, new",
+          "Set to `new` if it equals `expected`; return the value found.\n\n"
+          "It succeeded if that equals `expected`."),
+};
+
+#define BARRIER_ENTRY(name, text)                                                                \
+    {#name, barrier_##name, METH_NOARGS, #name "($module, /)\n--\n\n" text}
+PyMethodDef shi_barrier_functions[] = {
+    BARRIER_ENTRY(smp_mb, "Full barrier: every load and store before it stands before every one "
+                          "after it."),
+    BARRIER_ENTRY(smp_rmb, "Read barrier: loads before it stand before loads after it.\n\n"
+                           "It pairs with smp_wmb() on the CPU that stored."),
+    BARRIER_ENTRY(smp_wmb, "Write barrier: stores before it stand before stores after it.\n\n"
+                           "It pairs with smp_rmb() on the CPU that loads."),
+    ENTRY(smp_load_acquire, "array, index",
+          "Return an element of an integer array in shared memory.\n\n"
+          "What stands after it sees all that was stored before the smp_store_release() that\n"
+          "stored the value. Index and errors are those of shmipi.atomic."),
+    ENTRY(smp_store_release, "array, index, value",
+          "Set an element of an integer array in shared memory.\n\n"
+          "Who sees the value by smp_load_acquire() sees all that was stored before. Index and\n"
+          "errors are those of shmipi.atomic."),
     {NULL, NULL, 0, NULL},
 };
+
+int shi_atomic_add(PyObject *module)
+{
+    PyObject *home = PyUnicode_FromString("shmipi.atomic");
+    size_t i;
+    int err = home ? 0 : -1;
+    for (i = 0; !err && i < sizeof atomics / sizeof *atomics; i++) {
+        char name[32];
+        PyObject *function = PyCFunction_NewEx(&atomics[i], module, home);
+        snprintf(name, sizeof name, "atomic_%s", atomics[i].ml_name);
+        err = function ? PyModule_AddObjectRef(module, name, function) : -1;
+        Py_XDECREF(function);
+    }
+    Py_XDECREF(home);
+    return err;
+}

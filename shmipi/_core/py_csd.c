@@ -38,9 +38,14 @@ static PyObject *csd_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     static char *names[] = {"func", "info", "machine", NULL};
     PyObject *function, *info = Py_None, *machine = NULL;
     (void)type;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$O!:CallSingleData", names, &function,
-                                     &info, shi_machine_type, &machine))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$O:CallSingleData", names, &function,
+                                     &info, &machine))
         return NULL;
+    if (machine == Py_None)
+        machine = NULL;
+    if (machine && Py_TYPE(machine) != shi_machine_type)
+        return PyErr_Format(PyExc_TypeError, "machine is a Machine or None, not %R",
+                            Py_TYPE(machine));
     Machine *m = machine ? (Machine *)machine : shi_use_current();
     if (!m || shi_use(m) < 0)
         return NULL;
@@ -77,13 +82,23 @@ static void csd_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
+static bool is_locked(const CallSingleData *csd)
+{
+    return !csd->machine->closed && !csd->machine->foreign &&
+           shi_csd_locked(shi_own_csd(&csd->machine->self, csd->local));
+}
+
+static PyObject *csd_repr(PyObject *self)
+{
+    const CallSingleData *csd = (CallSingleData *)self;
+    return PyUnicode_FromFormat("<CallSingleData func=%R locked=%s>", csd->function,
+                                is_locked(csd) ? "True" : "False");
+}
+
 static PyObject *csd_get_locked(PyObject *self, void *unused)
 {
-    CallSingleData *csd = (CallSingleData *)self;
     (void)unused;
-    if (csd->machine->closed || csd->machine->foreign)
-        Py_RETURN_FALSE;
-    return PyBool_FromLong(shi_csd_locked(shi_own_csd(&csd->machine->self, csd->local)));
+    return PyBool_FromLong(is_locked((CallSingleData *)self));
 }
 
 static PyObject *csd_get_func(PyObject *self, void *unused)
@@ -109,12 +124,14 @@ static PyType_Slot csd_slots[] = {
     {Py_tp_new, csd_new},
     {Py_tp_dealloc, csd_dealloc},
     {Py_tp_traverse, csd_traverse},
+    {Py_tp_repr, csd_repr},
     {Py_tp_getset, csd_getset},
     {Py_tp_doc,
-     "CallSingleData(func, info=None)\n--\n\n"
+     "CallSingleData(func, info=None, *, machine=None)\n--\n\n"
      "A caller-owned request (the kernel's call_single_data_t).\n\n"
      "`func` and `info` are pickled and registered now, so that submitting it never\n"
-     "allocates and never blocks.  It may be submitted again as soon as `locked` is False."},
+     "allocates and never blocks.  It may be submitted again as soon as `locked` is False.\n"
+     "`machine` is what cluster.smp.CallSingleData fills in."},
     {0, NULL},
 };
 static PyType_Spec csd_spec = {

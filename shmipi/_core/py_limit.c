@@ -347,11 +347,11 @@ PyMethodDef shi_limit_functions[] = {
     {"clock_source", clock_source, METH_NOARGS,
      "clock_source()\n--\n\nThe clock behind stamps: tsc, cntvct or monotonic."},
     {"limit_ping", WORDS(limit_ping),
-     "limit_ping(area, kind, session, calls, ...)\n--\n\n"
+     "limit_ping($module, /, area, kind, session, calls, **options)\n--\n\n"
      "The sender of a raw limit: (round trips, one way, median ns of batches, slept,\n"
      "preempted).  OSError: what the system forbids."},
     {"limit_pong", WORDS(limit_pong),
-     "limit_pong(area, kind, session, calls, ...)\n--\n\nIts target, in another process."},
+     "limit_pong($module, /, area, kind, session, calls, **options)\n--\n\nIts target, in another process."},
     {NULL, NULL, 0, NULL},
 };
 

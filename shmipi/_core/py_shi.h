@@ -210,13 +210,14 @@ extern PyMethodDef shi_native_functions[];
 extern PyMethodDef shi_segment_functions[];
 extern PyMethodDef shi_machine_methods[];
 extern PyMethodDef shi_machine_functions[];
-extern PyMethodDef shi_atomic_functions[];
+extern PyMethodDef shi_barrier_functions[];
 extern PyMethodDef shi_bench_methods[];
 extern PyMethodDef shi_bench_functions[];
 extern PyMethodDef shi_chip_methods[];
 extern PyMethodDef shi_irq_methods[];
 extern PyMethodDef shi_irq_functions[];
 
+int shi_atomic_add(PyObject *module);
 int shi_native_types(PyObject *module);
 int shi_function_types(void);
 int shi_machine_types(PyObject *module);

@@ -45,3 +45,6 @@ class BoundIrq(CoprocessorCalls):
         super().__init__()
         self.table = IrqTable(machine, chip)
         self._host = host
+
+    def __repr__(self) -> str:
+        return f"<irq of Cluster {self.table.machine.name!r}>"

@@ -26,8 +26,13 @@ from shmipi._core import (
     smp_call_function_many,
     smp_call_function_single,
     smp_call_function_single_async,
+    smp_load_acquire,
+    smp_mb,
     smp_processor_id,
+    smp_rmb,
     smp_send_reschedule,
+    smp_store_release,
+    smp_wmb,
 )
 from shmipi.smp.bound import BoundSmp
 from shmipi.smp.nmi import (
@@ -61,7 +66,12 @@ __all__ = [
     "smp_call_function_many",
     "smp_call_function_single",
     "smp_call_function_single_async",
+    "smp_load_acquire",
+    "smp_mb",
     "smp_processor_id",
+    "smp_rmb",
     "smp_send_nmi_ipi",
     "smp_send_reschedule",
+    "smp_store_release",
+    "smp_wmb",
 ]

@@ -33,6 +33,9 @@ class BoundSmp:
         self.register_nmi_handler = partial(nmi.register_nmi_handler, machine=machine)
         self.smp_send_nmi_ipi = partial(nmi.smp_send_nmi_ipi, machine=machine)
 
+    def __repr__(self) -> str:
+        return f"<smp of Cluster {self._machine.name!r}>"
+
     def CallSingleData(self, func: Any, info: Any = None) -> _core.CallSingleData:
         """Make a caller-owned request for this machine."""
         return _core.CallSingleData(func, info, machine=self._machine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,55 @@ from numpy.typing import NDArray
 
 from shmipi import _core
 
-__all__ = ["RECORD", "read"]
+__all__ = ["RECORD", "TraceEvent", "read"]
+
+
+class TraceEvent(IntEnum):
+    """What a record of ``trace_events()`` is of: its field ``event``.
+
+    ``records[records["event"] == TraceEvent.ipi_entry]``, and the other way round
+    ``TraceEvent(records["event"][0]).name``.
+    """
+
+    none = 0  #: never recorded
+    csd_queue_cpu = 1  #: a csd was queued
+    csd_function_entry = 2
+    csd_function_exit = 3
+    ipi_send_cpu = 4
+    ipi_entry = 5
+    ipi_exit = 6
+    wake_idle_without_ipi = 7  #: not rung: the target was polling
+    cpu_halt = 8
+    cpu_wake = 9
+    call_entry = 10  #: arg: 0 single, 1 many, 2 reschedule; cpu: the (first) target
+    call_begin = 11  #: a sender has a csd filled
+    queue_push = 12  #: the csd is locked and goes to the target's queue
+    csd_coalesced = 13  #: not rung: the queue was not empty, somebody has
+    call_ipi = 14  #: the controller is asked to interrupt one CPU; arg: the line
+    ipi_send_cpumask = 15  #: the same for several; cpu: how many, func: register writes
+    call_end = 16  #: a waiting sender has seen its csd unlocked
+    csd_unlock = 17
+    call_interrupt = 18  #: a function call interrupt; arg: its line
+    flush = 19  #: the whole queue was taken
+    scheduler_ipi = 20  #: a reschedule interrupt; arg: its line
+    resched_idle = 21  #: a polling CPU found that it needs to reschedule
+    irq_entry = 22  #: the kick signal's handler acknowledged
+    irq_exit = 23
+    irq_masked = 24  #: it found interrupts off: replayed later
+    line_set = 25  #: arg: the line made pending
+    line_kept = 26  #: arg: a line that needed no ring: pending already, or masked
+    chip_message = 27  #: arg: the message stored behind a muxed line
+    chip_trigger = 28  #: arg: P and Q of the source before | line << 8
+    rung = 29  #: arg: 0 not, 1 doorbell, 2 kick signal, 3 NMI signal
+    chip_demux = 30  #: arg: messages taken from behind a line, a bit each
+    chip_eoi = 31  #: arg: 1 if the source was triggered again | line << 8
+    line_ack = 32  #: arg: the line taken from the controller
+    line_eoi = 33  #: arg: the line given back to the controller
+    nmi_send = 34
+    nmi_entry = 35
+    nmi_handler = 36
+    nmi_exit = 37
+
 
 #: A record as the core writes it (``struct shi_trace_record``).
 RECORD = np.dtype(
@@ -29,7 +78,7 @@ assert RECORD.itemsize == _core.TRACE_RECORD_BYTES
 def read(machine: _core.Machine) -> NDArray[Any]:
     """Return what the rings hold, oldest first: RECORD plus ``slot``, the writer.
 
-    ``stamp`` is in ns of CLOCK_MONOTONIC, ``event`` an index of ``_core.TRACE_EVENTS``.
+    ``stamp`` is in ns of CLOCK_MONOTONIC, ``event`` a ``TraceEvent``.
     Records that are overwritten while they are copied are left out.
     """
     found = np.dtype([("slot", "u2"), *RECORD.descr])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import shmipi
-from shmipi import atomic
+from shmipi import atomic, smp
 
 TYPES = ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]
 
@@ -24,6 +24,14 @@ def test_every_operation(cluster, dtype):
     assert atomic.compare_exchange(a, 1, low, 9) == 7  # fails: the value found
     assert a.tolist() == [0, 7, 0]
     assert type(atomic.load(a, 1)) is int
+    assert atomic.exchange(a, 1, 6) == 7
+    assert atomic.fetch_xor(a, 1, 0x0C) == 6
+    assert atomic.fetch_sub(a, 1, 9) == 10
+    assert atomic.fetch_sub(a, 1, 1) == 1
+    assert atomic.fetch_sub(a, 1, 1) == 0  # wraps
+    assert atomic.load(a, 1) == (-1 if low < 0 else high)
+    assert smp.smp_store_release(a, 1, high) is None
+    assert smp.smp_load_acquire(a, 1) == high
     if low < 0:
         assert atomic.exchange(a, -1, low) == 0
         assert atomic.load(a, 2) == low
@@ -162,3 +170,52 @@ def test_a_number_is_handed_out_once(cluster):
 
     drawn = [number for part in cluster.run(draw) for number in part]
     assert sorted(drawn) == list(range(15_000))
+
+
+def test_what_was_stored_before_a_release_is_seen_after_an_acquire(cluster):
+    """A message behind a flag, there and back; the barriers do the same for two."""
+    data = cluster.shared("message", "i8", (2, 64))
+    flag = cluster.shared("message_flag", "i8", 64)  # [0] and [32]: a line each
+
+    def talk(rounds):
+        me = smp.smp_processor_id()
+        wrong = 0
+        for turn in range(1, rounds + 1):
+            if me == 0:
+                data[0, :] = turn
+                smp.smp_store_release(flag, 0, turn)
+                while smp.smp_load_acquire(flag, 32) != turn:
+                    pass
+                smp.smp_rmb()
+                wrong += int((data[1] != turn).any())
+            else:
+                while smp.smp_load_acquire(flag, 0) != turn:
+                    pass
+                wrong += int((data[0] != turn).any())
+                data[1, :] = turn
+                smp.smp_wmb()
+                atomic.store(flag, 32, turn)
+        return wrong
+
+    assert cluster.run(talk, 200, cpus=[0, 1]) == [0, 0]
+
+
+def test_a_full_barrier_orders_a_store_before_a_load(cluster):
+    """Dekker's: of two who store and then look, one at least sees the other."""
+    here = cluster.shared("dekker", "i8", (2, 16))
+    gate = cluster.shared("dekker_gate", "i8", 1)
+
+    def enter(rounds):
+        me = smp.smp_processor_id()
+        seen = []
+        for turn in range(1, rounds + 1):
+            atomic.fetch_add(gate, 0, 1)
+            while atomic.load(gate, 0) < 2 * turn:
+                pass
+            here[me, 0] = turn
+            smp.smp_mb()
+            seen.append(int(here[1 - me, 0]) >= turn)
+        return seen
+
+    pairs = zip(*cluster.run(enter, 300, cpus=[0, 1]), strict=True)
+    assert all(a or b for a, b in pairs)

@@ -127,6 +127,11 @@ class Chip:
 
     _machine: _core.Machine | None = None
 
+    def __repr__(self) -> str:
+        where = "" if self._machine is None else f" of Cluster {self._machine.name!r}"
+        about = self.description or f"controller {getattr(self, 'name', '?')!r}"
+        return f"<{type(self).__name__}{where}: {about}>"
+
     # ---- the description ------------------------------------------------------------
 
     def lines(self, ncpus: int) -> Iterable[Line]:
