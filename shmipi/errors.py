@@ -154,6 +154,13 @@ class ClusterStateError(ShmipiError, RuntimeError):
     """The cluster is closed, or belongs to another process (after a fork)."""
 
 
+class ImportBootError(ClusterStateError):
+    """A module that is imported on a CPU makes a Cluster at its top level.
+
+    What boots a machine belongs under ``if __name__ == "__main__":``.
+    """
+
+
 class NoMachineError(ShmipiError, RuntimeError):
     """``shmipi.smp`` has no machine to act on here; use ``cluster.smp``."""
 

@@ -406,6 +406,9 @@ static int module_exec(PyObject *module)
         {"STARTUP_STARTED", SHI_SU_STARTED},
         {"STARTUP_ASKED", SHI_SU_ASKED},
         {"STARTUP_RESET", SHI_SU_RESET},
+        {"NO_CPU", SHI_NO_CPU},
+        {"CPU_TASK", SHI_CPU_TASK},
+        {"CPU_HANDLER", SHI_CPU_HANDLER},
         {"STEP_STOP", 1},
         {"STEP_KILL", 2},
     };

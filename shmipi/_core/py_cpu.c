@@ -436,6 +436,19 @@ static Machine *this_cpu(void)
     return machine;
 }
 
+/* What this process, and this thread of it, is: the NO_CPU, CPU_TASK or CPU_HANDLER. */
+static PyObject *cpu_context(PyObject *module, PyObject *unused)
+{
+    const Machine *machine = shi_current;
+    (void)module;
+    (void)unused;
+    if (!machine || machine->foreign || machine->self.host)
+        return PyLong_FromLong(SHI_NO_CPU);
+    bool handler = pthread_equal(pthread_self(), machine->self.thread) &&
+                   (machine->self.in_irq || machine->self.in_nmi);
+    return PyLong_FromLong(handler ? SHI_CPU_HANDLER : SHI_CPU_TASK);
+}
+
 static PyObject *smp_processor_id(PyObject *module, PyObject *unused)
 {
     Machine *machine = this_cpu();
@@ -713,6 +726,8 @@ PyMethodDef shi_cpu_functions[] = {
      DOC(irq_entry, "The Python-level handler of the kick signal.")},
     {"nmi_entry", (PyCFunction)(void (*)(void))nmi_entry, METH_FASTCALL,
      DOC(nmi_entry, "The Python-level handler of the NMI signal.")},
+    {"cpu_context", cpu_context, METH_NOARGS,
+     DOC(cpu_context, "NO_CPU, CPU_TASK or CPU_HANDLER: what this process and thread is.")},
     {"smp_processor_id", smp_processor_id, METH_NOARGS,
      DOC(smp_processor_id, "The number of this CPU.  ClusterStateError on the host.")},
     {"local_irq_disable", irq_disable, METH_NOARGS,

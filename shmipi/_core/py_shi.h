@@ -203,6 +203,8 @@ void shi_run_deferred(Machine *machine);
 void shi_take_deferred(Machine *machine);
 /* What interrupts a wait: Python csds, and the request to go offline. */
 void shi_wait_python(Machine *machine);
+/* What cpu_context() returns. */
+enum { SHI_NO_CPU, SHI_CPU_TASK, SHI_CPU_HANDLER };
 extern PyMethodDef shi_cpu_methods[];
 extern PyMethodDef shi_cpu_functions[];
 

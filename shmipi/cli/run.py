@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from shmipi.cli import Parser
 from shmipi.cli.options import add_machine_options, boot
 from shmipi.cpumask import CpuMask
-from shmipi.errors import CommandError, ShmipiError
+from shmipi.errors import CommandError, ImportBootError, ShmipiError
 
 if TYPE_CHECKING:
     from shmipi.cluster import Cluster
@@ -140,7 +140,8 @@ class Outcome:
     """How it ended on a CPU.
 
     ``kind`` and ``text``: "result" and its repr, "nothing" (a result of None), "raised"
-    and the traceback, "missing" and what is, "exit" and its message with its ``code``.
+    and the traceback, "missing" and what is, "boots" and why it may not where it does,
+    "exit" and its message with its ``code``.
     """
 
     kind: str
@@ -232,6 +233,8 @@ def _guarded(work: Callable[[], str | None]) -> Outcome:
         return Outcome("nothing") if text is None else Outcome("result", text)
     except _MissingError as error:
         return Outcome("missing", str(error))
+    except ImportBootError as error:
+        return Outcome("boots", str(error))
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
             return Outcome("exit", "", (stop.code or 0) & 0xFF)
@@ -244,7 +247,8 @@ def _guarded(work: Callable[[], str | None]) -> Outcome:
     finally:
         # Before the host prints the results, which come after it.
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            if stream is not None:  # it was closed when the host began
+                stream.flush()
 
 
 def _users_part(trace: TracebackType | None) -> TracebackType | None:
@@ -294,6 +298,8 @@ def _report(outcomes: dict[int, Outcome]) -> int:
     for outcome, cpus in failures.items():
         if outcome.kind == "missing":
             raise CommandError(outcome.text, status=2)
+        if outcome.kind == "boots":
+            raise CommandError(outcome.text)
         where = f"CPU{'' if len(cpus) == 1 else 's'} {CpuMask(cpus)}"
         if outcome.kind == "raised":
             print(f"{where} raised:\n{outcome.text}", end="", file=sys.stderr)

@@ -22,7 +22,7 @@ from typing import Any
 
 from shmipi import _core
 from shmipi.errors import BootError, MachineDiedError, ShmipiError
-from shmipi.machine import remote, segment
+from shmipi.machine import process, remote, segment
 from shmipi.machine.controller import Controller
 
 __all__ = ["DOORBELLS", "IDLE", "Host", "Plan"]
@@ -72,6 +72,7 @@ class Host:
     """
 
     def __init__(self, plan: Plan) -> None:
+        process.check_may_boot()
         self.plan = plan
         self.full = segment.full_name(plan.name)
         self.owner = os.getpid()

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 from shmipi import _core
 from shmipi.errors import ShmipiOSError
-from shmipi.machine import arrays, controller, segment
+from shmipi.machine import arrays, controller, process, segment
 
 __all__ = ["main"]
 
@@ -240,6 +240,7 @@ class Firmware:
         status = 1
         try:
             _core.die_with(firmware)
+            process.enter()
             with os.fdopen(fd, "rb") as stream:
                 stream.seek(0)  # the position is the host's too
                 start = stream.read()
@@ -371,6 +372,10 @@ def _restore(config: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry of the process; its arguments are the descriptors of config and control."""
+    # A host that ignores SIGCHLD, as daemons do, hands that on: the dead would be
+    # waited for by the kernel and never be seen here, nor a task's child by the task.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    process.enter()
     config_fd, control_fd = (int(word) for word in sys.argv[1:3])
     with os.fdopen(config_fd, "rb") as stream:
         config = pickle.load(stream)
