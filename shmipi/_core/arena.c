@@ -2,7 +2,6 @@
 #include "sys.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -132,8 +131,7 @@ uint64_t shi_arena_room(const struct shi_arena *a, uint64_t offset)
 
 static void punch(struct shi_arena *a, uint64_t offset, uint64_t length)
 {
-    if (a->m->fd < 0 || fallocate(a->m->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                                  (off_t)(a->file_offset + offset), (off_t)length))
+    if (!shi_machine_punch(a->m, a->file_offset + offset, length))
         return; /* a saving, not a duty */
     memset(a->backed + (offset >> SHI_ARENA_BACK_SHIFT), 0, length >> SHI_ARENA_BACK_SHIFT);
 }

@@ -14,8 +14,10 @@ int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_
     struct shi_csd *csd = shi_own_csd(self, local);
     if (dst >= self->m->ncpus)
         return -ENXIO;
-    if (shi_load_relaxed(&self->m->header->machine_state) == SHI_M_DEAD)
+    if (__builtin_expect(shi_ended(self), 0))
         return -EOWNERDEAD;
+    if (__builtin_expect(self->left, 0))
+        return -ESHUTDOWN;
     SHI_TRACE(self, call_begin, dst, shi_own_index(self, local) + 1, csd->func, (uint32_t)type);
     int err = shi_csd_trylock(self, csd, type, dst);
     if (err)

@@ -59,6 +59,8 @@ static int inherit(struct shi_self *self)
     s->csd_top = top;
     for (i = 0; i < top; i++) {
         struct shi_csd *csd = own(self, i);
+        if (shi_csd_locked(csd) && shi_csd_unqueued(csd))
+            shi_csd_cancel(csd); /* nobody else has it, nor will */
         if (!shi_csd_locked(csd)) {
             s->free_csds[s->nfree++] = i;
             continue;

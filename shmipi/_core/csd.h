@@ -41,6 +41,13 @@ static inline bool shi_csd_locked(const struct shi_csd *csd)
     return (shi_load_acquire(&csd->lock) & SHI_CSD_LOCK) != 0;
 }
 
+/* Locked, but its sender died before the push: the push writes the target's generation,
+ * which is never 0, just before its compare-and-swap. */
+static inline bool shi_csd_unqueued(const struct shi_csd *csd)
+{
+    return (shi_load_acquire(&csd->lock) >> SHI_CSD_GEN_SHIFT & 0xffff) == 0;
+}
+
 /* -EBUSY when in use.  Between shi_enter and shi_leave.  `type` is SHI_CSD_SYNC, ...; the
  * push fills in dst's generation. */
 static inline int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type,

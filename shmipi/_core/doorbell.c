@@ -13,6 +13,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -94,12 +96,59 @@ int shi_doorbell_open(struct shi_machine *m, const char *prefix, const int *even
     return err;
 }
 
+/* A named semaphore of glibc is a file with a sem_t, shared by all who map it. */
+static int adopt_sem(void **sem, int fd)
+{
+    struct stat status;
+    if (fstat(fd, &status))
+        return -errno;
+    if (status.st_size != sizeof(sem_t)) /* beyond its end is a SIGBUS */
+        return -EPROTO;
+    void *at = mmap(NULL, sizeof(sem_t), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (at == MAP_FAILED)
+        return -errno;
+    *sem = at;
+    return 0;
+}
+
+int shi_doorbell_adopt(struct shi_machine *m, const int *fds)
+{
+    uint32_t i;
+    int err = 0;
+    m->adopted = true;
+    switch (m->doorbell) {
+    case SHI_DB_EVENTFD:
+        return shi_doorbell_open(m, "", fds);
+    case SHI_DB_SEM:
+        m->sems = calloc(m->ncpus, sizeof *m->sems);
+        if (!m->sems)
+            return -ENOMEM;
+        for (i = 0; i < m->ncpus && !err; i++)
+            err = adopt_sem(&m->sems[i], fds[i]);
+        break;
+    case SHI_DB_MQUEUE: /* a queue's descriptor is a file's (mq_overview(7)) */
+        m->mqueues = calloc(m->ncpus, sizeof *m->mqueues);
+        if (!m->mqueues)
+            return -ENOMEM;
+        memcpy(m->mqueues, fds, m->ncpus * sizeof *fds);
+        return 0;
+    default:
+        return 0;
+    }
+    if (err)
+        shi_doorbell_close(m);
+    return err;
+}
+
 void shi_doorbell_close(struct shi_machine *m)
 {
     uint32_t i;
-    for (i = 0; m->sems && i < m->ncpus; i++)
-        if (m->sems[i])
+    for (i = 0; m->sems && i < m->ncpus; i++) {
+        if (m->sems[i] && m->adopted)
+            munmap(m->sems[i], sizeof(sem_t));
+        else if (m->sems[i])
             sem_close(m->sems[i]);
+    }
     for (i = 0; m->mqueues && i < m->ncpus; i++)
         if (m->mqueues[i] >= 0)
             mq_close(m->mqueues[i]);
@@ -229,7 +278,7 @@ static int signal_cpu(struct shi_self *self, uint32_t dst, uint32_t sig)
     struct shi_slot *slot = shi_slot(self->m, dst);
     pid_t pid = (pid_t)shi_load_relaxed(&slot->pid), tid = (pid_t)shi_load_relaxed(&slot->tid);
     int tries, err = -ESRCH;
-    if (shi_load_relaxed(&self->m->header->machine_state) == SHI_M_DEAD)
+    if (shi_load_relaxed(&self->m->header->machine_state) == SHI_M_DEAD || self->left)
         return err; /* nobody guards the pids of its CPUs any more */
     if (pid <= 0 || tid <= 0)
         return err; /* never a group, never everyone, whatever the segment says */
@@ -262,7 +311,8 @@ void shi_nmi_signal(struct shi_self *self, uint32_t dst)
 void shi_cpu_kill(const struct shi_self *self, uint32_t pid)
 {
     /* As in signal_cpu: whose pid nobody guards is not signalled, nor is a group. */
-    if (shi_load_relaxed(&self->m->header->machine_state) != SHI_M_DEAD && (int32_t)pid > 0)
+    if (shi_load_relaxed(&self->m->header->machine_state) != SHI_M_DEAD && !self->left &&
+        (int32_t)pid > 0)
         kill((pid_t)pid, SIGKILL);
 }
 

@@ -8,6 +8,9 @@
 /* Open the doorbells of all CPUs in this process (they exist already).  For `sem` and
  * `mqueue` the names are `/PREFIX.CPU`; for `eventfd` the descriptors are given. */
 int shi_doorbell_open(struct shi_machine *m, const char *prefix, const int *eventfds);
+/* The same for a guest, which comes when there are no names any more: one descriptor for
+ * each CPU (sem: of the semaphore's file).  Those of eventfd and sem stay the caller's. */
+int shi_doorbell_adopt(struct shi_machine *m, const int *fds);
 void shi_doorbell_close(struct shi_machine *m);
 
 /* Ring the doorbell of a CPU whose word this caller has just turned to RUNG. */

@@ -127,7 +127,7 @@ void shi_irq_ring_pending(struct shi_self *self, uint32_t dst, bool again)
 
 void shi_irq_ring_waiter(struct shi_self *self, uint32_t id)
 {
-    if (id == self->m->ncpus) {
+    if (id >= self->m->ncpus) {
         shi_count(self, SHI_C_doorbells_sent);
         shi_event_ring(&shi_slot(self->m, id)->event);
     } else {

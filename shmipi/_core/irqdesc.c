@@ -15,32 +15,14 @@ struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq)
 
 /* ---- the lock -------------------------------------------------------------------- */
 
-static bool holder_lives(const struct shi_machine *m, uint64_t held)
-{
-    uint32_t slot = (uint32_t)held - 1;
-    if (slot >= m->nslots)
-        return false; /* damaged */
-    if (slot >= m->ncpus)
-        return true; /* the host's or the firmware's end is the machine's */
-    uint64_t w = shi_load_acquire(&shi_slot(m, slot)->word);
-    return shi_word_state(w) != SHI_DEAD && shi_word_gen(w) == (uint16_t)(held >> 32);
-}
-
 int shi_irq_trylock(struct shi_self *self)
 {
-    shi_a64 *lock = &shi_irq_area(self->m)->lock;
-    uint64_t held = shi_load_relaxed(lock);
-    if (held && holder_lives(self->m, held))
-        return -EAGAIN;
-    /* Acquires what the unlock, or the dead holder, stored. */
-    return shi_cas_full(lock, &held, (uint64_t)(self->id + 1) | (uint64_t)self->gen << 32)
-               ? 0
-               : -EAGAIN;
+    return shi_lock_try(self, &shi_irq_area(self->m)->lock);
 }
 
 void shi_irq_unlock(struct shi_self *self)
 {
-    shi_store_release(&shi_irq_area(self->m)->lock, 0);
+    shi_lock_release(&shi_irq_area(self->m)->lock);
 }
 
 /* ---- handlers -------------------------------------------------------------------- */
@@ -96,8 +78,11 @@ bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *des
 
 bool shi_irqdesc_requester_lives(const struct shi_machine *m, const struct shi_irqdesc *desc)
 {
-    if (desc->src >= m->ncpus)
-        return desc->src < m->nslots; /* the host's end is the machine's */
+    if (desc->src >= m->nslots)
+        return false; /* damaged */
+    if (desc->src >= m->ncpus) /* the host's end is the machine's: its generation stays 0 */
+        return (uint16_t)shi_load_acquire(&shi_slot(m, desc->src)->generation) ==
+               desc->src_gen;
     uint64_t w = shi_load_acquire(&shi_slot(m, desc->src)->word);
     return shi_word_state(w) != SHI_DEAD && shi_word_gen(w) == desc->src_gen;
 }

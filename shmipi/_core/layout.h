@@ -21,14 +21,15 @@
 #include "clock.h"
 
 #define SHI_MAGIC "shmipi\n\x1a"
-#define SHI_ABI 2u
+#define SHI_ABI 3u
 
 #define SHI_LINE 64u
 #define SHI_PAIR 128u /* two lines: the adjacent-line prefetcher moves pairs */
 #define SHI_PAGE 4096u
 
 #define SHI_MAX_CPUS 4096u
-#define SHI_EXTRA_SLOTS 2u /* the host, and the firmware as the one that reaps */
+#define SHI_GUESTS 6u /* attached hosts: processes that came to a machine that runs */
+#define SHI_EXTRA_SLOTS (2u + SHI_GUESTS) /* the host, the firmware which reaps, guests */
 #define SHI_NAME_MAX 64u
 #define SHI_INLINE 24u          /* bytes of an argument or result inside a csd */
 #define SHI_NOWAIT_POOL 64u     /* wait=0 calls in flight, per sender */
@@ -457,7 +458,7 @@ struct shi_irq_area {
 };
 _Static_assert(sizeof(struct shi_irq_area) % SHI_PAIR == 0, "counts start on a line pair");
 
-/* ---- a slot: one per CPU, then the host's, then the firmware's ------------------- */
+/* ---- a slot: one per CPU, then the host's, the firmware's, and those of guests ---- */
 
 #define SHI_WAITS_IRQS_OFF 0x10000ull
 
@@ -479,7 +480,7 @@ struct shi_slot {
     shi_a32 func_top;   /* functions below this may be published */
     shi_a32 registered; /* 1 once the process has taken the slot */
     shi_a32 boot_error; /* errno of a process that could not become this CPU */
-    shi_a32 event;      /* the host's doorbell: an event count */
+    shi_a32 event;      /* a host's doorbell: an event count */
 
     /* Published by the owner for others to read. */
     /* 0, or cpu + 1 | SHI_WAITS_IRQS_OFF | (csd index + 1) << 32 */
@@ -556,6 +557,10 @@ struct shi_header {
     shi_a32 host_pid;
     shi_a32 hotplug_event; /* futex: bumped at every CPU online, offline, dead */
     shi_a32 steps;         /* 1: labelled steps are looked at */
+    shi_a32 shut_down;     /* 1: its owner ended it in order; set before the state says so */
+    /* Between hosts; as the irq area's, taken from a holder that died (shi_lock_try). */
+    shi_a64 array_lock;
+    shi_a64 hotplug_lock;
     shi_a64 array_used;
     shi_a32 narrays;
     shi_a64 arrays[SHI_MAX_ARRAYS]; /* offset of a descriptor each */

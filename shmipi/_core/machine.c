@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -17,6 +18,12 @@
 #include "machine.h"
 #include "step.h"
 #include "trace.h"
+
+/* The head of a queue is a csd's index + 1 in 32 bits. */
+_Static_assert((uint64_t)(SHI_MAX_CPUS + SHI_EXTRA_SLOTS) * 4 * (SHI_MAX_CPUS + SHI_CSD_SPARE) <
+                   UINT32_MAX,
+               "csds of all slots can be numbered");
+_Static_assert(SHI_MAX_CPUS + SHI_EXTRA_SLOTS < UINT16_MAX, "a csd names its sender in 16 bits");
 
 #define MiB (1ull << 20)
 #define GiB (1ull << 30)
@@ -33,9 +40,9 @@ int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records
         return -EINVAL;
     uint32_t nslots = ncpus + SHI_EXTRA_SLOTS;
     if (!arena_bytes) {
-        /* 64 MiB each, but 4 GiB of address space for all together. */
+        /* 64 MiB each, but 4 GiB of address space for all but the guests together. */
         arena_bytes = 64 * MiB;
-        while (arena_bytes > MiB && arena_bytes * nslots > 4 * GiB + 64 * MiB)
+        while (arena_bytes > MiB && arena_bytes * (ncpus + 2) > 4 * GiB + 64 * MiB)
             arena_bytes /= 2;
     }
     if (!array_bytes)
@@ -146,6 +153,12 @@ int shi_machine_back(const struct shi_machine *m, uint64_t offset, uint64_t leng
     }
 }
 
+bool shi_machine_punch(const struct shi_machine *m, uint64_t offset, uint64_t length)
+{
+    return m->fd >= 0 && fallocate(m->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                   (off_t)offset, (off_t)length) == 0;
+}
+
 uint64_t shi_checksum(const struct shi_machine *m, const void *data, uint64_t length)
 {
     const uint8_t *p = data;
@@ -173,6 +186,7 @@ int shi_self_init(struct shi_self *self, struct shi_machine *m, uint32_t id)
     self->slot = shi_slot(m, id);
     self->counts = self->slot->counters[SHI_CTX_TASK];
     self->host = id >= m->ncpus;
+    self->guest = id >= shi_first_guest(m);
     self->gen = (uint16_t)shi_load_relaxed(&self->slot->generation);
     self->pid = getpid();
     self->tid = (pid_t)syscall(SYS_gettid);
@@ -189,6 +203,71 @@ void shi_self_fini(struct shi_self *self)
     shi_sender_fini(self);
     pthread_mutex_destroy(&self->lock);
     pthread_mutex_destroy(&self->kick_lock);
+}
+
+void shi_hosts_ring(const struct shi_machine *m)
+{
+    uint32_t id;
+    for (id = m->ncpus; id < m->nslots; id++)
+        shi_event_ring(&shi_slot(m, id)->event);
+}
+
+/* ---- locks between processes ------------------------------------------------------ */
+
+static bool holder_lives(const struct shi_machine *m, uint64_t held)
+{
+    uint32_t slot = (uint32_t)held - 1;
+    uint16_t gen = (uint16_t)(held >> 32);
+    if (slot >= m->nslots)
+        return false; /* damaged */
+    /* The end of the host (or the firmware) is the machine's, so that theirs stays 0;
+     * a guest's slot has a new generation as soon as the firmware knows that it is gone. */
+    if (slot >= m->ncpus)
+        return (uint16_t)shi_load_acquire(&shi_slot(m, slot)->generation) == gen;
+    uint64_t w = shi_load_acquire(&shi_slot(m, slot)->word);
+    return shi_word_state(w) != SHI_DEAD && shi_word_gen(w) == gen;
+}
+
+int shi_lock_try(struct shi_self *self, shi_a64 *lock)
+{
+    uint64_t held = shi_load_relaxed(lock);
+    if (held && holder_lives(self->m, held))
+        return -EAGAIN;
+    /* Acquires what the unlock, or the dead holder, stored. */
+    return shi_cas_full(lock, &held, (uint64_t)(self->id + 1) | (uint64_t)self->gen << 32)
+               ? 0
+               : -EAGAIN;
+}
+
+void shi_lock_release(shi_a64 *lock)
+{
+    shi_store_release(lock, 0);
+}
+
+/* ---- a guest's end ---------------------------------------------------------------- */
+
+static int make_private(void *at, uint64_t bytes)
+{
+    void *got = mmap(at, bytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    return got == MAP_FAILED ? -errno : 0;
+}
+
+int shi_self_leave(struct shi_self *self)
+{
+    const struct shi_machine *m = self->m;
+    /* A thread of this process may be in the middle of preparing a call: it ends in the
+     * check of `left` before the push.  What it writes before that (a csd, a function, a
+     * count) must not be the next guest's, so the slot leaves this mapping. */
+    pthread_mutex_lock(&self->lock);
+    pthread_mutex_lock(&self->kick_lock); /* no hazard of ours is set, nor will be */
+    self->left = 1;
+    int err = make_private(shi_region(m, self->id), m->region_bytes);
+    if (!err)
+        err = make_private(self->slot, SHI_SLOT_BYTES);
+    pthread_mutex_unlock(&self->kick_lock);
+    pthread_mutex_unlock(&self->lock);
+    return err;
 }
 
 static uint64_t own_start_time(void)

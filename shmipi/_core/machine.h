@@ -31,6 +31,7 @@ struct shi_machine {
     int *eventfds; /* per CPU, or NULL */
     void **sems;   /* sem_t *, per CPU, or NULL */
     int *mqueues;  /* mqd_t, per CPU, or NULL */
+    bool adopted;  /* of a guest: semaphores are mapped here, not opened by name */
 };
 
 /* What a sender knows about each of its csds and functions, in private memory. */
@@ -87,7 +88,10 @@ struct shi_self {
     struct shi_slot *slot;
     uint32_t id;
     uint16_t gen;
-    bool host; /* or firmware: sends and waits, but is no CPU */
+    bool host;  /* or firmware, or guest: sends and waits, but is no CPU */
+    bool guest; /* a host that is attached: the machine is another's */
+    /* A guest detaches: its waits end; and then its slot is not its own any more. */
+    volatile uint8_t leaving, left;
     pid_t pid, tid;
     pthread_t thread;
     shi_a64 *counts; /* of the context it is in */
@@ -132,8 +136,10 @@ uint64_t shi_layout_fixed(const struct shi_header *h);
 int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int fd);
 /* Allocate a range of the segment's file: 0, -ENOSPC, ... */
 int shi_machine_back(const struct shi_machine *m, uint64_t offset, uint64_t length);
+/* Give a range back: it reads as zeros.  False: the pages are kept as they are. */
+bool shi_machine_punch(const struct shi_machine *m, uint64_t offset, uint64_t length);
 
-/* Become slot `id`.  `gen` is 0 for the host. */
+/* Become slot `id`.  `gen` is 0 for the host and the firmware. */
 int shi_self_init(struct shi_self *self, struct shi_machine *m, uint32_t id);
 void shi_self_fini(struct shi_self *self);
 /* CPU: take the slot (pid, start time, thread) and go online, polling. */
@@ -235,6 +241,30 @@ static inline bool shi_python_waits(const struct shi_self *self)
 {
     return self->deferred.head || self->nlater || self->nmi_waits;
 }
+
+static inline uint32_t shi_first_guest(const struct shi_machine *m)
+{
+    return m->ncpus + 2;
+}
+
+/* Has the machine ended for this process?  A guest is told when its end has begun. */
+static inline bool shi_ended(const struct shi_self *self)
+{
+    uint32_t state = shi_load_acquire(&self->m->header->machine_state);
+    return state >= SHI_M_STOPPING && (state == SHI_M_DEAD || self->guest);
+}
+
+/* Wake every host that waits: the machine's owner and its guests. */
+void shi_hosts_ring(const struct shi_machine *m);
+
+/* A lock in the segment: 0, or slot + 1 | generation << 32 of its holder.  0 or -EAGAIN;
+ * a holder that died loses it. */
+int shi_lock_try(struct shi_self *self, shi_a64 *lock);
+void shi_lock_release(shi_a64 *lock);
+
+/* Give the own slot up, for another to have: what this process still writes to it goes to
+ * private memory from here on.  The caller is the only thread in the core.  0 or -errno. */
+int shi_self_leave(struct shi_self *self);
 
 /* Keyed checksum of a payload: guards against damage, not against an attacker. */
 uint64_t shi_checksum(const struct shi_machine *m, const void *data, uint64_t length);

@@ -85,8 +85,14 @@ PyObject *shi_raise_errno(Machine *machine, int err, int cpu)
                              "CPU %d does not exist: this machine has CPUs 0-%u", cpu, last);
         return shi_raise(shi_py.OfflineError, ENXIO, cpu,
                          "CPU %d is offline: bring it back with cluster.online(%d)", cpu, cpu);
+    case ESHUTDOWN:
+        return shi_raise(shi_py.StateError, 0, cpu, "this cluster is closed");
     case EOWNERDEAD: {
         uint32_t state = shi_load_acquire(&machine->m.header->machine_state);
+        if (machine->self.guest && shi_load_acquire(&machine->m.header->shut_down))
+            return shi_raise(shi_py.StateError, 0, cpu,
+                             "the machine %s was shut down by its owner",
+                             machine->m.header->name);
         if (state == SHI_M_DEAD || state == SHI_M_STOPPING)
             return shi_raise(shi_py.MachineDiedError, EOWNERDEAD, cpu,
                              "the machine %s died: its firmware process is gone, and all its "
@@ -373,6 +379,7 @@ static int module_exec(PyObject *module)
         {"NCPUS_OFFSET", offsetof(struct shi_header, ncpus)},
         {"HEADER_BYTES", sizeof(struct shi_header)},
         {"EXTRA_SLOTS", SHI_EXTRA_SLOTS},
+        {"GUESTS", SHI_GUESTS},
         {"W_PENDING", SHI_W_PENDING},
         {"OFFLINE", SHI_OFFLINE},
         {"CPU_DEAD", SHI_DEAD},

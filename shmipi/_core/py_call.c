@@ -50,8 +50,10 @@ void shi_leave_behind(Machine *machine, uint32_t local)
  * to take back when Python work arrives (CPU). */
 static PyThreadState *give_up(Machine *machine)
 {
-    if (machine->self.host)
+    if (machine->self.host) {
+        machine->waiters++; /* the interpreter is ours */
         return PyEval_SaveThread();
+    }
     if (!machine->released)
         machine->released = PyEval_SaveThread();
     return NULL;
@@ -61,6 +63,7 @@ static void take_back(Machine *machine, PyThreadState *mine)
 {
     if (mine) {
         PyEval_RestoreThread(mine);
+        machine->waiters--;
     } else if (machine->released) {
         PyThreadState *state = machine->released;
         machine->released = NULL;

@@ -109,7 +109,10 @@ static int name_function(Machine *machine, struct outgoing *out, PyObject *funct
     memset(out, 0, sizeof *out);
     out->number = -1;
     if (Py_TYPE(function) == shi_native_type) {
-        out->func = SHI_FUNC_NATIVE | ((NativeHandler *)function)->index;
+        int64_t native = shi_native_number(machine, function);
+        if (native < 0)
+            return -1;
+        out->func = SHI_FUNC_NATIVE | (uint32_t)native;
         return 0;
     }
     if (!PyCallable_Check(function)) {

@@ -662,11 +662,11 @@ static PyObject *fork_cpu(PyObject *object, PyObject *args)
     unsigned number;
     int firmware;
     PyObject *list;
-    int fds[16];
+    int fds[128];
     Py_ssize_t i;
     if (!PyArg_ParseTuple(args, "IiO!", &number, &firmware, &PyList_Type, &list))
         return NULL;
-    if (number >= machine->m.ncpus || PyList_GET_SIZE(list) > 16) {
+    if (number >= machine->m.ncpus || PyList_GET_SIZE(list) > 128) {
         PyErr_SetString(PyExc_ValueError, "fork_cpu");
         return NULL;
     }

@@ -107,8 +107,11 @@ METHOD(unlock)
 static int request_native(Machine *machine, struct shi_irqdesc *desc, PyObject *handler,
                           PyObject *info, uint32_t stride)
 {
-    uint32_t native = ((NativeHandler *)handler)->index;
+    int64_t number = shi_native_number(machine, handler);
+    uint32_t native = (uint32_t)number;
     struct outgoing out;
+    if (number < 0)
+        return -1;
     desc->stride = stride;
     if (info == Py_None) {
         shi_irqdesc_set_native(desc, native, SHI_K_NONE, 0);

@@ -93,6 +93,7 @@ static void machine_dealloc(PyObject *object)
         if (machine->m.fd >= 0)
             close(machine->m.fd);
         PyMem_Free(machine->late);
+        PyMem_Free(machine->natives);
     }
     Py_XDECREF(machine->kept);
     type->tp_free(object);
@@ -188,6 +189,34 @@ METHOD(close)
     Py_RETURN_NONE;
 }
 
+#define LEAVE_LOOK_NS 1000000
+
+/* leave(seconds): a guest detaches.  Waits end with "closed"; then the slot is given up.
+ * False: threads are still inside, or it cannot be given up, and it stays this process's. */
+METHOD(leave)
+{
+    Machine *machine = MACHINE(object);
+    struct shi_self *self = &machine->self;
+    double seconds = PyFloat_AsDouble(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    if (!self->guest || machine->foreign || self->left)
+        return PyBool_FromLong(self->left);
+    machine->closed = 1;
+    shi_functions_clear(machine);
+    if (shi_current == machine)
+        shi_current = NULL;
+    self->leaving = 1;
+    uint64_t end = shi_now_ns() + (uint64_t)(seconds * 1e9);
+    while (machine->waiters && shi_now_ns() < end) {
+        Py_BEGIN_ALLOW_THREADS
+        shi_event_ring(&self->slot->event);
+        shi_event_wait(&self->slot->event, shi_load_acquire(&self->slot->event), LEAVE_LOOK_NS);
+        Py_END_ALLOW_THREADS
+    }
+    return PyBool_FromLong(!machine->waiters && shi_self_leave(self) == 0);
+}
+
 /* In a fork's child: it is the parent's machine. */
 METHOD(disown)
 {
@@ -226,6 +255,71 @@ METHOD(open_doorbells)
     PyMem_Free(fds);
     if (err)
         return PyErr_Occurred() ? NULL : shi_os_error(-err, prefix);
+    Py_RETURN_NONE;
+}
+
+/* adopt_doorbells(fds): of a machine that runs.  Those of queues are ours from now on. */
+METHOD(adopt_doorbells)
+{
+    Machine *machine = MACHINE(object);
+    Py_ssize_t i, n = PyList_Check(arg) ? PyList_GET_SIZE(arg) : -1;
+    bool wanted = machine->m.doorbell == SHI_DB_EVENTFD || machine->m.doorbell == SHI_DB_SEM ||
+                  machine->m.doorbell == SHI_DB_MQUEUE;
+    if (n != (wanted ? (Py_ssize_t)machine->m.ncpus : 0)) {
+        PyErr_SetString(PyExc_ValueError, "one descriptor for each CPU that needs one");
+        return NULL;
+    }
+    int *fds = PyMem_Calloc((size_t)n + 1, sizeof *fds);
+    if (!fds)
+        return PyErr_NoMemory();
+    for (i = 0; i < n; i++)
+        fds[i] = (int)PyLong_AsLong(PyList_GET_ITEM(arg, i));
+    int err = PyErr_Occurred() ? -EINVAL : shi_doorbell_adopt(&machine->m, fds);
+    PyMem_Free(fds);
+    if (err)
+        return PyErr_Occurred() ? NULL : shi_os_error(-err, "the machine's doorbells");
+    Py_RETURN_NONE;
+}
+
+/* doorbell_fds() -> descriptors that stand for doorbells here, one for each CPU, or none. */
+METHOD(doorbell_fds)
+{
+    const struct shi_machine *m = &MACHINE(object)->m;
+    const int *fds = m->eventfds ? m->eventfds : m->mqueues;
+    Py_ssize_t i, n = fds ? (Py_ssize_t)m->ncpus : 0;
+    (void)arg;
+    PyObject *list = PyList_New(n);
+    for (i = 0; list && i < n; i++) {
+        PyObject *fd = PyLong_FromLong(fds[i]);
+        if (!fd)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, fd);
+    }
+    return list;
+}
+
+/* map_natives(numbers): numbers[n] is ours of what the machine calls native handler n. */
+METHOD(map_natives)
+{
+    Machine *machine = MACHINE(object);
+    Py_ssize_t i, n = PyList_Check(arg) ? PyList_GET_SIZE(arg) : -1;
+    if (n < 0 || n > SHI_NATIVE_MAX) {
+        PyErr_SetString(PyExc_ValueError, "a list of numbers");
+        return NULL;
+    }
+    uint32_t *natives = PyMem_Calloc(SHI_NATIVE_MAX, sizeof *natives);
+    if (!natives)
+        return PyErr_NoMemory();
+    for (i = 0; i < n; i++) {
+        unsigned long ours = PyLong_AsUnsignedLong(PyList_GET_ITEM(arg, i));
+        if (!PyErr_Occurred() && ours < SHI_NATIVE_MAX)
+            natives[ours] = (uint32_t)i + 1;
+    }
+    PyMem_Free(machine->natives);
+    machine->natives = natives;
+    if (PyErr_Occurred())
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -271,8 +365,16 @@ METHOD(set_state)
         return NULL;
     struct shi_header *h = MACHINE(object)->m.header;
     shi_store_full(&h->machine_state, (uint32_t)state);
-    shi_event_ring(&shi_slot(&MACHINE(object)->m, MACHINE(object)->m.ncpus)->event);
+    shi_hosts_ring(&MACHINE(object)->m);
     shi_event_ring(&h->hotplug_event);
+    Py_RETURN_NONE;
+}
+
+/* The owner ends the machine in order: what its guests are told. */
+METHOD(set_shut_down)
+{
+    (void)arg;
+    shi_store_full(&MACHINE(object)->m.header->shut_down, 1);
     Py_RETURN_NONE;
 }
 
@@ -395,6 +497,51 @@ CPU_METHOD(reap_complete,
 CPU_METHOD(reap_unguarded, return PyBool_FromLong(shi_reap_unguarded(&machine->self, cpu)))
 CPU_METHOD(reap_reset, return PyLong_FromUnsignedLong(shi_reap_reset(&machine->self, cpu)))
 
+/* guest_admit(slot, pid), guest_bury(slot), guest_clear(slot) -> csds others still have. */
+METHOD(guest_admit)
+{
+    Machine *machine = MACHINE(object);
+    unsigned id, pid;
+    if (!PyArg_ParseTuple(arg, "II", &id, &pid))
+        return NULL;
+    if (id < shi_first_guest(&machine->m) || id >= machine->m.nslots) {
+        PyErr_SetString(PyExc_ValueError, "no slot of a guest");
+        return NULL;
+    }
+    shi_guest_admit(&machine->self, id, pid);
+    Py_RETURN_NONE;
+}
+
+static int guest_arg(const Machine *machine, PyObject *arg, uint32_t *id)
+{
+    unsigned long value = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred())
+        return -1;
+    if (value < shi_first_guest(&machine->m) || value >= machine->m.nslots) {
+        PyErr_SetString(PyExc_ValueError, "no slot of a guest");
+        return -1;
+    }
+    *id = (uint32_t)value;
+    return 0;
+}
+
+METHOD(guest_bury)
+{
+    uint32_t id;
+    if (guest_arg(MACHINE(object), arg, &id) < 0)
+        return NULL;
+    shi_guest_bury(&MACHINE(object)->self, id);
+    Py_RETURN_NONE;
+}
+
+METHOD(guest_clear)
+{
+    uint32_t id;
+    if (guest_arg(MACHINE(object), arg, &id) < 0)
+        return NULL;
+    return PyLong_FromUnsignedLong(shi_guest_clear(&MACHINE(object)->self, id));
+}
+
 METHOD(reap_ring_all)
 {
     (void)arg;
@@ -406,6 +553,36 @@ METHOD(stop_all)
 {
     (void)arg;
     shi_reap_stop_all(&MACHINE(object)->self);
+    Py_RETURN_NONE;
+}
+
+/* lock(name) -> bool: take a lock between hosts, "array" or "hotplug"; unlock(name). */
+static shi_a64 *lock_named(Machine *machine, PyObject *arg)
+{
+    struct shi_header *h = machine->m.header;
+    const char *name = PyUnicode_AsUTF8(arg);
+    if (name && !strcmp(name, "array"))
+        return &h->array_lock;
+    if (name && !strcmp(name, "hotplug"))
+        return &h->hotplug_lock;
+    if (name)
+        PyErr_Format(PyExc_ValueError, "there is no lock %s", name);
+    return NULL;
+}
+
+METHOD(trylock)
+{
+    Machine *machine = MACHINE(object);
+    shi_a64 *lock = shi_use(machine) < 0 ? NULL : lock_named(machine, arg);
+    return lock ? PyBool_FromLong(shi_lock_try(&machine->self, lock) == 0) : NULL;
+}
+
+METHOD(unlock)
+{
+    shi_a64 *lock = lock_named(MACHINE(object), arg);
+    if (!lock)
+        return NULL;
+    shi_lock_release(lock);
     Py_RETURN_NONE;
 }
 
@@ -585,11 +762,16 @@ static PyGetSetDef machine_getset[] = {
 #define MANY(name, text) {#name, machine_##name, METH_VARARGS, text}
 PyMethodDef shi_machine_methods[] = {
     NOARGS(close, "Refuse every further use."),
+    ONE(leave, "leave(seconds) -> bool: a guest gives its slot up"),
     NOARGS(disown, "After a fork, in the child: not ours."),
     MANY(open_doorbells, "open_doorbells(prefix, eventfds)"),
+    ONE(adopt_doorbells, "adopt_doorbells(fds): a guest's"),
+    NOARGS(doorbell_fds, "Descriptors that stand for doorbells here."),
+    ONE(map_natives, "map_natives(numbers): ours of the machine's native handlers, in order"),
     ONE(slot, "slot(id) -> (pid, tid, core, state, generation, start_time, task, registered, "
               "word, busy)"),
     ONE(set_state, "set_state(state)"),
+    NOARGS(set_shut_down, "The owner ends the machine in order."),
     ONE(set_firmware, "set_firmware(pid)"),
     ONE(set_current, "set_current(on): module-level shmipi.smp acts on this machine"),
     MANY(set_idle, "set_idle(cpu, policy)"),
@@ -602,6 +784,11 @@ PyMethodDef shi_machine_methods[] = {
     ONE(reap_complete, "reap_complete(cpu) -> how many"),
     ONE(reap_unguarded, "reap_unguarded(cpu) -> bool"),
     ONE(reap_reset, "reap_reset(cpu) -> generation"),
+    MANY(guest_admit, "guest_admit(slot, pid)"),
+    ONE(guest_bury, "guest_bury(slot)"),
+    ONE(guest_clear, "guest_clear(slot) -> how many csds others still have"),
+    ONE(trylock, "trylock(name) -> bool: a lock between hosts, \"array\" or \"hotplug\""),
+    ONE(unlock, "unlock(name)"),
     NOARGS(reap_ring_all, "Ring every CPU that has work."),
     NOARGS(stop_all, "The machine stops."),
     MANY(back, "back(offset, length)"),
@@ -666,7 +853,7 @@ PyMethodDef shi_machine_functions[] = {
 /* The type's methods come from three files. */
 static PyMethodDef *all_methods(void)
 {
-    static PyMethodDef all[128];
+    static PyMethodDef all[192];
     PyMethodDef *const parts[] = {shi_machine_methods, shi_call_methods, shi_cpu_methods,
                                   shi_bench_methods, shi_chip_methods,
                                   shi_irq_methods};

@@ -59,6 +59,19 @@ static PyObject *native_reduce(PyObject *object, PyObject *unused)
     return Py_BuildValue("O(O)", Py_TYPE(object), ((NativeHandler *)object)->name);
 }
 
+int64_t shi_native_number(const Machine *machine, PyObject *handler)
+{
+    uint32_t index = ((NativeHandler *)handler)->index;
+    if (!machine->natives)
+        return index;
+    if (index < SHI_NATIVE_MAX && machine->natives[index])
+        return machine->natives[index] - 1;
+    PyErr_Format(PyExc_LookupError,
+                 "%R: the machine %s was not booted with this native handler (its owner names "
+                 "them in Cluster(handlers=...))", handler, machine->m.header->name);
+    return -1;
+}
+
 static PyMethodDef native_methods[] = {
     {"__reduce__", native_reduce, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

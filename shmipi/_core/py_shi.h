@@ -43,6 +43,8 @@ typedef struct {
     int attached; /* mapped, self initialised */
     int closed;
     int foreign; /* a fork's child: this machine is its parent's */
+    uint32_t waiters; /* host: threads that have given the interpreter up inside a wait */
+    uint32_t *natives; /* guest: the machine's number of each of ours + 1; NULL: the same */
     struct func_table sent;
     struct func_cache *received;
     PyObject *kept; /* results too large for their block: token -> bytes */
@@ -91,6 +93,9 @@ int shi_use(Machine *machine);
 Machine *shi_use_current(void);
 /* Give a ShmipiWarning; -1 when it was turned into an error. */
 int shi_warn_once(bool *given, const char *text);
+
+/* The number that the machine has for a native handler, or -1 with an exception. */
+int64_t shi_native_number(const Machine *machine, PyObject *handler);
 
 /* A function's number or a csd freed on another thread of a CPU: given back later. */
 bool shi_other_thread(const Machine *machine);

@@ -55,7 +55,7 @@ void shi_reap_ring_all(struct shi_self *self)
     uint32_t cpu;
     for (cpu = 0; cpu < self->m->ncpus; cpu++)
         shi_irq_rering(self, cpu);
-    shi_event_ring(&shi_slot(self->m, self->m->ncpus)->event);
+    shi_hosts_ring(self->m);
 }
 
 bool shi_reap_unguarded(struct shi_self *self, uint32_t cpu)
@@ -106,6 +106,60 @@ void shi_reap_stop_all(struct shi_self *self)
         shi_chip_prod(self, cpu);
     }
     shi_coproc_ring_all(m);
-    shi_event_ring(&shi_slot(m, m->ncpus)->event);
+    shi_hosts_ring(m);
     shi_event_ring(&m->header->hotplug_event);
+}
+
+/* ---- guests ---------------------------------------------------------------------- */
+
+static void next_generation(struct shi_slot *slot)
+{
+    uint32_t gen = shi_load_relaxed(&slot->generation) + 1;
+    if (!(gen & 0xffff))
+        gen++; /* 0 is the host's */
+    /* Full: who still reads the old one does so before the slot is anybody else's. */
+    shi_xchg_full(&slot->generation, gen);
+}
+
+void shi_guest_admit(struct shi_self *self, uint32_t id, uint32_t pid)
+{
+    struct shi_slot *slot = shi_slot(self->m, id);
+    uint32_t ctx, c;
+    for (ctx = 0; ctx < SHI_NCTX; ctx++)
+        for (c = 0; c < SHI_COUNTER_ROOM; c++)
+            shi_store_relaxed(&slot->counters[ctx][c], 0);
+    shi_store_relaxed(&slot->step, 0);
+    shi_store_relaxed(&slot->step_hit, 0);
+    shi_store_release(&slot->pid, pid);
+    next_generation(slot);
+}
+
+void shi_guest_bury(struct shi_self *self, uint32_t id)
+{
+    struct shi_slot *slot = shi_slot(self->m, id);
+    next_generation(slot); /* its locks are free, its irq handlers gone */
+    shi_store_release(&slot->pid, 0);
+    shi_store_release(&slot->waiting_for, 0);
+    shi_store_release(&slot->ringing, 0);
+    shi_reap_ring_all(self); /* a ring may have died with it */
+}
+
+uint32_t shi_guest_clear(struct shi_self *self, uint32_t id)
+{
+    const struct shi_machine *m = self->m;
+    struct shi_slot *slot = shi_slot(m, id);
+    struct shi_csd *csd = (struct shi_csd *)shi_region(m, id);
+    uint32_t i, busy = 0, top = shi_load_acquire(&slot->csd_top);
+    if (top > m->csds_per_slot)
+        top = m->csds_per_slot;
+    for (i = 0; i < top; i++)
+        /* Acquire pairs with the unlock: who had it has done with its payload too. */
+        if (shi_csd_locked(&csd[i]) && !shi_csd_unqueued(&csd[i]))
+            busy++;
+    if (busy)
+        return busy;
+    shi_store_full(&slot->csd_top, 0);
+    shi_store_full(&slot->func_top, 0);
+    shi_machine_punch(m, m->region_offset + (uint64_t)id * m->region_bytes, m->region_bytes);
+    return 0;
 }

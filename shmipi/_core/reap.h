@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What the firmware does for a CPU that died.  `self` is the firmware's slot. */
+/* What the firmware does for a CPU, or an attached host, that died.  `self` is the firmware's slot. */
 #ifndef SHI_REAP_H
 #define SHI_REAP_H
 
@@ -15,6 +15,18 @@ void shi_reap_ring_all(struct shi_self *self);
 bool shi_reap_unguarded(struct shi_self *self, uint32_t cpu);
 /* 5. Make the slot ready for a new process; its generation, never 0 in 16 bits. */
 uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu);
+
+/*
+ * A guest: a process that attached to the machine, in a slot that others had before it.
+ * Between two guests a slot has a generation of its own: who looks whether a guest still
+ * lives (locks, irq handlers) compares only that.
+ */
+void shi_guest_admit(struct shi_self *self, uint32_t id, uint32_t pid);
+/* It has gone, in order or not: its locks and hazards with it; what it left unrung, rings. */
+void shi_guest_bury(struct shi_self *self, uint32_t id);
+/* How many of its csds others still have.  0: the slot's memory has been given back; else
+ * what they refer to stays, and a next guest inherits it (shi_sender_init). */
+uint32_t shi_guest_clear(struct shi_self *self, uint32_t id);
 
 /* The machine stops: wake everybody to see it. */
 void shi_reap_stop_all(struct shi_self *self);

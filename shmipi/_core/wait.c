@@ -149,8 +149,9 @@ static bool lost(const struct shi_slot *target, uint64_t w)
 
 static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t now)
 {
-    uint32_t state = shi_load_acquire(&self->m->header->machine_state);
-    if (state == SHI_M_DEAD)
+    if (self->leaving)
+        return -ESHUTDOWN;
+    if (shi_ended(self))
         return -EOWNERDEAD;
     if (wait->deadline_ns && now >= wait->deadline_ns)
         return -ETIMEDOUT;
