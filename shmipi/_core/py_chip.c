@@ -178,9 +178,13 @@ METHOD(mailbox)
         check_cpu(machine, cpu) < 0)
         return NULL;
     if (machine->m.chip.flow != SHI_FLOW_MAILBOX ||
-        (machine->m.chip.nlines < 64 && bits >> machine->m.chip.nlines))
-        return PyErr_Format(PyExc_ValueError, "%s has no mailbox with bits %#llx",
-                            machine->m.chip.name, bits);
+        (machine->m.chip.nlines < 64 && bits >> machine->m.chip.nlines)) {
+        /* PyErr_Format knows neither '#' nor, before 3.12, "llx". */
+        char text[2 + 16 + 1];
+        snprintf(text, sizeof text, "%#llx", bits);
+        return PyErr_Format(PyExc_ValueError, "%s has no mailbox with bits %s",
+                            machine->m.chip.name, text);
+    }
     shi_enter(&machine->self);
     shi_count(&machine->self, SHI_C_chip_writes);
     shi_mailbox_write(&machine->self, cpu, bits);

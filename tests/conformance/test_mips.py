@@ -502,5 +502,11 @@ def test_status_is_read_only(machine):
 
 def test_a_mailbox_is_a_mips(boot):
     cluster = boot(1, controller="riscv")
-    with pytest.raises(ValueError, match="riscv has no mailbox"):
+    with pytest.raises(ValueError, match=r"riscv has no mailbox with bits 0x1$"):
         cluster._machine.irq_mailbox(0, 1)
+
+
+def test_bits_that_no_mailbox_has_are_named(boot):
+    bits = 1 << 63 | 0xAB
+    with pytest.raises(ValueError, match=f"mips has no mailbox with bits {bits:#x}$"):
+        boot(1, controller="mips")._machine.irq_mailbox(0, bits)
