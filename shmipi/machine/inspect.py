@@ -122,8 +122,8 @@ def irq_views(area: bytes, ncpus: int) -> list[IrqView]:
     descs = np.frombuffer(area, _IRQDESC, _core.NR_IRQS, _core.IRQDESC_OFFSET)
     domains = np.frombuffer(area, _IRQDOMAIN, _core.NDOMAINS, _core.IRQDOMAIN_OFFSET)
     owners = np.frombuffer(area, "<u4", _core.NLINES, _core.LINE_VIRQ_OFFSET)
-    taken = np.frombuffer(area, "<u8", ncpus * _core.NLINES, _core.IRQ_AREA_BYTES)
-    taken = taken.reshape(ncpus, _core.NLINES)
+    flat = np.frombuffer(area, "<u8", ncpus * _core.NLINES, _core.IRQ_AREA_BYTES)
+    taken = flat.reshape(ncpus, _core.NLINES)
     views = []
     for virq in np.unique(owners[owners != 0]).tolist():
         lines = np.flatnonzero(owners == virq)
