@@ -22,6 +22,7 @@
 #include "doorbell.h"
 #include "irq.h"
 #include "nmi.h"
+#include "remind.h"
 
 #define KICK_TRIES 200
 
@@ -194,6 +195,17 @@ void shi_doorbell_ring(struct shi_self *self, uint32_t dst)
     }
 }
 
+static bool of_this_machine(const struct shi_self *self, const siginfo_t *info)
+{
+    uint64_t value = (uint64_t)(uintptr_t)info->si_value.sival_ptr;
+    return (uint32_t)(value >> 32) == self->m->cookie;
+}
+
+static bool own_timer(const struct shi_self *self, const siginfo_t *info)
+{
+    return info->si_code == SI_TIMER && of_this_machine(self, info);
+}
+
 static int wait_signal(struct shi_self *self, int64_t timeout_ns)
 {
     sigset_t set;
@@ -204,8 +216,11 @@ static int wait_signal(struct shi_self *self, int64_t timeout_ns)
     int sig = timeout_ns < 0 ? sigwaitinfo(&set, &info) : sigtimedwait(&set, &info, &t);
     if (sig < 0)
         return errno == EAGAIN ? -ETIMEDOUT : -errno;
-    if (info.si_code != SI_QUEUE ||
-        (uint32_t)((uint64_t)(uintptr_t)info.si_value.sival_ptr >> 32) != self->m->cookie) {
+    if (own_timer(self, &info)) {
+        shi_remind_expired(self);
+        return -EINTR; /* as its handler would have ended the wait */
+    }
+    if (info.si_code != SI_QUEUE || !of_this_machine(self, &info)) {
         shi_count(self, SHI_C_kicks_spurious);
         return -EINTR; /* not ours: look around and sleep again */
     }
@@ -347,14 +362,18 @@ static void on_kick(int sig, siginfo_t *info, void *context)
     (void)context;
     if (!self)
         goto out; /* a child of a task is no CPU (forget, below) */
-    uint64_t value = (uint64_t)(uintptr_t)info->si_value.sival_ptr;
-    if (info->si_code != SI_QUEUE || (uint32_t)(value >> 32) != self->m->cookie) {
+    if (own_timer(self, info)) {
+        shi_remind_expired(self);
+        goto out;
+    }
+    if (info->si_code != SI_QUEUE || !of_this_machine(self, info)) {
         shi_fetch_add_relaxed(&self->slot->counters[SHI_CTX_NMI][SHI_C_kicks_spurious], 1);
         goto out;
     }
     if (!pthread_equal(pthread_self(), self->thread)) {
         /* A process-directed signal took another thread: pass it to the CPU's own. */
-        queue_signal(self, (uint32_t)sig, self->pid, self->tid, (uint32_t)value);
+        queue_signal(self, (uint32_t)sig, self->pid, self->tid,
+                     (uint32_t)(uintptr_t)info->si_value.sival_ptr);
         goto out;
     }
     if ((uint32_t)sig == self->m->kick_signal)

@@ -12,6 +12,7 @@
 #include "native.h"
 #include "nmi.h"
 #include "queue.h"
+#include "remind.h"
 #include "step.h"
 #include "trace.h"
 
@@ -212,8 +213,10 @@ void shi_irq_call_python_for_nmi(struct shi_self *self)
 {
     shi_a64 *word = &self->slot->word;
     uint64_t w = shi_load_relaxed(word), next;
-    if (self->hooks.nmi)
+    if (self->hooks.nmi) {
         self->hooks.nmi(self); /* for a CPU that runs Python now, handlers included */
+        shi_remind(self);
+    }
     do {
         switch (shi_word_state(w)) {
         case SHI_POLLING:
@@ -437,8 +440,10 @@ static void irq_work(struct shi_self *self)
     self->counts = self->slot->counters[ctx];
     self->inline_python = inline_python;
     bool offline = shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
-    if ((shi_python_waits(self) || offline) && self->hooks.interrupt)
+    if ((shi_python_waits(self) || offline) && self->hooks.interrupt) {
         self->hooks.interrupt(self);
+        shi_remind(self); /* it may have looked for the last time before a system call */
+    }
 }
 
 void shi_irq_entry(struct shi_self *self)

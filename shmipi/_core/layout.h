@@ -219,6 +219,7 @@ _Static_assert(sizeof(struct shi_func) == 32, "function table entry");
     X(kicks_empty)        /* from this machine, found nothing left to do */               \
     X(kicks_coalesced)    /* one was outstanding already */                               \
     X(kicks_retried)      /* EAGAIN: the signal queue was full */                         \
+    X(kicks_timed)        /* the interpreter was asked again: it had not looked for 1 ms */ \
     X(rekicked)           /* rung again after 10 ms without progress */                   \
     X(halts)              /* times the CPU went to sleep */                               \
     X(resched_sent)                                                                       \

@@ -6,6 +6,7 @@
 #include "sys.h"
 
 #include <pthread.h>
+#include <time.h>
 
 #include "arena.h"
 #include "layout.h"
@@ -104,6 +105,9 @@ struct shi_self {
     volatile uint8_t ctx;      /* enum shi_ctx for counters */
     volatile uint8_t in_nmi;
     volatile uint8_t nmi_waits; /* an NMI is in service, and Python has to handle it */
+    volatile uint8_t reminding; /* the timer is set (remind.h) */
+    volatile uint8_t held;      /* kicks leave Python handlers waiting: an import goes on */
+    bool has_timer;
     bool inline_python;        /* the idle loop or a waiter: run Python csds at once */
     bool in_task;
     uint32_t preempt;
@@ -125,6 +129,7 @@ struct shi_self {
     struct shi_hooks hooks;
     pthread_mutex_t lock; /* host only: its threads share one sender */
     pthread_mutex_t kick_lock;
+    timer_t timer; /* of the CPU's own thread: asks the interpreter again */
 };
 
 /* Geometry for a machine of this shape; fills everything of `h` but the name. */

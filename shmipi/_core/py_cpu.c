@@ -13,6 +13,7 @@
 #include "idle.h"
 #include "irqdesc.h"
 #include "queue.h"
+#include "remind.h"
 #include "trace.h"
 
 /* ---- hooks of the core ----------------------------------------------------------- */
@@ -239,7 +240,8 @@ static void irq_window(Machine *machine)
 void shi_take_deferred(Machine *machine)
 {
     struct shi_self *self = &machine->self;
-    if (!shi_python_waits(self) || shi_masked(self))
+    bool offline = self->in_task && hotplug_asked(self);
+    if (!(shi_python_waits(self) || offline) || shi_masked(self))
         return;
     if (self->in_task)
         irq_window(machine); /* takes ASKED back, which keeps senders from kicking */
@@ -401,6 +403,7 @@ static PyObject *cpu_loop(PyObject *object, PyObject *unused)
         return shi_raise(shi_py.StateError, 0, -1, "the host is no CPU");
     self->inline_python = true;
     for (;;) {
+        shi_remind_stop(self);
         enum shi_idle_why why = shi_idle(self);
         hold_interpreter(machine);
         switch (why) {
@@ -643,7 +646,9 @@ static int become(Machine *machine, uint32_t number, pid_t firmware, const int *
     if (own_randomness() < 0)
         return -EIO;
     shi_cpu_hooks(machine);
-    err = shi_kick_install(self);
+    err = shi_remind_open(self);
+    if (!err)
+        err = shi_kick_install(self);
     if (!err)
         err = shi_self_online(self);
     if (err)
