@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/signalfd.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "chip.h"
@@ -598,6 +599,23 @@ METHOD(back)
     Py_RETURN_NONE;
 }
 
+/* Arrays are allocated one after the other at the end of the file: where it ends now. */
+static uint64_t file_end(const struct shi_machine *m)
+{
+    struct stat file;
+    if (m->fd < 0) /* a fork's child has closed it */
+        return m->total_bytes;
+    return fstat(m->fd, &file) ? 0 : (uint64_t)file.st_size;
+}
+
+/* Where the arrays end, as the header says, but not beyond the file: a look there is a
+ * SIGBUS. */
+static uint64_t array_end(const struct shi_machine *m)
+{
+    uint64_t end = shi_array_end(m), file = file_end(m);
+    return end < file ? end : file;
+}
+
 /* add_array(nbytes) -> (index, offset) of a new, zeroed, page-aligned range. */
 METHOD(add_array)
 {
@@ -607,6 +625,12 @@ METHOD(add_array)
         return NULL;
     uint64_t used = shi_load_acquire(&m->header->array_used);
     uint32_t n = shi_load_acquire(&m->header->narrays);
+    /* Anything else is damage, and would put this array where another one is, or leave a
+     * hole before it. */
+    if (used % SHI_PAGE || used > m->array_bytes || used < MACHINE(object)->array_top ||
+        (used && m->array_offset + used > file_end(m)))
+        return shi_raise(shi_py.LayoutError, 0, -1,
+                         "no array can be made any more: the header of this machine is damaged");
     if (bytes > m->array_bytes || used > m->array_bytes - bytes) {
         PyErr_Format(PyExc_MemoryError, "arrays of a machine may have %llu bytes together",
                      (unsigned long long)m->array_bytes);
@@ -616,10 +640,12 @@ METHOD(add_array)
         PyErr_Format(PyExc_MemoryError, "a machine may have %u arrays", SHI_MAX_ARRAYS);
         return NULL;
     }
-    int err = shi_machine_back(m, m->array_offset + used, bytes);
+    uint64_t end = (used + bytes + SHI_PAGE - 1) / SHI_PAGE * SHI_PAGE;
+    int err = shi_machine_back(m, m->array_offset + used, end - used);
     if (err)
         return shi_os_error(-err, "/dev/shm");
-    shi_store_relaxed(&m->header->array_used, (used + bytes + SHI_PAGE - 1) / SHI_PAGE * SHI_PAGE);
+    MACHINE(object)->array_top = end;
+    shi_store_relaxed(&m->header->array_used, end);
     return Py_BuildValue("(IK)", n, (unsigned long long)(m->array_offset + used));
 }
 
@@ -723,7 +749,8 @@ GETTER(name, PyUnicode_DecodeUTF8(machine->m.header->name,
                                   (Py_ssize_t)strnlen(machine->m.header->name, SHI_NAME_MAX),
                                   "replace"))
 GETTER(payload_max, PyLong_FromUnsignedLongLong(shi_payload_max(&machine->m)))
-GETTER(array_end, PyLong_FromUnsignedLongLong(shi_array_end(&machine->m)))
+GETTER(array_offset, PyLong_FromUnsignedLongLong(machine->m.array_offset))
+GETTER(array_end, PyLong_FromUnsignedLongLong(array_end(&machine->m)))
 GETTER(array_bytes, PyLong_FromUnsignedLongLong(machine->m.array_bytes))
 GETTER(state, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->machine_state)))
 GETTER(event, PyLong_FromUnsignedLong(shi_load_acquire(&machine->self.slot->event)))
@@ -749,7 +776,7 @@ GETTER(trace_records, PyLong_FromUnsignedLong(machine->m.trace_records))
 #define GET(name) {#name, get_##name, NULL, NULL, NULL}
 static PyGetSetDef machine_getset[] = {
     GET(ncpus), GET(nslots), GET(id), GET(is_cpu), GET(name), GET(payload_max),
-    GET(array_bytes), GET(array_end), GET(state), GET(event), GET(hotplug_event), GET(firmware_pid),
+    GET(array_bytes), GET(array_offset), GET(array_end), GET(state), GET(event), GET(hotplug_event), GET(firmware_pid),
     GET(host_pid), GET(boot_time), GET(doorbell), GET(kick_signal), GET(kick),
     GET(oversubscribed), GET(chip), GET(closed), GET(slot_offset), GET(trace_offset),
     GET(trace_records), GET(nmi_signal), GET(irq_offset), GET(affinity_offset),

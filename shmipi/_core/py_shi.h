@@ -53,6 +53,7 @@ typedef struct {
     PyThreadState *released; /* CPU: the interpreter was given up by the core's hook */
     uint64_t *late; /* what other threads of a CPU's process freed: shi_late */
     uint32_t nlate, late_room;
+    uint64_t array_top; /* where the arrays end that this process has made */
     uint32_t room_looks; /* in vain, one after another, for room for wait=0 calls */
 } Machine;
 

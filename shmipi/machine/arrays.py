@@ -183,12 +183,14 @@ class Arrays:
 
     def _describe(self, offset: int) -> SharedArray:
         try:
-            end = self.machine.array_end  # beyond it the file may end: SIGBUS
-            if offset + _HEAD.size > end:
-                raise ValueError("outside the segment")
+            # Beyond the end the file may end, and a look there is a SIGBUS.
+            start, end = self.machine.array_offset, self.machine.array_end
+            if not start <= offset <= end - _HEAD.size:
+                raise ValueError("outside the arrays")
             data, nbytes, length = _HEAD.unpack_from(self._memory, offset)
-            if data + nbytes > end or offset + _HEAD.size + length > end:
-                raise ValueError("outside the segment")
+            text_end = offset + _HEAD.size + length
+            if not (text_end <= data and data + nbytes <= end):
+                raise ValueError("outside the arrays")
             text = bytes(self._memory[offset + _HEAD.size :][:length])
             about = json.loads(text)
             dtype = np.lib.format.descr_to_dtype(_tuples(about["dtype"]))

@@ -222,3 +222,46 @@ def test_a_damaged_header_is_refused(boot):
                 _core.Machine(file.fileno(), 0)
     finally:
         os.unlink(name)
+
+
+@pytest.mark.parametrize("bit", [3, 12, 20, 30, 35, 41, 63])
+def test_where_arrays_lie_is_bounded_by_the_file(script, bit):
+    """Damage in the number of their bytes or in their directory: never a SIGBUS."""
+    done = script(
+        f"""
+        import struct
+        from shmipi import Cluster, LayoutError, _core
+
+        with Cluster(2, idle="halt") as cluster:
+            one = cluster.shared("one", "i8", 4)
+            one[:] = 7
+            machine = cluster._machine
+            memory = memoryview(machine)
+            used = machine.array_end - machine.array_offset
+            head = bytes(memory[: _core.HEADER_BYTES])
+            at, = [
+                i for i in range(256, _core.HEADER_BYTES - 16, 8)
+                if struct.unpack_from("<QI", head, i) == (used, 1)
+            ]
+            damaged = (used ^ 1 << {bit}) % 2**64
+            for what in ("used", "directory", "both"):
+                if what != "directory":
+                    struct.pack_into("<Q", memory, at, damaged)
+                if what != "used":
+                    offset = (machine.array_offset + (1 << {bit} - 1)) % 2**64
+                    struct.pack_into("<I", memory, at + 8, 2)
+                    struct.pack_into("<Q", memory, at + 24, offset)
+                try:
+                    two = cluster.shared("two", "i8", 4)
+                    two[:] = 1
+                except LayoutError as error:
+                    print("refused", error)
+                assert one.tolist() == [7] * 4
+                assert cluster.call(1, abs, -1) == 1
+                struct.pack_into("<QI", memory, at, used, 1)
+            memory.release()
+        print("alive")
+        """
+    )
+    assert "alive" in done.text
+    assert "refused" in done.text
