@@ -110,14 +110,32 @@ void shi_sender_fini(struct shi_self *self)
     memset(s, 0, sizeof *s);
 }
 
-int64_t shi_csd_get(struct shi_self *self)
+/*
+ * One that nobody uses and yet is locked is damaged: nobody will ever unlock it, and given
+ * out it would fail one call after the other.  Its place is lost, no more.
+ */
+static bool usable(struct shi_self *self, uint32_t index)
+{
+    if (__builtin_expect(!shi_csd_locked(own(self, index)), 1))
+        return true;
+    shi_count(self, SHI_C_corrupt);
+    return false;
+}
+
+static int64_t pop_free(struct shi_self *self)
 {
     struct shi_sender *s = &self->sender;
-    if (s->nfree)
-        return s->free_csds[--s->nfree]; /* the one used last: its line is warm */
-    shi_csd_collect(self);
-    if (s->nfree)
-        return s->free_csds[--s->nfree]; /* the one used last: its line is warm */
+    while (s->nfree) {
+        uint32_t index = s->free_csds[--s->nfree]; /* used last: its line is warm */
+        if (usable(self, index))
+            return index;
+    }
+    return -EAGAIN;
+}
+
+static int64_t new_csd(struct shi_self *self)
+{
+    struct shi_sender *s = &self->sender;
     if (s->csd_top == self->m->csds_per_slot)
         return -EAGAIN;
     if (s->csd_top % CSDS_PER_PAGE == 0) {
@@ -130,6 +148,22 @@ int64_t shi_csd_get(struct shi_self *self)
     uint32_t index = s->csd_top++;
     /* Release: the reaper that reads the top finds backed, zeroed csds below it. */
     shi_store_release(&self->slot->csd_top, s->csd_top);
+    return index;
+}
+
+int64_t shi_csd_get(struct shi_self *self)
+{
+    int64_t index = pop_free(self);
+    if (index >= 0)
+        return index;
+    shi_csd_collect(self);
+    index = pop_free(self);
+    while (index < 0) {
+        index = new_csd(self);
+        if (index < 0 || usable(self, (uint32_t)index))
+            break;
+        index = -EAGAIN;
+    }
     return index;
 }
 

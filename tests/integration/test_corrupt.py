@@ -224,6 +224,34 @@ def test_a_damaged_header_is_refused(boot):
         os.unlink(name)
 
 
+def test_an_unused_request_that_is_damaged_costs_only_itself(boot):
+    """A flipped bit says "locked" of requests that nobody uses: they are left out."""
+    cluster = boot(2, idle="halt")
+
+    def ways():
+        cluster.call(1, int)
+        assert cluster.submit(1, len, "ab").result(5) == 2
+        assert cluster.run(abs, -3, cpus=[1]) == [3]
+        cluster.smp.smp_call_function_single(1, int, 1)
+        cluster.smp.smp_call_function_single(1, int, 1, False)
+        cluster.smp.on_each_cpu(int, 1)
+        cluster.smp.smp_call_function_single_async(1, cluster.smp.CallSingleData(int))
+
+    for _ in range(70):  # also of the 64 for calls that nobody waits for
+        ways()
+    layout = Layout(cluster._machine)
+    csds = range(layout.regions[2], layout.regions[2] + 64 * 200, 64)  # the host's
+    for bit in (0, 1, 2, 3, 4, 20, 40, 63):
+        for at in csds:
+            (lock,) = struct.unpack_from("<Q", layout.memory, at)
+            if not lock & 1:
+                struct.pack_into("<Q", layout.memory, at, lock ^ 1 << bit)
+        for _ in range(3):
+            ways()
+    assert 0 < cluster.host_counters()["corrupt"] <= len(csds)
+    layout.close()
+
+
 @pytest.mark.parametrize("bit", [3, 12, 20, 30, 35, 41, 63])
 def test_where_arrays_lie_is_bounded_by_the_file(script, bit):
     """Damage in the number of their bytes or in their directory: never a SIGBUS."""
