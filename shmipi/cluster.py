@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -498,6 +499,16 @@ class Cluster:
             self._machine.wait_hotplug(seen, _HOTPLUG_LOOK_S)
 
 
+def _settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+    """Run the done-callbacks: whatever one raises, the other futures go on."""
+    try:
+        set_outcome(outcome)
+    except BaseException:
+        threading.excepthook(
+            threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
+        )
+
+
 class _Futures:
     """Completes ``submit``'s futures: a thread that sleeps on the host's doorbell."""
 
@@ -552,9 +563,9 @@ class _Futures:
                 try:
                     result = machine.collect(call, cpu, None)
                 except BaseException as error:
-                    future.set_exception(error)
+                    _settle(future.set_exception, error)
                 else:
-                    future.set_result(result)
+                    _settle(future.set_result, result)
             if machine.state == _core.DEAD:
                 self._fail()
             if not done:
