@@ -235,7 +235,7 @@ class Cluster:
     def payload_max(self) -> int:
         """The most that one pickled argument or result may have, in bytes.
 
-        It is half of a sender's arena: 32 MiB with up to 63 CPUs, less with more.
+        It is 32 MiB with up to 63 CPUs, less with more.
         """
         return self._machine.payload_max
 

@@ -54,7 +54,10 @@ class CpuOfflineError(ShmipiOSError):
 
 
 class CpuDiedError(ShmipiOSError):
-    """EOWNERDEAD: the CPU died with the call in hand: it may or may not have run."""
+    """EOWNERDEAD: the CPU died with the call in hand: it may or may not have run.
+
+    Or it has run, and its result died with the CPU: then the text says so.
+    """
 
     default_errno = errno.EOWNERDEAD
 
@@ -84,7 +87,10 @@ class IpiTimeoutError(ShmipiOSError, TimeoutError):
 
 
 class ArenaFullError(ShmipiOSError):
-    """ENOBUFS or E2BIG: an argument or result does not fit the sender's arena."""
+    """ENOBUFS, E2BIG or ENOSPC: an argument or result does not fit the arena.
+
+    As a ``RemoteCallError``'s cause, or with "has run" in its text: the result's.
+    """
 
     default_errno = errno.ENOBUFS
 

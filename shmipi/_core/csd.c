@@ -62,6 +62,8 @@ static int inherit(struct shi_self *self)
         if (shi_csd_locked(csd) && shi_csd_unqueued(csd))
             shi_csd_cancel(csd); /* nobody else has it, nor will */
         if (!shi_csd_locked(csd)) {
+            /* With a result that nobody will read: its target lends it no longer. */
+            shi_store_release(&csd->status, SHI_S_DONE);
             s->free_csds[s->nfree++] = i;
             continue;
         }
@@ -107,6 +109,7 @@ void shi_sender_fini(struct shi_self *self)
     free(s->flight);
     free(s->funcs);
     free(s->free_funcs);
+    free(s->loans);
     memset(s, 0, sizeof *s);
 }
 
@@ -213,6 +216,8 @@ void shi_csd_put(struct shi_self *self, uint32_t index)
 {
     struct shi_sender *s = &self->sender;
     struct shi_csd_note *note = &s->notes[index];
+    if (__builtin_expect(shi_load_relaxed(&own(self, index)->status) & SHI_S_LENT, 0))
+        shi_lend_done(self, own(self, index));
     s->nowait -= note->nowait;
     note->nowait = 0;
     if (note->func) {
@@ -234,6 +239,20 @@ void shi_csd_end_sharing(struct shi_self *self, uint32_t owner)
 void shi_csd_leave(struct shi_self *self, uint32_t index)
 {
     flight_push(self, index);
+}
+
+void shi_csd_abandon(struct shi_self *self, uint32_t index)
+{
+    struct shi_csd *csd = own(self, index);
+    uint64_t lock = shi_load_acquire(&csd->lock);
+    /* The unlock's exchange finds LEFT, and what was lent is taken back by the target;
+     * or this swap finds it unlocked, and it is given back here. */
+    while (lock & SHI_CSD_LOCK && !shi_cas_full(&csd->lock, &lock, lock | SHI_CSD_LEFT))
+        ;
+    if (lock & SHI_CSD_LOCK)
+        flight_push(self, index);
+    else
+        shi_csd_put(self, index);
 }
 
 uint32_t shi_csd_oldest(const struct shi_self *self)
@@ -269,16 +288,24 @@ void shi_csd_cancel(struct shi_csd *csd)
     shi_fetch_and_full(&csd->lock, SHI_CSD_SEQ);
 }
 
-int64_t shi_csd_block(struct shi_self *self, uint32_t index, uint64_t length)
+int64_t shi_sender_alloc(struct shi_self *self, uint64_t length)
 {
+    struct shi_sender *s = &self->sender;
     int err = shi_sender_arena(self);
     if (err)
         return err;
-    int64_t at = shi_arena_alloc(&self->sender.arena, length);
-    if (at == -ENOBUFS && self->sender.flight_count) {
+    int64_t at = shi_arena_alloc(&s->arena, length);
+    if ((at == -ENOBUFS || at == -ENOSPC) && (s->flight_count || s->nloans)) {
         shi_csd_collect(self); /* blocks of calls that have ended since */
-        at = shi_arena_alloc(&self->sender.arena, length);
+        shi_lend_sweep(self, s->nloans);
+        at = shi_arena_alloc(&s->arena, length);
     }
+    return at;
+}
+
+int64_t shi_csd_block(struct shi_self *self, uint32_t index, uint64_t length)
+{
+    int64_t at = shi_sender_alloc(self, length);
     if (at >= 0)
         self->sender.notes[index].block = (uint64_t)at + 1;
     return at;

@@ -2,8 +2,8 @@
 /*
  * call_single_data: who may use one, for how long, and how it is given back.
  *
- * Everything that travels belongs to its sender: the csd, the argument, and the block
- * a result is written to.  A target allocates nothing for a sender.
+ * What travels belongs to its sender: the csd, the argument, and the block a result is
+ * written to.  A result that does not fit there the target lends (lend.h).
  */
 #ifndef SHI_CSD_H
 #define SHI_CSD_H
@@ -11,6 +11,7 @@
 #include <errno.h>
 
 #include "irq.h"
+#include "lend.h"
 #include "machine.h"
 #include "step.h"
 #include "trace.h"
@@ -27,6 +28,8 @@ int64_t shi_csd_get(struct shi_self *self);
 void shi_csd_put(struct shi_self *self, uint32_t index);
 /* Nobody will wait for it: it is given back when its target has unlocked it. */
 void shi_csd_leave(struct shi_self *self, uint32_t index);
+/* The same, and its result is not wanted: for a csd that may have one. */
+void shi_csd_abandon(struct shi_self *self, uint32_t index);
 /* Give back every csd left behind that has been unlocked since. */
 void shi_csd_collect(struct shi_self *self);
 /* The oldest csd in flight, or UINT32_MAX. */
@@ -92,13 +95,19 @@ static inline void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
      * finds the csd unlocked.
      */
     uint64_t old = shi_xchg_full(&csd->lock, seq);
-    if (__builtin_expect((old & SHI_CSD_PARKED) != 0, 0)) {
+    if (__builtin_expect((old & (SHI_CSD_PARKED | SHI_CSD_LEFT)) != 0, 0)) {
+        if (old & SHI_CSD_LEFT)
+            shi_lend_forget(self, csd, seq);
+        if (!(old & SHI_CSD_PARKED))
+            return;
         SHI_STEP(self, unlock_ring);
         if (src < self->m->nslots)
             shi_irq_ring_waiter(self, src);
     }
 }
 
+/* A block of the sender's arena, also of what has become free there: its offset, or -errno. */
+int64_t shi_sender_alloc(struct shi_self *self, uint64_t length);
 /* Attach a new arena block of `length` bytes to a csd: its offset, or -errno. */
 int64_t shi_csd_block(struct shi_self *self, uint32_t index, uint64_t length);
 /* Let `index` use the block of `owner` too: one payload, many targets. */
@@ -106,7 +115,7 @@ void shi_csd_share(struct shi_self *self, uint32_t index, uint32_t owner);
 /* No more csds will share it: it goes with the last that does. */
 void shi_csd_end_sharing(struct shi_self *self, uint32_t owner);
 
-/* The payload behind `ref` in the arena of `src`; NULL when it does not lie there. */
+/* The payload behind `ref` in the arena of slot `src`; NULL when it does not lie there. */
 void *shi_payload(const struct shi_machine *m, uint32_t src, const struct shi_ref *ref);
 
 #endif

@@ -26,9 +26,7 @@ static uint32_t new_serial(struct shi_self *self)
 int64_t shi_func_publish(struct shi_self *self, const void *pickle, uint32_t length)
 {
     struct shi_sender *s = &self->sender;
-    int err = shi_sender_arena(self);
-    if (err)
-        return err;
+    int err;
     if (!s->nfree_funcs) {
         if (s->func_top == SHI_FUNCS)
             return -ENOBUFS;
@@ -45,11 +43,7 @@ int64_t shi_func_publish(struct shi_self *self, const void *pickle, uint32_t len
         /* Release: who reads the top finds backed, zeroed entries below it. */
         shi_store_release(&self->slot->func_top, s->func_top);
     }
-    int64_t at = shi_arena_alloc(&s->arena, length);
-    if (at == -ENOBUFS) {
-        shi_csd_collect(self);
-        at = shi_arena_alloc(&s->arena, length);
-    }
+    int64_t at = shi_sender_alloc(self, length);
     if (at < 0)
         return at;
     memcpy(shi_arena_base(self->m, self->id) + at, pickle, length);

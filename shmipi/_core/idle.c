@@ -9,6 +9,7 @@
 #include "doorbell.h"
 #include "idle.h"
 #include "irq.h"
+#include "lend.h"
 #include "step.h"
 #include "trace.h"
 
@@ -20,6 +21,7 @@
 #define RELEASE_NS 20000u        /* the interpreter is not held for longer while spinning */
 #define YIELD_NS 50000u
 #define SPIN_ROUND 64
+#define HALT_LOOKS 16u /* at results lent, before each halt */
 
 static bool stopping(const struct shi_self *self)
 {
@@ -153,6 +155,13 @@ enum shi_idle_why shi_idle(struct shi_self *self)
         if (shi_python_waits(self) || stopping(self) ||
             shi_load_relaxed(&slot->hotplug) != SHI_HP_ONLINE)
             continue;
+        if (self->sender.nloans) {
+            self->in_core++;
+            shi_lend_sweep(self, HALT_LOOKS);
+            self->in_core--;
+            if (self->happened)
+                shi_leave_slow(self);
+        }
         if (self->hooks.release)
             self->hooks.release(self);
         uint64_t start = shi_now_ns();

@@ -102,10 +102,11 @@ static inline bool shi_word_online(uint64_t w)
 
 /* ---- call_single_data ------------------------------------------------------------ */
 
-/* The kernel's values (include/linux/smp_types.h); PARKED and DIED are ours. */
+/* The kernel's values (include/linux/smp_types.h); PARKED, DIED and LEFT are ours. */
 #define SHI_CSD_LOCK 0x01ull
 #define SHI_CSD_PARKED 0x02ull /* the waiter sleeps: unlock rings its doorbell */
 #define SHI_CSD_DIED 0x04ull   /* unlocked by the reaper: the target died with it */
+#define SHI_CSD_LEFT 0x08ull   /* nobody waits for it any more: its result is not kept */
 #define SHI_CSD_ASYNC 0x00ull
 #define SHI_CSD_SYNC 0x10ull
 #define SHI_CSD_IRQ_WORK 0x20ull
@@ -123,9 +124,8 @@ enum shi_kind {
     SHI_K_FLOAT = 2, /* double in value.f */
     SHI_K_BOOL = 3,
     SHI_K_BYTES = 4, /* len bytes in value.bytes */
-    SHI_K_PICKLE = 5,  /* value.ref: a block of the sender's arena */
+    SHI_K_PICKLE = 5,  /* value.ref: a block of the sender's arena; SHI_S_LENT: the target's */
     SHI_K_POINTER = 6, /* value.u: an offset into the segment (native handlers) */
-    SHI_K_FETCH = 7,   /* result too large for its block: value.fetch, ask for it */
 };
 
 /* How a Python function is applied to its argument. */
@@ -134,7 +134,6 @@ enum shi_apply {
     SHI_A_ONE = 1,  /* func(arg), result wanted */
     SHI_A_VOID = 2, /* func(), result wanted */
     SHI_A_ARGS = 3, /* func(*args, **kwargs) from a pickle, result wanted */
-    SHI_A_FETCH = 4, /* no function: hand over the result kept under value.fetch */
     SHI_A_INLINE_FUNC = 8, /* flag: the pickle holds the function too */
 };
 
@@ -143,13 +142,17 @@ enum shi_status {
     SHI_S_RAISED = 1, /* the result is a pickled exception */
     SHI_S_BROKEN = 2, /* the target could not decode it: damaged segment */
     SHI_S_NOFUNC = 3, /* the function id is not known any more */
+    SHI_S_UNSENT = 4, /* it has run, and there is no memory to send its result in */
+    /* Flag: the result lies in a block of the target's arena, which is the sender's to
+     * read until it clears this. */
+    SHI_S_LENT = 0x80,
 };
 
 struct shi_ref {
-    uint64_t offset; /* in the sender's arena */
+    uint64_t offset; /* in the sender's arena, or (SHI_S_LENT) that of `cpu` */
     uint64_t sum;    /* keyed checksum of the payload */
     uint32_t length;
-    uint32_t reserved;
+    uint16_t cpu, gen; /* who lends it */
 };
 
 union shi_value {
@@ -158,10 +161,6 @@ union shi_value {
     double f;
     uint8_t bytes[SHI_INLINE];
     struct shi_ref ref;
-    struct {
-        uint64_t token;
-        uint32_t length;
-    } fetch;
 };
 
 struct shi_csd {
@@ -490,6 +489,7 @@ struct shi_slot {
     shi_a32 cur_csd;                        /* index + 1 of what it executes, 0: nothing */
     shi_a32 task;                           /* 1 while a task runs */
     shi_a32 damaged; /* 1 once it dropped csds it could not believe */
+    shi_a32 starved; /* enum shi_starved: its senders write it too */
 
     /* Tests: stop or die at a labelled step. */
     _Alignas(SHI_PAIR) shi_a32 step;
@@ -515,6 +515,13 @@ enum shi_machine_state {
     SHI_M_UP = 2,
     SHI_M_STOPPING = 3,
     SHI_M_DEAD = 4, /* the firmware is gone */
+};
+
+/* Has a CPU results that wait for room in its arena? */
+enum shi_starved {
+    SHI_ST_NO = 0,
+    SHI_ST_WAITS = 1, /* until a sender has read one that is there */
+    SHI_ST_LOOK = 2,  /* one has */
 };
 
 enum shi_hotplug { SHI_HP_ONLINE = 0, SHI_HP_OFFLINE = 1, SHI_HP_STOP = 2 };

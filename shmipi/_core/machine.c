@@ -33,18 +33,24 @@ static uint64_t round_up(uint64_t value, uint64_t unit)
     return (value + unit - 1) / unit * unit;
 }
 
+/* 256 MiB each, but 16 GiB of address space for all but the guests together.  It is also
+ * the room for results that nobody has read yet, so one payload may have an eighth. */
+static uint64_t usual_arena(uint32_t ncpus)
+{
+    uint64_t bytes = 256 * MiB;
+    while (bytes > 4 * MiB && bytes * (ncpus + 2) > 16 * GiB + 256 * MiB)
+        bytes /= 2;
+    return bytes;
+}
+
 int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records,
                     uint64_t arena_bytes, uint64_t array_bytes)
 {
     if (ncpus < 1 || ncpus > SHI_MAX_CPUS)
         return -EINVAL;
     uint32_t nslots = ncpus + SHI_EXTRA_SLOTS;
-    if (!arena_bytes) {
-        /* 64 MiB each, but 4 GiB of address space for all but the guests together. */
-        arena_bytes = 64 * MiB;
-        while (arena_bytes > MiB && arena_bytes * (ncpus + 2) > 4 * GiB + 64 * MiB)
-            arena_bytes /= 2;
-    }
+    if (!arena_bytes)
+        arena_bytes = usual_arena(ncpus);
     if (!array_bytes)
         array_bytes = 64 * GiB;
     if (arena_bytes & (arena_bytes - 1))
@@ -122,6 +128,11 @@ int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
     m->nslots = plan.ncpus + SHI_EXTRA_SLOTS;
     m->csd_shift = plan.csd_shift;
     m->csds_per_slot = 1u << plan.csd_shift;
+    /* Half at most: the buddy allocator gives out halves, and the functions that a sender
+     * publishes lie in the same arena. */
+    m->payload_max = usual_arena(m->ncpus) / 8;
+    if (m->payload_max > m->arena_bytes / 2)
+        m->payload_max = m->arena_bytes / 2;
     m->ncsds = m->nslots * m->csds_per_slot;
     m->trace_records = plan.trace_records;
     m->sum_key = h->sum_key;

@@ -21,6 +21,7 @@ struct shi_machine {
     uint64_t total_bytes;
     uint64_t slot_offset, irq_offset, region_offset, region_bytes, func_offset, arena_offset;
     uint64_t arena_bytes, trace_offset, array_offset, array_bytes, sum_key;
+    uint64_t payload_max; /* the largest single payload */
     uint32_t ncpus, nslots, csd_shift, csds_per_slot, ncsds, trace_records;
     uint32_t cookie, kick_signal, nmi_signal;
     enum shi_doorbell doorbell;
@@ -62,6 +63,17 @@ struct shi_sender {
     struct shi_func_note *funcs;
     uint32_t *free_funcs;
     uint32_t nfree_funcs, func_top, next_serial;
+    struct shi_loan *loans; /* oldest first but for gaps that were filled */
+    uint32_t nloans, loan_room, loan_next;
+    uint64_t lent; /* bytes of their blocks */
+};
+
+/* A block with a result, which its caller may read: lend.h. */
+struct shi_loan {
+    uint64_t block; /* in the arena */
+    uint32_t csd;   /* index through all slots */
+    uint16_t seq;   /* which use of it */
+    uint16_t src_gen;
 };
 
 /* A list of csds the owner has taken off its queue, linked by csd.next. */
@@ -114,6 +126,7 @@ struct shi_self {
     bool trace;
     bool steps;
 
+    uint32_t unsent; /* results for which there was no room yet: the layer above has them */
     struct shi_list deferred; /* Python csds waiting for the interpreter */
     struct shi_list tasks;
     uint16_t later[SHI_NLINES]; /* lines of requested irqs waiting for the interpreter */
@@ -155,13 +168,6 @@ static inline uint64_t shi_array_end(const struct shi_machine *m)
 {
     uint64_t used = shi_load_acquire(&m->header->array_used);
     return m->array_offset + (used < m->array_bytes ? used : m->array_bytes);
-}
-
-/* The largest single payload: half the arena, because the buddy allocator gives out
- * halves and the functions a sender publishes lie in the same arena. */
-static inline uint64_t shi_payload_max(const struct shi_machine *m)
-{
-    return m->arena_bytes / 2;
 }
 
 static inline struct shi_slot *shi_slot(const struct shi_machine *m, uint32_t id)
@@ -244,7 +250,8 @@ static inline bool shi_masked(const struct shi_self *self)
 /* Does anything wait for the interpreter? */
 static inline bool shi_python_waits(const struct shi_self *self)
 {
-    return self->deferred.head || self->nlater || self->nmi_waits;
+    return self->deferred.head || self->nlater || self->nmi_waits ||
+           (self->unsent && shi_load_relaxed(&self->slot->starved) != SHI_ST_WAITS);
 }
 
 static inline uint32_t shi_first_guest(const struct shi_machine *m)

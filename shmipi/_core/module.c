@@ -123,7 +123,7 @@ PyObject *shi_raise_errno(Machine *machine, int err, int cpu)
     case E2BIG:
         return shi_raise(shi_py.ArenaError, E2BIG, cpu,
                          "more than the %llu bytes that one payload may have: put large data "
-                         "in cluster.shared()", (unsigned long long)shi_payload_max(&machine->m));
+                         "in cluster.shared()", (unsigned long long)machine->m.payload_max);
     case ENOSPC:
         return shi_raise(shi_py.ArenaError, ENOSPC, cpu,
                          "/dev/shm is full: make it larger (mount -o remount,size=... /dev/shm, "

@@ -42,7 +42,7 @@ void shi_give_back(Machine *machine, uint32_t local)
 void shi_leave_behind(Machine *machine, uint32_t local)
 {
     shi_enter(&machine->self);
-    shi_csd_leave(&machine->self, local);
+    shi_csd_abandon(&machine->self, local);
     shi_leave(&machine->self);
 }
 
@@ -311,7 +311,7 @@ static PyObject *finish_single(Machine *machine, uint32_t local, uint32_t cpu)
 {
     if (shi_wait_csd(machine, local, cpu, 0) < 0)
         return NULL;
-    PyObject *result = shi_result(machine, local, cpu, SHI_A_INFO, 0);
+    PyObject *result = shi_result(machine, local, cpu, SHI_A_INFO);
     shi_give_back(machine, local);
     return result;
 }
@@ -516,7 +516,7 @@ static PyObject *machine_call(Machine *machine, PyObject *const *args, Py_ssize_
     int64_t local = post(machine, cpu, args[1], args[2], args[3], SHI_CSD_SYNC, &apply);
     if (local < 0 || shi_wait_csd(machine, (uint32_t)local, (uint32_t)cpu, deadline) < 0)
         return NULL;
-    PyObject *result = shi_result(machine, (uint32_t)local, (uint32_t)cpu, apply, deadline);
+    PyObject *result = shi_result(machine, (uint32_t)local, (uint32_t)cpu, apply);
     shi_give_back(machine, (uint32_t)local);
     return result;
 }
@@ -580,7 +580,7 @@ static PyObject *machine_collect(Machine *machine, PyObject *const *args, Py_ssi
     if (shi_wait_csd(machine, local, (uint32_t)cpu, deadline) < 0)
         return NULL;
     uint8_t apply = shi_own_csd(&machine->self, local)->apply;
-    PyObject *result = shi_result(machine, local, (uint32_t)cpu, apply, deadline);
+    PyObject *result = shi_result(machine, local, (uint32_t)cpu, apply);
     shi_give_back(machine, local);
     return result;
 }

@@ -3,6 +3,7 @@
 #include "py_shi.h"
 
 #include <string.h>
+#include <unistd.h>
 
 /* ---- values ---------------------------------------------------------------------- */
 
@@ -45,11 +46,11 @@ static PyObject *pickled(Machine *machine, PyObject *object)
 {
     PyObject *bytes = PyObject_CallOneArg(shi_py.dumps, object);
     if (bytes && (!PyBytes_Check(bytes) ||
-                  (uint64_t)PyBytes_GET_SIZE(bytes) > shi_payload_max(&machine->m))) {
+                  (uint64_t)PyBytes_GET_SIZE(bytes) > machine->m.payload_max)) {
         shi_raise(shi_py.ArenaError, E2BIG, -1,
                   "%zd bytes pickled: an argument or result may have %llu at most (half "
                   "the sender's arena); put large data in cluster.shared()",
-                  PyBytes_GET_SIZE(bytes), (unsigned long long)shi_payload_max(&machine->m));
+                  PyBytes_GET_SIZE(bytes), (unsigned long long)machine->m.payload_max);
         Py_CLEAR(bytes);
     }
     return bytes;
@@ -320,78 +321,66 @@ void shi_outgoing_share(Machine *machine, const struct outgoing *out, uint32_t l
 
 /* ---- results, on the sender ------------------------------------------------------ */
 
-/* The target kept a result that was too large for its block: ask for it. */
-static PyObject *fetch(Machine *machine, uint32_t dst, uint64_t token, uint32_t length,
-                       uint64_t deadline_ns)
+/* Copied by a system call: what was lent by a process that is dead may be a hole in the
+ * file by now, and touching one when /dev/shm is full is a SIGBUS. */
+static PyObject *read_arena(const struct shi_machine *m, const struct shi_ref *ref)
 {
-    struct shi_self *self = &machine->self;
-    if (length > shi_payload_max(&machine->m))
-        return shi_raise(shi_py.ArenaError, E2BIG, (int)dst,
-                         "a result of %u bytes is more than the %llu that one may have", length,
-                         (unsigned long long)shi_payload_max(&machine->m));
-    shi_enter(self);
-    int64_t local = shi_csd_get(self), at = 0;
-    if (local >= 0) {
-        at = shi_csd_block(self, (uint32_t)local, length ? length : 1);
-        if (at < 0) {
-            shi_csd_put(self, (uint32_t)local);
-            local = at;
+    uint64_t at = m->region_offset + ref->cpu * m->region_bytes + m->arena_offset + ref->offset;
+    PyObject *copy = PyBytes_FromStringAndSize(NULL, ref->length);
+    uint32_t done = 0;
+    while (copy && done < ref->length) {
+        ssize_t n = pread(m->fd, PyBytes_AS_STRING(copy) + done, ref->length - done,
+                          (off_t)(at + done));
+        if (n > 0) {
+            done += (uint32_t)n;
+        } else if (n == 0 || errno != EINTR) {
+            int err = errno;
+            Py_DECREF(copy);
+            return n ? shi_os_error(err, "the machine's segment")
+                     : shi_raise(shi_py.LayoutError, 0, ref->cpu, "a result is damaged (length)");
         }
     }
-    int err = 0;
-    if (local >= 0) {
-        struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
-        csd->func = 0;
-        csd->serial = 0;
-        csd->kind = SHI_K_FETCH;
-        csd->apply = SHI_A_FETCH;
-        csd->value.fetch.token = token;
-        csd->value.fetch.length = length;
-        csd->reply = (uint64_t)at;
-        csd->room = length;
-        err = shi_call_single(self, (uint32_t)local, SHI_CSD_SYNC, dst);
-        if (err)
-            shi_csd_put(self, (uint32_t)local);
-    }
-    shi_leave(self);
-    if (local < 0 || err)
-        return shi_raise_errno(machine, local < 0 ? (int)local : err, (int)dst);
-    if (shi_wait_csd(machine, (uint32_t)local, dst, deadline_ns) < 0)
-        return NULL;
-    struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
-    PyObject *bytes = NULL;
-    if (shi_load_relaxed(&csd->lock) & SHI_CSD_DIED)
-        shi_raise_errno(machine, -EOWNERDEAD, (int)dst);
-    else if (csd->kind != SHI_K_PICKLE || shi_load_relaxed(&csd->status) != SHI_S_DONE)
-        shi_raise(shi_py.LayoutError, 0, (int)dst, "CPU %u lost a large result", dst);
-    else
-        bytes = payload(machine, self->id, &csd->value.ref);
-    shi_give_back(machine, (uint32_t)local);
-    return bytes;
+    return copy;
 }
 
-static PyObject *result_bytes(Machine *machine, const struct shi_csd *csd, uint32_t dst,
-                              uint64_t deadline_ns)
+/* A result that `dst` lends. */
+static PyObject *lent(Machine *machine, uint32_t dst, const struct shi_ref *ref)
 {
-    if (csd->kind == SHI_K_FETCH)
-        return fetch(machine, dst, csd->value.fetch.token, csd->value.fetch.length,
-                     deadline_ns);
+    const struct shi_machine *m = &machine->m;
+    struct shi_ref mine = *ref;
+    if (mine.cpu != dst || !shi_payload(m, dst, &mine))
+        return shi_raise(shi_py.LayoutError, 0, (int)dst, "a result lies outside its arena");
+    PyObject *copy = read_arena(m, &mine);
+    /* Copied first, checked second: another process in the slot writes where it likes. */
+    if (!copy || shi_checksum(m, PyBytes_AS_STRING(copy), mine.length) == mine.sum)
+        return copy;
+    Py_DECREF(copy);
+    if ((uint16_t)shi_load_acquire(&shi_slot(m, dst)->generation) != mine.gen)
+        return shi_raise(shi_py.DiedError, EOWNERDEAD, (int)dst,
+                         "CPU %u died after this call had run, and its result with it", dst);
+    return shi_raise(shi_py.LayoutError, 0, (int)dst, "a result is damaged (checksum)");
+}
+
+static PyObject *result_bytes(Machine *machine, const struct shi_csd *csd, uint8_t status,
+                              uint32_t dst)
+{
     if (csd->kind != SHI_K_PICKLE)
         return shi_raise(shi_py.LayoutError, 0, (int)dst, "a result is damaged");
-    return payload(machine, machine->self.id, &csd->value.ref);
+    return status & SHI_S_LENT ? lent(machine, dst, &csd->value.ref)
+                               : payload(machine, machine->self.id, &csd->value.ref);
 }
 
-PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t apply,
-                     uint64_t deadline_ns)
+PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t apply)
 {
     struct shi_csd *csd = shi_own_csd(&machine->self, local);
     if (shi_load_relaxed(&csd->lock) & SHI_CSD_DIED)
         return shi_raise_errno(machine, -EOWNERDEAD, (int)dst);
-    switch (shi_load_relaxed(&csd->status)) {
+    uint8_t status = shi_load_relaxed(&csd->status);
+    switch (status & ~SHI_S_LENT) {
     case SHI_S_DONE:
         break;
     case SHI_S_RAISED: {
-        PyObject *bytes = result_bytes(machine, csd, dst, deadline_ns);
+        PyObject *bytes = result_bytes(machine, csd, status, dst);
         if (!bytes)
             return NULL;
         PyObject *error = PyObject_CallFunction(shi_py.load_exception, "Ni", bytes, (int)dst);
@@ -404,21 +393,23 @@ PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t app
     case SHI_S_NOFUNC:
         return shi_raise(shi_py.LayoutError, 0, (int)dst,
                          "CPU %u does not know this function", dst);
+    case SHI_S_UNSENT:
+        return shi_raise(shi_py.ArenaError, ENOSPC, (int)dst,
+                         "the call has run on CPU %u, but there is no memory to send its result "
+                         "in: put large data in cluster.shared(), or make /dev/shm larger (mount "
+                         "-o remount,size=... /dev/shm, docker run --shm-size=...)", dst);
     default:
         return shi_raise(shi_py.LayoutError, 0, (int)dst,
                          "CPU %u could not read the call: the segment is damaged", dst);
     }
     if ((apply & ~SHI_A_INLINE_FUNC) == SHI_A_INFO)
         Py_RETURN_NONE;
-    if (csd->kind == SHI_K_FETCH) {
-        PyObject *bytes = result_bytes(machine, csd, dst, deadline_ns);
-        if (!bytes)
-            return NULL;
-        PyObject *object = PyObject_CallOneArg(shi_py.loads, bytes);
-        Py_DECREF(bytes);
-        return object;
-    }
-    return decode(machine, machine->self.id, csd->kind, csd->length, &csd->value);
+    if (!(status & SHI_S_LENT))
+        return decode(machine, machine->self.id, csd->kind, csd->length, &csd->value);
+    PyObject *bytes = result_bytes(machine, csd, status, dst);
+    PyObject *object = bytes ? PyObject_CallOneArg(shi_py.loads, bytes) : NULL;
+    Py_XDECREF(bytes);
+    return object;
 }
 
 /* ---- incoming, on the target ----------------------------------------------------- */
@@ -431,8 +422,8 @@ static void broken(Machine *machine, struct shi_csd *csd, bool async)
         shi_count(&machine->self, SHI_C_unraisable);
         PyErr_WriteUnraisable(NULL);
     } else {
-        shi_outcome(machine, csd, NULL, true);
-        shi_csd_unlock(&machine->self, csd);
+        if (shi_outcome(machine, csd, NULL, true))
+            shi_csd_unlock(&machine->self, csd);
     }
 }
 
@@ -506,42 +497,6 @@ PyObject *shi_incoming_apply(const struct incoming *in)
     return PyObject_Call(in->function, in->args, in->kwargs);
 }
 
-/* Keep `bytes` until the sender asks; the oldest go when nobody ever does. */
-#define KEPT_MAX 1024
-#define KEPT_BYTES (64 << 20)
-
-static void drop_oldest_kept(Machine *machine)
-{
-    Py_ssize_t at = 0;
-    PyObject *token, *bytes;
-    if (!PyDict_Next(machine->kept, &at, &token, &bytes))
-        return;
-    Py_INCREF(token);
-    machine->kept_bytes -= PyBytes_GET_SIZE(bytes);
-    PyDict_DelItem(machine->kept, token);
-    Py_DECREF(token);
-}
-
-static int keep(Machine *machine, struct shi_csd *csd, PyObject *bytes)
-{
-    if (!machine->kept && !(machine->kept = PyDict_New()))
-        return -1;
-    while (PyDict_GET_SIZE(machine->kept) > 0 &&
-           (PyDict_GET_SIZE(machine->kept) >= KEPT_MAX ||
-            machine->kept_bytes + PyBytes_GET_SIZE(bytes) > KEPT_BYTES))
-        drop_oldest_kept(machine);
-    PyObject *token = PyLong_FromUnsignedLongLong(++machine->next_token);
-    int err = token ? PyDict_SetItem(machine->kept, token, bytes) : -1;
-    Py_XDECREF(token);
-    if (err)
-        return err;
-    machine->kept_bytes += PyBytes_GET_SIZE(bytes);
-    csd->kind = SHI_K_FETCH;
-    csd->value.fetch.token = machine->next_token;
-    csd->value.fetch.length = (uint32_t)PyBytes_GET_SIZE(bytes);
-    return 0;
-}
-
 /* Into the block the sender gave, if it is there and large enough. */
 static bool reply(Machine *machine, struct shi_csd *csd, PyObject *bytes)
 {
@@ -559,11 +514,114 @@ static bool reply(Machine *machine, struct shi_csd *csd, PyObject *bytes)
     return true;
 }
 
-void shi_outcome(Machine *machine, struct shi_csd *csd, PyObject *value, bool wanted)
+/* The result goes where its sender can read it.  0, or -errno: there is no room. */
+static int send(Machine *machine, struct shi_csd *csd, uint8_t status, PyObject *bytes)
 {
-    PyObject *bytes = NULL;
-    if (value && !wanted)
+    struct shi_self *self = &machine->self;
+    if (reply(machine, csd, bytes)) {
+        shi_store_relaxed(&csd->status, status);
+        return 0;
+    }
+    shi_enter(self);
+    int err = shi_lend(self, csd, status, PyBytes_AS_STRING(bytes),
+                       (uint64_t)PyBytes_GET_SIZE(bytes));
+    shi_leave(self);
+    return err;
+}
+
+static PyObject *dumped_exception(void)
+{
+    PyObject *error = shi_take_exception();
+    PyObject *bytes = error ? PyObject_CallOneArg(shi_py.dump_exception, error) : NULL;
+    Py_XDECREF(error);
+    if (bytes && !PyBytes_Check(bytes))
+        Py_CLEAR(bytes);
+    PyErr_Clear();
+    return bytes;
+}
+
+/* There is no room for a result, and nothing is lent that would come back: that is the
+ * outcome, in as many bytes as there are. */
+static void send_refusal(Machine *machine, struct shi_csd *csd, PyObject *bytes, int err)
+{
+    shi_raise(shi_py.ArenaError, -err, (int)machine->self.id,
+              "the function has run, but its result of %zd bytes cannot be sent back: %s; put "
+              "large data in cluster.shared()", PyBytes_GET_SIZE(bytes),
+              err == -ENOSPC ? "/dev/shm is full" : strerror(-err));
+    PyObject *refusal = dumped_exception();
+    if (!refusal || send(machine, csd, SHI_S_RAISED, refusal))
+        shi_store_relaxed(&csd->status, SHI_S_UNSENT);
+    Py_XDECREF(refusal);
+}
+
+/*
+ * What is lent fills the arena: this result waits in private memory until a sender has
+ * read one, and its own sender waits meanwhile, for a csd that stays locked.
+ */
+static bool wait_for_room(Machine *machine, struct shi_csd *csd, uint8_t status, PyObject *bytes)
+{
+    struct shi_self *self = &machine->self;
+    if (self->unsent == machine->unsent_room) {
+        uint32_t room = machine->unsent_room ? 2 * machine->unsent_room : 16;
+        struct unsent *grown = PyMem_Realloc(machine->unsent, room * sizeof *grown);
+        if (!grown)
+            return false;
+        machine->unsent = grown;
+        machine->unsent_room = room;
+    }
+    machine->unsent[self->unsent++] = (struct unsent){
+        .csd = shi_csd_number(&machine->m, csd) - 1, .status = status, .bytes = Py_NewRef(bytes)};
+    return true;
+}
+
+/* 1: sent; 0: it waits for room; -1: it cannot be sent at all, and the sender is told so. */
+static int send_one(Machine *machine, struct unsent *one)
+{
+    struct shi_self *self = &machine->self;
+    struct shi_csd *csd = shi_csd(&machine->m, one->csd);
+    if (shi_load_relaxed(&csd->lock) & SHI_CSD_LEFT)
+        return 1; /* nobody waits for it any more */
+    int err = send(machine, csd, one->status, one->bytes);
+    if (err && self->sender.nloans)
+        return 0;
+    if (err)
+        send_refusal(machine, csd, one->bytes, err);
+    return 1;
+}
+
+void shi_send_unsent(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    uint32_t n = 0, i;
+    if (__builtin_expect(!self->unsent, 1))
         return;
+    self->in_core++; /* a handler must not add to the list meanwhile */
+    shi_lend_starve(self, true); /* first: a block that comes back from now on is told of */
+    while (n < self->unsent && send_one(machine, &machine->unsent[n])) {
+        shi_csd_unlock(self, shi_csd(&machine->m, machine->unsent[n].csd));
+        Py_DECREF(machine->unsent[n++].bytes);
+    }
+    self->unsent -= n;
+    for (i = 0; n && i < self->unsent; i++)
+        machine->unsent[i] = machine->unsent[n + i];
+    if (!self->unsent)
+        shi_lend_starve(self, false);
+    self->in_core--;
+    if (self->happened)
+        shi_leave_slow(self);
+}
+
+bool shi_outcome(Machine *machine, struct shi_csd *csd, PyObject *value, bool wanted)
+{
+    struct shi_self *self = &machine->self;
+    PyObject *bytes = NULL;
+    uint8_t status = SHI_S_DONE;
+    if (value && !wanted)
+        return true;
+    if (shi_load_relaxed(&csd->lock) & SHI_CSD_LEFT) {
+        PyErr_Clear(); /* nobody waits for it any more */
+        return true;
+    }
     if (value) {
         uint8_t kind = 0, length = 0;
         union shi_value inlined;
@@ -572,38 +630,28 @@ void shi_outcome(Machine *machine, struct shi_csd *csd, PyObject *value, bool wa
             csd->length = length;
             if (kind != SHI_K_NONE)
                 csd->value = inlined;
-            return;
+            return true;
         }
         bytes = pickled(machine, value);
-        if (bytes && (reply(machine, csd, bytes) || keep(machine, csd, bytes) == 0)) {
-            Py_DECREF(bytes);
-            return;
-        }
-        Py_CLEAR(bytes); /* the result cannot be sent: that is the outcome */
     }
-    PyObject *error = shi_take_exception();
-    bytes = error ? PyObject_CallOneArg(shi_py.dump_exception, error) : NULL;
-    Py_XDECREF(error);
-    if (bytes && PyBytes_Check(bytes) &&
-        (reply(machine, csd, bytes) || keep(machine, csd, bytes) == 0)) {
-        shi_store_relaxed(&csd->status, SHI_S_RAISED);
-    } else {
-        PyErr_Clear();
+    if (!bytes) { /* it raised, or its result cannot be sent: that is the outcome */
+        status = SHI_S_RAISED;
+        bytes = dumped_exception();
+    }
+    if (!bytes) {
         shi_store_relaxed(&csd->status, SHI_S_BROKEN);
+        return true;
     }
-    Py_XDECREF(bytes);
-}
-
-void shi_outcome_fetch(Machine *machine, struct shi_csd *csd)
-{
-    PyObject *token = PyLong_FromUnsignedLongLong(csd->value.fetch.token);
-    PyObject *bytes = token && machine->kept ? PyDict_GetItem(machine->kept, token) : NULL;
-    if (!bytes || !PyBytes_Check(bytes) || !reply(machine, csd, bytes))
-        shi_store_relaxed(&csd->status, SHI_S_NOFUNC);
-    else {
-        machine->kept_bytes -= PyBytes_GET_SIZE(bytes);
-        PyDict_DelItem(machine->kept, token);
+    /* Large ones in their order: none is overtaken for ever. */
+    bool queue = self->unsent && PyBytes_GET_SIZE(bytes) > (Py_ssize_t)SHI_LEND_SMALL;
+    int err = queue ? -ENOBUFS : send(machine, csd, status, bytes);
+    bool now = true;
+    if (err && (queue || self->sender.nloans) && wait_for_room(machine, csd, status, bytes)) {
+        now = false;
+        shi_send_unsent(machine); /* again, now that senders tell */
+    } else if (err) {
+        send_refusal(machine, csd, bytes, err);
     }
-    Py_XDECREF(token);
-    PyErr_Clear();
+    Py_DECREF(bytes);
+    return now;
 }

@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "chip.h"
@@ -95,11 +96,6 @@ static void run_handler(Machine *machine, uint32_t index)
     self->irqs_off = 1;
     self->in_irq++;
     shi_store_relaxed(&self->slot->cur_csd, index + 1);
-    if (csd->apply == SHI_A_FETCH) {
-        shi_outcome_fetch(machine, csd);
-        shi_csd_unlock(self, csd);
-        goto out;
-    }
     if (shi_incoming(machine, &in, csd, async) < 0)
         goto out;
     shi_count(self, async ? SHI_C_csd_async : SHI_C_csd_sync);
@@ -111,8 +107,8 @@ static void run_handler(Machine *machine, uint32_t index)
     shi_leave_if_forked(machine, result);
     SHI_TRACE(self, csd_function_exit, self->id, index + 1, func, 0);
     if (!async) {
-        shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
-        shi_csd_unlock(self, csd);
+        if (shi_outcome(machine, csd, result, in.apply != SHI_A_INFO))
+            shi_csd_unlock(self, csd);
     } else if (!result) {
         shi_count(self, SHI_C_unraisable);
         PyErr_WriteUnraisable(in.function);
@@ -173,12 +169,39 @@ void shi_run_deferred(Machine *machine)
     }
     while ((index = shi_list_pop(self, &self->deferred)) != UINT32_MAX)
         run_handler(machine, index);
+    if (__builtin_expect(self->unsent && shi_python_waits(self), 0))
+        shi_send_unsent(machine);
     self->in_core--;
     if (self->happened)
         shi_leave_slow(self);
 }
 
+#define ROOM_NAP_NS 1000000
+
 /* ---- interrupts while a task runs ------------------------------------------------ */
+
+static bool hotplug_asked(const struct shi_self *self)
+{
+    return shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
+}
+
+/* Calls have run here whose results wait for room: a parked CPU could not send them.
+ * -EBUSY: look again, or as shi_cpu_offline. */
+static int await_room(struct shi_self *self)
+{
+    const struct timespec nap = {.tv_nsec = ROOM_NAP_NS};
+    if (!hotplug_asked(self))
+        return 0; /* the request was withdrawn */
+    if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING)
+        return -ECANCELED;
+    nanosleep(&nap, NULL);
+    self->in_core++;
+    shi_service(self);
+    self->in_core--;
+    if (self->happened)
+        shi_leave_slow(self);
+    return -EBUSY;
+}
 
 static int go_offline(Machine *machine)
 {
@@ -186,17 +209,12 @@ static int go_offline(Machine *machine)
     int err;
     for (;;) {
         hook_release(self); /* by the hook: a handler run on the way can take it back */
-        err = shi_cpu_offline(self);
+        err = self->unsent ? await_room(self) : shi_cpu_offline(self);
         hold_interpreter(machine);
         if (err != -EBUSY)
             return err;
         shi_run_deferred(machine);
     }
-}
-
-static bool hotplug_asked(const struct shi_self *self)
-{
-    return shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
 }
 
 void shi_wait_python(Machine *machine)
@@ -359,7 +377,7 @@ static void run_task(Machine *machine)
     irq_window(machine); /* serves what came meanwhile, then RUNNING */
     PyObject *result = shi_incoming_apply(&in);
     shi_leave_if_forked(machine, result);
-    shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
+    bool sent = shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
     Py_XDECREF(result);
     /* What the task left behind must not outlive it. */
     if (self->irqs_off) {
@@ -388,7 +406,8 @@ static void run_task(Machine *machine)
     self->slot->task_name[0] = 0;
     self->happened = 0;
     shi_run_deferred(machine);
-    shi_csd_unlock(self, csd);
+    if (sent)
+        shi_csd_unlock(self, csd);
     shi_incoming_clear(&in);
 }
 

@@ -95,8 +95,10 @@ static void machine_dealloc(PyObject *object)
             close(machine->m.fd);
         PyMem_Free(machine->late);
         PyMem_Free(machine->natives);
+        while (machine->self.unsent)
+            Py_DECREF(machine->unsent[--machine->self.unsent].bytes);
+        PyMem_Free(machine->unsent);
     }
-    Py_XDECREF(machine->kept);
     type->tp_free(object);
     Py_DECREF(type);
 }
@@ -748,7 +750,7 @@ GETTER(is_cpu, PyBool_FromLong(!machine->self.host))
 GETTER(name, PyUnicode_DecodeUTF8(machine->m.header->name,
                                   (Py_ssize_t)strnlen(machine->m.header->name, SHI_NAME_MAX),
                                   "replace"))
-GETTER(payload_max, PyLong_FromUnsignedLongLong(shi_payload_max(&machine->m)))
+GETTER(payload_max, PyLong_FromUnsignedLongLong(machine->m.payload_max))
 GETTER(array_offset, PyLong_FromUnsignedLongLong(machine->m.array_offset))
 GETTER(array_end, PyLong_FromUnsignedLongLong(array_end(&machine->m)))
 GETTER(array_bytes, PyLong_FromUnsignedLongLong(machine->m.array_bytes))

@@ -89,7 +89,7 @@ static int many_wait(Machine *machine, struct many *many)
             err = -1;
             continue;
         }
-        PyObject *none = shi_result(machine, local, cpu, SHI_A_INFO, 0);
+        PyObject *none = shi_result(machine, local, cpu, SHI_A_INFO);
         shi_give_back(machine, local);
         if (none) {
             Py_DECREF(none);

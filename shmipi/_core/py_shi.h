@@ -20,6 +20,13 @@
 
 struct func_entry;
 
+/* A result for which there was no room.  Its csd stays locked, so its sender waits. */
+struct unsent {
+    uint32_t csd; /* index through all slots */
+    uint8_t status;
+    PyObject *bytes;
+};
+
 /* Functions this process has sent: object -> number, by identity. */
 struct func_table {
     struct func_entry **slots;
@@ -47,9 +54,8 @@ typedef struct {
     uint32_t *natives; /* guest: the machine's number of each of ours + 1; NULL: the same */
     struct func_table sent;
     struct func_cache *received;
-    PyObject *kept; /* results too large for their block: token -> bytes */
-    uint64_t next_token;
-    Py_ssize_t kept_bytes;
+    struct unsent *unsent; /* results that wait for room: self.unsent of them, oldest first */
+    uint32_t unsent_room;
     PyThreadState *released; /* CPU: the interpreter was given up by the core's hook */
     uint64_t *late; /* what other threads of a CPU's process freed: shi_late */
     uint32_t nlate, late_room;
@@ -140,8 +146,7 @@ void shi_outgoing_share(Machine *machine, const struct outgoing *out, uint32_t l
                         uint32_t owner);
 
 /* The result of an unlocked csd (not given back): new reference, or NULL. */
-PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t apply,
-                     uint64_t deadline_ns);
+PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t apply);
 
 /* Target side. */
 struct incoming {
@@ -155,9 +160,11 @@ struct incoming {
 int shi_incoming(Machine *machine, struct incoming *in, struct shi_csd *csd, bool async);
 void shi_incoming_clear(struct incoming *in);
 PyObject *shi_incoming_apply(const struct incoming *in);
-/* Store the outcome of a SYNC csd (`value` NULL: the exception that is set). */
-void shi_outcome(Machine *machine, struct shi_csd *csd, PyObject *value, bool wanted);
-void shi_outcome_fetch(Machine *machine, struct shi_csd *csd);
+/* Store the outcome of a SYNC csd (`value` NULL: the exception that is set).  True: unlock
+ * it; false: it waits for room, and shi_send_unsent will. */
+bool shi_outcome(Machine *machine, struct shi_csd *csd, PyObject *value, bool wanted);
+/* Send what waits for room, as far as there is some now. */
+void shi_send_unsent(Machine *machine);
 
 /* ---- calling (py_call.c) --------------------------------------------------------- */
 /* Wait for csd `local`; serves the own queue.  0, or -1 with an exception (the csd is

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 
+#include "chip.h"
 #include "clock.h"
 #include "csd.h"
 #include "doorbell.h"
@@ -142,7 +143,7 @@ static bool stuck(uint64_t w)
 static bool lost(const struct shi_slot *target, uint64_t w)
 {
     enum shi_state state = shi_word_state(w);
-    return shi_load_acquire(&target->damaged) && !shi_word_work(w) &&
+    return shi_load_acquire(&target->damaged) && !shi_load_acquire(&target->starved) && !shi_word_work(w) &&
            (state == SHI_HALTED || state == SHI_POLLING) &&
            !shi_load_acquire(&target->cur_csd) && !shi_load_acquire(&target->task);
 }
@@ -167,6 +168,12 @@ static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t no
         if (wait->tick_ns && stuck(w) && stuck(wait->seen) &&
             shi_irq_rering(self, wait->dst) && wait->rekicks < 6)
             wait->rekicks++; /* back off: a stopped target's signals pile up */
+        if (wait->tick_ns && shi_load_acquire(&target->starved)) {
+            /* Who made room for a result there may have died before it rang. */
+            shi_enter(self);
+            shi_chip_prod(self, wait->dst);
+            shi_leave(self);
+        }
         wait->seen = w;
         wait->tick_ns = now + ((uint64_t)TICK_NS << wait->rekicks);
     }

@@ -334,23 +334,33 @@ def test_a_ring_dies_with_its_ringer_whatever_the_doorbell(rig, step, doorbell):
     assert rig.n[0] == 1
 
 
+@pytest.mark.parametrize("step", ["unlock", "unlock_ring"])
 @ACTIONS
-def test_while_a_large_result_is_fetched(rig, background, action):
-    """The second leg of a call with a large result: time-out and death hold there."""
+def test_while_a_large_result_is_handed_over(rig, background, action, step):
+    """Before the unlock it is the call's end as of any other; after it, it is read."""
     cluster = rig.cluster
 
     def large(timeout):
         return len(cluster.call(TARGET, bytes, 500_000, timeout=timeout))
 
     assert large(5) == 500_000
-    rig.arm(TARGET, "drain", action, 1)
-    thread = background(large, 0.3)
-    rig.await_hit(TARGET, "drain")
-    try:
-        with pytest.raises(CpuDiedError if action == KILL else IpiTimeoutError):
-            thread.end(LIMIT_S)
-    finally:
-        rig.resume()
+    rig.arm(TARGET, step, action, 0)
+    if step == "unlock_ring":
+        # Parked from the start, so that its end rings.
+        call = rig.machine.post(TARGET, bytes, (500_000,), None, False)
+        rig.await_hit(TARGET, step)
+        try:
+            assert len(rig.machine.collect(call, TARGET, LIMIT_S)) == 500_000
+        finally:
+            rig.resume()
+    else:
+        thread = background(large, 0.3)
+        rig.await_hit(TARGET, step)
+        try:
+            with pytest.raises(CpuDiedError if action == KILL else IpiTimeoutError):
+                thread.end(LIMIT_S)
+        finally:
+            rig.resume()
     if action == KILL:
         rig.wait(lambda: cluster.cpus[TARGET].state == "dead")
         cluster.online(TARGET)
