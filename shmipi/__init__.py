@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ControllerError,
         CpuDiedError,
         CpuOfflineError,
+        CpusFailedError,
         CsdBusyError,
         DeviceTreeError,
         ImportBootError,
@@ -34,9 +35,13 @@ if TYPE_CHECKING:
         RemoteCallError,
         ShmipiError,
         ShmipiWarning,
+        TaskCancelledError,
+        TaskInterrupt,
+        UnknownCpuError,
     )
     from shmipi.machine.arrays import SharedArray, percpu, shared
     from shmipi.smp import CallSingleData, NativeHandler
+    from shmipi.task import Task, Tasks
     from shmipi.trace import TraceEvent
 
 __all__ = [
@@ -50,6 +55,7 @@ __all__ = [
     "CpuDiedError",
     "CpuMask",
     "CpuOfflineError",
+    "CpusFailedError",
     "CsdBusyError",
     "DeviceTreeError",
     "ImportBootError",
@@ -64,7 +70,12 @@ __all__ = [
     "SharedArray",
     "ShmipiError",
     "ShmipiWarning",
+    "Task",
+    "TaskCancelledError",
+    "TaskInterrupt",
+    "Tasks",
     "TraceEvent",
+    "UnknownCpuError",
     "__version__",
     "atomic",
     "irq",

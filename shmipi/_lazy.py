@@ -10,6 +10,7 @@ __all__ = ["load"]
 _MODULES = {"atomic": "shmipi.atomic", "irq": "shmipi.irq", "smp": "shmipi.smp"}
 _HOMES = {
     "shmipi.cluster": ("Cluster", "Cpu"),
+    "shmipi.task": ("Task", "Tasks"),
     "shmipi.cpumask": ("CpuMask",),
     "shmipi.errors": (
         "ArenaFullError",
@@ -18,6 +19,7 @@ _HOMES = {
         "ControllerError",
         "CpuDiedError",
         "CpuOfflineError",
+        "CpusFailedError",
         "CsdBusyError",
         "ImportBootError",
         "DeviceTreeError",
@@ -31,6 +33,9 @@ _HOMES = {
         "RemoteCallError",
         "ShmipiError",
         "ShmipiWarning",
+        "TaskCancelledError",
+        "TaskInterrupt",
+        "UnknownCpuError",
     ),
     "shmipi.machine.arrays": ("SharedArray", "percpu", "shared"),
     "shmipi.smp": ("CallSingleData", "NativeHandler"),

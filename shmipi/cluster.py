@@ -27,7 +27,6 @@ from shmipi.errors import (
     ClusterStateError,
     ControllerError,
     CpuDiedError,
-    CpuOfflineError,
     IpiTimeoutError,
     MachineDiedError,
 )
@@ -40,6 +39,7 @@ from shmipi.machine import segment, topology
 from shmipi.machine.arrays import Arrays, SharedArray
 from shmipi.machine.boot import DOORBELLS, IDLE, Host, Plan
 from shmipi.smp import BoundSmp
+from shmipi.task import Tasks, check_timeout
 from shmipi.trace import events
 from shmipi.trace.counters import Counters, interrupts
 
@@ -343,53 +343,89 @@ class Cluster:
         self._check()
         return self._futures.submit(cpu, func, args, kwargs or None)
 
-    def run(
-        self, func: Callable[..., _Result], *args: Any, cpus: MaskLike | None = None
-    ) -> list[_Result]:
-        """Run ``func(*args)`` as a task on each CPU; return the results in CPU order.
+    def start(
+        self,
+        func: Callable[..., _Result],
+        /,
+        *args: Any,
+        cpus: MaskLike | None = None,
+        **kwargs: Any,
+    ) -> Tasks[_Result]:
+        """Start ``func(*args, **kwargs)`` as a task on each CPU; return their handles.
 
         A task may take long, sleep and be interrupted; a CPU runs one at a time, the
         next when the one before it has ended. ``cpus=None``: the CPUs that are online.
+        An ``async def`` function runs in an event loop of its own (``asyncio.run``).
+        For keyword arguments named ``cpus`` use ``functools.partial``.
 
-        Raises what one task's call raises, or an ``ExceptionGroup`` of several, after
-        all have ended; ``ValueError`` for an empty mask, ``CpuOfflineError`` at once
-        when a CPU is not online.
+        What is wrong is an error before any of them runs: ``CpuOfflineError`` when a
+        CPU is not online, ``ValueError`` for an empty mask, ``ArenaFullError`` for
+        arguments too large: all CPUs share one copy of them.
         """
         self._check()
-        mask = self.online_mask if cpus is None else CpuMask.of(cpus, self.ncpus)
+        tasks: Tasks[_Result] = Tasks(self, func)
+        try:
+            tasks._start(self._targets(cpus), func, args, kwargs)
+        except BaseException as error:
+            tasks._give_up(error)
+            raise
+        return tasks
+
+    def run(
+        self,
+        func: Callable[..., _Result],
+        /,
+        *args: Any,
+        cpus: MaskLike | None = None,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> list[_Result]:
+        """Run ``func(*args, **kwargs)`` as a task on each CPU: results in CPU order.
+
+        It is ``start`` and a wait for all. ``timeout`` is in seconds: tasks that have
+        not ended by then are cancelled (``Task.cancel``), and ``IpiTimeoutError`` names
+        their CPUs. So they are when the wait is interrupted, by Ctrl-C for example,
+        which ends it after a second at most.
+
+        Raises what one task's call raises, or a ``CpusFailedError`` (an
+        ``ExceptionGroup``) of several, after all have ended; the error's ``results``
+        has what the other CPUs returned. Raises what ``start`` raises. For keyword
+        arguments named ``cpus`` or ``timeout`` use ``functools.partial``.
+        """
+        self._check()
+        check_timeout(timeout)
+        targets = self._targets(cpus)
+        tasks: Tasks[_Result] = Tasks(self, func)
+        try:
+            tasks._start(targets, func, args, kwargs)
+            return tasks._run(timeout)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                tasks._give_up(error)
+            raise
+
+    def _targets(self, cpus: MaskLike | None) -> CpuMask:
+        online = self.online_mask
+        mask = online if cpus is None else CpuMask.of(cpus, self.ncpus)
         if not mask:
             raise ValueError("cpus is empty: there is nothing to run on")
-        offline = mask - self.online_mask
-        if offline:
-            first = next(iter(offline))
-            raise CpuOfflineError(
-                f"CPU {first} is offline: bring it back with cluster.online({first})",
-                cpu=first,
-            )
-        calls: list[tuple[int, int]] = []
-        failures: list[Exception] = []
-        results: list[_Result] = []
-        try:
-            for cpu in mask:
-                try:
-                    calls.append((cpu, self._machine.post(cpu, func, args, None, True)))
-                except CpuOfflineError as error:
-                    failures.append(error)
-            while calls:
-                cpu, call = calls.pop(0)
-                try:
-                    results.append(self._machine.collect(call, cpu, None))
-                except Exception as error:
-                    failures.append(error)
-        finally:
-            for _, call in calls:  # interrupted: left behind, safely
-                with contextlib.suppress(ClusterStateError):
-                    self._machine.abandon(call)
-        if len(failures) == 1:
-            raise failures[0]
-        if failures:
-            raise ExceptionGroup("several CPUs failed", failures)
-        return results
+        for cpu in mask - online:
+            self._machine.refuse(cpu)
+        return mask
+
+    # What tasks want of it.
+
+    def _generation(self, cpu: int) -> int:
+        return self._cpu(cpu).generation
+
+    def _kill(self, cpu: int, generation: int) -> bool:
+        """Have a CPU's process killed: was it online?"""
+        online = self._cpu(cpu).state != "offline"
+        self._host.kill_cpu(cpu, generation)
+        return online
+
+    def _revive(self, cpu: int) -> None:
+        self.online(cpu)
 
     # ---- memory ---------------------------------------------------------------------
 
@@ -466,10 +502,7 @@ class Cluster:
 
     def _exists(self, cpu: int) -> None:
         if not 0 <= cpu < self.ncpus:
-            raise CpuOfflineError(
-                f"CPU {cpu} does not exist: this machine has CPUs 0-{self.ncpus - 1}",
-                cpu=cpu,
-            )
+            self._machine.refuse(cpu)
 
     def _await(
         self,

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Set
 from typing import Final, SupportsIndex, TypeAlias
 
+from shmipi.errors import UnknownCpuError
+
 __all__ = ["CpuMask", "MaskLike"]
 
 _PART: Final = re.compile(r"(\d+|N)(?:-(\d+|N)(?::(\d{1,9})/(\d{1,9}))?)?", re.ASCII)
@@ -223,7 +225,9 @@ def _beyond(cpu: int, ncpus: int | None) -> ValueError:
     if ncpus == 0:
         return ValueError(f"CPU {cpu} does not exist: the machine has no CPUs")
     span = "only CPU 0" if ncpus == 1 else f"CPUs 0-{ncpus - 1}"
-    return ValueError(f"CPU {cpu} does not exist: the machine has {span}")
+    return UnknownCpuError(
+        f"CPU {cpu} does not exist: this machine has {span}", cpu=cpu
+    )
 
 
 def _check(cpu: object, ncpus: int | None) -> int:
@@ -235,9 +239,10 @@ def _check(cpu: object, ncpus: int | None) -> int:
         number = operator.index(cpu)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"a CPU number is an integer, not {cpu!r}") from None
+    if number < 0 and not ncpus:
+        raise ValueError(f"CPU {number} does not exist: CPUs are numbered from 0")
     if number < 0:
-        span = "from 0" if not ncpus else f"0-{ncpus - 1}"
-        raise ValueError(f"CPU {number} does not exist: CPUs are numbered {span}")
+        raise _beyond(number, ncpus)
     if number >= (_NO_LIMIT if ncpus is None else ncpus):
         raise _beyond(number, ncpus)
     return number

@@ -8,12 +8,20 @@ Where an error concerns a CPU it carries ``cpu`` (its number, or ``None``).
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError
+from typing import Any
 
 
 class ShmipiError(Exception):
-    """The base of everything that shmipi raises on purpose."""
+    """The base of everything that shmipi raises on purpose.
+
+    ``results``: of an error that ``Cluster.run`` raises, what the tasks that ended well
+    returned, by CPU; else ``None``.
+    """
 
     cpu: int | None = None
+    results: Mapping[int, Any] | None = None
 
 
 class ShmipiWarning(RuntimeWarning):
@@ -53,6 +61,10 @@ class CpuOfflineError(ShmipiOSError):
     default_errno = errno.ENXIO
 
 
+class UnknownCpuError(CpuOfflineError, ValueError):
+    """ENXIO: this machine has no CPU of that number; the text says which it has."""
+
+
 class CpuDiedError(ShmipiOSError):
     """EOWNERDEAD: the CPU died with the call in hand: it may or may not have run.
 
@@ -84,6 +96,39 @@ class IpiTimeoutError(ShmipiOSError, TimeoutError):
     """ETIMEDOUT: no answer in time. The call stays queued and may still run."""
 
     default_errno = errno.ETIMEDOUT
+
+
+class TaskCancelledError(ShmipiOSError, CancelledError):
+    """ECANCELED: the task was cancelled. It never began, was interrupted, or killed."""
+
+    default_errno = errno.ECANCELED
+
+
+class TaskInterrupt(KeyboardInterrupt):
+    """Raised in a task that is cancelled, wherever it is; no ``Exception``.
+
+    A task that lets it through ends as cancelled. One that catches it and returns has
+    ended well, and what it returns is its result.
+    """
+
+    def __init__(self, message: str = "this task was cancelled") -> None:
+        super().__init__(message)
+
+
+class CpusFailedError(ExceptionGroup[Exception]):
+    """What several CPUs failed with, one error each, as they would come alone.
+
+    ``results``: what the tasks that ended well returned, by CPU; ``None`` where there
+    are no results (``on_each_cpu``).
+    """
+
+    results: Mapping[int, Any] | None = None
+
+    def derive(self, excs: Sequence[Any], /) -> Any:
+        """Make the group that ``except*`` splits off: with the same ``results``."""
+        part = CpusFailedError(self.message, excs)
+        part.results = self.results
+        return part
 
 
 class ArenaFullError(ShmipiOSError):

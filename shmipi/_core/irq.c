@@ -440,7 +440,7 @@ static void irq_work(struct shi_self *self)
     self->counts = self->slot->counters[ctx];
     self->inline_python = inline_python;
     bool offline = shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
-    if ((shi_python_waits(self) || offline) && self->hooks.interrupt) {
+    if ((shi_python_waits(self) || offline || shi_cancel_asked(self)) && self->hooks.interrupt) {
         self->hooks.interrupt(self);
         shi_remind(self); /* it may have looked for the last time before a system call */
     }

@@ -112,10 +112,17 @@ static inline bool shi_word_online(uint64_t w)
 #define SHI_CSD_IRQ_WORK 0x20ull
 #define SHI_CSD_TTWU 0x30ull
 #define SHI_CSD_TYPE 0xf0ull
+#define SHI_CSD_BEGUN 0x100ull  /* TTWU: the target runs the task, or has */
+#define SHI_CSD_CANCEL 0x200ull /* TTWU: before BEGUN: never run it; after: interrupt it */
 #define SHI_CSD_DST_SHIFT 16
 #define SHI_CSD_GEN_SHIFT 32
 #define SHI_CSD_SEQ_SHIFT 48
 #define SHI_CSD_SEQ (0xffffull << SHI_CSD_SEQ_SHIFT)
+#define SHI_CSD_END_SHIFT 16 /* DIED: 32 bits, how the target ended, instead of dst and gen */
+
+/* How a CPU's process ended, as the firmware was told: a signal's number, or this and an
+ * exit status; 0: not known. */
+#define SHI_END_EXITED 0x100u
 
 /* What `value` of a csd holds, as argument and again as result. */
 enum shi_kind {
@@ -143,6 +150,7 @@ enum shi_status {
     SHI_S_BROKEN = 2, /* the target could not decode it: damaged segment */
     SHI_S_NOFUNC = 3, /* the function id is not known any more */
     SHI_S_UNSENT = 4, /* it has run, and there is no memory to send its result in */
+    SHI_S_CANCELLED = 5, /* a task that was cancelled: it never ran, or was interrupted */
     /* Flag: the result lies in a block of the target's arena, which is the sender's to
      * read until it clears this. */
     SHI_S_LENT = 0x80,
@@ -481,6 +489,7 @@ struct shi_slot {
     shi_a32 registered; /* 1 once the process has taken the slot */
     shi_a32 boot_error; /* errno of a process that could not become this CPU */
     shi_a32 event;      /* a host's doorbell: an event count */
+    shi_a32 end;        /* dead: how its process ended, see SHI_END_EXITED */
 
     /* Published by the owner for others to read. */
     /* 0, or cpu + 1 | SHI_WAITS_IRQS_OFF | (csd index + 1) << 32 */

@@ -122,6 +122,7 @@ struct shi_self {
     bool has_timer;
     bool inline_python;        /* the idle loop or a waiter: run Python csds at once */
     bool in_task;
+    struct shi_csd *volatile cancellable; /* of the task, while its function runs */
     uint32_t preempt;
     bool trace;
     bool steps;
@@ -277,6 +278,14 @@ void shi_lock_release(shi_a64 *lock);
 /* Give the own slot up, for another to have: what this process still writes to it goes to
  * private memory from here on.  The caller is the only thread in the core.  0 or -errno. */
 int shi_self_leave(struct shi_self *self);
+
+/* Is the task that runs here to be interrupted?  The flag is in its own csd, so that it is
+ * never the next task's. */
+static inline bool shi_cancel_asked(const struct shi_self *self)
+{
+    const struct shi_csd *csd = self->cancellable;
+    return csd && (shi_load_acquire(&csd->lock) & SHI_CSD_CANCEL) != 0;
+}
 
 /* Keyed checksum of a payload: guards against damage, not against an attacker. */
 uint64_t shi_checksum(const struct shi_machine *m, const void *data, uint64_t length);

@@ -75,16 +75,65 @@ PyObject *shi_raise(PyObject *kind, int err, int cpu, const char *format, ...)
     return NULL;
 }
 
-PyObject *shi_raise_errno(Machine *machine, int err, int cpu)
+/* Words for how a process ended, such as "killed by SIGKILL": new reference, or NULL. */
+static PyObject *ending(uint32_t end)
+{
+    PyObject *number = PyLong_FromUnsignedLong(end);
+    PyObject *text = number ? PyObject_CallOneArg(shi_py.ending, number) : NULL;
+    Py_XDECREF(number);
+    return text;
+}
+
+/* For a call that its target died with; `end` is how. */
+static PyObject *raise_died(int cpu, uint32_t end, const char *what)
+{
+    PyObject *text = ending(end);
+    if (text)
+        shi_raise(shi_py.DiedError, EOWNERDEAD, cpu, "CPU %d died%s%U%s %s", cpu,
+                  PyUnicode_GET_LENGTH(text) ? " (" : "", text,
+                  PyUnicode_GET_LENGTH(text) ? ")" : "", what);
+    Py_XDECREF(text);
+    return NULL;
+}
+
+PyObject *shi_raise_died(Machine *machine, int cpu, uint64_t lock)
+{
+    uint32_t state = shi_load_acquire(&machine->m.header->machine_state);
+    uint32_t end = (uint32_t)(lock >> SHI_CSD_END_SHIFT);
+    if (state == SHI_M_DEAD || state == SHI_M_STOPPING)
+        return shi_raise_errno(machine, -EOWNERDEAD, cpu);
+    if ((lock & SHI_CSD_TYPE) == SHI_CSD_TTWU && !(lock & SHI_CSD_BEGUN))
+        return raise_died(cpu, end, "with this task queued: it has not run");
+    return raise_died(cpu, end, "with this call in hand: it may or may not have run");
+}
+
+static PyObject *raise_offline(Machine *machine, int cpu)
 {
     unsigned last = machine->m.ncpus - 1;
-    switch (-err) {
-    case ENXIO:
-        if (cpu < 0 || (unsigned)cpu > last)
-            return shi_raise(shi_py.OfflineError, ENXIO, cpu,
-                             "CPU %d does not exist: this machine has CPUs 0-%u", cpu, last);
+    if (cpu < 0 || (unsigned)cpu > last)
+        return last ? shi_raise(shi_py.UnknownError, ENXIO, cpu,
+                                "CPU %d does not exist: this machine has CPUs 0-%u", cpu, last)
+                    : shi_raise(shi_py.UnknownError, ENXIO, cpu,
+                                "CPU %d does not exist: this machine has only CPU 0", cpu);
+    const struct shi_slot *slot = shi_slot(&machine->m, (uint32_t)cpu);
+    /* Acquire: `end` was stored before the state. */
+    if (shi_word_state(shi_load_acquire(&slot->word)) != SHI_DEAD)
         return shi_raise(shi_py.OfflineError, ENXIO, cpu,
                          "CPU %d is offline: bring it back with cluster.online(%d)", cpu, cpu);
+    PyObject *text = ending(shi_load_relaxed(&slot->end));
+    if (text)
+        shi_raise(shi_py.OfflineError, ENXIO, cpu,
+                  "CPU %d is dead%s%U: cluster.online(%d) boots it anew", cpu,
+                  PyUnicode_GET_LENGTH(text) ? ", " : "", text, cpu);
+    Py_XDECREF(text);
+    return NULL;
+}
+
+PyObject *shi_raise_errno(Machine *machine, int err, int cpu)
+{
+    switch (-err) {
+    case ENXIO:
+        return raise_offline(machine, cpu);
     case ESHUTDOWN:
         return shi_raise(shi_py.StateError, 0, cpu, "this cluster is closed");
     case EOWNERDEAD: {
@@ -97,8 +146,10 @@ PyObject *shi_raise_errno(Machine *machine, int err, int cpu)
             return shi_raise(shi_py.MachineDiedError, EOWNERDEAD, cpu,
                              "the machine %s died: its firmware process is gone, and all its "
                              "CPUs with it", machine->m.header->name);
-        return shi_raise(shi_py.DiedError, EOWNERDEAD, cpu,
-                         "CPU %d died with this call in hand: it may or may not have run", cpu);
+        uint32_t end = cpu >= 0 && (uint32_t)cpu < machine->m.ncpus
+                           ? shi_load_acquire(&shi_slot(&machine->m, (uint32_t)cpu)->end)
+                           : 0;
+        return raise_died(cpu, end, "with this call in hand: it may or may not have run");
     }
     case EBUSY:
         return shi_raise(shi_py.BusyError, EBUSY, cpu,
@@ -249,7 +300,7 @@ static const struct field slot_fields[] = {
     FIELD(struct shi_slot, generation), FIELD(struct shi_slot, core),
     FIELD(struct shi_slot, idle),       FIELD(struct shi_slot, waiting_for),
     FIELD(struct shi_slot, task),       FIELD(struct shi_slot, counters),
-    FIELD(struct shi_slot, task_name),
+    FIELD(struct shi_slot, task_name),  FIELD(struct shi_slot, end),
     {"rows", offsetof(struct shi_slot, pic.rows), sizeof ((struct shi_pic *)0)->rows},
 };
 
@@ -308,7 +359,10 @@ static PyObject *bind(PyObject *module, PyObject *args)
         {&shi_py.dump_exception, remote, "dump_exception"},
         {&shi_py.load_exception, remote, "load_exception"},
         {&shi_py.task_name, remote, "task_name"},
+        {&shi_py.ending, remote, "ending"},
+        {&shi_py.run_coroutine, remote, "run_coroutine"},
         {&shi_py.OfflineError, errors, "CpuOfflineError"},
+        {&shi_py.UnknownError, errors, "UnknownCpuError"},
         {&shi_py.DiedError, errors, "CpuDiedError"},
         {&shi_py.MachineDiedError, errors, "MachineDiedError"},
         {&shi_py.BusyError, errors, "CsdBusyError"},
@@ -319,6 +373,9 @@ static PyObject *bind(PyObject *module, PyObject *args)
         {&shi_py.StateError, errors, "ClusterStateError"},
         {&shi_py.NoMachineError, errors, "NoMachineError"},
         {&shi_py.RemoteError, errors, "RemoteCallError"},
+        {&shi_py.CancelledError, errors, "TaskCancelledError"},
+        {&shi_py.TaskInterrupt, errors, "TaskInterrupt"},
+        {&shi_py.GroupError, errors, "CpusFailedError"},
         {&shi_py.Warning, errors, "ShmipiWarning"},
         {&shi_py.OSError, errors, "BootError"},
     };
@@ -383,6 +440,7 @@ static int module_exec(PyObject *module)
         {"W_PENDING", SHI_W_PENDING},
         {"OFFLINE", SHI_OFFLINE},
         {"CPU_DEAD", SHI_DEAD},
+        {"END_EXITED", SHI_END_EXITED},
         {"NEW", SHI_M_NEW},
         {"BOOTING", SHI_M_BOOTING},
         {"UP", SHI_M_UP},

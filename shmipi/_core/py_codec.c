@@ -373,8 +373,9 @@ static PyObject *result_bytes(Machine *machine, const struct shi_csd *csd, uint8
 PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t apply)
 {
     struct shi_csd *csd = shi_own_csd(&machine->self, local);
-    if (shi_load_relaxed(&csd->lock) & SHI_CSD_DIED)
-        return shi_raise_errno(machine, -EOWNERDEAD, (int)dst);
+    uint64_t lock = shi_load_relaxed(&csd->lock);
+    if (lock & SHI_CSD_DIED)
+        return shi_raise_died(machine, (int)dst, lock);
     uint8_t status = shi_load_relaxed(&csd->status);
     switch (status & ~SHI_S_LENT) {
     case SHI_S_DONE:
@@ -390,6 +391,9 @@ PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t app
         }
         return NULL;
     }
+    case SHI_S_CANCELLED:
+        return shi_raise(shi_py.CancelledError, ECANCELED, (int)dst,
+                         "the task on CPU %u was cancelled", dst);
     case SHI_S_NOFUNC:
         return shi_raise(shi_py.LayoutError, 0, (int)dst,
                          "CPU %u does not know this function", dst);
@@ -632,7 +636,14 @@ bool shi_outcome(Machine *machine, struct shi_csd *csd, PyObject *value, bool wa
                 csd->value = inlined;
             return true;
         }
-        bytes = pickled(machine, value);
+        if (PyCoro_CheckExact(value)) { /* not silence, and no "was never awaited" later */
+            Py_XDECREF(PyObject_CallMethod(value, "close", NULL));
+            PyErr_SetString(PyExc_TypeError,
+                            "an async function does not run as an IPI handler, which must not "
+                            "wait: give it to cluster.run() or cluster.start()");
+        } else {
+            bytes = pickled(machine, value);
+        }
     }
     if (!bytes) { /* it raised, or its result cannot be sent: that is the outcome */
         status = SHI_S_RAISED;

@@ -282,7 +282,27 @@ static PyObject *irq_entry(PyObject *module, PyObject *const *args, Py_ssize_t n
         Py_RETURN_NONE;
     }
     irq_window(machine);
+    if (shi_task_interrupt(machine) < 0)
+        return NULL; /* into the task, at the bytecode where it stands */
     Py_RETURN_NONE;
+}
+
+int shi_task_interrupt(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    struct shi_csd *csd = self->cancellable;
+    if (__builtin_expect(!shi_cancel_asked(self), 1) || shi_masked(self) || self->in_irq ||
+        self->in_nmi)
+        return 0;
+    /* Taken: one exception for each time that it was asked for. */
+    shi_fetch_and_full(&csd->lock, ~SHI_CSD_CANCEL);
+    if (machine->on_cancel) {
+        PyObject *done = PyObject_CallNoArgs(machine->on_cancel);
+        Py_XDECREF(done);
+        return done ? 0 : -1;
+    }
+    PyErr_SetString(shi_py.TaskInterrupt, "this task was cancelled");
+    return -1;
 }
 
 /* After interrupts came on again: run what the replay left for the interpreter. */
@@ -356,6 +376,23 @@ static void restore_handlers(Machine *machine)
     shi_kick_install(&machine->self);
 }
 
+/* The task's function, and what an `async def` one returns.  Here alone it can be cancelled:
+ * not while its arguments or its result are pickled, and not the task after it. */
+static PyObject *apply_task(Machine *machine, const struct incoming *in, struct shi_csd *csd)
+{
+    struct shi_self *self = &machine->self;
+    self->cancellable = csd;
+    PyObject *result = NULL;
+    /* Asked for between BEGUN and here: that kick found nothing to interrupt. */
+    if (shi_task_interrupt(machine) == 0)
+        result = shi_incoming_apply(in);
+    if (result && PyCoro_CheckExact(result))
+        Py_SETREF(result, PyObject_CallOneArg(shi_py.run_coroutine, result));
+    self->cancellable = NULL;
+    Py_CLEAR(machine->on_cancel);
+    return result;
+}
+
 static void run_task(Machine *machine)
 {
     struct shi_self *self = &machine->self;
@@ -366,6 +403,13 @@ static void run_task(Machine *machine)
     if (index == UINT32_MAX)
         return;
     struct shi_csd *csd = shi_csd(&machine->m, index);
+    /* Full: of this and the canceller's swap one is first.  Either it sees BEGUN, and the
+     * task will be interrupted, or we see CANCEL, and the task never runs. */
+    if (shi_fetch_or_full(&csd->lock, SHI_CSD_BEGUN) & SHI_CSD_CANCEL) {
+        shi_store_relaxed(&csd->status, SHI_S_CANCELLED);
+        shi_csd_unlock(self, csd);
+        return;
+    }
     if (shi_incoming(machine, &in, csd, false) < 0)
         return;
     shi_count(self, SHI_C_tasks_run);
@@ -375,9 +419,15 @@ static void run_task(Machine *machine)
     self->inline_python = false;
     shi_kick_block(self, false);
     irq_window(machine); /* serves what came meanwhile, then RUNNING */
-    PyObject *result = shi_incoming_apply(&in);
+    PyObject *result = apply_task(machine, &in, csd);
     shi_leave_if_forked(machine, result);
-    bool sent = shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
+    bool sent = true;
+    if (!result && PyErr_ExceptionMatches(shi_py.TaskInterrupt)) {
+        PyErr_Clear();
+        shi_store_relaxed(&csd->status, SHI_S_CANCELLED);
+    } else {
+        sent = shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
+    }
     Py_XDECREF(result);
     /* What the task left behind must not outlive it. */
     if (self->irqs_off) {
@@ -510,6 +560,8 @@ static PyObject *irq_enable(PyObject *module, PyObject *unused)
     if (!machine->self.in_irq)
         shi_irq_restore(&machine->self, 0);
     shi_after_enable(machine);
+    if (shi_task_interrupt(machine) < 0)
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -539,6 +591,8 @@ static PyObject *irq_restore(PyObject *module, PyObject *flags)
     if (value || !machine->self.in_irq)
         shi_irq_restore(&machine->self, (uint8_t)value);
     shi_after_enable(machine);
+    if (shi_task_interrupt(machine) < 0)
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -620,6 +674,19 @@ static PyObject *cond_resched(PyObject *module, PyObject *unused)
         (shi_word_work(shi_load_acquire(&self->slot->word)) || shi_python_waits(self) ||
          hotplug_asked(self)))
         irq_window(machine);
+    if (shi_task_interrupt(machine) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* on_task_cancel(function): called instead of raising TaskInterrupt in this task. */
+static PyObject *on_task_cancel(PyObject *module, PyObject *function)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    if (!machine)
+        return NULL;
+    Py_XSETREF(machine->on_cancel, Py_NewRef(function));
     Py_RETURN_NONE;
 }
 
@@ -774,6 +841,8 @@ PyMethodDef shi_cpu_functions[] = {
     {"in_hardirq", in_hardirq, METH_NOARGS, DOC(in_hardirq, "In an IPI handler.")},
     {"in_interrupt", in_interrupt, METH_NOARGS, DOC(in_interrupt, "In an IPI handler or NMI.")},
     {"in_nmi", in_nmi, METH_NOARGS, DOC(in_nmi, "In an NMI handler.")},
+    {"on_task_cancel", on_task_cancel, METH_O,
+     "on_task_cancel(function)\n--\n\nCalled when this task is cancelled, instead of raising."},
     {"cond_resched", cond_resched, METH_NOARGS,
      DOC(cond_resched, "Take pending interrupts now: for tasks of a machine with kick=False.")},
     {NULL, NULL, 0, NULL},

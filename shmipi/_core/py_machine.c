@@ -99,6 +99,7 @@ static void machine_dealloc(PyObject *object)
             Py_DECREF(machine->unsent[--machine->self.unsent].bytes);
         PyMem_Free(machine->unsent);
     }
+    Py_XDECREF(machine->on_cancel);
     type->tp_free(object);
     Py_DECREF(type);
 }
@@ -494,7 +495,8 @@ METHOD(wait_hotplug)
     }
 CPU_METHOD(boot_error, return PyLong_FromUnsignedLong(shi_load_acquire(
                            &shi_slot(&machine->m, cpu)->boot_error)))
-CPU_METHOD(reap_mark, shi_reap_mark(&machine->self, cpu); Py_RETURN_NONE)
+CPU_METHOD(ended, return PyLong_FromUnsignedLong(shi_load_acquire(
+                      &shi_slot(&machine->m, cpu)->end)))
 CPU_METHOD(reap_complete,
            return PyLong_FromUnsignedLong(shi_reap_complete(&machine->self, cpu)))
 CPU_METHOD(reap_unguarded, return PyBool_FromLong(shi_reap_unguarded(&machine->self, cpu)))
@@ -543,6 +545,19 @@ METHOD(guest_clear)
     if (guest_arg(MACHINE(object), arg, &id) < 0)
         return NULL;
     return PyLong_FromUnsignedLong(shi_guest_clear(&MACHINE(object)->self, id));
+}
+
+/* reap_mark(cpu, end=0): it is dead; `end` is what ended() says from now on. */
+METHOD(reap_mark)
+{
+    Machine *machine = MACHINE(object);
+    unsigned cpu, end = 0;
+    if (!PyArg_ParseTuple(arg, "I|I", &cpu, &end))
+        return NULL;
+    if (cpu >= machine->m.ncpus)
+        return PyErr_Format(PyExc_ValueError, "no slot %u", cpu);
+    shi_reap_mark(&machine->self, cpu, end);
+    Py_RETURN_NONE;
 }
 
 METHOD(reap_ring_all)
@@ -809,7 +824,8 @@ PyMethodDef shi_machine_methods[] = {
     NOARGS(ring_event, "Wake whoever waits for an event of this slot."),
     MANY(wait_hotplug, "wait_hotplug(seen, seconds) -> count"),
     ONE(boot_error, "boot_error(cpu) -> errno"),
-    ONE(reap_mark, "reap_mark(cpu)"),
+    ONE(ended, "ended(cpu) -> how its process ended: a signal, END_EXITED | status, or 0"),
+    MANY(reap_mark, "reap_mark(cpu, end=0)"),
     ONE(reap_complete, "reap_complete(cpu) -> how many"),
     ONE(reap_unguarded, "reap_unguarded(cpu) -> bool"),
     ONE(reap_reset, "reap_reset(cpu) -> generation"),

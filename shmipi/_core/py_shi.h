@@ -56,6 +56,7 @@ typedef struct {
     struct func_cache *received;
     struct unsent *unsent; /* results that wait for room: self.unsent of them, oldest first */
     uint32_t unsent_room;
+    PyObject *on_cancel; /* CPU: of the task, see on_task_cancel */
     PyThreadState *released; /* CPU: the interpreter was given up by the core's hook */
     uint64_t *late; /* what other threads of a CPU's process freed: shi_late */
     uint32_t nlate, late_room;
@@ -70,9 +71,11 @@ struct shi_python {
     PyObject *load_exception;      /* (bytes, cpu) -> exception */
     PyObject *mask_cpus;           /* (mask, ncpus) -> list of int */
     PyObject *task_name;           /* function -> str for messages */
-    PyObject *OfflineError, *DiedError, *MachineDiedError, *BusyError, *DeadlockError;
+    PyObject *ending;              /* SHI_END_EXITED | status, or a signal -> words */
+    PyObject *run_coroutine;       /* coroutine -> its result */
+    PyObject *OfflineError, *UnknownError, *DiedError, *MachineDiedError, *BusyError, *DeadlockError;
     PyObject *TimeoutError, *ArenaError, *LayoutError, *StateError, *NoMachineError;
-    PyObject *RemoteError, *Warning, *OSError;
+    PyObject *RemoteError, *Warning, *OSError, *CancelledError, *TaskInterrupt, *GroupError;
 };
 extern struct shi_python shi_py;
 
@@ -95,6 +98,8 @@ PyObject *shi_raise(PyObject *kind, int err, int cpu, const char *format, ...);
 PyObject *shi_os_error(int err, const char *what);
 /* For a call to `cpu` that failed with -errno. */
 PyObject *shi_raise_errno(Machine *machine, int err, int cpu);
+/* For a csd that was unlocked by the reaper; its lock word says how the CPU ended. */
+PyObject *shi_raise_died(Machine *machine, int cpu, uint64_t lock);
 /* 0 when this thread may use the machine, else -1 with an exception. */
 int shi_use(Machine *machine);
 Machine *shi_use_current(void);
@@ -210,6 +215,8 @@ void shi_after_enable(Machine *machine);
 void shi_cpu_hooks(Machine *machine);
 /* After a function of the user's: `result`, or an exception.  Ends a fork's child. */
 void shi_leave_if_forked(Machine *machine, PyObject *result);
+/* Where an exception may enter the task: -1, TaskInterrupt set, when it was cancelled. */
+int shi_task_interrupt(Machine *machine);
 /* Run Python csds that the kick handler put off.  Holds the interpreter. */
 void shi_run_deferred(Machine *machine);
 /* The same between two steps of a task: and senders kick again from then on. */

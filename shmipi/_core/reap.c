@@ -8,10 +8,12 @@
 #include "irqdesc.h"
 #include "reap.h"
 
-void shi_reap_mark(struct shi_self *self, uint32_t cpu)
+void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end)
 {
     struct shi_slot *slot = shi_slot(self->m, cpu);
     uint64_t w = shi_load_relaxed(&slot->word);
+    /* Before DEAD, by the exchange below: who finds the CPU dead finds how it ended. */
+    shi_store_relaxed(&slot->end, end);
     /* The whole word: its list is left behind, never walked.  What was on it is found
      * by the scan, which does not depend on links the dead may have half written. */
     while (!shi_cas_full(&slot->word, &w, (w & SHI_W_GEN) | SHI_DEAD))
@@ -25,6 +27,7 @@ uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
 {
     const struct shi_machine *m = self->m;
     uint16_t gen = shi_word_gen(shi_load_relaxed(&shi_slot(m, cpu)->word));
+    uint64_t end = shi_load_relaxed(&shi_slot(m, cpu)->end);
     uint32_t s, i, done = 0;
     for (s = 0; s < m->nslots; s++) {
         uint32_t top = shi_load_acquire(&shi_slot(m, s)->csd_top);
@@ -37,7 +40,9 @@ uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
                    (uint16_t)(lock >> SHI_CSD_GEN_SHIFT) == gen) {
                 /* The sequence number is in the word: if the sender has given up on
                  * this use and begun another, the swap fails. */
-                if (!shi_cas_full(&csd->lock, &lock, (lock & SHI_CSD_SEQ) | SHI_CSD_DIED))
+                uint64_t died = (lock & (SHI_CSD_SEQ | SHI_CSD_TYPE | SHI_CSD_BEGUN)) |
+                                SHI_CSD_DIED | end << SHI_CSD_END_SHIFT;
+                if (!shi_cas_full(&csd->lock, &lock, died))
                     continue;
                 done++;
                 if (lock & SHI_CSD_PARKED)
@@ -87,6 +92,7 @@ uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu)
     shi_store_relaxed(&slot->hotplug, SHI_HP_ONLINE);
     shi_store_relaxed(&slot->cur_csd, 0);
     shi_store_relaxed(&slot->task, 0);
+    shi_store_relaxed(&slot->end, 0);
     shi_store_relaxed(&slot->damaged, 0);
     shi_store_relaxed(&slot->starved, SHI_ST_NO);
     shi_store_relaxed(&slot->step, 0);

@@ -5,8 +5,9 @@
 
 #include "machine.h"
 
-/* 1. From here on nobody can queue for it or ring it. */
-void shi_reap_mark(struct shi_self *self, uint32_t cpu);
+/* 1. From here on nobody can queue for it or ring it.  `end`: how its process ended, see
+ * SHI_END_EXITED; 0: not known. */
+void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end);
 /* 2. Complete what was addressed to it; wake its parked waiters.  How many. */
 uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu);
 /* 3. Rings may have died with it: ring every CPU that has work. */

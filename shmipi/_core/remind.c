@@ -59,7 +59,7 @@ static bool waits(const struct shi_self *self)
     if (self->irqs_off || self->held ||
         shi_word_state(shi_load_relaxed(&self->slot->word)) != SHI_RUNNING)
         return false;
-    return self->deferred.head || self->nlater ||
+    return self->deferred.head || self->nlater || shi_cancel_asked(self) ||
            shi_load_relaxed(&self->slot->hotplug) == SHI_HP_OFFLINE;
 }
 

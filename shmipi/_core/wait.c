@@ -47,8 +47,8 @@ void shi_wait_end(struct shi_self *self, struct shi_wait *wait)
         shi_set_running(self);
 }
 
-/* Serve the own queue.  True: the caller has Python work to run, or is asked to go
- * offline. */
+/* Serve the own queue.  True: the caller has Python work to run, is asked to go offline,
+ * or to leave the task. */
 static bool serve(struct shi_self *self)
 {
     self->in_core++;
@@ -56,7 +56,7 @@ static bool serve(struct shi_self *self)
     self->in_core--;
     if (self->happened)
         shi_leave_slow(self);
-    return (shi_python_waits(self) ||
+    return (shi_python_waits(self) || shi_cancel_asked(self) ||
             shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE) &&
            !self->in_irq;
 }

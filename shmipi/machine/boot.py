@@ -310,6 +310,14 @@ class Host:
                 errno=reply["errno"],
             )
 
+    def kill_cpu(self, cpu: int, generation: int) -> None:
+        """Have a CPU's process killed, if it is of that generation still.
+
+        Returns before it is dead. ``MachineDiedError``.
+        """
+        with self._lock:
+            self._order({"op": "kill", "cpu": cpu, "generation": generation})
+
     def start_coprocessor(self, number: int, virq: int, start: bytes) -> int:
         """Have a coprocessor forked that runs ``start``: its pid. ``OSError``.
 

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from shmipi import _core
 from shmipi.errors import ShmipiOSError
 from shmipi.machine import arrays, controller, process, segment
+from shmipi.machine.ending import ending_number
 
 __all__ = ["main"]
 
@@ -194,6 +195,8 @@ class Firmware:
             self.answer(message["id"], self.start_coprocessor, number, virq, fds[0])
         elif message["op"] == "kill_coprocessor":
             self.answer(message["id"], self.kill_coprocessor, message["pid"])
+        elif message["op"] == "kill":
+            self.kill_cpu(message["cpu"], message["generation"])
         elif message["op"] == "unlink_doorbells":
             segment.unlink_doorbells(self.config["segment"], self.config["ncpus"])
 
@@ -260,6 +263,14 @@ class Firmware:
         if pid in self.coprocessors:
             os.kill(pid, signal.SIGKILL)  # not reaped, so the number is still its
 
+    def kill_cpu(self, number: int, generation: int) -> None:
+        """Kill the process that is this CPU, unless it is another one by now."""
+        if self.machine.slot(number)[4] != generation:
+            return
+        for pid, cpu in self.pids.items():
+            if cpu == number and pid not in self.unreaped:
+                os.kill(pid, signal.SIGKILL)  # not reaped, so the number is still its
+
     def boot_one(self, number: int) -> None:
         if number in self.live():
             raise OSError(errno.EBUSY, f"CPU {number} is not dead")
@@ -287,33 +298,33 @@ class Firmware:
 
     def reap(self) -> None:
         """Look after CPUs that died: mark, complete, ring, and only then wait for."""
-        for pid in self.find_dead():
+        for pid, end in self.find_dead():
             number = self.coprocessors.pop(pid, None)
             if number is not None:
                 os.waitpid(pid, 0)  # first: who sees its place free finds no process
                 self.machine.coproc_set(number, 0, 0)
                 continue
             self.unreaped.add(pid)
-            self.bury(pid)
+            self.bury(pid, end)
             self.release(pid)
         for pid in list(self.unreaped):
             self.release(pid)
 
-    def find_dead(self) -> Iterator[int]:
-        """Yield children that ended and are not waited for yet, each once."""
+    def find_dead(self) -> Iterator[tuple[int, int]]:
+        """Yield children that ended and are not waited for yet, each once, and how."""
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT
         with contextlib.suppress(ChildProcessError):
             while (found := os.waitid(os.P_ALL, 0, look)) is not None:
                 if found.si_pid in self.unreaped:
                     break  # it stands in front of the others: ask for each
-                yield found.si_pid
+                yield found.si_pid, ending_number(found)
             else:
                 return
         children = [*self.pids, *self.coprocessors]
         for pid in [pid for pid in children if pid not in self.unreaped]:
             with contextlib.suppress(ChildProcessError):
-                if os.waitid(os.P_PID, pid, look) is not None:
-                    yield pid
+                if (found := os.waitid(os.P_PID, pid, look)) is not None:
+                    yield pid, ending_number(found)
 
     def release(self, pid: int) -> None:
         """Give up a dead CPU's pid, unless a sender may be about to signal it."""
@@ -324,11 +335,11 @@ class Firmware:
             self.unreaped.discard(pid)
             self.pids.pop(pid, None)
 
-    def bury(self, pid: int) -> None:
+    def bury(self, pid: int, end: int) -> None:
         number = self.pids.get(pid)
         if number is None:
             return
-        self.machine.reap_mark(number)
+        self.machine.reap_mark(number, end)
         if not self.stopping:
             self.machine.reap_complete(number)
             self.machine.reap_ring_all()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 import traceback
+from collections.abc import Coroutine
 from typing import Any
 
 import cloudpickle
@@ -15,9 +16,18 @@ import numpy as np
 
 from shmipi import _core, errors
 from shmipi.cpumask import CpuMask, MaskLike
-from shmipi.errors import RemoteCallError
+from shmipi.errors import RemoteCallError, TaskInterrupt
+from shmipi.machine.ending import ending
 
-__all__ = ["dump_exception", "dumps", "load_exception", "loads", "task_name"]
+__all__ = [
+    "dump_exception",
+    "dumps",
+    "ending",
+    "load_exception",
+    "loads",
+    "run_coroutine",
+    "task_name",
+]
 
 _PROTOCOL = 5
 _PLAIN = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None)})
@@ -95,6 +105,45 @@ def task_name(function: object) -> str:
     module = getattr(function, "__module__", None)
     name = getattr(function, "__qualname__", None) or _safe_repr(function)
     return f"{module}.{name}" if module else str(name)
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run what a task's ``async def`` function returned, in a loop of its own.
+
+    As ``asyncio.run`` does with Ctrl-C: the first cancel is the coroutine's, at its
+    next ``await``, because an exception in the midst of the loop may lose what it was
+    about to run. A second one is raised wherever the task is.
+    """
+    import asyncio
+
+    asked = False
+    running: asyncio.Task[Any] | None = None
+
+    def cancel() -> None:
+        nonlocal asked
+        if asked:
+            raise TaskInterrupt("this task was cancelled again")
+        asked = True
+        if running is not None:
+            running.cancel()
+            running.get_loop().call_soon_threadsafe(lambda: None)  # out of its sleep
+
+    async def main() -> Any:
+        nonlocal running
+        running = asyncio.current_task()
+        if asked:
+            raise asyncio.CancelledError
+        return await coroutine
+
+    _core.on_task_cancel(cancel)
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        if not asked:
+            raise
+        raise TaskInterrupt("this task was cancelled") from None
+    finally:
+        coroutine.close()  # where it was not begun
 
 
 def _safe_repr(value: object) -> str:

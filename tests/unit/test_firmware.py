@@ -16,7 +16,7 @@ class Machine:
     def reap_reset(self, cpu):
         self.states[cpu] = "offline"
 
-    def reap_mark(self, cpu):
+    def reap_mark(self, cpu, end=0):
         self.states[cpu] = "dead"
 
     def fork_cpu(self, cpu, firmware, descriptors):

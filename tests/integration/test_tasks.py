@@ -1,0 +1,664 @@
+"""Tasks: their handles, their end by request, and what is told when they fail."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import itertools
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import shmipi
+from shmipi import (
+    ArenaFullError,
+    CpuDiedError,
+    CpuOfflineError,
+    CpusFailedError,
+    IpiTimeoutError,
+    RemoteCallError,
+    TaskCancelledError,
+    TaskInterrupt,
+    atomic,
+    smp,
+)
+
+DOORBELLS = ["futex", "sem", "signal", "eventfd", "mqueue"]
+SOON_S = 5.0  # a lost wake-up is for ever; a loaded machine is slow
+
+
+def spin():
+    while True:
+        pass
+
+
+def running(tasks):
+    return lambda: all(task.running() for task in tasks)
+
+
+# ---- handles -------------------------------------------------------------------------
+
+
+def test_a_handle_has_the_words_of_a_future(cluster, eventually):
+    gate = cluster.shared("gate", "i8", 1)
+    gate[0] = 0
+
+    def wait(x, y=0):
+        while not gate[0]:
+            time.sleep(0.001)
+        return smp.smp_processor_id(), x + y
+
+    tasks = cluster.start(wait, 1, cpus="0,2", y=2)
+    eventually(running(tasks))
+    assert [task.cpu for task in tasks] == [0, 2]
+    queued = cluster.start(int, "7", cpus=[0])[0]
+    assert not queued.running()
+    assert not queued.done()
+    assert not tasks.done()
+    assert not tasks[0].done()
+    assert not tasks[0].cancelled()
+    assert "running on CPUs 0,2" in repr(tasks)
+    assert "pending" in repr(queued)
+    with pytest.raises(IpiTimeoutError, match=r"CPU 0 has not ended in 0\.01 s"):
+        tasks[0].result(timeout=0.01)
+    with pytest.raises(TimeoutError, match="CPUs 0,2 has not ended"):
+        tasks.results(timeout=0.01)
+    assert not tasks.wait(0.01)
+    gate[0] = 1
+    assert tasks.results(SOON_S) == [(0, 3), (2, 3)]
+    assert tasks[1].result() == (2, 3)
+    assert tasks[1].exception() is None
+    assert tasks.done()
+    assert not tasks[0].running()
+    assert not tasks[0].cancelled()
+    assert queued.result(SOON_S) == 7
+    assert not tasks.cancel()
+    assert not queued.cancel(kill=True)
+    assert [task.cpu for task in tasks[:1]] == [0]
+    assert len(tasks) == 2
+
+
+def test_handles_are_for_several_threads(cluster, background):
+    """Each gets the one result, and a number of a call is not the next call's."""
+    for _ in range(30):
+        tasks = cluster.start(lambda: [time.sleep(0.001), smp.smp_processor_id()][1])
+        threads = [background(task.result) for task in tasks for _ in range(3)]
+        others = [background(tasks.cancel), background(cluster.run, abs, -3)]
+        for thread in threads:
+            with contextlib.suppress(TaskCancelledError):
+                assert thread.end(SOON_S) in (0, 1, 2)
+        others[0].end(SOON_S)
+        assert others[1].end(SOON_S) == [3, 3, 3], "its task was cancelled"
+
+
+def test_a_dropped_handle_ends_nothing(cluster, eventually):
+    ran = cluster.shared("dropped", "i8", 3)
+    ran[:] = 0
+
+    def work():
+        time.sleep(0.05)
+        ran[smp.smp_processor_id()] += 1
+
+    for _ in range(5):
+        cluster.start(work)
+    eventually(lambda: ran.tolist() == [5, 5, 5])
+    assert cluster.run(int) == [0, 0, 0]
+
+
+def test_run_and_start_take_keyword_arguments(cluster):
+    assert cluster.run(int, "ff", base=16) == [255] * 3
+    assert cluster.start(int, "77", base=8, cpus=[1]).results() == [63]
+
+
+def test_an_async_function_runs_in_a_loop_of_its_own(cluster):
+    async def add(x, y=0):
+        await asyncio.sleep(0.001)
+        return x + y + smp.smp_processor_id()
+
+    assert cluster.run(add, 1, y=10) == [11, 12, 13]
+
+
+def test_an_async_function_is_no_handler(cluster):
+    async def add(x):
+        return x
+
+    for call in (cluster.call, lambda *a: cluster.submit(*a).result(SOON_S)):
+        with pytest.raises(RemoteCallError, match=r"use|give it to cluster.run\(\)"):
+            call(1, add, 1)
+    assert cluster.call(1, int) == 0
+
+
+# ---- cancelling ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("doorbell", DOORBELLS)
+def test_a_task_is_cancelled_wherever_it_is(boot, eventually, doorbell):
+    """In Python code, in a sleep, in a system call, in a wait for another CPU."""
+    cluster = boot(3, idle="halt", doorbell=doorbell)
+    held, seen = cluster.shared("held", "i8", 1), cluster.shared("seen", "i8", 3)
+
+    def hold():
+        while not held[0]:
+            time.sleep(0.001)
+
+    def wait():
+        smp.smp_call_function_single(2, lambda _: None)
+
+    def in_a_pipe():
+        os.read(os.pipe()[0], 1)
+
+    def noted(work):
+        try:
+            work()
+        except Exception:
+            atomic.fetch_add(seen, 1, 1)  # it is no Exception
+        except TaskInterrupt:
+            atomic.fetch_add(seen, 0, 1)
+            raise
+        finally:
+            atomic.fetch_add(seen, 2, 1)
+
+    everywhere = [spin, lambda: time.sleep(60), in_a_pipe, wait]
+    cluster.submit(2, hold)
+    for turn, work in enumerate(everywhere):
+        tasks = cluster.start(noted, work, cpus=[0, 1])
+        eventually(running(tasks))
+        time.sleep(0.02)
+        assert tasks.cancel()
+        assert tasks.wait(SOON_S), f"{work} goes on"
+        assert all(task.cancelled() for task in tasks)
+        assert seen.tolist() == [2 * turn + 2, 0, 2 * turn + 2]
+        with pytest.raises(TaskCancelledError, match="CPU 0 was cancelled") as caught:
+            tasks[0].result()
+        assert isinstance(caught.value, concurrent.futures.CancelledError)
+        assert caught.value.cpu == 0
+        assert caught.value.errno == 125
+        with pytest.raises(TaskCancelledError):
+            tasks[1].exception()
+        assert cluster.run(smp.smp_processor_id, cpus=[0, 1]) == [0, 1]
+    held[0] = 1
+    assert cluster.run(smp.smp_processor_id) == [0, 1, 2]
+
+
+def test_a_task_that_has_not_begun_never_runs(cluster, eventually):
+    ran = cluster.shared("never", "i8", 1)
+    ran[0] = 0
+
+    def work():
+        ran[0] += 1
+
+    front = cluster.start(time.sleep, 0.1, cpus=[1])
+    eventually(running(front))
+    behind = [cluster.start(work, cpus=[1])[0] for _ in range(20)]
+    for task in behind[::2]:
+        assert task.cancel()
+        assert task.done()
+        assert task.cancelled()
+        with pytest.raises(TaskCancelledError, match="before it began"):
+            task.result(0)
+        assert not task.cancel(), "it has ended"
+    for task in behind[1::2]:
+        task.result(SOON_S)
+    assert front.results() == [None]
+    assert ran[0] == 10
+
+
+def test_an_interrupt_is_only_for_the_task_that_it_was_asked_of(cluster):
+    """Cancelled around its end: never the next task, a handler, or the idle loop."""
+    for turn in range(150):
+        task = cluster.start(time.sleep, 0.0005 * (turn % 3), cpus=[1])[0]
+        behind = cluster.start(lambda: sum(range(2000)), cpus=[1])[0]
+        future = cluster.submit(1, lambda: sum(range(1000)))
+        time.sleep(0.0001 * (turn % 7))
+        asked = task.cancel()
+        assert behind.result(SOON_S) == 1999000
+        assert future.result(SOON_S) == 499500
+        assert task._settle(SOON_S)
+        assert asked or not task.cancelled()
+
+
+def test_a_task_may_catch_it_and_end_well(cluster, eventually):
+    def stubborn():
+        caught = 0
+        while caught < 3:
+            try:
+                time.sleep(60)
+            except TaskInterrupt:
+                caught += 1
+        return caught
+
+    task = cluster.start(stubborn, cpus=[0])[0]
+    eventually(task.running)
+    deadline = time.monotonic() + SOON_S
+    while not task.done() and time.monotonic() < deadline:
+        assert task.cancel() or task.done()
+        time.sleep(0.02)
+    assert task.result(SOON_S) == 3
+    assert not task.cancelled()
+
+
+def test_not_while_interrupts_are_disabled(cluster, eventually):
+    log = cluster.shared("masked_log", "i8", 2)
+    log[:] = 0
+
+    def masked():
+        smp.local_irq_disable()
+        log[0] = 1
+        end = time.monotonic() + 0.1
+        while time.monotonic() < end:
+            pass
+        log[1] = 1
+        smp.local_irq_enable()
+        time.sleep(60)
+
+    task = cluster.start(masked, cpus=[2])[0]
+    eventually(lambda: log[0])
+    assert task.cancel()
+    assert not task.done()
+    assert task._settle(SOON_S)
+    assert task.cancelled()
+    assert log[1] == 1
+
+
+def test_a_handler_is_not_interrupted_but_what_it_interrupted(cluster, eventually):
+    went = cluster.shared("went", "i8", 2)
+    went[:] = 0
+
+    def slow():
+        went[0] = 1
+        end = time.monotonic() + 0.1
+        while time.monotonic() < end:
+            pass
+        went[1] = 1
+        return "whole"
+
+    task = cluster.start(spin, cpus=[1])[0]
+    eventually(task.running)
+    future = cluster.submit(1, slow)
+    eventually(lambda: went[0])
+    assert task.cancel()
+    assert future.result(SOON_S) == "whole"
+    assert task._settle(SOON_S)
+    assert task.cancelled()
+    assert went[1] == 1
+
+
+def test_a_cooperative_task_is_cancelled_where_it_yields(boot, eventually):
+    cluster = boot(2, kick=False, idle="halt")
+    polls = cluster.shared("polls", "i8", 1)
+
+    def work(yields):
+        while True:
+            polls[0] += 1
+            if yields:
+                smp.cond_resched()
+            elif polls[0] > 200_000:
+                return "well"
+
+    task = cluster.start(work, True, cpus=[1])[0]
+    eventually(lambda: polls[0] > 10)
+    task.cancel()
+    assert task._settle(SOON_S)
+    assert task.cancelled()
+    polls[0] = 0
+    task = cluster.start(work, False, cpus=[1])[0]
+    eventually(lambda: polls[0] > 10)
+    task.cancel()
+    assert task.result(30) == "well"
+
+
+def test_an_async_task_is_cancelled_and_cleans_up(cluster, eventually):
+    cleaned = cluster.shared("cleaned", "i8", 2)
+    cleaned[:] = 0
+
+    async def other():
+        try:
+            while True:
+                await asyncio.sleep(0)
+        finally:
+            cleaned[0] += 1
+
+    async def work():
+        try:
+            await asyncio.create_task(other())
+        finally:
+            cleaned[1] += 1
+
+    task = cluster.start(work, cpus=[0])[0]
+    eventually(task.running)
+    time.sleep(0.2)  # its first import of asyncio
+    task.cancel()
+    assert task._settle(SOON_S)
+    assert task.cancelled()
+    assert cleaned.tolist() == [1, 1]
+
+
+def test_cancel_by_force_boots_the_cpu_anew(boot, eventually):
+    cluster = boot(3, idle="halt")
+    masked = cluster.percpu("masked", "i8")
+
+    def spin_masked():
+        smp.local_irq_disable()
+        masked[smp.smp_processor_id()] = 1
+        while True:
+            pass
+
+    tasks = cluster.start(spin_masked, cpus=[0, 1])
+    eventually(lambda: masked.sum() == 2)
+    begun = time.monotonic()
+    assert tasks.cancel(kill=True, grace=0.1)
+    assert time.monotonic() - begun < SOON_S
+    assert tasks.done()
+    assert all(task.cancelled() for task in tasks)
+    with pytest.raises(TaskCancelledError, match="its CPU killed for it"):
+        tasks[0].result()
+    assert [cpu.generation for cpu in cluster.cpus] == [2, 2, 1]
+    assert cluster.run(smp.smp_processor_id) == [0, 1, 2]
+    # One that ends in time is not killed for it.
+    task = cluster.start(time.sleep, 60, cpus=[2])[0]
+    eventually(task.running)
+    assert task.cancel(kill=True)
+    assert task.cancelled()
+    assert cluster.cpus[2].generation == 1
+
+
+def test_cancel_of_a_stopped_and_of_an_offline_cpu_is_bounded(boot, eventually):
+    cluster = boot(3, idle="halt")
+    tasks = cluster.start(spin, cpus=[0, 1])
+    eventually(running(tasks))
+    os.kill(cluster.cpus[0].pid, signal.SIGSTOP)
+    cluster.offline(1)
+    begun = time.monotonic()
+    assert tasks.cancel()
+    assert not tasks.wait(0.2)
+    assert tasks[0].cancel(kill=True, grace=0.1)
+    assert tasks[0].cancelled()
+    cluster.online(1)
+    assert tasks[1]._settle(SOON_S)
+    assert tasks[1].cancelled()
+    stays = cluster.start(spin, cpus=[1])[0]
+    eventually(stays.running)
+    cluster.offline(1)
+    assert stays.cancel(kill=True, grace=0.1)
+    assert stays.cancelled()
+    assert [cpu.state for cpu in cluster.cpus][1] == "dead"
+    assert time.monotonic() - begun < 4 * SOON_S
+    cluster.online(1)
+    assert cluster.run(smp.smp_processor_id) == [0, 1, 2]
+
+
+def test_cancel_under_fire_loses_no_task(boot):
+    """Each task ends once: it has returned, or was cancelled, begun or not."""
+    cluster = boot(3, idle="haltpoll")
+    begun, ended = cluster.shared("begun", "i8", 3), cluster.shared("ended", "i8", 3)
+
+    def work():
+        cpu = smp.smp_processor_id()
+        begun[cpu] += 1
+        time.sleep(0.0003)
+        ended[cpu] += 1
+
+    withdrawn = returned = interrupted = 0
+    for turn in range(60):
+        groups = [cluster.start(work) for _ in range(3)]
+        time.sleep(0.0002 * (turn % 4))
+        for group in groups:
+            group.cancel()
+        for task in itertools.chain(*groups):
+            try:
+                task.result(SOON_S)
+                returned += 1
+            except TaskCancelledError as error:
+                withdrawn += "before it began" in str(error)
+                interrupted += "before it began" not in str(error)
+    assert withdrawn + returned + interrupted == 60 * 9
+    assert ended.sum() >= returned
+    assert begun.sum() <= returned + interrupted
+    print(f"{withdrawn} withdrawn, {interrupted} interrupted, {returned} returned")
+
+
+# ---- run: time-outs and Ctrl-C -------------------------------------------------------
+
+
+def test_run_with_a_timeout_cancels_and_keeps_what_there_is(cluster):
+    def work():
+        cpu = smp.smp_processor_id()
+        if cpu:
+            time.sleep(60)
+        return cpu
+
+    with pytest.raises(IpiTimeoutError, match="CPUs 1-2 has not ended") as caught:
+        cluster.run(work, timeout=0.2)
+    assert caught.value.cpu == 1
+    assert caught.value.results == {0: 0}
+    assert isinstance(caught.value, TimeoutError)
+    assert cluster.run(int, timeout=SOON_S) == [0, 0, 0]
+    for wrong in (-1, float("nan")):
+        with pytest.raises(ValueError, match="timeout"):
+            cluster.run(int, timeout=wrong)
+
+
+def test_ctrl_c_in_run_cancels_its_tasks(script):
+    """`interrupted_run`: the next run() runs, and nothing goes on behind its back."""
+    done = script(
+        """
+        import os, signal, threading, time
+        from shmipi import Cluster, smp
+
+        def spin():
+            while True:
+                pass
+
+        if __name__ == "__main__":
+            with Cluster(2) as cluster:
+                beats = cluster.shared("beats", "i8", 2)
+                def sleep():
+                    while True:
+                        beats[smp.smp_processor_id()] += 1
+                        time.sleep(0.001)
+                for work in (spin, sleep, lambda: time.sleep(60)):
+                    main = threading.main_thread().ident
+                    threading.Timer(
+                        0.3, lambda: signal.pthread_kill(main, signal.SIGINT)
+                    ).start()
+                    try:
+                        cluster.run(work)
+                    except KeyboardInterrupt as error:
+                        print("interrupted", getattr(error, "__notes__", ""))
+                    before = beats.tolist()
+                    print(cluster.run(smp.smp_processor_id, timeout=10))
+                    assert beats.tolist() == before
+        """
+    )
+    assert done.text.splitlines() == ["interrupted ", "[0, 1]"] * 3
+
+
+def test_ctrl_c_in_run_is_bounded_and_says_what_goes_on(script):
+    done = script(
+        """
+        import signal, threading, time
+        from shmipi import Cluster, smp
+
+        def masked():
+            smp.local_irq_disable()
+            while True:
+                pass
+
+        if __name__ == "__main__":
+            with Cluster(2) as cluster:
+                main = threading.main_thread().ident
+                threading.Timer(
+                    0.3, lambda: signal.pthread_kill(main, signal.SIGINT)
+                ).start()
+                begun = time.monotonic()
+                try:
+                    cluster.run(masked, cpus=[1])
+                except KeyboardInterrupt as error:
+                    print(time.monotonic() - begun < 10, *error.__notes__)
+        """
+    )
+    assert done.text.startswith("True shmipi: cancelled, and not ended yet on CPU 1")
+
+
+# ---- one payload for all -------------------------------------------------------------
+
+
+def test_a_large_argument_is_one_copy_for_all_cpus(boot):
+    """`run_partial`: 5 MB for 16 CPUs are more than an arena, 16 times."""
+    cluster = boot(16, idle="halt")
+    ran = cluster.percpu("ran", "i8")
+
+    def work(data):
+        ran[smp.smp_processor_id()] += 1
+        return int(data.sum())
+
+    assert cluster.run(work, np.ones(5_000_000, "u1")) == [5_000_000] * 16
+    assert ran.tolist() == [1] * 16
+    # And it is gone with the last of them, also when it is cancelled.
+    for _ in range(8):
+        tasks = cluster.start(work, np.ones(20_000_000, "u1"), cpus="0-3")
+        tasks.cancel()
+        assert tasks.wait(30)
+    # Results of every size come back, whatever the argument's size was.
+    for size in (10, 3000, 100_000):
+        assert (
+            cluster.run(lambda data, size=size: bytes(size), bytes(100_000))
+            == [bytes(size)] * 16
+        )
+
+
+def test_what_does_not_fit_is_refused_before_any_task_runs(boot, eventually):
+    cluster = boot(4, idle="halt", arena_bytes=1 << 20)
+    ran = cluster.percpu("ran", "i8")
+
+    def work(data):
+        ran[smp.smp_processor_id()] += 1
+        return len(data)
+
+    for start in (cluster.run, cluster.start):
+        with pytest.raises(ArenaFullError, match=r"600\d\d\d bytes pickled"):
+            start(work, bytes(600_000))
+    front = cluster.start(time.sleep, 60)
+    eventually(running(front))
+    kept = cluster.start(work, bytes(400_000))
+    with pytest.raises(
+        ArenaFullError, match=r"\(1048576 bytes\) is full.* 400\d\d\d bytes"
+    ):
+        cluster.run(work, bytes(400_000))
+    assert ran.tolist() == [0] * 4
+    front.cancel()
+    assert kept.results(SOON_S) == [400_000] * 4
+    assert ran.tolist() == [1] * 4
+    assert cluster.run(work, bytes(400_000)) == [400_000] * 4
+
+
+def test_results_have_room_however_many_cpus_there_are(boot):
+    """4,096 bytes for each are the whole arena: `stress --cpus 1024` has no more."""
+    cluster = boot(48, idle="halt", arena_bytes=128 << 10)
+    work = cluster.run(lambda x: [x, smp.smp_processor_id(), "text"], 7)
+    assert work == [[7, n, "text"] for n in range(48)]
+    assert cluster.run(bytes, 2000) == [bytes(2000)] * 48
+
+
+# ---- what is told when they fail -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (lambda: os._exit(3), "exited with status 3"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by SIGKILL"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "killed by SIGSEGV"),
+    ],
+)
+def test_how_a_cpu_died_is_told_everywhere(boot, eventually, end, words):
+    """By run, call and submit, and later calls; other CPUs' results are kept."""
+    cluster = boot(3, idle="halt")
+
+    def work():
+        cpu = smp.smp_processor_id()
+        if cpu == 1:
+            end()
+        return f"of {cpu}"
+
+    with pytest.raises(CpuDiedError, match=rf"CPU 1 died \({words}\)") as caught:
+        cluster.run(work)
+    assert caught.value.results == {0: "of 0", 2: "of 2"}
+    assert any("ended well on CPUs 0,2" in note for note in caught.value.__notes__)
+    for use in (cluster.call, cluster.submit, cluster.smp.smp_call_function_single):
+        with pytest.raises(CpuOfflineError, match=rf"dead, {words}: cluster.online\(1"):
+            use(1, int)
+    for use in (cluster.run, cluster.start):
+        with pytest.raises(CpuOfflineError, match=f"CPU 1 is dead, {words}"):
+            use(int, cpus=[0, 1])
+    cluster.online(1)
+    cluster.offline(1)
+    with pytest.raises(CpuOfflineError, match="CPU 1 is offline: bring it back"):
+        cluster.call(1, int)  # what the process before it ended by is not told of it
+    cluster.online(1)
+    for use in (cluster.call, lambda *a: cluster.submit(*a).result(SOON_S)):
+        with pytest.raises(CpuDiedError, match=rf"\({words}\) with this call in hand"):
+            use(1, end)
+        cluster.online(1)
+    with pytest.raises(CpuDiedError, match=words):
+        cluster.smp.smp_call_function_single(1, lambda _: end())
+
+
+def test_how_it_died_is_of_that_process_also_after_a_reboot(boot):
+    cluster = boot(2, idle="halt")
+    first = cluster.start(lambda: os._exit(3), cpus=[1])[0]
+    queued = cluster.start(int, cpus=[1])[0]
+    while not first.done():
+        time.sleep(0.001)
+    cluster.online(1)
+    second = cluster.start(lambda: os._exit(4), cpus=[1])[0]
+    while not second.done():
+        time.sleep(0.001)
+    cluster.online(1)
+    assert "exited with status 3" in str(first.exception())
+    assert "exited with status 3" in str(queued.exception())
+    assert "it has not run" in str(queued.exception())
+    assert "exited with status 4" in str(second.exception())
+
+
+def test_several_failures_keep_the_results_of_the_others(cluster):
+    def work():
+        cpu = smp.smp_processor_id()
+        if cpu != 1:
+            raise LookupError(cpu)
+        return "kept"
+
+    with pytest.raises(ExceptionGroup) as caught:
+        cluster.run(work)
+    assert isinstance(caught.value, CpusFailedError)
+    assert caught.value.results == {1: "kept"}
+    matched, rest = caught.value.split(RemoteCallError)
+    assert matched.results == {1: "kept"}
+    assert rest is None
+
+
+def test_an_unknown_cpu_is_the_same_error_everywhere(cluster):
+    info = cluster.smp.CallSingleData(id)
+    uses = [
+        lambda cpu: cluster.call(cpu, int),
+        lambda cpu: cluster.submit(cpu, int),
+        lambda cpu: cluster.run(int, cpus=[cpu]),
+        lambda cpu: cluster.start(int, cpus=[0, cpu]),
+        lambda cpu: cluster.offline(cpu),
+        lambda cpu: cluster.online(cpu),
+        lambda cpu: cluster.smp.smp_call_function_single(cpu, id),
+        lambda cpu: cluster.smp.smp_call_function_single_async(cpu, info),
+        lambda cpu: cluster.smp.smp_call_function_many([cpu], id),
+        lambda cpu: cluster.smp.on_each_cpu_mask([cpu], id),
+        lambda cpu: cluster.smp.smp_send_reschedule(cpu),
+    ]
+    for use, cpu in itertools.product(uses, (3, 99, -1)):
+        text = rf"^CPU {cpu} does not exist: this machine has CPUs 0-2$"
+        with pytest.raises(shmipi.UnknownCpuError, match=text) as caught:
+            use(cpu)
+        assert isinstance(caught.value, CpuOfflineError)
+        assert isinstance(caught.value, ValueError)
+        assert caught.value.cpu == cpu or cpu < 0
+        assert caught.value.errno == 6
