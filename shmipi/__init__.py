@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shmipi.cpumask import CpuMask
     from shmipi.errors import (
         ArenaFullError,
+        AttachError,
         BootError,
         ClusterStateError,
         ControllerError,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArenaFullError",
+    "AttachError",
     "BootError",
     "CallSingleData",
     "Cluster",

@@ -14,6 +14,7 @@ _HOMES = {
     "shmipi.cpumask": ("CpuMask",),
     "shmipi.errors": (
         "ArenaFullError",
+        "AttachError",
         "BootError",
         "ClusterStateError",
         "ControllerError",

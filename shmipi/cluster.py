@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -29,14 +29,16 @@ from shmipi.errors import (
     CpuDiedError,
     IpiTimeoutError,
     MachineDiedError,
+    ShmipiError,
 )
 from shmipi.irq import BoundIrq, DomainNode
 from shmipi.irq import current as irqs
 from shmipi.irq.chips import CHIPS, Chip
 from shmipi.irq.domain import Description, check_tree, parse_tree
 from shmipi.machine import controller as controllers
-from shmipi.machine import segment, topology
+from shmipi.machine import locks, segment, topology
 from shmipi.machine.arrays import Arrays, SharedArray
+from shmipi.machine.attach import Guest
 from shmipi.machine.boot import DOORBELLS, IDLE, Host, Plan
 from shmipi.smp import BoundSmp
 from shmipi.task import Tasks, check_timeout
@@ -134,27 +136,54 @@ class Cluster:
         )
         self._open(plan)
 
+    @classmethod
+    def attach(cls, name: str) -> Self:
+        """Attach to a machine of this user that another process has booted.
+
+        ``shmipi launch --name lab`` keeps one up, for example. What is returned is a
+        host as any other: it calls, runs tasks, makes arrays, takes CPUs off- and
+        online. ``shutdown()``, or the end of its ``with`` block, detaches, and the
+        machine goes on; so it does when this process dies. When the machine ends, so
+        does this: ``ClusterStateError`` if its owner shut it down,
+        ``MachineDiedError`` otherwise. Irq handlers that it requested in Python end
+        with it. Coprocessors are the owner's alone.
+
+        Raises ``AttachError`` (its errno: ENOENT there is no such machine, EAGAIN six
+        hosts are attached already, EOWNERDEAD it is dead, ECONNREFUSED or EOPNOTSUPP
+        it runs in another container), ``LayoutError`` for one that another version of
+        shmipi booted, ``ValueError`` for what is no name.
+        """
+        cluster = cls.__new__(cls)
+        cluster._hold(Guest(name))
+        return cluster
+
     def _open(self, plan: Plan) -> None:
-        self._host = Host(plan)
+        self._hold(Host(plan))
+        try:
+            self.irq.set_up(cast(tuple[DomainNode, ...], plan.domains))
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def _hold(self, host: Host | Guest) -> None:
+        plan = host.plan
+        self._host = host
         self._machine = self._host.machine
         self._chip = cast(Chip, controllers.register(self._machine, plan.controller))
         self._arrays = Arrays(self._machine)
         self._counters = Counters(self._machine)
-        self._futures = _Futures(self._machine)
+        self._futures = _Futures(self._machine, host)
         self._hotplug_lock = threading.Lock()
         #: ``shmipi.smp`` bound to this machine.
         self.smp = BoundSmp(self._machine)
         #: ``shmipi.irq`` bound to this machine: irq domains, IPIs, coprocessors.
-        self.irq = BoundIrq(self._machine, self._chip, self._host)
+        self.irq = BoundIrq(
+            self._machine, self._chip, host if isinstance(host, Host) else None
+        )
         irqs.register(self._machine, self.irq)
         self._finalizer = weakref.finalize(
             self, _close, self._host, self._futures, self._arrays
         )
-        try:
-            self.irq.set_up(cast(tuple[DomainNode, ...], plan.domains))
-        except BaseException:
-            self._finalizer()
-            raise
         _open_clusters.add(self)
         _choose_current()
 
@@ -176,8 +205,10 @@ class Cluster:
         """End the machine: CPUs leave their idle loops and end in order.
 
         A CPU that is still busy after two seconds is killed. Pending futures fail with
-        ``MachineDiedError``. Arrays in use keep their memory. Calling it again, or in a
-        fork's child, does nothing.
+        ``MachineDiedError``. A machine that this host is attached to goes on: only this
+        host's part in it ends, and its pending futures fail with
+        ``ClusterStateError``. Arrays in use keep their memory. Calling it again, or in
+        a fork's child, does nothing.
         """
         if self._finalizer.alive and os.getpid() == self._host.owner:
             _open_clusters.discard(self)
@@ -189,8 +220,9 @@ class Cluster:
             return f"<Cluster {self.name!r} closed>"
         plan = self._host.plan
         return (
-            f"<Cluster {self.name!r}: {plan.ncpus} CPUs, {len(self.online_mask)}"
-            f" online, idle={plan.idle}, doorbell={plan.doorbell},"
+            f"<Cluster {self.name!r}{' attached' * self.attached}:"
+            f" {plan.ncpus} CPUs, {len(self.online_mask)} online, idle={plan.idle},"
+            f" doorbell={plan.doorbell},"
             f" controller={plan.controller.name}>"
         )
 
@@ -204,6 +236,11 @@ class Cluster:
     def name(self) -> str:
         """The machine's name."""
         return self._host.plan.name
+
+    @property
+    def attached(self) -> bool:
+        """Did another process boot the machine?"""
+        return isinstance(self._host, Guest)
 
     @property
     def closed(self) -> bool:
@@ -248,10 +285,7 @@ class Cluster:
         if self.closed:
             raise ClusterStateError("this cluster is closed")
         if self._host.died:
-            raise MachineDiedError(
-                f"the machine {self.name} died: its firmware process is gone, and all"
-                " its CPUs with it"
-            )
+            raise self._host.end_error()
 
     # ---- what there is --------------------------------------------------------------
 
@@ -466,7 +500,7 @@ class Cluster:
         """
         self._check()
         self._exists(cpu)
-        with self._hotplug_lock:
+        with self._hotplug(timeout):
             if self._cpu(cpu).state in ("offline", "dead"):
                 return
             try:
@@ -490,7 +524,7 @@ class Cluster:
         """
         self._check()
         self._exists(cpu)
-        with self._hotplug_lock:
+        with self._hotplug(timeout):
             state = self._cpu(cpu).state
             if state == "offline":
                 self._machine.hotplug(cpu, False)
@@ -499,6 +533,15 @@ class Cluster:
                 )
             if state == "dead":
                 self._host.boot_cpu(cpu)
+
+    @contextlib.contextmanager
+    def _hotplug(self, timeout: float | None) -> Iterator[None]:
+        """One change at a time, of all threads of all hosts (cpu_hotplug_lock)."""
+        with (
+            self._hotplug_lock,
+            locks.held(self._machine, "hotplug", timeout, self._check),
+        ):
+            yield
 
     def _exists(self, cpu: int) -> None:
         if not 0 <= cpu < self.ncpus:
@@ -545,8 +588,9 @@ def _settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
 class _Futures:
     """Completes ``submit``'s futures: a thread that sleeps on the host's doorbell."""
 
-    def __init__(self, machine: _core.Machine) -> None:
+    def __init__(self, machine: _core.Machine, host: Host | Guest) -> None:
         self._machine = machine
+        self._host = host
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[int, Future[Any]]] = {}
         self._thread: threading.Thread | None = None
@@ -599,7 +643,7 @@ class _Futures:
                     _settle(future.set_exception, error)
                 else:
                     _settle(future.set_result, result)
-            if machine.state == _core.DEAD:
+            if machine.state == _core.DEAD or self._host.died:
                 self._fail()
             if not done:
                 # A limit although every end rings: the ring may die with its ringer.
@@ -613,13 +657,15 @@ class _Futures:
                 with contextlib.suppress(Exception):
                     future.set_result(self._machine.collect(call, cpu, None))
                     continue
-            future.set_exception(
-                MachineDiedError(
-                    "the machine ended with this call in hand: it may or may not have"
-                    " run",
-                    cpu=cpu,
-                )
-            )
+            future.set_exception(self._end_error(cpu))
+
+    def _end_error(self, cpu: int) -> ShmipiError:
+        what = "with this call in hand: it may or may not have run"
+        if isinstance(self._host, Guest) and not self._host.died:
+            return ClusterStateError(f"this host detached {what}")
+        if isinstance(self._host, Guest) and self._host.shut_down:
+            return ClusterStateError(f"{self._host.end_error()} {what}")
+        return MachineDiedError(f"the machine ended {what}", cpu=cpu)
 
     def close(self) -> None:
         self._stop = True
@@ -646,12 +692,17 @@ def _choose_current() -> None:
         clusters[0]._arrays.make_current()
 
 
-def _close(host: Host, futures: _Futures, arrays: Arrays) -> None:
+def _close(host: Host | Guest, futures: _Futures, arrays: Arrays) -> None:
     if os.getpid() != host.owner:
         return
-    host.close()
-    futures.close()
-    arrays.close()
+    if isinstance(host, Host):
+        host.close()
+        futures.close()
+        arrays.close()
+    else:  # the machine goes on: first nobody uses it, then it is left
+        futures.close()
+        arrays.close()
+        host.close()
     controllers.forget(host.machine)
     irqs.forget(host.machine)
     host.machine.close()

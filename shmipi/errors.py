@@ -197,6 +197,16 @@ class BootError(ShmipiOSError):
     """The machine could not be booted; errno says why, the text what to do."""
 
 
+class AttachError(ShmipiOSError):
+    """A running machine could not be attached to; errno says why, the text what to do.
+
+    ENOENT: there is none of that name; EOWNERDEAD: it is dead; EAGAIN: as many hosts as
+    can be are attached; ECONNREFUSED, EOPNOTSUPP: it is in another container.
+    """
+
+    default_errno = errno.ENOENT
+
+
 class LayoutError(ShmipiError, ValueError):
     """A segment that is not a machine of this version, or whose content is damaged."""
 

@@ -22,7 +22,7 @@ int shi_irq_trylock(struct shi_self *self)
 
 void shi_irq_unlock(struct shi_self *self)
 {
-    shi_lock_release(&shi_irq_area(self->m)->lock);
+    shi_lock_release(self, &shi_irq_area(self->m)->lock);
 }
 
 /* ---- handlers -------------------------------------------------------------------- */

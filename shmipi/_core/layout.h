@@ -578,6 +578,7 @@ struct shi_header {
     /* Between hosts; as the irq area's, taken from a holder that died (shi_lock_try). */
     shi_a64 array_lock;
     shi_a64 hotplug_lock;
+    shi_a64 tool_lock; /* stress and bench take the whole machine */
     shi_a64 array_used;
     shi_a32 narrays;
     shi_a64 arrays[SHI_MAX_ARRAYS]; /* offset of a descriptor each */

@@ -250,9 +250,11 @@ int shi_lock_try(struct shi_self *self, shi_a64 *lock)
                : -EAGAIN;
 }
 
-void shi_lock_release(shi_a64 *lock)
+void shi_lock_release(struct shi_self *self, shi_a64 *lock)
 {
-    shi_store_release(lock, 0);
+    uint64_t held = (uint64_t)(self->id + 1) | (uint64_t)self->gen << 32;
+    /* Releases what was changed under it.  Not if it was taken from us: then we are dead. */
+    shi_cas_full(lock, &held, 0);
 }
 
 /* ---- a guest's end ---------------------------------------------------------------- */

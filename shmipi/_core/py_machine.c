@@ -574,7 +574,7 @@ METHOD(stop_all)
     Py_RETURN_NONE;
 }
 
-/* lock(name) -> bool: take a lock between hosts, "array" or "hotplug"; unlock(name). */
+/* trylock(name) -> bool: take a lock between hosts; unlock(name). */
 static shi_a64 *lock_named(Machine *machine, PyObject *arg)
 {
     struct shi_header *h = machine->m.header;
@@ -583,6 +583,8 @@ static shi_a64 *lock_named(Machine *machine, PyObject *arg)
         return &h->array_lock;
     if (name && !strcmp(name, "hotplug"))
         return &h->hotplug_lock;
+    if (name && !strcmp(name, "tool"))
+        return &h->tool_lock;
     if (name)
         PyErr_Format(PyExc_ValueError, "there is no lock %s", name);
     return NULL;
@@ -600,7 +602,7 @@ METHOD(unlock)
     shi_a64 *lock = lock_named(MACHINE(object), arg);
     if (!lock)
         return NULL;
-    shi_lock_release(lock);
+    shi_lock_release(&MACHINE(object)->self, lock);
     Py_RETURN_NONE;
 }
 
@@ -832,7 +834,7 @@ PyMethodDef shi_machine_methods[] = {
     MANY(guest_admit, "guest_admit(slot, pid)"),
     ONE(guest_bury, "guest_bury(slot)"),
     ONE(guest_clear, "guest_clear(slot) -> how many csds others still have"),
-    ONE(trylock, "trylock(name) -> bool: a lock between hosts, \"array\" or \"hotplug\""),
+    ONE(trylock, "trylock(name) -> bool: a lock between hosts (shi_header)"),
     ONE(unlock, "unlock(name)"),
     NOARGS(reap_ring_all, "Ring every CPU that has work."),
     NOARGS(stop_all, "The machine stops."),

@@ -184,12 +184,15 @@ static void sleep_host(struct shi_self *self, struct shi_wait *wait, int64_t ns)
 {
     uint32_t seen = shi_load_full(&self->slot->event);
     uint64_t lock = shi_load_acquire(&wait->csd->lock);
+    SHI_STEP(self, park);
     while (lock & SHI_CSD_LOCK && !(lock & SHI_CSD_PARKED))
         if (shi_cas_full(&wait->csd->lock, &lock, lock | SHI_CSD_PARKED))
             break;
+    SHI_STEP(self, parked);
     /* The count was read before PARKED was set: an unlock since has changed it. */
     if (shi_csd_locked(wait->csd))
         shi_event_wait(&self->slot->event, seen, ns);
+    SHI_STEP(self, wake);
 }
 
 static int sleep_cpu(struct shi_self *self, struct shi_wait *wait, int64_t ns)

@@ -188,7 +188,7 @@ class Rig:
 
     def eventfd(self, cpu: int) -> int:
         """Return the descriptor of a CPU's eventfd doorbell, -1 without these."""
-        eventfds = self.cluster._host._eventfds
+        eventfds = [] if self.cluster.attached else self.machine.doorbell_fds()
         return eventfds[cpu] if eventfds else -1
 
     def counters(self, cpu: int) -> dict[str, int]:

@@ -12,15 +12,18 @@ from numpy.typing import DTypeLike, NDArray
 
 from shmipi import _core
 from shmipi.errors import ArenaFullError, LayoutError, NoMachineError
+from shmipi.machine.locks import held
 
 __all__ = ["Arrays", "SharedArray", "percpu", "shared"]
 
 _HEAD = struct.Struct("<QQI")  # data offset, data bytes, length of the description
 _LINE = 128  # two cache lines: neighbours are fetched in pairs
 _KINDS = ("shared", "percpu")
+_LOCK_S = 5.0
 
 # Machines of this process by name: what an array pickled by name is found through.
-_machines: dict[str, Arrays] = {}
+# It may have a machine open more than once (booted, and attached to): the last counts.
+_machines: list[Arrays] = []
 _current: Arrays | None = None
 
 
@@ -74,17 +77,17 @@ class Arrays:
 
     def __init__(self, machine: _core.Machine) -> None:
         self.machine = machine
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close it
         self._known: dict[tuple[str, str], SharedArray] = {}
         self._read: set[int] = set()
         self._memory = memoryview(machine)
-        _machines[machine.name] = self
+        _machines.append(self)
 
     def close(self) -> None:
         """Forget the machine; arrays that are still in use keep their memory."""
         global _current
-        if _machines.get(self.machine.name) is self:
-            del _machines[self.machine.name]
+        with self._lock:  # nobody is about to make one
+            _machines[:] = [arrays for arrays in _machines if arrays is not self]
         if _current is self:
             _current = None
         self._known.clear()
@@ -115,7 +118,7 @@ class Arrays:
         shape = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
         if any(n < 0 for n in shape):
             raise ValueError(f"shape is {shape}: sizes are not negative")
-        with self._lock:
+        with self._lock, held(self.machine, "array", _LOCK_S):
             self._refresh()
             known = self._known.get((kind, name))
             if known is not None:
@@ -280,8 +283,10 @@ def _attach(
     strides: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> SharedArray:
-    home = _machines.get(machine)
-    if home is None:
+    for home in reversed(_machines):
+        if home.machine.name == machine:
+            break
+    else:
         raise NoMachineError(
             f"{key[0]} array {key[1]!r} lives in machine {machine}, which is not open"
             " here"

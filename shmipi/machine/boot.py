@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from shmipi import _core
 from shmipi.errors import BootError, MachineDiedError, ShmipiError
 from shmipi.machine import process, remote, segment
 from shmipi.machine.controller import Controller
+from shmipi.machine.orders import BOOT_S, Orders, process_limits
 
 __all__ = ["DOORBELLS", "IDLE", "Host", "Plan"]
 
@@ -31,7 +32,6 @@ __all__ = ["DOORBELLS", "IDLE", "Host", "Plan"]
 DOORBELLS = ("futex", "sem", "signal", "eventfd", "mqueue")
 IDLE = ("poll", "haltpoll", "halt")
 
-_BOOT_S = 60.0  # and a little more for each CPU
 _STOP_GRACE_S = 2.0
 _TRACE_RECORDS = 8192
 
@@ -64,7 +64,7 @@ class Plan:
         return len(self.cores)
 
 
-class Host:
+class Host(Orders):
     """A booted machine as its host process holds it.
 
     ``machine`` is the core's view; ``close()`` ends the machine. In a fork's child
@@ -73,20 +73,13 @@ class Host:
 
     def __init__(self, plan: Plan) -> None:
         process.check_may_boot()
+        super().__init__(plan.name)
         self.plan = plan
         self.full = segment.full_name(plan.name)
         self.owner = os.getpid()
-        self.died = False
-        self.on_death: Callable[[], None] | None = None
-        self._lock = threading.Lock()
-        self.coprocessors = threading.Lock()  # held while one is added, or buried
-        self._answers: list[dict[str, Any]] = []
-        self._answered = threading.Condition()
         self._eventfds: list[int] = []
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
-        self._orders = 0
         self._fd = segment.create(plan.name)
         self._identity = segment.identity(self._fd)
         try:
@@ -218,7 +211,7 @@ class Host:
         except OSError as error:
             raise BootError(
                 f"the firmware process could not be started: {error.strerror}"
-                f" ({_process_limits()})",
+                f" ({process_limits()})",
                 errno=error.errno,
             ) from None
         finally:
@@ -233,7 +226,7 @@ class Host:
 
     def _await_boot(self) -> None:
         assert self._control is not None
-        limit = _BOOT_S + 0.05 * self.plan.ncpus
+        limit = BOOT_S + 0.05 * self.plan.ncpus
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
             if not selector.select(limit):
@@ -253,7 +246,7 @@ class Host:
             code = reply["errno"] or errno.EIO
             text = reply["error"]
             if code in (errno.EAGAIN, errno.ENOMEM):
-                text += f": {_process_limits()}"
+                text += f": {process_limits()}"
             elif code == errno.EPERM:
                 text += ": may this process pin itself (sched_setaffinity)?"
             raise BootError(f"the machine did not boot: {text}", errno=code)
@@ -278,9 +271,7 @@ class Host:
                     if not data:
                         selector.unregister(self._control)
                         continue
-                    with self._answered:
-                        self._answers.append(json.loads(data))
-                        self._answered.notify_all()
+                    self._take_answer(json.loads(data))
 
     def _firmware_died(self) -> None:
         with contextlib.suppress(Exception):
@@ -292,85 +283,6 @@ class Host:
                 self.on_death()
         with self._answered:
             self._answered.notify_all()
-
-    def boot_cpu(self, cpu: int) -> None:
-        """Have a dead CPU's slot booted anew. ``BootError``, ``MachineDiedError``."""
-        reply = self._ask({"op": "boot", "cpu": cpu})
-        if reply is None:
-            raise BootError(
-                f"CPU {cpu} did not boot in {_BOOT_S:.0f} s: is the computer"
-                " overloaded?",
-                cpu=cpu,
-                errno=errno.ETIMEDOUT,
-            )
-        if "error" in reply:
-            raise BootError(
-                f"CPU {cpu} did not boot: {reply['error']} ({_process_limits()})",
-                cpu=cpu,
-                errno=reply["errno"],
-            )
-
-    def kill_cpu(self, cpu: int, generation: int) -> None:
-        """Have a CPU's process killed, if it is of that generation still.
-
-        Returns before it is dead. ``MachineDiedError``.
-        """
-        with self._lock:
-            self._order({"op": "kill", "cpu": cpu, "generation": generation})
-
-    def start_coprocessor(self, number: int, virq: int, start: bytes) -> int:
-        """Have a coprocessor forked that runs ``start``: its pid. ``OSError``.
-
-        ``start`` is the pickle of a callable that takes the machine and ``number``.
-        """
-        fd = os.memfd_create("shmipi-coprocessor", os.MFD_CLOEXEC)
-        with os.fdopen(fd, "wb", buffering=0) as stream:
-            view = memoryview(start)
-            while view:
-                view = view[stream.write(view) :]
-            reply = self._ask(
-                {"op": "coprocessor", "number": number, "virq": virq}, [fd]
-            )
-        if reply is None or "error" in reply:
-            reply = reply or {"error": "no answer", "errno": errno.ETIMEDOUT}
-            raise BootError(
-                f"a coprocessor could not be started: {reply['error']}"
-                f" ({_process_limits()})",
-                errno=reply["errno"],
-            )
-        return int(reply["pid"])
-
-    def kill_coprocessor(self, pid: int) -> None:
-        """Have a coprocessor killed, if it still runs. ``MachineDiedError``."""
-        self._ask({"op": "kill_coprocessor", "pid": pid})
-
-    def _ask(
-        self, message: dict[str, Any], fds: Sequence[int] = ()
-    ) -> dict[str, Any] | None:
-        """Order something and wait for the answer; None: there was none in time."""
-        with self._lock:
-            self._orders += 1
-            number = self._orders
-            self._order({**message, "id": number}, fds)
-            with self._answered:
-                self._answered.wait_for(
-                    lambda: self.died or self._answer(number) is not None, _BOOT_S
-                )
-                reply = self._answer(number)
-                self._answers.clear()
-        if self.died:
-            raise _machine_died(self.plan.name)
-        return reply
-
-    def _answer(self, number: int) -> dict[str, Any] | None:
-        return next((a for a in self._answers if a.get("id") == number), None)
-
-    def _order(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        assert self._control is not None
-        try:
-            socket.send_fds(self._control, [json.dumps(message).encode()], list(fds))
-        except OSError:
-            raise _machine_died(self.plan.name) from None
 
     # ---- the end --------------------------------------------------------------------
 
@@ -454,13 +366,6 @@ def _interpreter_flags() -> list[str]:
     return list(subprocess._args_from_interpreter_flags())  # type: ignore[attr-defined]
 
 
-def _machine_died(name: str) -> MachineDiedError:
-    return MachineDiedError(
-        f"the machine {name} died: its firmware process is gone, and all its CPUs with"
-        " it"
-    )
-
-
 def _refused(error: OSError) -> BootError:
     return BootError(
         f"the machine did not boot: {error.strerror or error}; it needs pidfd_open"
@@ -497,11 +402,4 @@ def _doorbell_error(kind: str, ncpus: int, error: Exception) -> BootError:
         f"no {kind} for each of {ncpus} CPUs: {text}; {remedy}, or use"
         " doorbell='futex', which needs none",
         errno=code,
-    )
-
-
-def _process_limits() -> str:
-    return (
-        "the limits are RLIMIT_NPROC (ulimit -u), the cgroup's pids.max and"
-        " kernel.pid_max; `shmipi doctor` shows them"
     )

@@ -23,13 +23,14 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from shmipi import _core
 from shmipi.errors import ShmipiOSError
 from shmipi.machine import arrays, controller, process, segment
 from shmipi.machine.ending import ending_number
+from shmipi.machine.guests import Guests
 
 __all__ = ["main"]
 
@@ -55,6 +56,9 @@ class Firmware:
         self.stopping = False
         self.deadline = 0.0  # of an orderly stop
         self.selector = selectors.EpollSelector()
+        self.guests = Guests(
+            self.machine, self.selector, config, self.identity, self.obey_guest
+        )
 
     # ---- boot -----------------------------------------------------------------------
 
@@ -67,6 +71,7 @@ class Firmware:
         for spec in config["handlers"]:
             _core.native_load(spec)
         self.machine.open_doorbells(config["segment"], config["eventfds"])
+        self.guests.keep_doorbells()
         self.arrays = arrays.Arrays(self.machine)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(config["kick_signal"], _core.irq_entry)
@@ -122,6 +127,7 @@ class Firmware:
             self.host,
             self.signals,
             self.selector.fileno(),
+            *self.guests.private(),
         ]
 
     def await_online(self, cpus: list[int]) -> None:
@@ -153,7 +159,7 @@ class Firmware:
     def loop(self) -> None:
         """Serve until there is nothing left to serve."""
         while not (self.stopping and not self.pids and not self.coprocessors):
-            timeout = None
+            timeout = self.guests.timeout()
             if self.unreaped:
                 timeout = _REAP_RETRY_S
             if self.stopping:
@@ -161,6 +167,7 @@ class Firmware:
             for key, _ in self.selector.select(timeout):
                 key.data()
             self.reap()
+            self.guests.look()
             self.start_asked()
             if self.stopping and time.monotonic() >= self.deadline:
                 self.kill_all()
@@ -199,6 +206,16 @@ class Firmware:
             self.kill_cpu(message["cpu"], message["generation"])
         elif message["op"] == "unlink_doorbells":
             segment.unlink_doorbells(self.config["segment"], self.config["ncpus"])
+
+    def obey_guest(
+        self, message: dict[str, Any], send: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Do what an attached host asked for."""
+        cpu = message.get("cpu")
+        if message.get("op") == "boot" and isinstance(cpu, int) and not self.stopping:
+            send(self.outcome(message.get("id"), self.boot_one, cpu))
+        elif message.get("op") == "kill" and isinstance(cpu, int):
+            self.kill_cpu(cpu, message.get("generation"))
 
     def live(self) -> set[int]:
         """Return the CPUs that have a process."""
@@ -263,8 +280,10 @@ class Firmware:
         if pid in self.coprocessors:
             os.kill(pid, signal.SIGKILL)  # not reaped, so the number is still its
 
-    def kill_cpu(self, number: int, generation: int) -> None:
+    def kill_cpu(self, number: int, generation: Any) -> None:
         """Kill the process that is this CPU, unless it is another one by now."""
+        if number not in self.live():
+            return
         if self.machine.slot(number)[4] != generation:
             return
         for pid, cpu in self.pids.items():
@@ -272,6 +291,8 @@ class Firmware:
                 os.kill(pid, signal.SIGKILL)  # not reaped, so the number is still its
 
     def boot_one(self, number: int) -> None:
+        if not 0 <= number < self.config["ncpus"]:
+            raise OSError(errno.ENXIO, f"there is no CPU {number}")
         if number in self.live():
             raise OSError(errno.EBUSY, f"CPU {number} is not dead")
         self.boot([number])
@@ -283,12 +304,16 @@ class Firmware:
             return bool(selector.select(0))
 
     def answer(self, number: int, work: Any, *args: Any) -> None:
+        self.send(self.outcome(number, work, *args))
+
+    def outcome(self, number: Any, work: Any, *args: Any) -> dict[str, Any]:
+        """Do an order; return what is to be said to the host that gave it."""
         reply: dict[str, Any] = {"id": number}
         try:
             reply |= work(*args) or {}
         except OSError as error:
             reply |= {"error": error.strerror or str(error), "errno": error.errno}
-        self.send(reply)
+        return reply
 
     def send(self, reply: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the host may be gone: its pidfd tells
@@ -348,7 +373,10 @@ class Firmware:
 
     def stop(self, grace: float) -> None:
         """Ask every CPU to end; those that have not after ``grace`` s are killed."""
+        self.machine.set_shut_down()
+        self.guests.close()
         self.machine.stop_all()
+        self.guests.tell({"op": "shutdown"})
         self.stopping = True
         self.deadline = time.monotonic() + grace
 

@@ -19,6 +19,8 @@ from shmipi.machine.inspect import (
 
 __all__ = ["Counters", "interrupts"]
 
+_OWNERS = 2  # slots behind the CPUs: the host that booted, the firmware
+
 
 class Counters:
     """Reads the counters of all slots of a machine; never writes.
@@ -31,6 +33,10 @@ class Counters:
 
     def __init__(self, machine: _core.Machine) -> None:
         self._ncpus = machine.ncpus
+        # The owner's slot and its firmware's; an attached host's own.
+        own = slice(machine.id, machine.id + 1)
+        owner = slice(self._ncpus, self._ncpus + _OWNERS)
+        self._hosts = own if machine.id >= owner.stop else owner
         self._rows: NDArray[np.uint64] = np.ndarray(
             (machine.nslots, _core.CONTEXTS, _core.COUNTER_ROOM),
             np.uint64,
@@ -66,6 +72,7 @@ class Counters:
         """
         self = cls.__new__(cls)
         self._ncpus, self._rows = ncpus, rows
+        self._hosts = slice(ncpus, ncpus + _OWNERS)
         self._interrupts, self._row_views = interrupts, row_views
         self._irqs = lambda: list(irqs)
         return self
@@ -108,8 +115,8 @@ class Counters:
         }
 
     def host(self) -> dict[str, int]:
-        """Return what the host (and the firmware, when it reaps) counted."""
-        total = self._sum()[self._ncpus :].sum(axis=0)
+        """Return what the host (and its firmware, when it reaps) counted."""
+        total = self._sum()[self._hosts].sum(axis=0)
         return {name: int(total[i]) for i, name in enumerate(_core.COUNTERS)}
 
 

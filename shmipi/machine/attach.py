@@ -1,0 +1,278 @@
+"""An attached host's side of a machine that another process booted.
+
+It maps the machine's memory by name and is in it with a slot of its own that the
+firmware gives out (``guests.py``). It holds no lock that says that the machine lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pickle
+import selectors
+import socket
+import threading
+import time
+from typing import Any
+
+from shmipi import _core
+from shmipi.errors import (
+    AttachError,
+    ClusterStateError,
+    ShmipiError,
+    ShmipiOSError,
+)
+from shmipi.machine import segment
+from shmipi.machine.boot import DOORBELLS, IDLE, Plan
+from shmipi.machine.guests import FDS_AT_ONCE, address, peer
+from shmipi.machine.inspect import Inspector, MachineView
+from shmipi.machine.orders import BOOT_S, MESSAGE_MAX, Orders
+
+__all__ = ["Guest"]
+
+_YOUNG_S = 5.0  # a machine whose firmware does not listen yet
+_LEAVE_S = 5.0
+
+
+class Guest(Orders):
+    """A machine of this user, attached to: what ``Host`` is to the process that booted.
+
+    ``close()`` detaches; the machine goes on. In a fork's child nothing here does
+    anything: the parent is attached.
+
+    Raises ``AttachError``, whose errno says why, and ``LayoutError`` for a machine of
+    another version of shmipi.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(segment.check_name(name))
+        self.full = segment.full_name(name)
+        self.owner = os.getpid()
+        self.shut_down = False
+        self._closed = False
+        self._fds: list[int] = []
+        self._fd = self._pidfd = -1
+        try:
+            self._attach(name)
+        except BaseException as error:
+            self._release()
+            if isinstance(error, OSError) and not isinstance(error, ShmipiOSError):
+                raise AttachError(
+                    f"machine {name} could not be attached to: {error.strerror}",
+                    errno=error.errno,
+                ) from None
+            raise
+        self._watcher = threading.Thread(
+            target=self._watch, name=f"shmipi-{name}-watch", daemon=True
+        )
+        self._watcher.start()
+
+    # ---- coming ---------------------------------------------------------------------
+
+    def _attach(self, name: str) -> None:
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            with Inspector(name) as inspector:
+                view, alive = inspector.view(), inspector.alive
+            self._fd = os.open(segment.SHM / self.full, flags)
+        except FileNotFoundError:
+            raise AttachError(
+                f"there is no machine {name} (`shmipi ps` lists yours)",
+                errno=errno.ENOENT,
+            ) from None
+        if not alive:
+            raise AttachError(
+                f"the machine {name} is dead: `shmipi clean` removes what it left",
+                errno=errno.EOWNERDEAD,
+            )
+        control = self._connect(name)
+        self._control = control
+        pid, uid = peer(control)
+        if uid != os.geteuid():
+            raise AttachError(
+                f"who answers for machine {name} is another user's process",
+                errno=errno.EPERM,
+            )
+        # Before it answers: what this is a descriptor of is the firmware and no other.
+        with contextlib.suppress(OSError, OverflowError):
+            self._pidfd = os.pidfd_open(pid)
+        self._order({"op": "attach"})
+        reply, fds = self._receive()
+        self._fds += fds
+        self._check_reply(name, reply)
+        with os.fdopen(self._fds.pop(), "rb") as stream:
+            stream.seek(0)
+            about = pickle.load(stream)
+        while len(self._fds) < reply["fds"]:
+            _, fds = self._receive()
+            if not fds:
+                raise _refused(name, "too few doorbells arrived", errno.EPROTO)
+            self._fds += fds
+        self.machine = _core.Machine(self._fd, reply["slot"])
+        # After the answer, when a machine that was booting is up: its number is there.
+        if self._pidfd < 0 or pid != self.machine.firmware_pid:
+            raise AttachError(
+                f"machine {name} is in another PID namespace (another container): its"
+                " CPUs cannot be signalled from here",
+                errno=errno.EOPNOTSUPP,
+            )
+        self.machine.adopt_doorbells(self._fds)
+        if self.machine.doorbell == DOORBELLS.index("mqueue"):
+            self._fds.clear()  # the machine's from now on
+        self.machine.map_natives([_core.native_name(n) for n in about["natives"]])
+        with Inspector(name) as inspector:
+            view = inspector.view()
+        self.plan = _plan(view, self.machine, pickle.loads(about["controller"]))
+
+    def _connect(self, name: str) -> socket.socket:
+        where = address(self.full, segment.identity(self._fd))
+        deadline = time.monotonic() + _YOUNG_S
+        while True:
+            control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                control.settimeout(BOOT_S)
+                control.connect(where)
+                return control
+            except OSError as error:
+                control.close()
+                if error.errno not in (errno.ECONNREFUSED, errno.EAGAIN):
+                    raise
+            with Inspector(name) as inspector:
+                view = inspector.view()
+            if view.state not in ("starting", "booting"):
+                break
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        raise AttachError(
+            f"the firmware of machine {name} cannot be reached: is it in another"
+            " network namespace (another container)? Abstract sockets stay in theirs",
+            errno=errno.ECONNREFUSED,
+        )
+
+    def _receive(self) -> tuple[dict[str, Any], list[int]]:
+        assert self._control is not None
+        try:
+            data, fds, *_ = socket.recv_fds(
+                self._control, MESSAGE_MAX, FDS_AT_ONCE, socket.MSG_CMSG_CLOEXEC
+            )
+        except TimeoutError:
+            raise _refused(
+                self._name, f"no answer in {BOOT_S:.0f} s", errno.ETIMEDOUT
+            ) from None
+        if not data:
+            raise _refused(self._name, "it has ended just now", errno.EOWNERDEAD)
+        return json.loads(data), fds
+
+    def _check_reply(self, name: str, reply: dict[str, Any]) -> None:
+        if "error" in reply:
+            raise _refused(name, reply["error"], reply["errno"])
+
+    # ---- while it is attached -------------------------------------------------------
+
+    def end_error(self) -> ShmipiError:
+        """Return what says why there is no machine any more."""
+        if self.shut_down:
+            return ClusterStateError(
+                f"the machine {self._name} was shut down by its owner"
+            )
+        return super().end_error()
+
+    def _watch(self) -> None:
+        """Thread: notices the machine's end, and hands out the firmware's answers."""
+        assert self._control is not None
+        self._control.settimeout(None)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._pidfd, selectors.EVENT_READ)
+            selector.register(self._control, selectors.EVENT_READ)
+            while True:
+                ready = {key.fd for key, _ in selector.select()}
+                if self._closed:
+                    return
+                if self._control.fileno() in ready:
+                    try:
+                        data = self._control.recv(MESSAGE_MAX)
+                    except OSError:
+                        data = b""
+                    if data:
+                        message = json.loads(data)
+                        if message.get("op") == "shutdown":
+                            self.shut_down = True
+                            self._ended()
+                        else:
+                            self._take_answer(message)
+                        continue
+                    selector.unregister(self._control)
+                if self._pidfd in ready:
+                    if not self.died:
+                        with contextlib.suppress(Exception):
+                            self.machine.set_state(_core.DEAD)  # and wakes every waiter
+                        self._ended()
+                    return
+
+    def _ended(self) -> None:
+        self.died = True
+        if not self._closed and self.on_death is not None:
+            self.on_death()
+        with self._answered:
+            self._answered.notify_all()
+
+    # ---- going ----------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Detach. What was started and not waited for goes on; its results are lost."""
+        if os.getpid() != self.owner:
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        # Only a slot that no thread of this process can write to is anybody else's.
+        if self.machine.leave(_LEAVE_S) and not self.died:
+            with contextlib.suppress(ShmipiError):
+                self._order({"op": "detach"})
+        assert self._control is not None
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
+        if self._watcher is not threading.current_thread():
+            self._watcher.join(5.0)
+        self._release()
+
+    def _release(self) -> None:
+        """Close this process's descriptors."""
+        if self._control is not None:
+            self._control.close()
+        for fd in (self._fd, self._pidfd, *self._fds):
+            if fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        self._fds.clear()
+        self._fd = self._pidfd = -1
+
+    def disown(self) -> None:
+        """In a fork's child: the parent is attached, this process is not."""
+        self._closed = True
+        self.machine.disown()
+        self._release()
+
+
+def _plan(view: MachineView, machine: _core.Machine, controller: Any) -> Plan:
+    return Plan(
+        name=view.name,
+        cores=[cpu.core for cpu in view.cpus],
+        idle=view.idle if view.idle in IDLE else IDLE[0],
+        doorbell=DOORBELLS[machine.doorbell],
+        kick=machine.kick,
+        kick_signal=machine.kick_signal,
+        nmi_signal=machine.nmi_signal,
+        controller=controller,
+        handlers=(),
+        oversubscribed=machine.oversubscribed,
+        trace=machine.trace_records > 0,
+    )
+
+
+def _refused(name: str, why: str, code: int) -> AttachError:
+    return AttachError(f"machine {name} could not be attached to: {why}", errno=code)

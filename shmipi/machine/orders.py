@@ -1,0 +1,143 @@
+"""What a host orders of a machine's firmware: over a socket, one JSON object each way.
+
+The machine's owner has one end of a socket pair; an attached host has connected to the
+socket that the firmware listens on.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shmipi.errors import BootError, MachineDiedError, ShmipiError
+
+__all__ = ["BOOT_S", "MESSAGE_MAX", "Orders", "machine_died", "process_limits"]
+
+BOOT_S = 60.0  # until something has been booted, and a little more for each CPU
+MESSAGE_MAX = 1 << 16
+
+
+class Orders:
+    """One host's connection to the firmware."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        #: The machine has ended, in order or not: nothing is ordered any more.
+        self.died = False
+        self.on_death: Callable[[], None] | None = None
+        self.coprocessors = threading.Lock()  # held while one is added, or buried
+        self._lock = threading.Lock()
+        self._control: socket.socket | None = None
+        self._orders = 0
+        self._answers: list[dict[str, Any]] = []
+        self._answered = threading.Condition()
+
+    def end_error(self) -> ShmipiError:
+        """Return what says why there is no machine any more."""
+        return machine_died(self._name)
+
+    def boot_cpu(self, cpu: int) -> None:
+        """Have a dead CPU's slot booted anew. ``BootError``, ``MachineDiedError``."""
+        reply = self._ask({"op": "boot", "cpu": cpu})
+        if reply is None:
+            raise BootError(
+                f"CPU {cpu} did not boot in {BOOT_S:.0f} s: is the computer"
+                " overloaded?",
+                cpu=cpu,
+                errno=errno.ETIMEDOUT,
+            )
+        if "error" in reply:
+            raise BootError(
+                f"CPU {cpu} did not boot: {reply['error']} ({process_limits()})",
+                cpu=cpu,
+                errno=reply["errno"],
+            )
+
+    def kill_cpu(self, cpu: int, generation: int) -> None:
+        """Have a CPU's process killed, if it is of that generation still.
+
+        Returns before it is dead. ``MachineDiedError``.
+        """
+        with self._lock:
+            self._order({"op": "kill", "cpu": cpu, "generation": generation})
+
+    def start_coprocessor(self, number: int, virq: int, start: bytes) -> int:
+        """Have a coprocessor forked that runs ``start``: its pid. ``OSError``.
+
+        ``start`` is the pickle of a callable that takes the machine and ``number``.
+        """
+        fd = os.memfd_create("shmipi-coprocessor", os.MFD_CLOEXEC)
+        with os.fdopen(fd, "wb", buffering=0) as stream:
+            view = memoryview(start)
+            while view:
+                view = view[stream.write(view) :]
+            reply = self._ask(
+                {"op": "coprocessor", "number": number, "virq": virq}, [fd]
+            )
+        if reply is None or "error" in reply:
+            reply = reply or {"error": "no answer", "errno": errno.ETIMEDOUT}
+            raise BootError(
+                f"a coprocessor could not be started: {reply['error']}"
+                f" ({process_limits()})",
+                errno=reply["errno"],
+            )
+        return int(reply["pid"])
+
+    def kill_coprocessor(self, pid: int) -> None:
+        """Have a coprocessor killed, if it still runs. ``MachineDiedError``."""
+        self._ask({"op": "kill_coprocessor", "pid": pid})
+
+    def _ask(
+        self, message: dict[str, Any], fds: Sequence[int] = ()
+    ) -> dict[str, Any] | None:
+        """Order something and wait for the answer; None: there was none in time."""
+        with self._lock:
+            self._orders += 1
+            number = self._orders
+            self._order({**message, "id": number}, fds)
+            with self._answered:
+                self._answered.wait_for(
+                    lambda: self.died or self._answer(number) is not None, BOOT_S
+                )
+                reply = self._answer(number)
+                self._answers.clear()
+        if self.died:
+            raise self.end_error()
+        return reply
+
+    def _answer(self, number: int) -> dict[str, Any] | None:
+        return next((a for a in self._answers if a.get("id") == number), None)
+
+    def _take_answer(self, answer: dict[str, Any]) -> None:
+        """Of the thread that reads the socket."""
+        with self._answered:
+            self._answers.append(answer)
+            self._answered.notify_all()
+
+    def _order(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        assert self._control is not None
+        try:
+            socket.send_fds(self._control, [json.dumps(message).encode()], list(fds))
+        except OSError:
+            raise self.end_error() from None
+
+
+def machine_died(name: str) -> MachineDiedError:
+    """Return the error of a machine that did not end in order."""
+    return MachineDiedError(
+        f"the machine {name} died: its firmware process is gone, and all its CPUs with"
+        " it"
+    )
+
+
+def process_limits() -> str:
+    """Return what to look at when no process could be made."""
+    return (
+        "the limits are RLIMIT_NPROC (ulimit -u), the cgroup's pids.max and"
+        " kernel.pid_max; `shmipi doctor` shows them"
+    )

@@ -1,0 +1,644 @@
+"""Hosts that attach to a machine that another process has booted."""
+
+import errno
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import shmipi
+from shmipi import (
+    AttachError,
+    Cluster,
+    ClusterStateError,
+    CpuOfflineError,
+    LayoutError,
+    MachineDiedError,
+    _core,
+    smp,
+)
+from shmipi.machine import segment
+
+SOON_S = 2.0  # hard; what is meant is a second at most
+DOORBELLS = ["futex", "sem", "signal", "eventfd", "mqueue"]
+
+# What another process does with the machine that it is told the name of.
+EVERYTHING = """
+import os, sys
+import numpy as np
+from shmipi import Cluster, RemoteCallError, atomic, percpu, smp
+
+def where(x):
+    return x, smp.smp_processor_id()
+
+def count(info):
+    atomic.fetch_add(hits, 0, 1)
+
+def taken(virq):
+    atomic.fetch_add(percpu("taken"), smp.smp_processor_id(), 1)
+
+if __name__ == "__main__":
+    with Cluster.attach(sys.argv[1]) as lab:
+        n = lab.ncpus
+        assert lab.attached and lab.name == sys.argv[1]
+        assert lab.call(1, where, "x") == ("x", 1)
+        assert lab.call(1, bytes, 1_000_000) == bytes(1_000_000)
+        assert lab.call(0, len, bytes(1_000_000)) == 1_000_000
+        assert [lab.submit(cpu, where, 5).result(10) for cpu in range(n)] == [
+            (5, cpu) for cpu in range(n)
+        ]
+        assert lab.run(smp.smp_processor_id) == list(range(n))
+        try:
+            lab.call(0, int, "seven")
+        except RemoteCallError as error:
+            assert isinstance(error.__cause__, ValueError)
+        else:
+            raise AssertionError
+        hits = lab.shared("hits", "i8", 1)
+        for _ in range(20):
+            lab.smp.smp_call_function_many(range(n), count)
+            lab.smp.smp_call_function_single(1, count, None, False)
+        lab.run(int)
+        assert hits[0] == 20 * (n + 1), hits
+        assert lab.shared("owners", "f8", 3)[2] == 2.5
+        lab.offline(1)
+        assert 1 not in lab.online_mask
+        lab.online(1)
+        virq = lab.irq.irq_reserve_ipi(None, "0-1")
+        seen = lab.percpu("taken", "i8")
+        lab.irq.request_percpu_irq(virq, taken, "mine")
+        lab.irq.enable_percpu_irq(virq)
+        lab.irq.ipi_send_mask(virq, "0-1")
+        lab.run(int)
+        assert seen[:2].tolist() == [1, 1], seen
+        lab.irq.disable_percpu_irq(virq)
+        lab.irq.free_percpu_irq(virq)
+        lab.irq.irq_destroy_ipi(virq)
+        assert lab.counters()["tasks_run"].sum() >= 3 * n
+        assert lab.host_counters()["calls_single"] >= 20
+        assert "CPU1" in lab.interrupts()
+        assert len(lab.trace_events()) > 0
+        os.kill(lab.cpus[1].pid, 9)
+        while lab.cpus[1].state != "dead":
+            pass
+        lab.online(1)
+        assert lab.call(1, where, "again") == ("again", 1)
+    print("done")
+"""
+
+
+@pytest.fixture
+def lab(cluster_until_failure):
+    with cluster_until_failure(3, idle="halt") as made:
+        yield made
+
+
+@pytest.mark.parametrize("doorbell", DOORBELLS)
+def test_another_process_uses_the_machine_as_its_host_does(boot, script, doorbell):
+    owner = boot(2, doorbell=doorbell, trace=True)
+    owner.shared("owners", "f8", 3)[2] = 2.5
+    assert script(EVERYTHING, owner.name).text == "done\n"
+    assert owner.call(1, smp.smp_processor_id) == 1
+    assert owner.shared("hits", "i8", 1)[0] == 60
+    assert owner.host_counters()["calls_single"] < 20  # its own, not the other's
+
+
+def test_cooperative_cpus_answer_an_attached_host(boot, script):
+    owner = boot(2, kick=False, trace=True)
+    owner.shared("owners", "f8", 3)[2] = 2.5
+    assert script(EVERYTHING, owner.name).text == "done\n"
+
+
+def test_detaching_leaves_the_machine_and_frees_the_slot(lab):
+    for _ in range(3 * _core.GUESTS):
+        with Cluster.attach(lab.name) as here:
+            assert "attached" in repr(here)
+            assert here.call(1, int, "7") == 7
+        assert here.closed
+        with pytest.raises(ClusterStateError, match="closed"):
+            here.call(1, int)
+    assert lab.call(1, int, "7") == 7
+
+
+def test_as_many_hosts_as_there_are_slots(lab):
+    hosts = [Cluster.attach(lab.name) for _ in range(_core.GUESTS)]
+    try:
+        with pytest.raises(AttachError, match="6 hosts are attached") as caught:
+            Cluster.attach(lab.name)
+        assert caught.value.errno == errno.EAGAIN
+        results = [host.submit(i % 3, int, str(i)) for i, host in enumerate(hosts)]
+        assert [result.result(5) for result in results] == list(range(_core.GUESTS))
+    finally:
+        for host in hosts:
+            host.shutdown()
+    Cluster.attach(lab.name).shutdown()
+
+
+def test_no_machine_and_a_dead_one(script, eventually):
+    with pytest.raises(AttachError, match="no machine") as caught:
+        Cluster.attach("there-is-none")
+    assert caught.value.errno == errno.ENOENT
+    with pytest.raises(ValueError, match="name"):
+        Cluster.attach("no name")
+    name = f"dead{os.getpid()}"
+    path = segment.SHM / segment.full_name(name)
+    with Cluster(1, name=name) as machine:
+        data = path.read_bytes()[: 1 << 20]
+        other = path.with_name(segment.full_name(f"other{os.getpid()}"))
+        try:
+            other.write_bytes(data[:8] + b"\xff\0\0\0" + data[12:])
+            with pytest.raises(LayoutError, match="layout version 255"):
+                Cluster.attach(f"other{os.getpid()}")
+        finally:
+            other.unlink()
+        del machine
+    try:
+        path.write_bytes(data)
+        with pytest.raises(AttachError, match="is dead") as caught:
+            Cluster.attach(name)
+        assert caught.value.errno == errno.EOWNERDEAD
+    finally:
+        path.unlink()
+
+
+def test_another_network_namespace_is_said(lab, script):
+    try:
+        subprocess.run(["unshare", "-n", "true"], check=True, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no network namespace can be made here")
+    program = """
+    import sys
+    from shmipi import AttachError, Cluster
+    try:
+        Cluster.attach(sys.argv[1])
+    except AttachError as error:
+        print(error.errno, error)
+    """
+    text = script(program, lab.name, prefix=("unshare", "-n")).text
+    assert text.startswith(f"{errno.ECONNREFUSED} ")
+    assert "network namespace" in text
+
+
+# ---- the machine's end ---------------------------------------------------------------
+
+WAITERS = """
+import sys, threading, time
+from shmipi import Cluster
+
+def main():
+    lab = Cluster.attach(sys.argv[1])
+    fell = {}
+
+    def wait(name, work):
+        try:
+            work()
+        except Exception as error:
+            fell[name] = (time.monotonic(), repr(error))
+
+    future = lab.submit(0, time.sleep, 100)
+    works = {
+        "call": lambda: lab.call(0, int),
+        "run": lambda: lab.run(time.sleep, 100, cpus=[1]),
+        "future": lambda: future.result(),
+        "smp": lambda: lab.smp.smp_call_function_single(0, int),
+        "many": lambda: lab.smp.on_each_cpu(int),
+        "offline": lambda: lab.offline(0),
+    }
+    threads = [threading.Thread(target=wait, args=work) for work in works.items()]
+    for thread in threads:
+        thread.start()
+    print("waiting", flush=True)
+    for thread in threads:
+        thread.join(20)
+    wait("later", lambda: lab.call(0, int))
+    wait("attribute", lambda: lab.cpus)
+    for name, (when, error) in sorted(fell.items()):
+        print(name, when, error, flush=True)
+    lab.shutdown()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def waiting(script, name):
+    process = script(WAITERS, name, wait=False)
+    assert process.stdout.readline() == "waiting\n"
+    time.sleep(0.3)
+    return process
+
+
+def check_told(process, ended, kind):
+    text, _ = process.communicate(timeout=25)
+    told = {line.split()[0]: line.split(maxsplit=2)[1:] for line in text.splitlines()}
+    names = {"call", "run", "future", "smp", "many", "offline", "later", "attribute"}
+    assert set(told) == names, text
+    for name, (when, error) in told.items():
+        assert error.startswith(kind), (name, error)
+        assert float(when) - ended < SOON_S, (name, float(when) - ended)
+
+
+def test_an_orderly_shutdown_is_told_as_one(boot, script):
+    owner = boot(2, name=f"end{os.getpid()}")
+    process = waiting(script, owner.name)
+    ended = time.monotonic()
+    owner.shutdown()
+    check_told(process, ended, "ClusterStateError('the machine end")
+
+
+def test_a_death_is_told_as_one(boot, script):
+    owner = boot(2)
+    process = waiting(script, owner.name)
+    ended = time.monotonic()
+    os.kill(owner._machine.firmware_pid, signal.SIGKILL)
+    check_told(process, ended, "MachineDiedError")
+
+
+def test_the_owners_death_is_told_and_nobody_keeps_the_machine_alive(script):
+    name = f"orphan{os.getpid()}"
+    program = f"""
+    import time
+    from shmipi import Cluster
+    if __name__ == "__main__":
+        cluster = Cluster(2, name={name!r})
+        print("up", flush=True)
+        time.sleep(60)
+    """
+    owner = script(program, wait=False)
+    assert owner.stdout.readline() == "up\n"
+    here = Cluster.attach(name)
+    try:
+        firmware = here._machine.firmware_pid
+        os.kill(firmware, signal.SIGSTOP)  # it can not remove anything
+        os.kill(owner.pid, signal.SIGKILL)
+        os.kill(firmware, signal.SIGKILL)
+        with pytest.raises(MachineDiedError):
+            here.run(time.sleep, 60, cpus=[0])
+        deadline = time.monotonic() + 5
+        found = None
+        while time.monotonic() < deadline:
+            found = next((f for f in segment.find() if f.name == name), None)
+            if found is None or not found.alive:
+                break
+            time.sleep(0.01)
+        assert found is not None
+        assert not found.alive
+        segment.clean()
+    finally:
+        here.shutdown()
+
+
+# ---- between hosts -------------------------------------------------------------------
+
+
+def test_hosts_make_arrays_at_once(lab, script):
+    program = """
+    import sys
+    from shmipi import Cluster
+    if __name__ == "__main__":
+        with Cluster.attach(sys.argv[1]) as here:
+            for i in range(100):
+                here.shared(f"mine-{sys.argv[2]}-{i}", "i8", 1)[0] = i
+                here.shared(f"ours-{i}", "i8", 3)[int(sys.argv[2])] = i
+    """
+    started = [script(program, lab.name, str(n), wait=False) for n in range(3)]
+    for process in started:
+        text, _ = process.communicate(timeout=30)
+        assert process.returncode == 0, text
+    for i in range(100):
+        assert lab.shared(f"ours-{i}", "i8", 3).tolist() == [i] * 3
+        for n in range(3):
+            assert lab.shared(f"mine-{n}-{i}", "i8", 1)[0] == i
+
+
+def test_a_killed_hosts_locks_are_taken_from_it(lab, script, eventually):
+    program = """
+    import os, sys
+    from shmipi import Cluster
+    if __name__ == "__main__":
+        here = Cluster.attach(sys.argv[1])
+        for name in ("array", "hotplug", "tool"):
+            assert here._machine.trylock(name)
+        assert here._machine.irq_trylock()
+        print("held", flush=True)
+        os.kill(os.getpid(), int(sys.argv[2]))
+    """
+    stopped = script(program, lab.name, str(int(signal.SIGSTOP)), wait=False)
+    assert stopped.stdout.readline() == "held\n"
+    with pytest.raises(shmipi.IpiTimeoutError, match="is it stopped"):
+        lab.offline(2, timeout=0.1)
+    stopped.kill()
+    lab.offline(2, timeout=5)
+    lab.online(2, timeout=5)
+    lab.shared("after-a-kill", "i8", 1)
+    virq = lab.irq.irq_reserve_ipi(None, "0-1")
+    lab.irq.irq_destroy_ipi(virq)
+
+
+def test_two_hosts_bring_a_dead_cpu_back(lab, eventually):
+    with Cluster.attach(lab.name) as here:
+        os.kill(lab.cpus[2].pid, signal.SIGKILL)
+        eventually(lambda: lab.cpus[2].state == "dead")
+        with pytest.raises(CpuOfflineError):
+            here.call(2, int)
+        before = lab.cpus[2].generation
+        threads = [
+            threading.Thread(target=host.online, args=(2,)) for host in (lab, here)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert lab.cpus[2].generation == before + 1
+        assert lab.call(2, int) == here.call(2, int) == 0
+
+
+def test_a_host_detaches_while_its_threads_call(lab, background):
+    """Each ends with an error, and what they left never reaches the slot's next."""
+    for _ in range(5):
+        here = Cluster.attach(lab.name)
+
+        def calls(here=here):
+            while True:
+                here.call(0, len, bytes(5000))
+
+        threads = [background(calls) for _ in range(3)]
+        waits = background(here.call, 1, time.sleep, 0.3)
+        time.sleep(0.05)
+        here.shutdown()
+        for thread in (*threads, waits):
+            with pytest.raises(ClusterStateError, match="closed"):
+                thread.end()
+        with Cluster.attach(lab.name) as other:
+            assert [other.call(0, int, str(i)) for i in range(50)] == list(range(50))
+    assert lab.counters()["corrupt"].sum() == 0
+
+
+def test_a_forks_child_is_not_attached(lab):
+    with Cluster.attach(lab.name) as here:
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                here.call(0, int)
+            except ClusterStateError:
+                here.shutdown()
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert here.call(0, int, "5") == 5
+    Cluster.attach(lab.name).shutdown()
+
+
+def test_a_native_handler_is_the_machines_whatever_its_number(tmp_path, boot, script):
+    source = tmp_path / "two.c"
+    source.write_text(
+        "#include <stdint.h>\n"
+        "void one(void *info) { *(int64_t *)info = 1; }\n"
+        "void two(void *info) { *(int64_t *)info = 2; }\n"
+        "void three(void *info) { *(int64_t *)info = 3; }\n"
+    )
+    library = tmp_path / "two.so"
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run(
+        [*compiler.split(), "-shared", "-fPIC", "-o", library, source], check=True
+    )
+    owner = boot(2, handlers=[f"{library}:one", f"{library}:two"])
+    program = """
+    import sys
+    from shmipi import Cluster, NativeHandler
+    library = sys.argv[2]
+    if __name__ == "__main__":
+        # Here the numbers are others.
+        names = [f"{library}:three", f"{library}:two", f"{library}:one"]
+        with Cluster(1, handlers=names), Cluster.attach(sys.argv[1]) as here:
+            cell = here.shared("cell", "i8", 1)
+            for name, value in (("one", 1), ("two", 2)):
+                handler = NativeHandler(f"{library}:{name}")
+                here.smp.smp_call_function_single(1, handler, cell)
+                assert cell[0] == value, (name, cell)
+            try:
+                handler = NativeHandler(names[0])
+                here.smp.smp_call_function_single(1, handler, cell)
+            except LookupError as error:
+                print(error)
+    """
+    text = script(program, owner.name, str(library)).text
+    assert "was not booted with this native handler" in text
+
+
+# ---- death ---------------------------------------------------------------------------
+
+SENDER = """
+import sys, time
+from shmipi import Cluster, smp
+
+def slow(_):
+    time.sleep(0.1)
+
+if __name__ == "__main__":
+    here = Cluster.attach(sys.argv[1])
+    what, step, action, skip = sys.argv[2:6]
+    n = here.shared("n", "i8", 1)
+    here.call(1, int)
+    here.smp.smp_call_function_single(1, smp.NativeHandler("count"), n, False)
+    here.run(int)
+    here._machine.arm_step(here._machine.id, step, int(action), int(skip))
+    print("armed", flush=True)
+    if what == "call":
+        here.smp.smp_call_function_single(1, smp.NativeHandler("count"), n)
+    elif what == "nowait":
+        here.smp.smp_call_function_single(1, smp.NativeHandler("count"), n, False)
+        here.smp.smp_call_function_single(1, smp.NativeHandler("count"), n)
+    elif what == "slow":
+        here.smp.smp_call_function_single(1, slow)
+    elif what == "submit":
+        here.submit(1, len, bytes(20_000)).result()
+    elif what == "run":
+        here.run(len, bytes(20_000), cpus=[1])
+    print("through", flush=True)
+"""
+STEPS = [
+    (what, step, skip)
+    for what, step, skip in [
+        ("call", "push", 0),
+        ("call", "pushed", 0),
+        ("call", "raise", 0),
+        ("call", "ring", 0),
+        ("call", "rung", 0),
+        ("nowait", "push", 0),
+        ("nowait", "pushed", 0),
+        ("nowait", "ring", 0),
+        ("slow", "park", 0),
+        ("slow", "parked", 0),
+        ("slow", "wake", 0),
+        ("submit", "push", 0),
+        ("submit", "pushed", 0),
+        ("submit", "ring", 0),
+        ("run", "pushed", 0),
+        ("run", "ring", 0),
+    ]
+]
+
+
+@pytest.fixture
+def stepped(cluster_until_failure):
+    with cluster_until_failure(2, idle="halt", steps=True) as made:
+        yield made
+
+
+@pytest.mark.parametrize(("what", "step", "skip"), STEPS)
+def test_an_attached_host_killed_at(stepped, script, eventually, what, step, skip):
+    """Its owner's calls return and are its own, and the slot is another's then."""
+    stepped.shared("n", "i8", 1)
+    assert stepped.submit(1, len, bytes(20_000)).result(5) == 20_000
+    free = shm_of(stepped)
+    kill = str(_core.STEP_KILL)
+    script(SENDER, stepped.name, what, step, kill, str(skip), status=-9)
+    for cpu in (0, 1):
+        assert stepped.call(cpu, int, "3", timeout=5) == 3
+    assert stepped.submit(1, len, bytes(20_000)).result(5) == 20_000
+    assert stepped.run(smp.smp_processor_id) == [0, 1]
+    # Its memory has come home: nothing of it is in flight for good.
+    eventually(lambda: shm_of(stepped) <= free + 64 * 1024)
+    with Cluster.attach(stepped.name) as here:
+        assert here.call(1, len, bytes(20_000), timeout=5) == 20_000
+    assert stepped.counters()["corrupt"].sum() == 0
+
+
+@pytest.mark.parametrize("step", ["push", "pushed", "raise", "ring", "rung"])
+def test_an_attached_host_stopped_at(stepped, script, eventually, step):
+    stepped.shared("n", "i8", 1)
+    stop = str(_core.STEP_STOP)
+    process = script(SENDER, stepped.name, "call", step, stop, "0", wait=False)
+    assert process.stdout.readline() == "armed\n"
+    status = Path(f"/proc/{process.pid}/stat")
+    eventually(lambda: " T " in status.read_text())
+    for cpu in (0, 1):
+        assert stepped.call(cpu, int, "3", timeout=5) == 3
+    process.send_signal(signal.SIGCONT)
+    assert process.stdout.readline() == "through\n"
+
+
+def shm_of(cluster):
+    """Bytes that a machine takes of /dev/shm."""
+    return (segment.SHM / segment.full_name(cluster.name)).stat().st_blocks * 512
+
+
+def test_what_a_killed_host_had_allocated_is_given_back(lab, script, eventually):
+    before = shm_of(lab)
+    program = """
+    import os, sys, time
+    from shmipi import Cluster
+    if __name__ == "__main__":
+        here = Cluster.attach(sys.argv[1])
+        kept = [here.submit(1, len, bytes(3_000_000)) for _ in range(5)]
+        print([future.result() for future in kept][:1], flush=True)
+        kept = [here.submit(1, len, bytes(3_000_000)) for _ in range(5)]
+        functions = [lambda n=n: n for n in range(500)]
+        print(sum(here.call(0, f) for f in functions), flush=True)
+        os.kill(os.getpid(), 9)
+    """
+    process = script(program, lab.name, status=-9)
+    assert process.text.split() == ["[3000000]", str(sum(range(500)))]
+    eventually(lambda: shm_of(lab) <= before + 64 * 1024, 10)
+    assert lab.call(1, int, "4") == 4
+
+
+def test_what_a_killed_host_had_queued_stays_until_it_has_run(boot, script, eventually):
+    """Its slot is another's meanwhile, and no result is delivered to the wrong one."""
+    lab = boot(2, idle="halt")
+    ran = lab.shared("ran", "i8", 64)
+    program = """
+    import os, sys
+    from shmipi import Cluster, atomic
+    if __name__ == "__main__":
+        here = Cluster.attach(sys.argv[1])
+        ran = here.shared("ran", "i8", 64)
+        def work(i, more):
+            atomic.fetch_add(ran, i, 1)
+            return bytes(4000) + b"wrong"
+        for i in range(50):
+            here.submit(1, work, i, bytes(i * 100))
+        os.kill(os.getpid(), 9)
+    """
+    pid = lab.cpus[1].pid
+    for _ in range(_core.GUESTS + 1):  # each slot has something in flight
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            script(program, lab.name, status=-9)
+            with Cluster.attach(lab.name) as here:
+                future = here.submit(1, str, "mine")
+                os.kill(pid, signal.SIGCONT)
+                assert future.result(10) == "mine"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    eventually(lambda: (ran[:50] == _core.GUESTS + 1).all())
+    assert lab.counters()["corrupt"].sum() == 0
+    assert lab.counters()["unraisable"].sum() == 0
+
+
+SOAK = """
+import random, sys
+from shmipi import Cluster, smp
+
+def echo(value, more):
+    return value, more, smp.smp_processor_id()
+
+if __name__ == "__main__":
+    me, here = int(sys.argv[2]), Cluster.attach(sys.argv[1])
+    print("up", flush=True)
+    serial = 0
+    while True:
+        futures = []
+        for _ in range(20):
+            serial += 1
+            cpu, more = random.randrange(here.ncpus), bytes(random.choice([0, 9, 7000]))
+            asked = (me, serial)
+            futures.append((cpu, asked, more, here.submit(cpu, echo, asked, more)))
+            assert here.call(cpu, echo, asked, more) == (asked, more, cpu)
+        here.smp.on_each_cpu(id)
+        for cpu, asked, more, future in futures:
+            assert future.result(20) == (asked, more, cpu)
+"""
+
+
+def test_hosts_are_killed_and_replaced_while_the_owner_calls(boot, script):
+    lab = boot(3)
+    name, serial, deaths = lab.name, 0, 0
+    hosts = [script(SOAK, name, str(n), wait=False) for n in range(3)]
+    end = time.monotonic() + 3
+    try:
+        while time.monotonic() < end:
+            until = time.monotonic() + 0.15
+            while time.monotonic() < until:
+                serial += 1
+                cpu, more = serial % 3, bytes(serial * 37 % 9000)
+                future = lab.submit(cpu, echo, ("owner", serial), more)
+                assert lab.call(cpu, echo, -serial, more) == (-serial, more, cpu)
+                assert future.result(20) == (("owner", serial), more, cpu)
+            victim = hosts.pop(0)
+            assert victim.stdout.readline() == "up\n"
+            assert victim.poll() is None, victim.stdout.read()
+            victim.kill()
+            text = victim.communicate()[0]
+            assert not text, text
+            deaths += 1
+            hosts.append(script(SOAK, name, str(10 + deaths), wait=False))
+    finally:
+        for host in hosts:
+            host.kill()
+            host.wait()
+    print(f"{serial} calls and submits of the owner, {deaths} hosts killed")
+    counters = lab.counters()
+    assert counters["corrupt"].sum() == counters["unraisable"].sum() == 0
+    assert lab.run(smp.smp_processor_id) == [0, 1, 2]
+
+
+def echo(value, more):
+    return value, more, smp.smp_processor_id()
