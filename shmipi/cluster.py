@@ -661,9 +661,9 @@ class _Futures:
 
     def _end_error(self, cpu: int) -> ShmipiError:
         what = "with this call in hand: it may or may not have run"
-        if isinstance(self._host, Guest) and not self._host.died:
+        if isinstance(self._host, Guest) and self._machine.state < _core.STOPPING:
             return ClusterStateError(f"this host detached {what}")
-        if isinstance(self._host, Guest) and self._host.shut_down:
+        if isinstance(self._host, Guest) and self._machine.shut_down:
             return ClusterStateError(f"{self._host.end_error()} {what}")
         return MachineDiedError(f"the machine ended {what}", cpu=cpu)
 

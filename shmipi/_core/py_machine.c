@@ -772,6 +772,7 @@ GETTER(array_offset, PyLong_FromUnsignedLongLong(machine->m.array_offset))
 GETTER(array_end, PyLong_FromUnsignedLongLong(array_end(&machine->m)))
 GETTER(array_bytes, PyLong_FromUnsignedLongLong(machine->m.array_bytes))
 GETTER(state, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->machine_state)))
+GETTER(shut_down, PyBool_FromLong(shi_load_acquire(&machine->m.header->shut_down) != 0))
 GETTER(event, PyLong_FromUnsignedLong(shi_load_acquire(&machine->self.slot->event)))
 GETTER(hotplug_event,
        PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->hotplug_event)))
@@ -799,7 +800,7 @@ static PyGetSetDef machine_getset[] = {
     GET(host_pid), GET(boot_time), GET(doorbell), GET(kick_signal), GET(kick),
     GET(oversubscribed), GET(chip), GET(closed), GET(slot_offset), GET(trace_offset),
     GET(trace_records), GET(nmi_signal), GET(irq_offset), GET(affinity_offset),
-    GET(line_count_offset),
+    GET(line_count_offset), GET(shut_down),
     {NULL, NULL, NULL, NULL, NULL},
 };
 

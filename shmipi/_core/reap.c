@@ -141,10 +141,32 @@ void shi_guest_admit(struct shi_self *self, uint32_t id, uint32_t pid)
     next_generation(slot);
 }
 
+static uint32_t csds_of(const struct shi_machine *m, uint32_t id)
+{
+    uint32_t top = shi_load_acquire(&shi_slot(m, id)->csd_top);
+    return top < m->csds_per_slot ? top : m->csds_per_slot;
+}
+
+/* Nobody waits for its calls any more, and nobody reads a result that a CPU lends. */
+static void leave_calls(struct shi_self *self, uint32_t id)
+{
+    struct shi_csd *csd = (struct shi_csd *)shi_region(self->m, id);
+    uint32_t i, n = csds_of(self->m, id);
+    for (i = 0; i < n; i++) {
+        uint64_t lock = shi_load_acquire(&csd[i].lock);
+        /* As in shi_csd_abandon: the unlock finds LEFT, or this finds it unlocked. */
+        while (lock & SHI_CSD_LOCK && !shi_cas_full(&csd[i].lock, &lock, lock | SHI_CSD_LEFT))
+            ;
+        if (!(lock & SHI_CSD_LOCK) && shi_load_relaxed(&csd[i].status) & SHI_S_LENT)
+            shi_lend_done(self, &csd[i]);
+    }
+}
+
 void shi_guest_bury(struct shi_self *self, uint32_t id)
 {
     struct shi_slot *slot = shi_slot(self->m, id);
     next_generation(slot); /* its locks are free, its irq handlers gone */
+    leave_calls(self, id);
     shi_store_release(&slot->pid, 0);
     shi_store_release(&slot->waiting_for, 0);
     shi_store_release(&slot->ringing, 0);
@@ -156,17 +178,17 @@ uint32_t shi_guest_clear(struct shi_self *self, uint32_t id)
     const struct shi_machine *m = self->m;
     struct shi_slot *slot = shi_slot(m, id);
     struct shi_csd *csd = (struct shi_csd *)shi_region(m, id);
-    uint32_t i, busy = 0, top = shi_load_acquire(&slot->csd_top);
-    if (top > m->csds_per_slot)
-        top = m->csds_per_slot;
+    uint32_t i, busy = 0, top = csds_of(m, id);
     for (i = 0; i < top; i++)
         /* Acquire pairs with the unlock: who had it has done with its payload too. */
         if (shi_csd_locked(&csd[i]) && !shi_csd_unqueued(&csd[i]))
             busy++;
     if (busy)
         return busy;
-    shi_store_full(&slot->csd_top, 0);
+    /* Its functions and payloads.  Not the csds, a few pages: CPUs look at them for what
+     * they have lent, and a hole that is touched when /dev/shm is full is a SIGBUS. */
     shi_store_full(&slot->func_top, 0);
-    shi_machine_punch(m, m->region_offset + (uint64_t)id * m->region_bytes, m->region_bytes);
+    shi_machine_punch(m, m->region_offset + (uint64_t)id * m->region_bytes + m->func_offset,
+                      m->region_bytes - m->func_offset);
     return 0;
 }

@@ -50,7 +50,6 @@ class Guest(Orders):
         super().__init__(segment.check_name(name))
         self.full = segment.full_name(name)
         self.owner = os.getpid()
-        self.shut_down = False
         self._closed = False
         self._fds: list[int] = []
         self._fd = self._pidfd = -1
@@ -174,7 +173,7 @@ class Guest(Orders):
 
     def end_error(self) -> ShmipiError:
         """Return what says why there is no machine any more."""
-        if self.shut_down:
+        if self.machine.shut_down:
             return ClusterStateError(
                 f"the machine {self._name} was shut down by its owner"
             )
@@ -199,7 +198,6 @@ class Guest(Orders):
                     if data:
                         message = json.loads(data)
                         if message.get("op") == "shutdown":
-                            self.shut_down = True
                             self._ended()
                         else:
                             self._take_answer(message)

@@ -147,7 +147,8 @@ def test_no_machine_and_a_dead_one(script, eventually):
     name = f"dead{os.getpid()}"
     path = segment.SHM / segment.full_name(name)
     with Cluster(1, name=name) as machine:
-        data = path.read_bytes()[: 1 << 20]
+        with path.open("rb") as file:
+            data = file.read(1 << 20)
         other = path.with_name(segment.full_name(f"other{os.getpid()}"))
         try:
             other.write_bytes(data[:8] + b"\xff\0\0\0" + data[12:])
