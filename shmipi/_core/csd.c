@@ -80,7 +80,9 @@ static int inherit(struct shi_self *self)
         }
         flight_push(self, i);
     }
-    return shi_func_inherit(self);
+    int err = shi_func_inherit(self);
+    shi_lend_inherit(self); /* last: what is in flight cannot be lost */
+    return err;
 }
 
 int shi_sender_init(struct shi_self *self)

@@ -499,6 +499,7 @@ struct shi_slot {
     shi_a32 task;                           /* 1 while a task runs */
     shi_a32 damaged; /* 1 once it dropped csds it could not believe */
     shi_a32 starved; /* enum shi_starved: its senders write it too */
+    shi_a32 lends;   /* 1 once a process of this slot has lent a result */
 
     /* Tests: stop or die at a labelled step. */
     _Alignas(SHI_PAIR) shi_a32 step;

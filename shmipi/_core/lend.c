@@ -63,6 +63,63 @@ void shi_lend_forget(struct shi_self *self, const struct shi_csd *csd, uint64_t 
         }
 }
 
+static int more_loans(struct shi_sender *s)
+{
+    if (s->nloans < s->loan_room)
+        return 0;
+    uint32_t room = s->loan_room ? 2 * s->loan_room : 16;
+    struct shi_loan *grown = realloc(s->loans, room * sizeof *grown);
+    if (!grown)
+        return -ENOMEM;
+    s->loans = grown;
+    s->loan_room = room;
+    return 0;
+}
+
+static void note(struct shi_self *self, const struct shi_csd *csd, uint64_t lock, uint64_t block)
+{
+    struct shi_sender *s = &self->sender;
+    s->lent += shi_arena_room(&s->arena, block);
+    s->loans[s->nloans++] = (struct shi_loan){
+        .block = block,
+        .csd = shi_csd_number(self->m, csd) - 1,
+        .seq = (uint16_t)(lock >> SHI_CSD_SEQ_SHIFT),
+        .src_gen = csd->src_gen,
+    };
+}
+
+/* Of a csd that nobody has locked: its sender may be giving it back right now. */
+static void inherit(struct shi_self *self, const struct shi_csd *csd, uint64_t lock)
+{
+    struct shi_ref ref = csd->value.ref;
+    if (csd->kind != SHI_K_PICKLE || ref.cpu != self->id || more_loans(&self->sender) ||
+        !shi_payload(self->m, self->id, &ref))
+        return;
+    int64_t at = shi_arena_reserve(&self->sender.arena, ref.offset, ref.length);
+    if (at >= 0) /* else the sender finds out by the checksum */
+        note(self, csd, lock, (uint64_t)at);
+}
+
+void shi_lend_inherit(struct shi_self *self)
+{
+    const struct shi_machine *m = self->m;
+    uint32_t s, i;
+    if (!shi_load_relaxed(&self->slot->lends) || shi_sender_arena(self))
+        return;
+    for (s = 0; s < m->nslots; s++) {
+        uint32_t top = shi_load_acquire(&shi_slot(m, s)->csd_top);
+        if (top > m->csds_per_slot)
+            top = m->csds_per_slot;
+        const struct shi_csd *csd = (const struct shi_csd *)shi_region(m, s);
+        for (i = 0; i < top; i++, csd++) {
+            uint64_t lock = shi_load_acquire(&csd->lock);
+            if (!(lock & (SHI_CSD_LOCK | SHI_CSD_DIED)) &&
+                shi_load_acquire(&csd->status) & SHI_S_LENT)
+                inherit(self, csd, lock);
+        }
+    }
+}
+
 static int64_t room_for(struct shi_sender *s, uint64_t length)
 {
     if (length > SHI_LEND_SMALL && s->lent + length > s->arena.bytes / 2)
@@ -75,16 +132,10 @@ int shi_lend(struct shi_self *self, struct shi_csd *csd, uint8_t status, const v
 {
     struct shi_sender *s = &self->sender;
     int err = shi_sender_arena(self);
+    if (!err)
+        err = more_loans(s);
     if (err)
         return err;
-    if (s->nloans == s->loan_room) {
-        uint32_t room = s->loan_room ? 2 * s->loan_room : 16;
-        struct shi_loan *grown = realloc(s->loans, room * sizeof *grown);
-        if (!grown)
-            return -ENOMEM;
-        s->loans = grown;
-        s->loan_room = room;
-    }
     shi_lend_sweep(self, LOOKS);
     int64_t at = room_for(s, length);
     if (at < 0 && s->nloans) {
@@ -102,13 +153,8 @@ int shi_lend(struct shi_self *self, struct shi_csd *csd, uint8_t status, const v
         .cpu = (uint16_t)self->id,
         .gen = self->gen,
     };
-    s->lent += shi_arena_room(&s->arena, (uint64_t)at);
-    s->loans[s->nloans++] = (struct shi_loan){
-        .block = (uint64_t)at,
-        .csd = shi_csd_number(self->m, csd) - 1,
-        .seq = (uint16_t)(shi_load_relaxed(&csd->lock) >> SHI_CSD_SEQ_SHIFT),
-        .src_gen = csd->src_gen,
-    };
+    note(self, csd, shi_load_relaxed(&csd->lock), (uint64_t)at);
+    shi_store_relaxed(&self->slot->lends, 1);
     /* The sender reads it, and the block, after the unlock. */
     shi_store_relaxed(&csd->status, (uint8_t)(status | SHI_S_LENT));
     return 0;

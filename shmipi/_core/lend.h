@@ -4,8 +4,8 @@
  *
  * The target writes them into a block of its own arena and lends it: the csd names the
  * block and bears SHI_S_LENT until the sender has read it.  So a result needs no second
- * interrupt: who is busy, parked or offline by then need not do anything, and of the dead
- * it can be read until another process takes the slot.
+ * interrupt: who is busy, parked or offline by then need not do anything.  What the dead
+ * have lent stays: the next process in the slot finds it.
  *
  * The target looks at what it has lent when it lends, and before it halts.  A block comes
  * back when its csd no longer bears this loan: the sender has read it, has left, or died.
@@ -28,6 +28,9 @@ int shi_lend(struct shi_self *self, struct shi_csd *csd, uint8_t status, const v
 void shi_lend_sweep(struct shi_self *self, uint32_t looks);
 /* The csd was unlocked, and nobody waited for it any more.  `seq`: its lock word then. */
 void shi_lend_forget(struct shi_self *self, const struct shi_csd *csd, uint64_t seq);
+
+/* A new process in the slot: what the one before it has lent keeps its place. */
+void shi_lend_inherit(struct shi_self *self);
 
 /* The sender is done with a csd that bears SHI_S_LENT. */
 void shi_lend_done(struct shi_self *self, struct shi_csd *csd);

@@ -301,6 +301,7 @@ static const struct field slot_fields[] = {
     FIELD(struct shi_slot, idle),       FIELD(struct shi_slot, waiting_for),
     FIELD(struct shi_slot, task),       FIELD(struct shi_slot, counters),
     FIELD(struct shi_slot, task_name),  FIELD(struct shi_slot, end),
+    FIELD(struct shi_slot, lends),
     {"rows", offsetof(struct shi_slot, pic.rows), sizeof ((struct shi_pic *)0)->rows},
 };
 

@@ -548,6 +548,7 @@ static PyObject *dumped_exception(void)
  * outcome, in as many bytes as there are. */
 static void send_refusal(Machine *machine, struct shi_csd *csd, PyObject *bytes, int err)
 {
+    PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
     shi_raise(shi_py.ArenaError, -err, (int)machine->self.id,
               "the function has run, but its result of %zd bytes cannot be sent back: %s; put "
               "large data in cluster.shared()", PyBytes_GET_SIZE(bytes),
@@ -556,6 +557,10 @@ static void send_refusal(Machine *machine, struct shi_csd *csd, PyObject *bytes,
     if (!refusal || send(machine, csd, SHI_S_RAISED, refusal))
         shi_store_relaxed(&csd->status, SHI_S_UNSENT);
     Py_XDECREF(refusal);
+    if (pending) {
+        PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
+        Py_DECREF(pending);
+    }
 }
 
 /*

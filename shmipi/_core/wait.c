@@ -143,8 +143,8 @@ static bool stuck(uint64_t w)
 static bool lost(const struct shi_slot *target, uint64_t w)
 {
     enum shi_state state = shi_word_state(w);
-    return shi_load_acquire(&target->damaged) && !shi_load_acquire(&target->starved) && !shi_word_work(w) &&
-           (state == SHI_HALTED || state == SHI_POLLING) &&
+    return shi_load_acquire(&target->damaged) && !shi_load_acquire(&target->starved) &&
+           !shi_word_work(w) && (state == SHI_HALTED || state == SHI_POLLING) &&
            !shi_load_acquire(&target->cur_csd) && !shi_load_acquire(&target->task);
 }
 

@@ -299,6 +299,70 @@ def test_dev_shm_too_small_to_boot(script, doorbell):
 
 
 @ROOT
+def test_results_when_dev_shm_is_full(script):
+    """They wait for room while some are lent, and else it is said that the call ran."""
+    printed = in_small_shm(
+        script,
+        "6m",
+        """
+        from shmipi import ArenaFullError, Cluster, RemoteCallError
+
+        def big(n, size):
+            ran[n] += 1
+            return n, bytes(size)
+
+        def fail(size):
+            ran[0] += 1
+            raise ValueError("x" * size)
+
+        with Cluster(2, idle="halt") as cluster:
+            ran = cluster.shared("ran", "i8", 100)
+            # More than there is of memory, read one after the other.
+            calls = [
+                cluster._machine.post(1, big, (n, 300_000), None, False)
+                for n in range(40)
+            ]
+            got = [cluster._machine.collect(call, 1, 10.0) for call in calls]
+            print(got == [(n, bytes(300_000)) for n in range(40)], int(ran.sum()))
+            try:
+                cluster.call(1, big, 50, 8 << 20)
+            except RemoteCallError as error:
+                cause = error.__cause__
+                told = "has run" in str(cause)
+                print(type(cause).__name__, cause.errno, told, ran[50])
+            ran[0] = 0
+            try:
+                cluster.smp.smp_call_function_single(1, fail, 8 << 20)
+            except RemoteCallError as error:
+                print(type(error.__cause__).__name__, "has run" in str(error), ran[0])
+            with open("/dev/shm/filler", "wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    pass
+            # Room for what is there already, at the most: an answer or the truth.
+            ran[:] = 0
+            outcomes = set()
+            for n in range(60):
+                try:
+                    assert cluster.call(1, big, n, n * 2_000) == (n, bytes(n * 2_000))
+                    outcomes.add("ok")
+                except (ArenaFullError, RemoteCallError) as error:
+                    assert "has run" in str(error) and ran[n] == 1, error
+                    outcomes.add("has run")
+            print(sorted(outcomes))
+        """,
+    )
+    assert printed.splitlines() == [
+        "True 40",
+        f"ArenaFullError {errno.ENOSPC} True 1",
+        "ArenaFullError True 1",
+        "['has run', 'ok']",
+    ]
+
+
+@ROOT
 def test_dev_shm_full_at_first_use(script):
     printed = in_small_shm(
         script,

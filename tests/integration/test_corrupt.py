@@ -252,11 +252,10 @@ def test_an_unused_request_that_is_damaged_costs_only_itself(boot):
     layout.close()
 
 
-@pytest.mark.parametrize("bit", [3, 12, 20, 30, 35, 41, 63])
-def test_where_arrays_lie_is_bounded_by_the_file(script, bit):
+def test_where_arrays_lie_is_bounded_by_the_file(script):
     """Damage in the number of their bytes or in their directory: never a SIGBUS."""
     done = script(
-        f"""
+        """
         import struct
         from shmipi import Cluster, LayoutError, _core
 
@@ -265,31 +264,34 @@ def test_where_arrays_lie_is_bounded_by_the_file(script, bit):
             one[:] = 7
             machine = cluster._machine
             memory = memoryview(machine)
-            used = machine.array_end - machine.array_offset
             head = bytes(memory[: _core.HEADER_BYTES])
+            used = machine.array_end - machine.array_offset
             at, = [
                 i for i in range(256, _core.HEADER_BYTES - 16, 8)
                 if struct.unpack_from("<QI", head, i) == (used, 1)
             ]
-            damaged = (used ^ 1 << {bit}) % 2**64
-            for what in ("used", "directory", "both"):
-                if what != "directory":
-                    struct.pack_into("<Q", memory, at, damaged)
-                if what != "used":
-                    offset = (machine.array_offset + (1 << {bit} - 1)) % 2**64
-                    struct.pack_into("<I", memory, at + 8, 2)
-                    struct.pack_into("<Q", memory, at + 24, offset)
-                try:
-                    two = cluster.shared("two", "i8", 4)
-                    two[:] = 1
-                except LayoutError as error:
-                    print("refused", error)
-                assert one.tolist() == [7] * 4
-                assert cluster.call(1, abs, -1) == 1
-                struct.pack_into("<QI", memory, at, used, 1)
+            for bit in (3, 12, 20, 30, 35, 41, 63):
+                damaged = (used ^ 1 << bit) % 2**64
+                for what in ("directory", "used", "both"):
+                    if what != "directory":
+                        struct.pack_into("<Q", memory, at, damaged)
+                    if what != "used":
+                        offset = (machine.array_offset + (1 << bit - 1)) % 2**64
+                        struct.pack_into("<I", memory, at + 8, 2)
+                        struct.pack_into("<Q", memory, at + 24, offset)
+                    try:
+                        cluster.shared("two", "i8", 4)[:] = 1
+                        print("made", bit, what)
+                    except LayoutError as error:
+                        assert "damaged" in str(error)
+                    assert one.tolist() == [7] * 4
+                    assert cluster.call(1, abs, -1) == 1
+                    struct.pack_into("<QI", memory, at, used, 1)
+            two = cluster.shared("two", "i8", 4)
+            two[:] = 2
+            assert one.tolist() == [7] * 4
             memory.release()
         print("alive")
         """
     )
-    assert "alive" in done.text
-    assert "refused" in done.text
+    assert done.text == "alive\n"
