@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from shmipi.bench.runner import machine_facts
 from shmipi.cluster import Cluster
+from shmipi.irq.chips import Chip
 from shmipi.machine import segment
 
 __all__ = ["SIZES", "private_kib", "run", "shared_kib"]
@@ -26,7 +27,7 @@ def run(
     sizes: Sequence[int] = SIZES,
     idle: str = "halt",
     doorbell: str = "futex",
-    controller: str = "apic",
+    controller: str | type[Chip] = "apic",
     cores: str | Sequence[int] = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def run(
             "shared_kib": memory,
             "idle": idle,
             "doorbell": doorbell,
-            "controller": controller,
+            "controller": cluster.controller,
         }
         if not private:
             row["private_note"] = "/proc/PID/smaps_rollup cannot be read here"

@@ -8,6 +8,7 @@ from typing import Any, Final
 from shmipi import _core
 from shmipi.bench.boot import shared_kib
 from shmipi.bench.runner import Disturbance, Rig, Seen, machine_facts, median
+from shmipi.irq.chips import Chip
 from shmipi.machine import topology
 
 __all__ = ["SIZES", "broadcasts", "run"]
@@ -29,7 +30,7 @@ def run(
     calls: int = 30,
     gap_us: float = 1000.0,
     doorbell: str = "futex",
-    controller: str = "apic",
+    controller: str | type[Chip] = "apic",
     cores: str | Sequence[int] = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def run(
                 "handler": "native",
                 "target_state": "halted",
                 "doorbell": doorbell,
-                "controller": controller,
+                "controller": rig.cluster.controller,
                 "ns_per_cpu": median(spans) / size,
                 "total_ns": median(spans),
                 "ns_per_cpu_spread": [min(spans) / size, max(spans) / size],

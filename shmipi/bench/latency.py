@@ -28,6 +28,7 @@ from shmipi.bench.runner import (
     unused_name,
 )
 from shmipi.errors import BootError
+from shmipi.irq.chips import Chip
 
 __all__ = ["DOORBELLS", "HANDLERS", "Options", "run"]
 
@@ -64,7 +65,7 @@ class Options:
     cores: str | Sequence[int] = "auto"
     gap_us: float = 30.0
     blocks: int = 10
-    controller: str = "apic"
+    controller: str | type[Chip] = "apic"
 
     @property
     def gap_ns(self) -> int:
@@ -413,7 +414,9 @@ def run(
             "gc": False,
             "limits": {name: state.limits[name].as_json() for name in limits.ABOUT},
             "rows": [
-                _row_json(group, row, state.limits[group.limit], options.controller)
+                _row_json(
+                    group, row, state.limits[group.limit], base.cluster.controller
+                )
                 for group in groups
                 if group.limit in state.limits
                 for row in group.rows

@@ -24,6 +24,7 @@ from shmipi.bench.runner import (
     unused_name,
 )
 from shmipi.errors import BootError
+from shmipi.irq.chips import Chip
 
 __all__ = ["ABOUT", "BATCH", "BATCHES", "PLACEMENTS", "Limit", "measure", "run"]
 
@@ -235,7 +236,7 @@ def measure_alone(
     return limit
 
 
-def open_base(cores: Sequence[int], controller: str = "apic") -> Rig:
+def open_base(cores: Sequence[int], controller: str | type[Chip] = "apic") -> Rig:
     """Boot the rig that can run every limit: with eventfds, if there may be some."""
     try:
         return Rig(cores, doorbell="eventfd", controller=controller)

@@ -18,9 +18,11 @@ from shmipi import _core
 from shmipi.bench import tasks
 from shmipi.cluster import Cluster
 from shmipi.errors import CommandError
+from shmipi.irq.chips import Chip
 from shmipi.machine import topology
 from shmipi.machine.boot import IDLE
 from shmipi.machine.facts import gather, steal_seconds
+from shmipi.report.table import can_redraw, columns_of
 
 __all__ = [
     "Disturbance",
@@ -133,7 +135,7 @@ class Rig:
         cores: Sequence[int],
         *,
         doorbell: str = "futex",
-        controller: str = "apic",
+        controller: str | type[Chip] = "apic",
         kick: bool | int = True,
     ) -> None:
         self.cluster = Cluster(
@@ -341,13 +343,18 @@ class Progress:
 
     def __init__(self, command: str, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._on = self._stream.isatty()
+        self._on = can_redraw(self._stream)
         self._command = command
 
     def __call__(self, text: str) -> None:
         """Show ``text`` in place of the last."""
         if self._on:
-            self._stream.write(f"\r\x1b[K{self._command}: {text}"[:160])
+            # One line of the terminal: what folds is not rubbed out again.
+            room = (columns_of(self._stream) or 80) - 1
+            line = f"{self._command}: {text}"
+            if len(line) > room:
+                line = f"{line[: room - 3]}..."
+            self._stream.write(f"\r\x1b[K{line}")
             self._stream.flush()
 
     def clear(self) -> None:

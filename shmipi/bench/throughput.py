@@ -19,6 +19,7 @@ from shmipi.bench.runner import (
     split,
     spread,
 )
+from shmipi.irq.chips import Chip
 from shmipi.machine import topology
 
 __all__ = ["PATTERNS", "STATES", "run"]
@@ -37,7 +38,7 @@ def run(
     handlers: Sequence[str] = HANDLERS,
     patterns: Sequence[str] = PATTERNS,
     doorbell: str = "futex",
-    controller: str = "apic",
+    controller: str | type[Chip] = "apic",
     blocks: int = 5,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -64,7 +65,9 @@ def run(
                         progress(f"{pattern}, target {state}, {handler}")
                     row = _row(rig, senders, state, handler, split(calls, blocks))
                     row.update(
-                        pattern=pattern, doorbell=doorbell, controller=controller
+                        pattern=pattern,
+                        doorbell=doorbell,
+                        controller=rig.cluster.controller,
                     )
                     rows.append(row)
         return {

@@ -11,11 +11,13 @@ from shmipi.cli.options import (
     DOORBELLS,
     IDLE_POLICIES,
     add_json_option,
+    controller,
     core_list,
     count,
     document,
     human_stream,
     integer,
+    load_controller,
     write_json,
 )
 from shmipi.errors import CommandError, RemoteCallError
@@ -125,7 +127,7 @@ def _latency(args: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
         cores=args.cores,
         gap_us=args.gap,
         blocks=args.blocks,
-        controller=args.controller,
+        controller=load_controller(args.controller),
     )
     return latency.run(options, progress)
 
@@ -190,7 +192,7 @@ def _throughput(args: argparse.Namespace, progress: _Progress) -> dict[str, Any]
         cores=args.cores,
         handlers=args.handler,
         doorbell=args.doorbell,
-        controller=args.controller,
+        controller=load_controller(args.controller),
         blocks=args.blocks,
         progress=progress,
     )
@@ -220,7 +222,7 @@ def _boot(args: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
         sizes=args.cpus,
         idle=args.idle,
         doorbell=args.doorbell,
-        controller=args.controller,
+        controller=load_controller(args.controller),
         cores=args.cores,
         progress=progress,
     )
@@ -259,7 +261,7 @@ def _broadcast(args: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
         calls=args.calls,
         gap_us=args.gap,
         doorbell=args.doorbell,
-        controller=args.controller,
+        controller=load_controller(args.controller),
         cores=args.cores,
         progress=progress,
     )
@@ -341,9 +343,11 @@ def _add_doorbell(parser: argparse.ArgumentParser) -> None:
 def _add_controller(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--controller",
-        choices=CONTROLLERS,
+        type=controller,
         default="apic",
-        help="the interrupt controller (default: apic)",
+        metavar="C",
+        help=f"the interrupt controller: {', '.join(CONTROLLERS)}, or a class of your"
+        " own as FILE.py:CLASS or MODULE:CLASS (default: apic)",
     )
 
 

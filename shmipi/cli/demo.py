@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from shmipi.cli.console import count_of
-from shmipi.cli.options import add_machine_options, boot
+from shmipi.cli.options import add_machine_options, boot, load_controller
 from shmipi.errors import CommandError, RemoteCallError
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ def _latency(args: argparse.Namespace, progress: Progress) -> list[dict[str, Any
         blocks=_BLOCKS,
         doorbells=tuple(dict.fromkeys(("none", args.doorbell, "signal"))),
         cores=cores,
-        controller=args.controller,
+        controller=load_controller(args.controller),
     )
     print(
         f"\nlatency of a call, there and back: medians of {_CALLS} calls between two"

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from shmipi.cli.console import console, table
 from shmipi.cli.options import add_machine_options, boot
+from shmipi.report.table import Listing, can_redraw, columns_of, write
 
 if TYPE_CHECKING:
     from shmipi.cluster import Cluster
@@ -31,11 +31,6 @@ _REFRESH_S = 0.5
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument(
-        "--name",
-        metavar="X",
-        help="1 to 32 letters, digits, '-' or '_' (default: a random one)",
-    )
     add_machine_options(parser)
 
 
@@ -45,9 +40,9 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
-    with boot(args, name=args.name) as cluster:
+    with boot(args) as cluster:
         try:
-            if sys.stdout.isatty():
+            if can_redraw(sys.stdout):
                 _show_live(cluster)
             else:
                 _show_plain(cluster)
@@ -78,11 +73,16 @@ def _title(cluster: Cluster) -> str:
     )
 
 
-def _table(cluster: Cluster, limit: int | None = None) -> Any:
-    listing = table(
-        *("CPU", "PID", "CORE", "STATE", "GENERATION"),
-        *("CALLS", "DOORBELLS", "KICKS", "HALTS"),
-        right="CPU PID CORE GENERATION CALLS DOORBELLS KICKS HALTS",
+def _table(cluster: Cluster, limit: int | None = None) -> Listing:
+    listing = Listing(
+        (
+            *("CPU", "PID", "CORE", "STATE", "GENERATION"),
+            *("CALLS", "DOORBELLS", "KICKS", "HALTS"),
+        ),
+        right=(
+            *("CPU", "PID", "CORE", "GENERATION"),
+            *("CALLS", "DOORBELLS", "KICKS", "HALTS"),
+        ),
     )
     now = cluster.counters()
     for cpu in cluster.cpus[:limit]:
@@ -97,9 +97,8 @@ def _table(cluster: Cluster, limit: int | None = None) -> Any:
 
 def _show_plain(cluster: Cluster) -> None:
     """Print one table, then a line for each CPU that leaves or comes back."""
-    out = console()
-    out.print(_title(cluster))
-    out.print(_table(cluster))
+    print(_title(cluster))
+    write(_table(cluster).lines(columns_of(sys.stdout)), sys.stdout)
     print("Ctrl-C ends it", flush=True)
     gone = {cpu.id: cpu.state in ("offline", "dead") for cpu in cluster.cpus}
     for cpus in _looks(cluster):
@@ -110,7 +109,7 @@ def _show_plain(cluster: Cluster) -> None:
 
 
 def _show_live(cluster: Cluster) -> None:
-    from rich.console import Console, Group
+    from rich.console import Console
     from rich.live import Live
 
     screen = Console(highlight=False, markup=False)
@@ -118,18 +117,25 @@ def _show_live(cluster: Cluster) -> None:
     # Refreshed from here only: Ctrl-C then never meets a thread that is drawing.
     with Live(console=screen, auto_refresh=False) as live:
         for _ in _looks(cluster):
-            if time.monotonic() < due:
-                continue
-            due = time.monotonic() + _REFRESH_S
-            room = max(1, screen.height - 5)
-            more = cluster.ncpus - room
-            rest = f"and {more} more (shmipi ps -v)" if more > 0 else ""
-            live.update(
-                Group(
-                    _title(cluster),
-                    _table(cluster, room),
-                    *([rest] if rest else []),
-                    "Ctrl-C ends it",
-                ),
-                refresh=True,
-            )
+            if time.monotonic() >= due:
+                due = time.monotonic() + _REFRESH_S
+                live.update(_picture(cluster, *screen.size), refresh=True)
+
+
+def _picture(cluster: Cluster, width: int, height: int) -> Any:
+    """Return what fits a screen of this size; it says how much does not."""
+    from rich.console import Group
+    from rich.text import Text
+
+    listing = _table(cluster)
+    tables = listing.tables(width)
+    # Above, below, and of each table its header and the line between it and the next.
+    title = Text(_title(cluster))
+    above = -(-len(title) // width)
+    room = max(1, (height - above - 3) // tables - 2)
+    more = cluster.ncpus - room
+    if more > 0:
+        listing = _table(cluster, room)
+    lines = [Text(text, style) for text, style in listing.lines(width)]
+    rest = [Text(f"and {more} more (shmipi ps -v)")] if more > 0 else []
+    return Group(title, *lines, *rest, Text("Ctrl-C ends it"))

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from shmipi.cpumask import CpuMask
-from shmipi.errors import CommandError, ShmipiError
+from shmipi.errors import (
+    CommandError,
+    ControllerError,
+    DeviceTreeError,
+    ShmipiError,
+)
 
 if TYPE_CHECKING:
     from shmipi.cluster import Cluster
+    from shmipi.irq.chips import Chip
 
 __all__ = [
     "CONTROLLERS",
     "DOORBELLS",
     "IDLE_POLICIES",
+    "above_zero",
     "add_json_option",
     "add_machine_options",
     "boot",
+    "controller",
     "core_list",
     "count",
     "cpu_mask",
@@ -30,7 +42,10 @@ __all__ = [
     "duration",
     "human_stream",
     "integer",
+    "kick",
+    "load_controller",
     "machine_kwargs",
+    "usage_errors",
     "write_json",
 ]
 
@@ -55,14 +70,11 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     """Return a parser (argparse's ``type``) of integers from ``least`` to ``most``."""
 
     def parse(text: str) -> int:
-        try:
-            # Longer strings of digits are no number that anybody means, and int() has
-            # a limit of its own.
-            value = int(text) if len(text) <= 20 else None
-        except ValueError:
-            value = None
-        if value is None:
+        # Longer strings of digits are no number that anybody means, and int() has a
+        # limit of its own; it also takes what nobody writes, such as "1_0" and " 1".
+        if not re.fullmatch(r"[+-]?[0-9]{1,20}", text):
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number")
+        value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is too small: at least {least}")
         if most is not None and value > most:
@@ -93,6 +105,104 @@ def duration(text: str) -> float:
     if seconds > _MAX_SECONDS:
         raise argparse.ArgumentTypeError(f"{text!r} is longer than a year")
     return seconds
+
+
+def above_zero(text: str) -> float:
+    """Parse a time that is not 0, see ``duration``."""
+    seconds = duration(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give more than 0")
+    return seconds
+
+
+def kick(text: str) -> bool | int:
+    """Parse what interrupts a running CPU: ``off``, ``on``, ``SIGRTMIN+8``, ``42``."""
+    if text in ("on", "off"):
+        return text == "on"
+    named = re.fullmatch(r"(?:SIG)?RT(MIN|MAX)([+-][0-9]{1,2})?", text)
+    if named:
+        first = signal.SIGRTMIN if named[1] == "MIN" else signal.SIGRTMAX
+        number = first + int(named[2] or 0)
+    elif re.fullmatch(r"[0-9]{1,3}", text):
+        number = int(text)
+    else:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no signal: write off, on, SIGRTMIN+8 or a number"
+        )
+    if not signal.SIGRTMIN <= number <= signal.SIGRTMAX:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no real-time signal: SIGRTMIN ({int(signal.SIGRTMIN)}) to"
+            f" SIGRTMAX ({int(signal.SIGRTMAX)})"
+        )
+    return number
+
+
+def controller(text: str) -> str:
+    """Parse the name of a controller, or where a class of one's own is."""
+    if text in CONTROLLERS or re.fullmatch(r"[^:]+:[A-Za-z_][\w.]*", text):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text[:80]!r} is not one of {', '.join(CONTROLLERS)}, and not FILE.py:CLASS"
+        " or MODULE:CLASS"
+    )
+
+
+def load_controller(text: str) -> str | type[Chip]:
+    """Return what ``Cluster(controller=...)`` takes for what ``controller`` parsed.
+
+    A class of one's own travels to the CPUs by value: they need not find its module.
+    Raises ``CommandError`` with status 2 when there is no such class.
+    """
+    if text in CONTROLLERS:
+        return text
+    import cloudpickle
+
+    from shmipi.irq.chips import Chip
+
+    where, _, name = text.rpartition(":")
+    module = _module_of(where)
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and issubclass(found, Chip)):
+        raise CommandError(
+            f"--controller {text}: {name} is no class derived from"
+            " shmipi.irq.chips.Chip",
+            status=2,
+        )
+    cloudpickle.register_pickle_by_value(module)
+    return found
+
+
+def _module_of(where: str) -> ModuleType:
+    """Import a file, or a module that may lie in the working directory."""
+    import importlib.util
+
+    is_file = where.endswith(".py") or "/" in where
+    if is_file and not os.path.isfile(where):
+        raise CommandError(f"--controller: there is no file {where}", status=2)
+    folder = os.path.dirname(os.path.abspath(where)) if is_file else os.getcwd()
+    sys.path.insert(0, folder)  # as for `python FILE` and for `python -m MODULE`
+    try:
+        if not is_file:
+            return importlib.import_module(where)
+        # A name of its own: the file's may be another module's.
+        name = "__shmipi_controller__"
+        spec = importlib.util.spec_from_file_location(name, where)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{where} is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+    except Exception as error:
+        text = traceback.format_exception_only(error)[-1].strip()
+        raise CommandError(
+            f"--controller {where}: it cannot be loaded: {text}", status=2
+        ) from None
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
 
 
 def cpu_mask(text: str) -> CpuMask:
@@ -143,9 +253,25 @@ def add_machine_options(
     )
     group.add_argument(
         "--controller",
-        choices=CONTROLLERS,
+        type=controller,
         default="apic",
-        help="the interrupt controller (default: apic)",
+        metavar="C",
+        help=f"the interrupt controller: {', '.join(CONTROLLERS)}, or a class of your"
+        " own as FILE.py:CLASS or MODULE:CLASS (default: apic)",
+    )
+    group.add_argument(
+        "--kick",
+        type=kick,
+        default=True,
+        metavar="SIGNAL",
+        help="the real-time signal that interrupts a running CPU, such as SIGRTMIN+3;"
+        " off: CPUs take interrupts when a task ends, waits or calls cond_resched"
+        " (default: on, SIGRTMIN+8)",
+    )
+    group.add_argument(
+        "--name",
+        metavar="X",
+        help="1 to 32 letters, digits, '-' or '_' (default: a random one)",
     )
     group.add_argument(
         "--cores",
@@ -157,14 +283,35 @@ def add_machine_options(
 
 
 def machine_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what ``add_machine_options`` parsed as arguments of ``Cluster``."""
+    """Return what ``add_machine_options`` parsed as arguments of ``Cluster``.
+
+    Raises ``CommandError`` for a controller that cannot be loaded.
+    """
     return {
         "ncpus": args.cpus,
         "idle": args.idle,
         "doorbell": args.doorbell,
-        "controller": args.controller,
+        "controller": load_controller(args.controller),
+        "kick": args.kick,
         "cores": args.cores,
+        "name": args.name,
     }
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Let options that make no machine here be wrong usage: status 2.
+
+    Such as a core that cannot be used, or more CPUs than a controller can address.
+    """
+    try:
+        yield
+    except (ControllerError, DeviceTreeError) as error:
+        raise CommandError(str(error), status=2) from None
+    except ShmipiError:
+        raise
+    except ValueError as error:
+        raise CommandError(str(error), status=2) from None
 
 
 def boot(args: argparse.Namespace, **more: Any) -> Cluster:
@@ -175,12 +322,9 @@ def boot(args: argparse.Namespace, **more: Any) -> Cluster:
     """
     from shmipi.cluster import Cluster
 
-    try:
-        return Cluster(**{**machine_kwargs(args), **more})
-    except ShmipiError:
-        raise
-    except ValueError as error:
-        raise CommandError(str(error), status=2) from None
+    options = {**machine_kwargs(args), **more}
+    with usage_errors():
+        return Cluster(**options)
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

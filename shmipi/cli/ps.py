@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from shmipi.cli.console import console, span, table
+from shmipi.cli.console import span
 from shmipi.cli.options import add_json_option, document, human_stream, write_json
+from shmipi.report.table import Listing, columns_of, write
 
 if TYPE_CHECKING:
     from shmipi.machine.inspect import MachineView
@@ -98,37 +100,44 @@ def _plain(
 
 
 def _print(entries: list[_Entry], verbose: bool, stream: TextIO) -> None:
-    out = console(stream)
     if not entries:
-        out.print("no machines")
+        print("no machines", file=stream)
         return
+    width = columns_of(stream)
     known = [(state, view) for _, state, view, _ in entries if view is not None]
     if known:
-        listing = table(
-            *("NAME", "STATE", "CPUS", "ONLINE", "IDLE", "DOORBELL", "CONTROLLER"),
-            *("HOST", "FIRMWARE", "UPTIME", "MEMORY"),
-            right="CPUS HOST FIRMWARE MEMORY",
-        )
-        for state, view in known:
-            listing.add_row(
-                *(view.name, state, str(view.ncpus), str(view.online) or "none"),
-                *(view.idle, view.doorbell, view.controller),
-                *(str(view.host_pid), str(view.firmware_pid), span(view.uptime_s)),
-                f"{view.memory_bytes / 1024:.0f} KiB",
-            )
-        out.print(listing)
+        write(_machines(known).lines(width), stream)
     for found, state, nothing, words in entries:
         if nothing is None:
-            out.print(f"{found.name}: {state}: {words}")
+            text = f"{found.name}: {state}: {words}"
+            print(text if width is None else textwrap.fill(text, width), file=stream)
     for _, view in known if verbose else ():
-        out.print()
-        out.print(_cpus(view))
+        print(file=stream)
+        write(_cpus(view).lines(width), stream)
 
 
-def _cpus(view: MachineView) -> Any:
-    listing = table(
-        *("CPU", "PID", "CORE", "STATE", "GENERATION", "IDLE", "DOING"),
-        right="CPU PID CORE GENERATION",
+def _machines(known: list[tuple[str, MachineView]]) -> Listing:
+    listing = Listing(
+        (
+            *("NAME", "STATE", "CPUS", "ONLINE", "IDLE", "DOORBELL", "CONTROLLER"),
+            *("HOST", "FIRMWARE", "UPTIME", "MEMORY"),
+        ),
+        right=("CPUS", "HOST", "FIRMWARE", "MEMORY"),
+    )
+    for state, view in known:
+        listing.add_row(
+            *(view.name, state, str(view.ncpus), str(view.online) or "none"),
+            *(view.idle, view.doorbell, view.controller),
+            *(str(view.host_pid), str(view.firmware_pid), span(view.uptime_s)),
+            f"{view.memory_bytes / 1024:.0f} KiB",
+        )
+    return listing
+
+
+def _cpus(view: MachineView) -> Listing:
+    listing = Listing(
+        ("CPU", "PID", "CORE", "STATE", "GENERATION", "IDLE", "DOING"),
+        right=("CPU", "PID", "CORE", "GENERATION"),
         title=view.name,
     )
     for cpu in view.cpus:

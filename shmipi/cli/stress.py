@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from shmipi.cli.options import (
+    above_zero,
     add_json_option,
     add_machine_options,
     document,
@@ -16,9 +19,11 @@ from shmipi.cli.options import (
     human_stream,
     integer,
     machine_kwargs,
+    usage_errors,
     write_json,
 )
-from shmipi.errors import CommandError, ShmipiError
+from shmipi.errors import CommandError
+from shmipi.report.table import can_redraw
 from shmipi.stress.options import HANDLERS, PRIMITIVES, Options, selection
 
 HELP = """\
@@ -42,7 +47,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the test")
     group.add_argument(
         "--duration",
-        type=duration,
+        type=above_zero,
         default=10.0,
         metavar="TIME",
         help="how long (default: 10s)",
@@ -56,10 +61,10 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--longwait",
-        type=integer(0, 3600),
-        default=0,
-        metavar="S",
-        help="let handlers burn up to S seconds once in a while (default: 0)",
+        type=duration,
+        default=0.0,
+        metavar="TIME",
+        help="let handlers burn up to TIME once in a while (default: 0, never)",
     )
     group.add_argument(
         "--stutter",
@@ -70,7 +75,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--stat-interval",
-        type=duration,
+        type=above_zero,
         default=5.0,
         metavar="TIME",
         help="a line of statistics this often (default: 5s)",
@@ -91,9 +96,10 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--seed",
-        type=integer(0, (1 << 64) - 1),
+        type=_seed,
         metavar="N",
-        help="make each invoker's random choices those of an earlier run",
+        help="make each invoker's random choices those of an earlier run, which printed"
+        " it: seed=N",
     )
     group.add_argument(
         "--handler",
@@ -118,23 +124,30 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_json_option(parser)
 
 
+def _seed(text: str) -> int:
+    """Parse a seed as a run prints it (``seed=7``), its number, or that in hex."""
+    digits = text.removeprefix("seed=")
+    if re.fullmatch(r"0x[0-9a-fA-F]{1,16}", digits):
+        return int(digits, 16)
+    return integer(0, (1 << 64) - 1)(digits)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the test and print its lines; 0: SUCCESS, 1: FAILURE, 130: interrupted."""
     options = _options(args)
     from shmipi.stress import run as stress
 
+    # Who ends it so wants the account of what was done, as after Ctrl-C.
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     stream = human_stream(args)
     with _progress(options.duration) as (line, progress):
 
         def show(text: str) -> None:
             line(text, stream)
 
-        try:
+        with usage_errors():  # no such machine here
             report = stress(options, line=show, progress=progress)
-        except ShmipiError:
-            raise
-        except ValueError as error:  # no such machine here
-            raise CommandError(str(error), status=2) from None
     for text in report.explain():
         print(f"shmipi-stress: {text}", file=stream)
     write_json(args.json, document("stress", **report.as_dict()))
@@ -172,7 +185,7 @@ def _progress(
     seconds: float,
 ) -> Iterator[tuple[Callable[[str, Any], None], Callable[[float], None]]]:
     """Yield how to print a line, and how to move the bar: a bar only on a terminal."""
-    if not sys.stderr.isatty():
+    if not can_redraw(sys.stderr):
 
         def plain(text: str, stream: Any) -> None:
             print(text, file=stream, flush=True)

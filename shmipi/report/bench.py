@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TextIO, TypeAlias
+
+from shmipi.report.table import Listing, columns_of, write
 
 __all__ = ["render", "table"]
 
 _Cells: TypeAlias = list[str]
 _Rows: TypeAlias = list[_Cells]
-_WIDE: Final = 100_000
 
 
 def render(result: dict[str, Any], stream: TextIO) -> None:
@@ -40,32 +40,14 @@ def table(header: Sequence[str], rows: Sequence[_Cells], stream: TextIO) -> None
     numeric = [
         all(_is_number(row[column]) for row in rows) for column in range(len(header))
     ]
-    if stream.isatty() and os.environ.get("TERM") != "dumb":
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        shown = Table(box=None, padding=(0, 2, 0, 0))
-        for name, right in zip(header, numeric, strict=True):
-            shown.add_column(name, justify="right" if right else "left", no_wrap=True)
-        for row in rows:
-            style = "yellow" if row[-1].startswith("no") else ""
-            shown.add_row(*(Text(cell, style) for cell in row))
-        # As wide as the table is: a narrow terminal folds lines, and cuts nothing.
-        Console(file=stream, width=_WIDE).print(shown)
-        return
-    widths = [
-        max(len(header[column]), *(len(row[column]) for row in rows))
-        if rows
-        else len(header[column])
-        for column in range(len(header))
-    ]
-    for row in [list(header), *rows]:
-        cells = [
-            f"{cell:>{width}}" if right else f"{cell:{width}}"
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        print("  ".join(cells).rstrip(), file=stream)
+    listing = Listing(
+        header,
+        right=[name for name, right in zip(header, numeric, strict=True) if right],
+        keys=max(1, numeric.index(True)) if any(numeric) else 1,
+    )
+    for row in rows:
+        listing.add_row(*row, style="yellow" if row[-1].startswith("no") else "")
+    write(listing.lines(columns_of(stream)), stream)
 
 
 def _is_number(text: str) -> bool:

@@ -114,7 +114,7 @@ FAULTS: Final = ("wrong_cpu", "mb_in", "late")
 _WRONG_CPU, _MB_IN, _LATE = range(3)
 FAULT_WORDS: Final = 8
 
-# Words of the driver for everybody.
+# Words of the driver for everybody; K_LONGWAIT is in milliseconds.
 K_STOP, K_PAUSE, K_LONGWAIT, K_SALT, K_READY, K_GO = range(6)
 CONTROL_WORDS: Final = 16
 
@@ -701,4 +701,4 @@ class Ledger:
 
     def _patience(self) -> float:
         """Seconds until a wait is a stall: longer where handlers may burn, or queue."""
-        return STALL_S + 3.0 * self.book.control[K_LONGWAIT] + 0.05 * self.book.ncpus
+        return STALL_S + 3e-3 * self.book.control[K_LONGWAIT] + 0.05 * self.book.ncpus

@@ -90,7 +90,7 @@ class _Driver:
         # Rows for every CPU, so that a later run on this machine finds the same arrays.
         self.book = Book(cluster.shared, ncpus, ncpus)
         self.book.reset()
-        self.book.control[K_LONGWAIT] = options.longwait
+        self.book.control[K_LONGWAIT] = round(options.longwait * 1e3)
         self.book.control[K_SALT] = self.seed & 0xFFFFFFFF
         self.hotplug = Hotplug()
         self.more: dict[str, int] = {}
@@ -175,7 +175,7 @@ class _Driver:
             f"controller={cluster.controller}",
             f"nthreads={self.senders}",
             f"duration={options.duration:g}",
-            f"longwait={options.longwait}",
+            f"longwait={options.longwait:g}",
             f"stutter={options.stutter:g}",
             f"stat_interval={options.stat_interval:g}",
             f"onoff_interval={options.onoff_interval:g}",

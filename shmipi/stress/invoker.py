@@ -92,7 +92,7 @@ def _burn(book: Book, number: int) -> None:
     if longwait:
         if dice & 0xFFF:
             return
-        seconds = float((dice >> 12) % longwait + 1)
+        seconds = float((dice >> 12) % longwait + 1) * 1e-3
     elif dice & 0xFFC0:
         return
     else:

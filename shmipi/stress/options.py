@@ -52,7 +52,7 @@ class Options:
 
     duration: float = 10.0
     nthreads: int = -1
-    longwait: int = 0
+    longwait: float = 0.0
     stutter: float = 0.02
     stat_interval: float = 5.0
     onoff_interval: float = 0.0
@@ -68,14 +68,14 @@ class Options:
             raise ValueError(
                 f"handler is {self.handler!r}: choose from {', '.join(HANDLERS)}"
             )
-        for name in ("duration", "stutter", "onoff_interval", "kill_interval"):
+        for name in ("stutter", "onoff_interval", "kill_interval"):
             value = getattr(self, name)
             if not 0 <= value < 1e9:
                 raise ValueError(f"{name} is {value!r}: give seconds, 0 or more")
-        if not 0 < self.stat_interval < 1e9:
-            raise ValueError(
-                f"stat_interval is {self.stat_interval!r}: give seconds above 0"
-            )
+        for name in ("duration", "stat_interval"):
+            value = getattr(self, name)
+            if not 0 < value < 1e9:
+                raise ValueError(f"{name} is {value!r}: give seconds above 0")
         if not 0 <= self.longwait <= 3600:
             raise ValueError(f"longwait is {self.longwait!r}: give 0 to 3600 seconds")
         if self.nthreads != -1 and self.nthreads < 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,7 @@ from shmipi.machine.inspect import (
     row_views,
 )
 
-__all__ = ["Counters", "interrupts"]
+__all__ = ["Counters", "InterruptRow", "as_text", "interrupt_rows", "interrupts"]
 
 _OWNERS = 2  # slots behind the CPUs: the host that booted, the firmware
 
@@ -120,6 +122,24 @@ class Counters:
         return {name: int(total[i]) for i, name in enumerate(_core.COUNTERS)}
 
 
+#: A row of interrupts: label, words, counts of shape (CPUs,).
+InterruptRow: TypeAlias = tuple[str, str, NDArray[np.uint64]]
+
+
+def interrupt_rows(counters: Counters) -> list[InterruptRow]:
+    """Return what ``interrupts`` shows, in its order."""
+    now = counters.cpus()
+    rows = counters.irqs() + counters.interrupts()
+    return [
+        *rows,
+        ("ELI", "Calls sent without interrupt, target polling", now["elided"]),
+        ("COA", "Calls sent without interrupt, queue not empty", now["coalesced"]),
+        ("WAK", "Doorbells taken while halted", now["doorbells_received"]),
+        ("KIC", "Kick signals taken while running", now["kicks_received"]),
+        ("BAD", "Interrupts that nobody handled", now["irq_other"]),
+    ]
+
+
 def interrupts(counters: Counters) -> str:
     """Return the counts in the shape of ``/proc/interrupts``.
 
@@ -127,20 +147,52 @@ def interrupts(counters: Counters) -> str:
     interrupt because the target was polling are in a row of their own (``ELI``), never
     in those; so are coalesced ones (``COA``), which the CPU that sent them counts.
     """
-    now = counters.cpus()
-    rows = counters.irqs() + counters.interrupts()
-    rows += [
-        ("ELI", "Calls sent without interrupt, target polling", now["elided"]),
-        ("COA", "Calls sent without interrupt, queue not empty", now["coalesced"]),
-        ("WAK", "Doorbells taken while halted", now["doorbells_received"]),
-        ("KIC", "Kick signals taken while running", now["kicks_received"]),
-        ("BAD", "Interrupts that nobody handled", now["irq_other"]),
+    return as_text(interrupt_rows(counters), range(counters.ncpus))
+
+
+def as_text(
+    rows: Sequence[InterruptRow], cpus: Sequence[int], width: int | None = None
+) -> str:
+    """Return rows of interrupts as text; ``cpus`` are the numbers of their columns.
+
+    Where lines of ``width`` characters are too short for it, the CPUs stand in several
+    tables below each other, and what the rows are is said once, behind them.
+    """
+    first = max([3, *(len(label) for label, _, _ in rows)])
+    cell = max([10, *(len(str(n)) for _, _, row in rows for n in row.tolist())]) + 1
+    words = max((len(text) for _, text, _ in rows), default=0)
+    whole = first + 1 + len(cpus) * cell + 3 + words
+    if width is None or whole <= width:
+        return "".join(_block(rows, cpus, first, cell, slice(None), words=True))
+    many = max(1, (width - first - 1) // cell)
+    blocks = [
+        "".join(_block(rows, cpus, first, cell, slice(at, at + many), words=False))
+        for at in range(0, len(cpus), many)
     ]
-    first = max(3, *(len(label) for label, _, _ in rows))
-    width = max(10, *(len(str(n)) for _, _, row in rows for n in row.tolist()))
-    header = "".join(f"{f'CPU{n}':>{width + 1}}" for n in range(counters.ncpus))
-    lines = [" " * (first + 1) + header]
+    legend = [
+        textwrap.fill(
+            text,
+            max(width, first + 20),
+            initial_indent=f"{label:>{first}}: ",
+            subsequent_indent=" " * (first + 2),
+        )
+        for label, text, _ in rows
+    ]
+    return "\n".join([*blocks, "\n".join(legend) + "\n" if legend else ""])
+
+
+def _block(
+    rows: Sequence[InterruptRow],
+    cpus: Sequence[int],
+    first: int,
+    cell: int,
+    part: slice,
+    *,
+    words: bool,
+) -> Iterator[str]:
+    header = "".join(f"{f'CPU{n}':>{cell}}" for n in cpus[part])
+    yield f"{'':{first + 1}}{header}\n"
     for label, text, row in rows:
-        counts = "".join(f"{int(n):>{width + 1}}" for n in row)
-        lines.append(f"{label:>{first}}:{counts}   {text}")
-    return "\n".join(lines) + "\n"
+        counts = "".join(f"{int(n):>{cell}}" for n in row[part])
+        behind = f"   {text}" if words else ""
+        yield f"{label:>{first}}:{counts}{behind}\n"

@@ -247,15 +247,20 @@ def test_machine_options() -> None:
         "idle": "auto",
         "doorbell": "futex",
         "controller": "apic",
+        "kick": True,
         "cores": "auto",
+        "name": None,
     }
-    line = "--cpus 4 --idle halt --doorbell sem --controller apic --cores 1,0"
+    line = "--cpus 4 --idle halt --doorbell sem --controller xive --cores 1,0"
+    line += " --kick off --name lab"
     assert options.machine_kwargs(parser.parse_args(line.split())) == {
         "ncpus": 4,
         "idle": "halt",
         "doorbell": "sem",
-        "controller": "apic",
+        "controller": "xive",
+        "kick": False,
         "cores": [1, 0],
+        "name": "lab",
     }
     with pytest.raises(SystemExit):
         parser.parse_args(["--doorbell", "bell"])
