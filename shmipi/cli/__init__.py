@@ -13,9 +13,12 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Final, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, cast
 
 from shmipi.errors import CommandError, ShmipiError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 __all__ = ["COMMANDS", "Command", "Parser", "main"]
 
@@ -68,6 +71,10 @@ class Parser(argparse.ArgumentParser):
             **kwargs,
         )
 
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """Print it; unlike argparse, say so when that is not possible."""
+        (sys.stdout if file is None else file).write(self.format_help())
+
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
         one_line = " ".join(message.split())
@@ -83,28 +90,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _run(name, arguments)
         _flush()
-    except SystemExit as stop:  # argparse, after --help or a usage error
-        return _status(stop)
     except KeyboardInterrupt:
         _complain(prog, "interrupted")
-        return _SIGINT_STATUS
+        status = _SIGINT_STATUS
     except BrokenPipeError:
-        _forget_stdout()
-        return _SIGPIPE_STATUS
+        status = _SIGPIPE_STATUS
     except CommandError as error:
         _complain(prog, str(error))
-        return error.status
+        status = error.status
     except ShmipiError as error:
         _complain(prog, str(error) or type(error).__name__)
-        return 1
+        status = 1
     except OSError as error:
-        _forget_stdout()  # it may be the very file that cannot be written
         _complain(prog, _os_error(error))
-        return 1
+        status = 1
+    _forget_what_cannot_be_written()
     return status
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    try:
+        return _command(name, arguments)
+    except SystemExit as stop:  # argparse, after --help or a usage error
+        return _status(stop)
+
+
+def _command(name: str, arguments: list[str]) -> int:
     if not name:
         return _without_command(arguments)
     command = _load(name)
@@ -203,12 +214,13 @@ def _flush() -> None:
     sys.stdout.flush()
 
 
-def _forget_stdout() -> None:
+def _forget_what_cannot_be_written() -> None:
     """Give the interpreter's last flush somewhere to go, or it complains at exit."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.close(null)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, number)
+                os.close(null)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shmipi.cli import Parser
 from shmipi.cli.options import add_machine_options, boot
+from shmipi.cli.tagged import Tagger, redirect
 from shmipi.cpumask import CpuMask
 from shmipi.errors import CommandError, ImportBootError, ShmipiError
 
@@ -48,6 +51,15 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.py[:FUNC] | MODULE:FUNC",
         help="what to run",
     )
+    _add_options(parser)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tag",
+        action="store_true",
+        help="begin each line that a CPU prints with its number; none is torn",
+    )
     add_machine_options(parser)
 
 
@@ -56,6 +68,7 @@ class Target:
     """What to run: a file by its ``path``, or a ``module``, and the function's name.
 
     ``folder`` and ``argv`` are what sys.path begins with and sys.argv is for it.
+    ``tags`` is where the pipes of ``--tag`` are.
     """
 
     path: str | None
@@ -63,6 +76,7 @@ class Target:
     func: str
     folder: str
     argv: list[str]
+    tags: str | None = None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,12 +84,31 @@ def run(args: argparse.Namespace) -> int:
     word, *rest = args.words
     arguments = _arguments(rest, args)
     target = _target(word, arguments)
+    if not args.tag:
+        return _report(_outcomes(args, target))
+    from shmipi.machine import topology
+
+    ncpus = args.cpus or topology.default_ncpus()
+    with Tagger(range(ncpus)) as tagger:
+        try:
+            # The machine ends first: all that its CPUs printed is in their pipes then.
+            outcomes = _outcomes(args, replace(target, tags=tagger.folder))
+        except KeyboardInterrupt:
+            if tagger.error is None:
+                raise
+            outcomes = {}
+    if tagger.error is not None:
+        raise tagger.error
+    return _report(outcomes)
+
+
+def _outcomes(args: argparse.Namespace, target: Target) -> dict[int, Outcome]:
     with boot(args) as cluster:
         cpus = cluster.online_mask
         outcomes = _each(cluster, _load, target, cpus)
         if all(outcome.good for outcome in outcomes.values()):
             outcomes = _each(cluster, _call, target, cpus)
-    return _report(outcomes)
+        return outcomes
 
 
 # ---- what was asked for --------------------------------------------------------------
@@ -88,7 +121,7 @@ def _arguments(rest: list[str], args: argparse.Namespace) -> list[str]:
     if middle:
         parser = Parser(prog="shmipi run", description=HELP, example=EXAMPLE)
         parser.usage = "%(prog)s [OPTIONS] FILE.py[:FUNC] | MODULE:FUNC [-- ARGS]"
-        add_machine_options(parser)
+        _add_options(parser)
         _, strays = parser.parse_known_args(middle, args)
         if strays:
             parser.error(
@@ -140,8 +173,9 @@ class Outcome:
     """How it ended on a CPU.
 
     ``kind`` and ``text``: "result" and its repr, "nothing" (a result of None), "raised"
-    and the traceback, "missing" and what is, "boots" and why it may not where it does,
-    "exit" and its message with its ``code``.
+    and the traceback (with an OSError's errno as ``code``), "missing" and what is,
+    "boots" and why it may not where it does, "exit" and its message with its ``code``,
+    "output" when that cannot be written, with the errno as ``code``.
     """
 
     kind: str
@@ -164,6 +198,10 @@ def _load(target: Target) -> Outcome:
         global _loaded
         # Only here, on the CPUs: what lies beside a file, its `random.py` say, must
         # not be taken for a module that the host or the firmware wants.
+        from shmipi import smp
+
+        if target.tags is not None:
+            redirect(target.tags, smp.smp_processor_id())
         sys.path.insert(0, target.folder)
         sys.argv[:] = target.argv
         _loaded = _module(target)
@@ -228,6 +266,36 @@ def _is_free(name: str, path: str) -> bool:
 
 def _guarded(work: Callable[[], str | None]) -> Outcome:
     """Run the user's code; whatever it raises becomes an outcome."""
+    outcome = _outcome(work)
+    # Before the host prints the results, which come after it.
+    for code in (_flush(1), _flush(2)):
+        if code and (outcome.good or (outcome.kind, outcome.code) == ("raised", code)):
+            return Outcome("output", os.strerror(code), code)
+    return outcome
+
+
+def _flush(number: int) -> int:
+    """Write out what was printed: 0, or the errno; from then on it is thrown away."""
+    stream = sys.stdout if number == 1 else sys.stderr
+    if stream is None:
+        return 0  # it was closed when the host began
+    try:
+        stream.flush()
+        os.write(number, b"")  # an unbuffered stream had nothing left to flush
+        poller = select.poll()
+        poller.register(number, 0)
+        # Of a pipe: its reader is gone.
+        code = errno.EPIPE if dict(poller.poll(0)).get(number) == select.POLLERR else 0
+    except OSError as error:
+        code = error.errno or errno.EIO
+    if code:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, number)
+        os.close(null)
+    return code
+
+
+def _outcome(work: Callable[[], str | None]) -> Outcome:
     try:
         text = work()
         return Outcome("nothing") if text is None else Outcome("result", text)
@@ -241,14 +309,9 @@ def _guarded(work: Callable[[], str | None]) -> Outcome:
         return Outcome("exit", str(stop.code), 1)
     except BaseException as error:
         trace = _users_part(error.__traceback__)
-        return Outcome(
-            "raised", "".join(traceback.format_exception(error.with_traceback(trace)))
-        )
-    finally:
-        # Before the host prints the results, which come after it.
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:  # it was closed when the host began
-                stream.flush()
+        lines = traceback.format_exception(error.with_traceback(trace))
+        code = (error.errno or 0) if isinstance(error, OSError) else 0
+        return Outcome("raised", "".join(lines), code)
 
 
 def _users_part(trace: TracebackType | None) -> TracebackType | None:
@@ -300,6 +363,8 @@ def _report(outcomes: dict[int, Outcome]) -> int:
             raise CommandError(outcome.text, status=2)
         if outcome.kind == "boots":
             raise CommandError(outcome.text)
+        if outcome.kind == "output":
+            raise OSError(outcome.code, outcome.text)
         where = f"CPU{'' if len(cpus) == 1 else 's'} {CpuMask(cpus)}"
         if outcome.kind == "raised":
             print(f"{where} raised:\n{outcome.text}", end="", file=sys.stderr)
