@@ -431,6 +431,7 @@ def bind(
     mask_cpus: Callable[[Any, int], Iterable[int]],
     /,
 ) -> None: ...
+def functions_rebound() -> None: ...
 def format_segment(
     fd: int,
     name: str,

@@ -140,6 +140,16 @@ class ArenaFullError(ShmipiOSError):
     default_errno = errno.ENOBUFS
 
 
+class FunctionTableFullError(ArenaFullError):
+    """EMFILE: this process has sent as many functions as it can, and all still exist.
+
+    A function counts until the object is gone: a lambda made for each call, for
+    example, until nothing refers to it any more.
+    """
+
+    default_errno = errno.EMFILE
+
+
 class IrqError(ShmipiOSError):
     """A refusal of the irq layer, with the kernel's errno (EINVAL, EBUSY, ENOMEM ...).
 

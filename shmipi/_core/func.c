@@ -29,7 +29,7 @@ int64_t shi_func_publish(struct shi_self *self, const void *pickle, uint32_t len
     int err;
     if (!s->nfree_funcs) {
         if (s->func_top == SHI_FUNCS)
-            return -ENOBUFS;
+            return -EMFILE;
         if (s->func_top % FUNCS_PER_PAGE == 0) {
             const struct shi_machine *m = self->m;
             err = shi_machine_back(m,
@@ -122,7 +122,7 @@ int shi_func_inherit(struct shi_self *self)
 }
 
 int shi_func_find(const struct shi_machine *m, uint32_t src, uint32_t index, uint32_t serial,
-                  const void **pickle, uint32_t *length)
+                  const void **pickle, uint32_t *length, uint64_t *sum)
 {
     if (src >= m->nslots || index >= SHI_FUNCS ||
         index >= shi_load_acquire(&shi_slot(m, src)->func_top))
@@ -131,10 +131,8 @@ int shi_func_find(const struct shi_machine *m, uint32_t src, uint32_t index, uin
     if (shi_load_acquire(&f->serial) != serial || serial == 0)
         return -ENOENT;
     struct shi_ref ref = {.offset = f->offset, .length = f->length};
-    const void *at = shi_payload(m, src, &ref);
-    if (!at || shi_checksum(m, at, ref.length) != f->sum)
-        return -EBADMSG;
-    *pickle = at;
+    *pickle = shi_payload(m, src, &ref);
     *length = ref.length;
-    return 0;
+    *sum = f->sum;
+    return *pickle ? 0 : -EBADMSG;
 }

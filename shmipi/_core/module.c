@@ -357,6 +357,8 @@ static PyObject *bind(PyObject *module, PyObject *args)
     } wanted[] = {
         {&shi_py.dumps, remote, "dumps"},
         {&shi_py.loads, remote, "loads"},
+        {&shi_py.publish, remote, "publish"},
+        {&shi_py.forget, remote, "forget"},
         {&shi_py.dump_exception, remote, "dump_exception"},
         {&shi_py.load_exception, remote, "load_exception"},
         {&shi_py.task_name, remote, "task_name"},
@@ -370,6 +372,7 @@ static PyObject *bind(PyObject *module, PyObject *args)
         {&shi_py.DeadlockError, errors, "IpiDeadlockError"},
         {&shi_py.TimeoutError, errors, "IpiTimeoutError"},
         {&shi_py.ArenaError, errors, "ArenaFullError"},
+        {&shi_py.TableError, errors, "FunctionTableFullError"},
         {&shi_py.LayoutError, errors, "LayoutError"},
         {&shi_py.StateError, errors, "ClusterStateError"},
         {&shi_py.NoMachineError, errors, "NoMachineError"},
@@ -393,6 +396,8 @@ static PyObject *bind(PyObject *module, PyObject *args)
 
 static PyMethodDef own_functions[] = {
     {"bind", bind, METH_VARARGS, "bind(errors, remote, mask_cpus)"},
+    {"functions_rebound", shi_functions_rebound, METH_NOARGS,
+     "functions_rebound(): compare the tables of byvalue.py again"},
     {NULL, NULL, 0, NULL},
 };
 

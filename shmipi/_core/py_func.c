@@ -2,29 +2,38 @@
 /*
  * Functions travel as numbers.
  *
- * Sender: a function object is known by identity.  Its code, defaults and the contents
- * of its closure cells are compared, by identity too, at each call; a change publishes
- * it anew.  The number is freed with the object.
+ * Sender: a function object is known by identity.  What its pickle was made of is compared,
+ * by identity too, at each call (py_guard.c); a change publishes it anew.  The number is
+ * freed with the object.
  *
  * Target: a number met for the first time is looked up in the sender's table, in shared
  * memory, and unpickled once.
+ *
+ * Pickling, weak references and letting go of objects run Python code, and that may call the
+ * same function.  So an entry is made in full before it is in the table and never changes
+ * there; another one takes its place.  And a number is good only until the next of those:
+ * whoever asks for one holds it before (shi_func_hold).
  */
 #include "py_shi.h"
 
+#include <errno.h>
+
 struct func_entry {
     PyObject_HEAD /* it is its own weakref callback */
-    Machine *machine; /* borrowed; NULL when the machine is closed */
+    Machine *machine; /* borrowed; NULL when it is not in the table */
     PyObject *key;    /* borrowed: the weakref says when it is gone */
     PyObject *weak;
     uint32_t index;
-    PyObject *code, *defaults, *kwdefaults;
-    Py_ssize_t ncells;
-    PyObject **cells; /* contents: a weak reference where possible, else strong */
+    struct shi_guards *guards;
 };
 
 /* ---- the table ------------------------------------------------------------------- */
 
+#define TRIES 3
+#define SWEEP 8 /* entries looked at for each that is made */
+
 static struct func_entry tombstone;
+static uint32_t senders; /* machines that have been sent functions, and are open */
 
 static uint32_t hash_of(const void *p)
 {
@@ -67,6 +76,16 @@ static int table_grow(struct func_table *t)
     return 0;
 }
 
+/* The place of `key`, which is there. */
+static struct func_entry **table_slot(const struct func_table *t, const PyObject *key)
+{
+    uint32_t i;
+    for (i = hash_of(key) & (t->size - 1);
+         t->slots[i] == &tombstone || t->slots[i]->key != key; i = (i + 1) & (t->size - 1))
+        ;
+    return &t->slots[i];
+}
+
 static int table_add(struct func_table *t, struct func_entry *entry)
 {
     uint32_t i;
@@ -79,37 +98,25 @@ static int table_add(struct func_table *t, struct func_entry *entry)
     return 0;
 }
 
-static void table_drop(struct func_table *t, const struct func_entry *entry)
-{
-    uint32_t i;
-    for (i = hash_of(entry->key) & (t->size - 1); t->slots[i]; i = (i + 1) & (t->size - 1))
-        if (t->slots[i] == entry) {
-            t->slots[i] = &tombstone;
-            return;
-        }
-}
-
 /* ---- entries --------------------------------------------------------------------- */
 
-static void entry_forget_snapshot(struct func_entry *e)
+static void retire(Machine *machine, uint32_t index)
 {
-    Py_ssize_t i;
-    Py_CLEAR(e->code);
-    Py_CLEAR(e->defaults);
-    Py_CLEAR(e->kwdefaults);
-    for (i = 0; i < e->ncells; i++)
-        Py_XDECREF(e->cells[i]);
-    PyMem_Free(e->cells);
-    e->cells = NULL;
-    e->ncells = 0;
+    if (shi_other_thread(machine)) {
+        shi_late(machine, index, false);
+        return;
+    }
+    shi_enter(&machine->self);
+    shi_func_retire(&machine->self, index);
+    shi_leave(&machine->self);
 }
 
 static void entry_dealloc(PyObject *self)
 {
     struct func_entry *e = (struct func_entry *)self;
     PyTypeObject *type = Py_TYPE(self);
-    entry_forget_snapshot(e);
     Py_XDECREF(e->weak);
+    shi_guards_free(e->guards);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -121,16 +128,10 @@ static PyObject *entry_call(PyObject *self, PyObject *args, PyObject *kwargs)
     Machine *machine = e->machine;
     (void)args;
     (void)kwargs;
+    e->machine = NULL;
     if (machine && !machine->closed && !machine->foreign) {
-        table_drop(&machine->sent, e);
-        if (shi_other_thread(machine)) {
-            shi_late(machine, e->index, false);
-        } else {
-            shi_enter(&machine->self);
-            shi_func_retire(&machine->self, e->index);
-            shi_leave(&machine->self);
-        }
-        e->machine = NULL;
+        *table_slot(&machine->sent, e->key) = &tombstone;
+        retire(machine, e->index);
         Py_DECREF(self); /* the table's reference */
     }
     Py_RETURN_NONE;
@@ -149,149 +150,153 @@ static PyType_Spec entry_spec = {
 };
 static PyTypeObject *entry_type;
 
-static PyObject *cell_content(PyObject *closure, Py_ssize_t i)
+/* Let go of one that is in no table (any more).  Runs Python code. */
+static void entry_discard(Machine *machine, struct func_entry *e)
 {
-    return PyCell_GET(PyTuple_GET_ITEM(closure, i)); /* borrowed, NULL when empty */
+    e->machine = NULL;
+    if (!machine->closed)
+        retire(machine, e->index);
+    Py_CLEAR(e->weak); /* it holds the entry, as its callback */
+    Py_DECREF(e);
 }
 
-static int entry_snapshot(struct func_entry *e, PyObject *function)
+static inline bool entry_is_current(struct func_entry *e, PyObject *function)
 {
-    Py_ssize_t i;
-    entry_forget_snapshot(e);
-    if (!PyFunction_Check(function))
-        return 0;
-    PyObject *closure = PyFunction_GET_CLOSURE(function);
-    e->code = Py_NewRef(PyFunction_GET_CODE(function));
-    e->defaults = Py_XNewRef(PyFunction_GET_DEFAULTS(function));
-    e->kwdefaults = Py_XNewRef(PyFunction_GET_KW_DEFAULTS(function));
-    if (!closure)
-        return 0;
-    e->cells = PyMem_Calloc((size_t)PyTuple_GET_SIZE(closure), sizeof *e->cells);
-    if (!e->cells) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    e->ncells = PyTuple_GET_SIZE(closure);
-    for (i = 0; i < e->ncells; i++) {
-        PyObject *content = cell_content(closure, i);
-        if (!content)
+    return !e->guards || shi_guards_hold(e->guards, function);
+}
+
+/* What has changed since it was sent may hold, by what is held of it, itself alive. */
+static void sweep(Machine *machine)
+{
+    struct func_table *t = &machine->sent;
+    uint32_t looks;
+    for (looks = 0; looks < SWEEP && t->size; looks++) {
+        struct func_entry *e = t->slots[t->hand++ & (t->size - 1)];
+        if (!e || e == &tombstone || entry_is_current(e, e->key))
             continue;
-        /* Weak where possible: a strong reference to something that leads back to the
-         * function would keep it alive for ever. */
-        e->cells[i] = PyWeakref_NewRef(content, NULL);
-        if (!e->cells[i]) {
-            PyErr_Clear();
-            e->cells[i] = Py_NewRef(content);
-        }
+        *table_slot(t, e->key) = &tombstone;
+        entry_discard(machine, e);
+    }
+}
+
+/* Into shared memory: its index, or -2. */
+static int64_t publish(Machine *machine, PyObject *pickle)
+{
+    struct shi_self *self = &machine->self;
+    int64_t index;
+    bool again = false;
+    if (!PyBytes_Check(pickle) || PyBytes_GET_SIZE(pickle) > UINT32_MAX) {
+        PyErr_SetString(PyExc_TypeError, "a pickle is bytes of less than 4 GiB");
+        return -2;
+    }
+    for (;;) {
+        shi_enter(self);
+        if (again)
+            shi_csd_collect(self); /* calls that have ended hold numbers as well */
+        index = shi_func_publish(self, PyBytes_AS_STRING(pickle),
+                                 (uint32_t)PyBytes_GET_SIZE(pickle));
+        shi_leave(self);
+        if (index != -EMFILE || again)
+            break;
+        again = true;
+        PyGC_Collect(); /* functions in circles */
+        if (machine->closed)
+            break;
+    }
+    if (index == -EMFILE)
+        shi_raise(shi_py.TableError, EMFILE, -1,
+                  "this process has sent %u functions that still exist, the most there can be: "
+                  "let go of those not needed any more, or send one function and pass what "
+                  "varies as an argument", SHI_FUNCS);
+    else if (index < 0)
+        shi_raise_errno(machine, (int)index, -1);
+    return index < 0 ? -2 : index;
+}
+
+/* A new entry, in no table yet.  Runs Python code. */
+static struct func_entry *entry_new(Machine *machine, PyObject *function)
+{
+    PyObject *pickle, *functions, *types, *tables;
+    PyObject *made = PyObject_CallOneArg(shi_py.publish, function);
+    struct func_entry *e = NULL;
+    int64_t index;
+    if (!made)
+        return NULL;
+    if (!PyArg_ParseTuple(made, "OOOO", &pickle, &functions, &types, &tables) ||
+        shi_use(machine) < 0 || (index = publish(machine, pickle)) < 0)
+        goto out;
+    e = PyObject_New(struct func_entry, entry_type);
+    if (!e) {
+        retire(machine, (uint32_t)index);
+        goto out;
+    }
+    memset((char *)e + sizeof(PyObject), 0, sizeof *e - sizeof(PyObject));
+    e->key = function;
+    e->index = (uint32_t)index;
+    if ((PyObject_IsTrue(functions) || PyObject_IsTrue(types)) &&
+        !(e->guards = shi_guards_new(functions, types, tables, function))) {
+        entry_discard(machine, e);
+        e = NULL;
+        goto out;
+    }
+    e->weak = PyWeakref_NewRef(function, (PyObject *)e);
+    if (!e->weak || shi_use(machine) < 0) {
+        entry_discard(machine, e);
+        e = NULL;
+    }
+out:
+    Py_DECREF(made);
+    return e;
+}
+
+/* In place of what the table has for this function.  0, or -1: `e` is discarded. */
+static int entry_put(Machine *machine, struct func_entry *e)
+{
+    struct func_entry *old = table_find(&machine->sent, e->key);
+    senders += !machine->sending;
+    machine->sending = true;
+    e->machine = machine;
+    if (old) {
+        *table_slot(&machine->sent, e->key) = e;
+        entry_discard(machine, old);
+    } else if (table_add(&machine->sent, e) < 0) {
+        entry_discard(machine, e);
+        return -1;
     }
     return 0;
 }
 
-static bool same_content(PyObject *kept, PyObject *now)
-{
-    if (!kept || !now)
-        return kept == now;
-    if (kept == now)
-        return true;
-    if (!PyWeakref_CheckRef(kept))
-        return false;
-#if PY_VERSION_HEX >= 0x030d0000
-    PyObject *alive;
-    if (PyWeakref_GetRef(kept, &alive) < 0) {
-        PyErr_Clear();
-        return false;
-    }
-    Py_XDECREF(alive); /* `now` is alive anyway if it is the same */
-    return alive == now;
-#else
-    /* A dead reference says None; None itself is never kept as a weak one. */
-    return now != Py_None && PyWeakref_GET_OBJECT(kept) == now;
-#endif
-}
-
-static bool entry_is_current(const struct func_entry *e, PyObject *function)
-{
-    Py_ssize_t i;
-    if (!e->code)
-        return true; /* a builtin or a class */
-    if (e->code != PyFunction_GET_CODE(function) ||
-        e->defaults != PyFunction_GET_DEFAULTS(function) ||
-        e->kwdefaults != PyFunction_GET_KW_DEFAULTS(function))
-        return false;
-    PyObject *closure = PyFunction_GET_CLOSURE(function);
-    if ((closure ? PyTuple_GET_SIZE(closure) : 0) != e->ncells)
-        return false;
-    for (i = 0; i < e->ncells; i++)
-        if (!same_content(e->cells[i], cell_content(closure, i)))
-            return false;
-    return true;
-}
-
-static int64_t publish(Machine *machine, PyObject *function)
-{
-    PyObject *pickle = PyObject_CallOneArg(shi_py.dumps, function);
-    if (!pickle)
-        return -2;
-    if (!PyBytes_Check(pickle) || PyBytes_GET_SIZE(pickle) > UINT32_MAX) {
-        Py_DECREF(pickle);
-        PyErr_SetString(PyExc_TypeError, "a pickle is bytes of less than 4 GiB");
-        return -2;
-    }
-    shi_enter(&machine->self);
-    int64_t index = shi_func_publish(&machine->self, PyBytes_AS_STRING(pickle),
-                                     (uint32_t)PyBytes_GET_SIZE(pickle));
-    shi_leave(&machine->self);
-    Py_DECREF(pickle);
-    if (index < 0) {
-        shi_raise_errno(machine, (int)index, -1);
-        return -2;
-    }
-    return index;
-}
-
 int64_t shi_function_number(Machine *machine, PyObject *function)
 {
-    struct func_entry *e = table_find(&machine->sent, function);
-    if (__builtin_expect(e != NULL, 1)) {
-        if (entry_is_current(e, function))
+    int tries;
+    for (tries = 0;; tries++) {
+        struct func_entry *e = table_find(&machine->sent, function);
+        /* No Python code runs between this look and the caller's hold. */
+        if (__builtin_expect(e && entry_is_current(e, function), 1))
             return e->index;
-        int64_t index = publish(machine, function);
-        if (index < 0)
-            return index;
-        shi_enter(&machine->self);
-        shi_func_retire(&machine->self, e->index);
-        shi_leave(&machine->self);
-        e->index = (uint32_t)index;
-        return entry_snapshot(e, function) < 0 ? -2 : index;
+        if (e && tries >= TRIES)
+            return e->index; /* it changes faster than it is pickled: anew next time */
+        /* Other callables (bound methods, partials, objects) may change in ways that
+         * identity does not show: they are pickled at each call. */
+        if (!e && !PyFunction_Check(function) && !PyType_Check(function) &&
+            !(PyCFunction_Check(function) &&
+              (!PyCFunction_GET_SELF(function) ||
+               PyModule_Check(PyCFunction_GET_SELF(function)))))
+            return -1;
+        sweep(machine);
+        struct func_entry *fresh = entry_new(machine, function);
+        if (!fresh)
+            return -2;
+        /* Another thread, or what the pickling ran, may have published it meanwhile, and
+         * with what is there now. */
+        e = table_find(&machine->sent, function);
+        if (e && entry_is_current(e, function))
+            entry_discard(machine, fresh);
+        else if (entry_put(machine, fresh) < 0)
+            return -2;
+        if (shi_use(machine) < 0)
+            return -2;
     }
-    /* Other callables (bound methods, partials, objects) may change in ways that
-     * identity does not show: they are pickled at each call. */
-    if (!PyFunction_Check(function) && !PyType_Check(function) &&
-        !(PyCFunction_Check(function) && (!PyCFunction_GET_SELF(function) ||
-                                          PyModule_Check(PyCFunction_GET_SELF(function)))))
-        return -1;
-    int64_t index = publish(machine, function);
-    if (index < 0)
-        return index;
-    e = PyObject_New(struct func_entry, entry_type);
-    if (!e)
-        goto fail;
-    memset((char *)e + sizeof(PyObject), 0, sizeof *e - sizeof(PyObject));
-    e->key = function;
-    e->index = (uint32_t)index;
-    e->machine = machine;
-    e->weak = PyWeakref_NewRef(function, (PyObject *)e);
-    if (!e->weak || entry_snapshot(e, function) < 0 || table_add(&machine->sent, e) < 0) {
-        e->machine = NULL;
-        Py_DECREF(e);
-        goto fail;
-    }
-    return index;
-fail:
-    shi_enter(&machine->self);
-    shi_func_retire(&machine->self, (uint32_t)index);
-    shi_leave(&machine->self);
-    return -2;
 }
 
 /* ---- target side ----------------------------------------------------------------- */
@@ -318,11 +323,34 @@ static void cache_clear(struct func_cache *c)
     *c = (struct func_cache){0};
 }
 
-PyObject *shi_function_received(Machine *machine, uint32_t src, uint16_t src_gen,
-                                uint32_t index, uint32_t serial)
+/* Copied first and checked after: nothing that does not bear the machine's checksum is
+ * unpickled. */
+static PyObject *copy_pickle(Machine *machine, uint32_t src, uint32_t index, uint32_t serial)
 {
     const void *pickle;
     uint32_t length;
+    uint64_t sum;
+    PyObject *copy = NULL;
+    int err = shi_func_find(&machine->m, src, index, serial, &pickle, &length, &sum);
+    if (!err) {
+        copy = PyBytes_FromStringAndSize(pickle, length);
+        if (!copy)
+            return NULL;
+        if (shi_checksum(&machine->m, PyBytes_AS_STRING(copy), length) == sum)
+            return copy;
+        Py_DECREF(copy);
+        /* Freed and used again meanwhile, or damaged? */
+        err = shi_load_acquire(&shi_func_entry(&machine->m, src, index)->serial) == serial
+                  ? -EBADMSG
+                  : -ENOENT;
+    }
+    return shi_raise(shi_py.LayoutError, 0, -1, "function %u of slot %u is %s", index, src,
+                     err == -ENOENT ? "not published any more" : "damaged");
+}
+
+PyObject *shi_function_received(Machine *machine, uint32_t src, uint16_t src_gen,
+                                uint32_t index, uint32_t serial)
+{
     if (!machine->received) {
         machine->received = PyMem_Calloc(machine->m.nslots, sizeof *machine->received);
         if (!machine->received)
@@ -335,18 +363,13 @@ PyObject *shi_function_received(Machine *machine, uint32_t src, uint16_t src_gen
                              c->entries[index].function && c->entries[index].serial == serial,
                          1))
         return Py_NewRef(c->entries[index].function);
-    int err = shi_func_find(&machine->m, src, index, serial, &pickle, &length);
-    if (err)
-        return shi_raise(shi_py.LayoutError, 0, -1,
-                         "function %u of slot %u is %s", index, src,
-                         err == -ENOENT ? "not published any more" : "damaged");
-    PyObject *copy = PyBytes_FromStringAndSize(pickle, length);
+    PyObject *copy = copy_pickle(machine, src, index, serial);
     if (!copy)
         return NULL;
     PyObject *function = PyObject_CallOneArg(shi_py.loads, copy);
     Py_DECREF(copy);
-    if (!function)
-        return NULL;
+    if (!function || !machine->received) /* closed by what ran */
+        return function;
     c = &machine->received[src];
     if (c->gen != src_gen) {
         cache_clear(c);
@@ -383,10 +406,12 @@ void shi_functions_clear(Machine *machine)
     struct func_table t = machine->sent;
     machine->sent = (struct func_table){0};
     for (i = 0; i < t.size; i++) {
-        if (!t.slots[i] || t.slots[i] == &tombstone)
+        struct func_entry *e = t.slots[i];
+        if (!e || e == &tombstone)
             continue;
-        t.slots[i]->machine = NULL;
-        Py_DECREF((PyObject *)t.slots[i]);
+        e->machine = NULL;
+        Py_CLEAR(e->weak); /* it holds the entry, as its callback */
+        Py_DECREF(e);
     }
     PyMem_Free(t.slots);
     if (machine->received) {
@@ -395,6 +420,18 @@ void shi_functions_clear(Machine *machine)
         PyMem_Free(machine->received);
         machine->received = NULL;
     }
+    if (machine->sending && --senders == 0) {
+        PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
+        PyObject *done = PyObject_CallNoArgs(shi_py.forget);
+        if (!done)
+            PyErr_WriteUnraisable(shi_py.forget);
+        Py_XDECREF(done);
+        if (pending) {
+            PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
+            Py_DECREF(pending);
+        }
+    }
+    machine->sending = false;
 }
 
 int shi_function_types(void)

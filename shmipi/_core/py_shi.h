@@ -31,6 +31,7 @@ struct unsent {
 struct func_table {
     struct func_entry **slots;
     uint32_t size, used;
+    uint32_t hand; /* of the sweep */
 };
 
 /* Functions this process has received, per sender. */
@@ -53,6 +54,8 @@ typedef struct {
     uint32_t waiters; /* host: threads that have given the interpreter up inside a wait */
     uint32_t *natives; /* guest: the machine's number of each of ours + 1; NULL: the same */
     struct func_table sent;
+    bool sending; /* functions have been sent */
+    uint32_t *irq_held; /* by virq: the function that its handler is, + 1 (py_irq.c) */
     struct func_cache *received;
     struct unsent *unsent; /* results that wait for room: self.unsent of them, oldest first */
     uint32_t unsent_room;
@@ -67,6 +70,8 @@ typedef struct {
 /* From Python, looked up once (module.c). */
 struct shi_python {
     PyObject *dumps, *loads;       /* pickle by value where it must */
+    PyObject *publish;             /* function -> (bytes, and lists for py_guard.c) */
+    PyObject *forget;              /* no machine is open any more */
     PyObject *dump_exception;      /* exception -> bytes */
     PyObject *load_exception;      /* (bytes, cpu) -> exception */
     PyObject *mask_cpus;           /* (mask, ncpus) -> list of int */
@@ -76,6 +81,7 @@ struct shi_python {
     PyObject *OfflineError, *UnknownError, *DiedError, *MachineDiedError, *BusyError, *DeadlockError;
     PyObject *TimeoutError, *ArenaError, *LayoutError, *StateError, *NoMachineError;
     PyObject *RemoteError, *Warning, *OSError, *CancelledError, *TaskInterrupt, *GroupError;
+    PyObject *TableError;
 };
 extern struct shi_python shi_py;
 
@@ -116,12 +122,23 @@ void shi_late_done(Machine *machine);
 
 /* ---- functions (py_func.c) ------------------------------------------------------- */
 /* Number of `function` for this sender: >= 0, -1 not by number (pickle it with the
- * arguments), -2 with an exception set. */
+ * arguments), -2 with an exception set.  Hold it (shi_func_hold) before Python code runs. */
 int64_t shi_function_number(Machine *machine, PyObject *function);
 /* A new reference to src's function, or NULL (with or without an exception). */
 PyObject *shi_function_received(Machine *machine, uint32_t src, uint16_t src_gen,
                                 uint32_t index, uint32_t serial);
 void shi_functions_clear(Machine *machine);
+
+/* ---- what a published function was made of (py_guard.c) -------------------------- */
+struct shi_guards;
+/* From the lists of byvalue.publish(); NULL with an exception set.  Runs Python code. */
+struct shi_guards *shi_guards_new(PyObject *functions, PyObject *types, PyObject *tables,
+                                  PyObject *published);
+/* Is everything as it was? */
+bool shi_guards_hold(struct shi_guards *guards, PyObject *published);
+void shi_guards_free(struct shi_guards *guards);
+/* functions_rebound(): a table says something else of a name than before. */
+PyObject *shi_functions_rebound(PyObject *module, PyObject *unused);
 
 /* ---- values (py_codec.c) --------------------------------------------------------- */
 /* What a call is made of before it has a csd. */

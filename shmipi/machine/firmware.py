@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 from shmipi import _core
 from shmipi.errors import ShmipiOSError
-from shmipi.machine import arrays, controller, process, segment
+from shmipi.machine import arrays, byvalue, controller, process, segment
 from shmipi.machine.ending import ending_number
 from shmipi.machine.guests import Guests
 
@@ -81,6 +81,7 @@ class Firmware:
         _core.kick_block(config["nmi_signal"], True)
         self.signals = _core.signal_fd([signal.SIGCHLD, signal.SIGTERM])
         self.arrays.make_current()
+        byvalue.adopt_main()
         self.controller = controller.register(
             self.machine, pickle.loads(config["controller"])
         )

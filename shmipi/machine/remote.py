@@ -5,29 +5,32 @@ The C core calls the functions of this module: it imports it with the first Mach
 
 from __future__ import annotations
 
-import io
 import pickle
 import traceback
 from collections.abc import Coroutine
 from typing import Any
 
-import cloudpickle
 import numpy as np
 
 from shmipi import _core, errors
 from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import RemoteCallError, TaskInterrupt
+from shmipi.machine import byvalue
 from shmipi.machine.ending import ending
 
 __all__ = [
     "dump_exception",
     "dumps",
     "ending",
+    "forget",
     "load_exception",
     "loads",
+    "publish",
     "run_coroutine",
     "task_name",
 ]
+
+forget = byvalue.forget
 
 _PROTOCOL = 5
 _PLAIN = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None)})
@@ -61,15 +64,29 @@ def dumps(value: object) -> bytes:
     try:
         if _is_plain(value):
             return pickle.dumps(value, _PROTOCOL)
-        buffer = io.BytesIO()
-        cloudpickle.Pickler(buffer, _PROTOCOL).dump(value)
-        return buffer.getvalue()
+        return byvalue.dumps(value)
     except Exception as error:
-        error.add_note(
-            "shmipi: a function, its arguments and its result are pickled to reach"
-            " another CPU; pass what can be pickled, or names to look it up by there"
-        )
+        _add_advice(error)
         raise
+
+
+def publish(function: object) -> tuple[bytes, list[Any], list[Any], list[Any]]:
+    """Pickle a function that gets a number; with it what it was made of.
+
+    See ``byvalue.publish``. Raises as ``dumps``.
+    """
+    try:
+        return byvalue.publish(function)
+    except Exception as error:
+        _add_advice(error)
+        raise
+
+
+def _add_advice(error: Exception) -> None:
+    error.add_note(
+        "shmipi: a function, its arguments and its result are pickled to reach"
+        " another CPU; pass what can be pickled, or names to look it up by there"
+    )
 
 
 def dump_exception(error: BaseException) -> bytes:
