@@ -12,7 +12,37 @@
 #include "nmi.h"
 #include "trace.h"
 
+#define HANDLER_TRIES 4
+
 /* ---- handlers -------------------------------------------------------------------- */
+
+static bool same_handler(const struct shi_irqdesc *a, const struct shi_irqdesc *b)
+{
+    return a->func == b->func && a->serial == b->serial && a->src == b->src &&
+           a->src_gen == b->src_gen;
+}
+
+/* The Python handler of `desc`: a new reference, or NULL (with or without an exception). */
+static PyObject *handler_of(Machine *machine, const struct shi_irqdesc *desc)
+{
+    int tries;
+    for (tries = 0; tries < HANDLER_TRIES; tries++) {
+        /* A handler dies with the process that requested it: its table may be another's
+         * now. */
+        if (shi_load_acquire(&desc->action) != SHI_IA_PYTHON ||
+            !shi_irqdesc_requester_lives(&machine->m, desc))
+            return NULL;
+        const struct shi_irqdesc seen = *(const volatile struct shi_irqdesc *)desc;
+        PyObject *function =
+            shi_function_received(machine, seen.src, seen.src_gen, seen.func, seen.serial);
+        /* Another one may have taken its place just then, and its number be freed. */
+        if (function || (shi_load_acquire(&desc->action) == SHI_IA_PYTHON &&
+                         same_handler(&seen, desc)))
+            return function;
+        PyErr_Clear();
+    }
+    return NULL;
+}
 
 /* Call the Python handler of `desc` with `argument`; what it raises is unraisable. */
 static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *argument,
@@ -20,15 +50,11 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
 {
     struct shi_self *self = &machine->self;
     PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
-    PyObject *function = NULL, *result = NULL;
+    PyObject *function, *result = NULL;
     uint8_t flags = self->irqs_off;
     self->irqs_off = 1;
     self->in_irq++;
-    /* A handler dies with the process that requested it: its table may be another's now. */
-    if (shi_load_acquire(&desc->action) == SHI_IA_PYTHON &&
-        shi_irqdesc_requester_lives(&machine->m, desc))
-        function = shi_function_received(machine, desc->src, desc->src_gen, desc->func,
-                                         desc->serial);
+    function = handler_of(machine, desc);
     if (function) {
         shi_count(self, SHI_C_python_run);
         if (is_nmi)
@@ -131,10 +157,64 @@ static int request_native(Machine *machine, struct shi_irqdesc *desc, PyObject *
     return err;
 }
 
+/* Numbers of functions are held for the irqs that this process has requested, whatever
+ * becomes of the function object.  Give back those of irqs that others have freed, or have
+ * requested since.  The table is locked. */
+static void let_go_of_handlers(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    uint32_t virq;
+    for (virq = 0; machine->irq_held && virq < SHI_NR_IRQS; virq++) {
+        uint32_t held = machine->irq_held[virq];
+        const struct shi_irqdesc *desc = shi_irqdesc(&machine->m, virq);
+        if (!held)
+            continue;
+        uint32_t serial = shi_load_relaxed(&shi_func_entry(&machine->m, self->id, held - 1)->serial);
+        const struct shi_irqdesc mine = {.func = held - 1, .serial = serial,
+                                         .src = (uint16_t)self->id, .src_gen = self->gen};
+        if (shi_load_acquire(&desc->action) == SHI_IA_PYTHON && same_handler(desc, &mine))
+            continue;
+        machine->irq_held[virq] = 0;
+        shi_enter(self);
+        shi_func_drop(self, held - 1);
+        shi_leave(self);
+    }
+}
+
+/* Publish a Python handler and hold its number.  0, or -1. */
+static int request_python(Machine *machine, uint32_t virq, PyObject *handler)
+{
+    struct shi_self *self = &machine->self;
+    if (!machine->irq_held) {
+        machine->irq_held = PyMem_Calloc(SHI_NR_IRQS, sizeof *machine->irq_held);
+        if (!machine->irq_held) {
+            PyErr_NoMemory();
+            return -1;
+        }
+    }
+    int64_t index = shi_function_number(machine, handler);
+    if (index == -1)
+        PyErr_SetString(PyExc_TypeError, "an irq handler is a function or a NativeHandler");
+    if (index < 0)
+        return -1;
+    struct shi_irqdesc *desc = shi_irqdesc(&machine->m, virq);
+    uint32_t old = machine->irq_held[virq];
+    shi_enter(self);
+    shi_func_hold(self, (uint32_t)index);
+    desc->stride = 0;
+    shi_irqdesc_set_python(self, desc, (uint32_t)index,
+                           shi_load_relaxed(&shi_func_entry(&machine->m, self->id,
+                                                            (uint32_t)index)->serial));
+    machine->irq_held[virq] = (uint32_t)index + 1;
+    if (old)
+        shi_func_drop(self, old - 1); /* after: whoever takes the irq now finds the new one */
+    shi_leave(self);
+    return 0;
+}
+
 /* irq_request(virq, handler, info, stride=0): publish the handler; a number: do what taking
  * that line of the chip means.  With a stride, the native handler of CPU n gets what lies n
- * strides after `info`.  The table is locked, and the
- * caller keeps `handler` (a function, or a NativeHandler) alive. */
+ * strides after `info`.  The table is locked. */
 METHOD(request)
 {
     Machine *machine = MACHINE(object);
@@ -151,6 +231,7 @@ METHOD(request)
     if (Py_IS_TYPE(handler, shi_native_type)) {
         if (request_native(machine, desc, handler, info, stride) < 0)
             return NULL;
+        let_go_of_handlers(machine);
         Py_RETURN_NONE;
     }
     if (PyLong_Check(handler)) {
@@ -158,17 +239,12 @@ METHOD(request)
         if (PyErr_Occurred() || shi_check_line(machine, (unsigned)line) < 0)
             return NULL;
         shi_irqdesc_set_line(desc, (uint32_t)line);
+        let_go_of_handlers(machine);
         Py_RETURN_NONE;
     }
-    int64_t index = shi_function_number(machine, handler);
-    if (index == -1)
-        PyErr_SetString(PyExc_TypeError, "an irq handler is a function or a NativeHandler");
-    if (index < 0)
+    if (request_python(machine, virq, handler) < 0)
         return NULL;
-    desc->stride = 0;
-    shi_irqdesc_set_python(&machine->self, desc, (uint32_t)index,
-                           shi_load_relaxed(&shi_func_entry(&machine->m, machine->self.id,
-                                                            (uint32_t)index)->serial));
+    let_go_of_handlers(machine);
     Py_RETURN_NONE;
 }
 
@@ -183,6 +259,8 @@ METHOD(free)
         return NULL;
     if (desc)
         shi_irqdesc_clear(desc);
+    if (!machine->closed && !machine->foreign)
+        let_go_of_handlers(machine);
     Py_RETURN_NONE;
 }
 

@@ -94,6 +94,7 @@ static void machine_dealloc(PyObject *object)
         if (machine->m.fd >= 0)
             close(machine->m.fd);
         PyMem_Free(machine->late);
+        PyMem_Free(machine->irq_held);
         PyMem_Free(machine->natives);
         while (machine->self.unsent)
             Py_DECREF(machine->unsent[--machine->self.unsent].bytes);

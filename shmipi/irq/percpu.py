@@ -44,7 +44,7 @@ class PercpuCalls(IpiCalls):
     """Requesting and enabling irqs of one machine."""
 
     def __init__(self) -> None:
-        # What this process requested: the core knows functions by identity.
+        # What this process requested: free_percpu_irq compares the dev_id.
         self._requested: dict[int, tuple[int, Any, Any]] = {}
 
     def request_percpu_irq(

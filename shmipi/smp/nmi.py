@@ -27,9 +27,6 @@ _AGAIN_S = 0.01
 _AGAIN_MAX_S = 0.64
 _LOCK_S = 10.0
 
-#: Handlers that this process has published: the core pulls them from here.
-_kept: dict[str, Any] = {}
-
 
 def register_nmi_handler(
     handler: Callable[[None], object] | _core.NativeHandler | None,
@@ -144,12 +141,10 @@ def _locked(machine: _core.Machine, deadline: float | None = None) -> Iterator[b
 def _publish(machine: _core.Machine, handler: Any, info: Any) -> None:
     if handler is None:
         machine.irq_free(_NMI_DESC)
-        _kept.pop(machine.name, None)
         return
     if not isinstance(handler, _core.NativeHandler):
         handler = _plain(handler)
     machine.irq_request(_NMI_DESC, handler, info)
-    _kept[machine.name] = handler
 
 
 def _plain(handler: Callable[[None], object]) -> Callable[[None], object]:
