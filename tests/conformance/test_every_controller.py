@@ -140,6 +140,17 @@ def test_unknown_controllers_are_refused():
         assert (got.value.errno, got.value.cpu) == (errno.EINVAL, most)
 
 
+def test_a_chip_as_a_class(cluster):
+    """With the type of a controller, in the host and on a CPU, or refused."""
+    for kind in CHIPS.values():
+        if kind is type(cluster.chip):
+            assert cluster.chip.as_a(kind) is cluster.chip
+            assert cluster.call(1, lambda kind=kind: irq.chip().as_a(kind).ncpus)
+        elif not isinstance(cluster.chip, kind):
+            with pytest.raises(shmipi.ControllerError, match=f"no {kind.__name__}$"):
+                cluster.chip.as_a(kind)
+
+
 def test_cpus_and_lines_of_a_chip(cluster):
     """Named as everywhere, and what does not exist is refused with an errno."""
     chip = cluster.chip

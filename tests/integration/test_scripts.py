@@ -55,6 +55,36 @@ def test_the_readme_has_its_programs() -> None:
     assert len(blocks("python native")) == len(blocks("c")) == 1
 
 
+def test_every_program_of_the_readme_has_a_guard() -> None:
+    """A CPU may import a program, whose top level must not boot its machine again."""
+    for text in [*blocks("python"), *blocks("python native")]:
+        lines = text.splitlines()
+        [guard] = [n for n, line in enumerate(lines) if line.startswith("if __name__")]
+        boots = [n for n, line in enumerate(lines) if "with Cluster(" in line]
+        assert boots
+        assert min(boots) > guard
+        assert all(lines[n].startswith("    ") for n in boots)
+
+
+def test_tables_of_the_readme_render() -> None:
+    """GitHub's: a header, a line of dashes, rows of as many cells, nothing between."""
+    text = re.sub(
+        r"^```.*?^```$", "", (ROOT / "README.md").read_text(), flags=re.M | re.S
+    )
+    tables = 0
+    for block in re.split(r"\n\s*\n", text):
+        lines = block.strip().splitlines()
+        if not any(line.startswith("|") for line in lines):
+            continue
+        tables += 1
+        assert all(line.startswith("|") and line.endswith("|") for line in lines), block
+        cells = [len(re.findall(r"(?<!\\)\|", line)) for line in lines]
+        assert set(cells) == {cells[0]}, block
+        assert re.fullmatch(r"\|(-+\|)+", lines[1]), block
+        assert len(lines) > 2
+    assert tables >= 5
+
+
 def test_native_handler_of_the_readme(tmp_path: Path) -> None:
     named = os.environ.get("CC", "cc").split()[0]
     compiler = shutil.which(named) or shutil.which("gcc")

@@ -1,6 +1,7 @@
 """The stub of the C core against the core itself, and the package under mypy."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,19 @@ with Cluster(2, idle="halt") as cluster:
         "int",
         "bool",
     ]
+
+
+def test_programs_of_the_readme_are_typed(tmp_path: Path) -> None:
+    """Their functions have no annotations; what they do with a machine checks."""
+    text = (PACKAGE.parent / "README.md").read_text()
+    blocks = re.findall(r"^```python(?: native)?\n(.*?)^```$", text, re.M | re.S)
+    assert len(blocks) >= 5
+    files = [tmp_path / f"block{number}.py" for number in range(len(blocks))]
+    for file, block in zip(files, blocks, strict=True):
+        file.write_text(block)
+    untyped = ("untyped-defs", "untyped-calls", "incomplete-defs")
+    done = mypy(*(f"--allow-{what}" for what in untyped), *map(str, files))
+    assert done.returncode == 0, done.stdout
 
 
 def test_wrong_programs_do_not_check(tmp_path: Path) -> None:

@@ -27,13 +27,15 @@ import functools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from shmipi import _core
 from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import ClusterStateError, ControllerError, IrqError
 
 __all__ = ["Chip", "Line", "Row"]
+
+_Chip = TypeVar("_Chip", bound="Chip")
 
 _USES = {
     "none": _core.USE_NONE,
@@ -277,6 +279,18 @@ class Chip:
         bound = copy.copy(self)
         bound._machine = machine
         return bound
+
+    def as_a(self, kind: type[_Chip]) -> _Chip:
+        """Return it as a ``kind``, a class of chips, for its registers and its type.
+
+        Raises ``ControllerError`` when the machine has another controller.
+        """
+        if not isinstance(self, kind):
+            raise ControllerError(
+                f"the machine's controller is {self.name}, no {kind.__name__}",
+                domain=self.name,
+            )
+        return self
 
     @property
     def machine(self) -> _core.Machine:
