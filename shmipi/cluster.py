@@ -40,7 +40,7 @@ from shmipi.machine import locks, segment, topology
 from shmipi.machine.arrays import Arrays, SharedArray
 from shmipi.machine.attach import Guest
 from shmipi.machine.boot import DOORBELLS, IDLE, Host, Plan
-from shmipi.smp import BoundSmp
+from shmipi.smp import BoundSmp, Completion, WaitQueue
 from shmipi.task import Tasks, check_timeout
 from shmipi.trace import events
 from shmipi.trace.counters import Counters, interrupts
@@ -485,6 +485,20 @@ class Cluster:
         """
         self._check()
         return self._arrays.make("shared", name, dtype, shape)
+
+    def completion(self, name: str) -> Completion:
+        """Return completion ``name``, not done at first; see ``smp.Completion``.
+
+        It is the same everywhere: ``smp.completion(name)`` on a CPU, or sent there.
+        Raises ``ArenaFullError`` when /dev/shm is full.
+        """
+        self._check()
+        return Completion.make(self._arrays, name)
+
+    def wait_queue(self, name: str) -> WaitQueue:
+        """Return wait queue ``name``; see ``smp.WaitQueue``. As ``completion``."""
+        self._check()
+        return WaitQueue.make(self._arrays, name)
 
     # ---- hotplug --------------------------------------------------------------------
 

@@ -23,6 +23,8 @@
 #define SPIN_ROUND 64
 #define HALT_LOOKS 16u /* at results lent, before each halt */
 
+#define SIGNALS_NS 1000000u      /* a task that polls: look for signals of its own so often */
+
 static bool stopping(const struct shi_self *self)
 {
     return shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING;
@@ -60,21 +62,22 @@ static void adapt(struct shi_self *self, uint64_t halted_ns)
     }
 }
 
-/* Spin for the idle policy's window.  True: there is work. */
-static bool poll(struct shi_self *self)
+/* Spin for the idle policy's window, until `end` at most.  True: there is work. */
+static inline bool poll_for(struct shi_self *self, shi_ready *ready, const void *arg,
+                            uint64_t end)
 {
     struct shi_slot *slot = self->slot;
     uint64_t start = 0, now, released = 0, limit;
     uint32_t i;
     for (;;) {
         for (i = 0; i < SPIN_ROUND; i++)
-            if (has_work(self))
+            if (has_work(self) || (ready && ready(arg)))
                 return true;
         now = shi_now_ns();
         if (!start)
             start = now;
         limit = window(self, (enum shi_idle)shi_load_relaxed(&slot->idle));
-        if (now - start >= limit || stopping(self) || shi_python_waits(self) ||
+        if (now - start >= limit || now >= end || stopping(self) || shi_python_waits(self) ||
             shi_load_relaxed(&slot->hotplug) != SHI_HP_ONLINE)
             return has_work(self);
         if (!released && now - start >= RELEASE_NS) {
@@ -85,6 +88,11 @@ static bool poll(struct shi_self *self)
         if (self->m->oversubscribed && now - start >= YIELD_NS)
             sched_yield(); /* somebody else's core as well */
     }
+}
+
+static bool poll(struct shi_self *self)
+{
+    return poll_for(self, NULL, NULL, UINT64_MAX);
 }
 
 /* Sleep on the doorbell until rung.  0, or -EINTR. */
@@ -170,6 +178,30 @@ enum shi_idle_why shi_idle(struct shi_self *self)
         if (err == -EINTR)
             return SHI_IDLE_SIGNAL;
     }
+}
+
+int shi_idle_in_task(struct shi_self *self, shi_ready *ready, const void *arg,
+                     uint64_t until_ns)
+{
+    struct shi_slot *slot = self->slot;
+    uint64_t start = shi_now_ns(), end = until_ns ? until_ns : UINT64_MAX;
+    uint64_t look = start + SIGNALS_NS;
+    if (poll_for(self, ready, arg, look < end ? look : end) || shi_python_waits(self) ||
+        stopping(self) || shi_load_relaxed(&slot->hotplug) != SHI_HP_ONLINE ||
+        shi_load_relaxed(&slot->idle) == SHI_IDLE_POLL)
+        return 0;
+    start = shi_now_ns();
+    if (start >= end)
+        return -ETIMEDOUT;
+    if (self->hooks.release)
+        self->hooks.release(self);
+    shi_count(self, SHI_C_halts);
+    SHI_TRACE(self, cpu_halt, self->id, 0, 0, 0);
+    SHI_STEP(self, halt);
+    int err = shi_halt_until(self, ready, arg, until_ns ? (int64_t)(end - start) : -1);
+    SHI_TRACE(self, cpu_wake, self->id, 0, 0, 0);
+    adapt(self, shi_now_ns() - start);
+    return err;
 }
 
 int shi_cpu_offline(struct shi_self *self)

@@ -4,6 +4,7 @@
 #define SHI_IDLE_H
 
 #include "machine.h"
+#include "wait.h"
 
 enum shi_idle_why {
     SHI_IDLE_TASK = 1,    /* self->tasks is not empty */
@@ -15,6 +16,15 @@ enum shi_idle_why {
 
 /* Idle until something is to be done that is not an interrupt handler's work. */
 enum shi_idle_why shi_idle(struct shi_self *self);
+
+/*
+ * Idle once in the middle of a task, which has made the CPU POLLING and served all there
+ * was: poll as the idle policy says, then halt, until there is work, `ready` (NULL: never),
+ * or `until_ns` (0: no limit).  Gives the interpreter up by the hook.  0, -EINTR, -ETIMEDOUT;
+ * it may come back for nothing.
+ */
+int shi_idle_in_task(struct shi_self *self, shi_ready *ready, const void *arg,
+                     uint64_t until_ns);
 
 /* Drain, go offline, sleep until asked back.  -EINTR when a signal came meanwhile,
  * -EBUSY when Python csds must run first, -ECANCELED when the machine stops. */

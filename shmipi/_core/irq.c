@@ -211,12 +211,17 @@ void shi_irq_signal_nmi(struct shi_self *self, uint32_t dst)
 
 void shi_irq_call_python_for_nmi(struct shi_self *self)
 {
-    shi_a64 *word = &self->slot->word;
-    uint64_t w = shi_load_relaxed(word), next;
     if (self->hooks.nmi) {
         self->hooks.nmi(self); /* for a CPU that runs Python now, handlers included */
         shi_remind(self);
     }
+    shi_irq_look_after_nmi(self);
+}
+
+void shi_irq_look_after_nmi(struct shi_self *self)
+{
+    shi_a64 *word = &self->slot->word;
+    uint64_t w = shi_load_relaxed(word), next;
     do {
         switch (shi_word_state(w)) {
         case SHI_POLLING:
@@ -348,6 +353,7 @@ bool shi_service(struct shi_self *self)
             SHI_TRACE(self, resched_idle, self->id, 0, 0, 0);
             shi_fetch_and_full(&self->slot->word, ~SHI_W_NEED_RESCHED);
         } else {
+            self->served += did;
             return did;
         }
         did = true;

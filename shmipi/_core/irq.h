@@ -32,6 +32,8 @@ void shi_irq_signal_nmi(struct shi_self *self, uint32_t dst);
 void shi_irq_kill(struct shi_self *self, uint32_t dst);
 /* In the NMI's signal handler: bring the own CPU's interpreter to its Python handler. */
 void shi_irq_call_python_for_nmi(struct shi_self *self);
+/* The same: let an idle CPU look around, as after an interrupt. */
+void shi_irq_look_after_nmi(struct shi_self *self);
 
 /* Drain lines and queue until both are empty.  Soft-masked.  True if there was any. */
 bool shi_service(struct shi_self *self);

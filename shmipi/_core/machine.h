@@ -123,6 +123,8 @@ struct shi_self {
     bool inline_python;        /* the idle loop or a waiter: run Python csds at once */
     bool in_task;
     struct shi_csd *volatile cancellable; /* of the task, while its function runs */
+    uint32_t served; /* changes with every interrupt that was taken */
+    bool pausing;    /* a task waits for one: a native NMI has to be noticed too */
     uint32_t preempt;
     bool trace;
     bool steps;

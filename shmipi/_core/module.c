@@ -404,7 +404,7 @@ static PyMethodDef own_functions[] = {
 static int module_exec(PyObject *module)
 {
     PyMethodDef *const parts[] = {own_functions,     shi_call_functions,   shi_cpu_functions,
-                                  shi_machine_functions, shi_barrier_functions,
+                                  shi_machine_functions, shi_barrier_functions, shi_wait_functions,
                                   shi_native_functions, shi_segment_functions,
                                   shi_bench_functions,
                                   shi_irq_functions};

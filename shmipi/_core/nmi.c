@@ -101,6 +101,8 @@ void shi_nmi_entry(struct shi_self *self)
         }
         self->in_nmi = depth;
         shi_nmi_done(self);
+        if (self->pausing)
+            shi_irq_look_after_nmi(self); /* the task that halted here goes on */
     }
 }
 

@@ -49,7 +49,7 @@ void shi_leave_behind(Machine *machine, uint32_t local)
 
 /* The interpreter, given up for a while: by this thread (host) or for the core's hooks
  * to take back when Python work arrives (CPU). */
-static PyThreadState *give_up(Machine *machine)
+PyThreadState *shi_give_up(Machine *machine)
 {
     if (machine->self.host) {
         machine->waiters++; /* the interpreter is ours */
@@ -60,7 +60,7 @@ static PyThreadState *give_up(Machine *machine)
     return NULL;
 }
 
-static void take_back(Machine *machine, PyThreadState *mine)
+void shi_take_back(Machine *machine, PyThreadState *mine)
 {
     if (mine) {
         PyEval_RestoreThread(mine);
@@ -77,7 +77,7 @@ static void take_back(Machine *machine, PyThreadState *mine)
  * that is waited for.  Python that runs inside the wait (handlers of other signals, of
  * IPIs) may have left the CPU RUNNING, so this is asked again at every turn.
  */
-static void settle(Machine *machine)
+void shi_wait_settle(Machine *machine)
 {
     struct shi_self *self = &machine->self;
     if (self->host)
@@ -101,12 +101,12 @@ static int wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_
     struct shi_wait wait;
     bool inlined = self->inline_python;
     shi_wait_begin(self, &wait, index, dst, deadline_ns);
-    settle(machine);
+    shi_wait_settle(machine);
     uint64_t budget = shi_wait_budget(self, dst);
     int rc = shi_wait_spin(self, &wait, budget < SHI_GIL_SPIN_NS ? budget : SHI_GIL_SPIN_NS);
     bool spun = budget <= SHI_GIL_SPIN_NS;
     while (rc > 0) {
-        settle(machine);
+        shi_wait_settle(machine);
         if (rc == SHI_WAIT_PYTHON)
             shi_wait_python(machine);
         if ((rc == SHI_WAIT_SIGNAL && PyErr_CheckSignals() < 0) ||
@@ -114,11 +114,11 @@ static int wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_
             rc = -EINTR;
             break;
         }
-        PyThreadState *mine = give_up(machine);
+        PyThreadState *mine = shi_give_up(machine);
         rc = spun ? shi_wait_sleep(self, &wait)
                   : shi_wait_spin(self, &wait, budget - SHI_GIL_SPIN_NS);
         spun = true;
-        take_back(machine, mine);
+        shi_take_back(machine, mine);
     }
     self->inline_python = inlined;
     shi_wait_end(self, &wait);
@@ -477,7 +477,7 @@ static PyObject *as_args(PyObject *args, PyObject *kwargs)
     return args;
 }
 
-static int as_deadline(PyObject *timeout, uint64_t *deadline)
+int shi_as_deadline(PyObject *timeout, uint64_t *deadline)
 {
     *deadline = 0;
     if (timeout == Py_None)
@@ -537,7 +537,7 @@ static PyObject *machine_call(Machine *machine, PyObject *const *args, Py_ssize_
         PyErr_SetString(PyExc_TypeError, "call(cpu, func, args, kwargs, timeout)");
         return NULL;
     }
-    if (shi_as_cpu(args[0], &cpu) < 0 || as_deadline(args[4], &deadline) < 0)
+    if (shi_as_cpu(args[0], &cpu) < 0 || shi_as_deadline(args[4], &deadline) < 0)
         return NULL;
     int64_t local = post(machine, cpu, args[1], args[2], args[3], SHI_CSD_SYNC, &apply);
     if (local < 0 || shi_wait_csd(machine, (uint32_t)local, (uint32_t)cpu, deadline) < 0)
@@ -732,7 +732,7 @@ static PyObject *machine_await_call(Machine *machine, PyObject *const *args, Py_
         return NULL;
     }
     if (as_local(machine, args[0], &local) < 0 || shi_as_cpu(args[1], &cpu) < 0 ||
-        as_deadline(args[2], &deadline) < 0)
+        shi_as_deadline(args[2], &deadline) < 0)
         return NULL;
     int err = wait_unlocked(machine, shi_own_index(&machine->self, local), (uint32_t)cpu, deadline);
     if (err && err != -ETIMEDOUT)
@@ -816,7 +816,7 @@ static PyObject *machine_collect(Machine *machine, PyObject *const *args, Py_ssi
         return NULL;
     }
     if (as_local(machine, args[0], &local) < 0 || shi_as_cpu(args[1], &cpu) < 0 ||
-        as_deadline(args[2], &deadline) < 0)
+        shi_as_deadline(args[2], &deadline) < 0)
         return NULL;
     if (shi_wait_csd(machine, local, (uint32_t)cpu, deadline) < 0)
         return NULL;

@@ -899,12 +899,12 @@ PyMethodDef shi_machine_functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
-/* The type's methods come from three files. */
+/* The type's methods come from several files. */
 static PyMethodDef *all_methods(void)
 {
     static PyMethodDef all[192];
     PyMethodDef *const parts[] = {shi_machine_methods, shi_call_methods, shi_cpu_methods,
-                                  shi_bench_methods, shi_chip_methods,
+                                  shi_bench_methods, shi_chip_methods, shi_wait_methods,
                                   shi_irq_methods};
     size_t n = 0, p;
     for (p = 0; p < sizeof parts / sizeof *parts; p++) {

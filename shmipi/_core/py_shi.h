@@ -192,6 +192,12 @@ void shi_send_unsent(Machine *machine);
 /* Wait for csd `local`; serves the own queue.  0, or -1 with an exception (the csd is
  * left behind, safely). */
 int shi_wait_csd(Machine *machine, uint32_t local, uint32_t dst, uint64_t deadline_ns);
+/* A CPU in a wait polls, and has run the handlers that a kick put off. */
+void shi_wait_settle(Machine *machine);
+/* The interpreter, given up for a wait by this thread (host: not NULL) or for the core's
+ * hooks to take back when Python work arrives; and taken back. */
+PyThreadState *shi_give_up(Machine *machine);
+void shi_take_back(Machine *machine, PyThreadState *mine);
 void shi_give_back(Machine *machine, uint32_t local);
 /* The kernel's WARN_ON_ONCEs at the head of the cross calls. */
 int shi_check_context(const Machine *machine);
@@ -204,6 +210,8 @@ int shi_wait_for_room(Machine *machine);
 int shi_run_local(Machine *machine, PyObject *function, PyObject *info, bool wait);
 int shi_as_cpu(PyObject *object, int64_t *cpu);
 int shi_as_bool(PyObject *object, int otherwise);
+/* None or seconds >= 0: 0 for none, or when that is by shi_now_ns().  0, or -1. */
+int shi_as_deadline(PyObject *timeout, uint64_t *deadline);
 /* CPU numbers of a mask argument (NULL: all), ascending; PyMem_Free them. */
 int shi_as_mask(Machine *machine, PyObject *mask, uint32_t **cpus, uint32_t *n);
 
@@ -213,6 +221,10 @@ shi_smp_function shi_call_mask, shi_call_others, shi_each_cpu, shi_each_cpu_mask
 shi_smp_function shi_each_cpu_cond_mask, shi_single_async;
 extern PyMethodDef shi_call_methods[]; /* of Machine */
 extern PyMethodDef shi_call_functions[]; /* of the module: on the current machine */
+
+/* ---- tasks that wait (py_wait.c) ------------------------------------------------- */
+extern PyMethodDef shi_wait_methods[]; /* of Machine */
+extern PyMethodDef shi_wait_functions[];
 
 /* ---- interrupts (py_irq.c) ------------------------------------------------------- */
 /* The Python handler of a requested irq's line: run, then end the line.  Soft-masked. */

@@ -58,8 +58,13 @@ uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
 void shi_reap_ring_all(struct shi_self *self)
 {
     uint32_t cpu;
-    for (cpu = 0; cpu < self->m->ncpus; cpu++)
+    for (cpu = 0; cpu < self->m->ncpus; cpu++) {
         shi_irq_rering(self, cpu);
+        /* A task that waits for another may have been woken in its place, or have been
+         * about to be woken by it: let it look. */
+        if (shi_load_acquire(&shi_slot(self->m, cpu)->task))
+            shi_irq_ring_waiter(self, cpu);
+    }
     shi_hosts_ring(self->m);
 }
 

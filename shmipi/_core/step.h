@@ -30,7 +30,8 @@
     X(online)      /* identity published, word still OFFLINE */                           \
     X(offline)     /* drained, about to publish OFFLINE */                                \
     X(line)        /* target: line taken from the chip, nothing done for it */            \
-    X(nmi)         /* NMI pending, not yet signalled */
+    X(nmi)         /* NMI pending, not yet signalled */                                   \
+    X(complete)    /* a completion counted, nobody woken yet */
 
 enum shi_step {
     SHI_STEP_none = 0,

@@ -195,36 +195,28 @@ static void sleep_host(struct shi_self *self, struct shi_wait *wait, int64_t ns)
     SHI_STEP(self, wake);
 }
 
-static int sleep_cpu(struct shi_self *self, struct shi_wait *wait, int64_t ns)
+int shi_halt_until(struct shi_self *self, shi_ready *ready, const void *arg, int64_t ns)
 {
     struct shi_slot *slot = self->slot;
-    bool service = may_serve(self);
-    uint64_t lock = shi_load_acquire(&wait->csd->lock), w, next;
-    int err = 0;
-    SHI_STEP(self, park);
-    do {
-        if (!(lock & SHI_CSD_LOCK))
-            return 0;
-    } while (!(lock & SHI_CSD_PARKED) &&
-             !shi_cas_full(&wait->csd->lock, &lock, lock | SHI_CSD_PARKED));
-    SHI_STEP(self, parked);
-    w = shi_load_relaxed(&slot->word);
+    bool service = may_serve(self), by_signal = self->m->doorbell == SHI_DB_SIGNAL;
+    uint64_t w = shi_load_relaxed(&slot->word), next;
     enum shi_state before = shi_word_state(w);
-    bool by_signal = self->m->doorbell == SHI_DB_SIGNAL;
+    int err = 0;
     if (by_signal) /* first: a ring from now on is for the wait below, not the handler */
         shi_kick_block(self, true);
     do {
-        if (!shi_word_online(w) || (service && shi_word_work(w)))
+        if (!shi_word_online(w) ||
+            (service && (shi_word_work(w) || w & SHI_W_NEED_RESCHED)))
             goto out;
         next = shi_word_with(w, SHI_HALTED);
     } while (!shi_cas_full(&slot->word, &w, next));
     SHI_STEP(self, halted);
     /*
-     * HALTED first (the full exchange above), the lock again second.  The unlocker
-     * exchanges the lock first and reads this word second: one of the two sees the
-     * other.  Without this look its ring could fall between PARKED and HALTED.
+     * HALTED first (the full exchange above), what is waited for again second.  Who makes
+     * it ready does that first and reads this word second: one of the two sees the other.
+     * Without this look its ring could fall before HALTED.
      */
-    if (shi_csd_locked(wait->csd))
+    if (!ready || !ready(arg))
         err = shi_doorbell_wait(self, (uint32_t)(next & SHI_W_LOW), ns);
     SHI_STEP(self, wake);
     w = shi_load_relaxed(&slot->word);
@@ -237,7 +229,7 @@ static int sleep_cpu(struct shi_self *self, struct shi_wait *wait, int64_t ns)
     } while (!shi_cas_full(&slot->word, &w, next));
     if (shi_word_state(w) == SHI_RUNG) {
         shi_count(self, SHI_C_doorbells_received);
-        if (!shi_word_work(w) && shi_csd_locked(wait->csd))
+        if (!shi_word_work(w) && !(ready && ready(arg)))
             shi_count(self, SHI_C_doorbells_spurious);
     }
     if (before == SHI_RUNNING && (shi_word_work(w) || w & SHI_W_KICKED))
@@ -246,6 +238,24 @@ out:
     if (by_signal && self->in_task)
         shi_kick_block(self, false);
     return err;
+}
+
+static bool unlocked(const void *csd)
+{
+    return !shi_csd_locked(csd);
+}
+
+static int sleep_cpu(struct shi_self *self, struct shi_wait *wait, int64_t ns)
+{
+    uint64_t lock = shi_load_acquire(&wait->csd->lock);
+    SHI_STEP(self, park);
+    do {
+        if (!(lock & SHI_CSD_LOCK))
+            return 0;
+    } while (!(lock & SHI_CSD_PARKED) &&
+             !shi_cas_full(&wait->csd->lock, &lock, lock | SHI_CSD_PARKED));
+    SHI_STEP(self, parked);
+    return shi_halt_until(self, unlocked, wait->csd, ns);
 }
 
 int shi_wait_sleep(struct shi_self *self, struct shi_wait *wait)

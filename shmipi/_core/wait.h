@@ -34,6 +34,15 @@ int shi_wait_sleep(struct shi_self *self, struct shi_wait *wait);
 /* Back to RUNNING if a task waited. */
 void shi_wait_end(struct shi_self *self, struct shi_wait *wait);
 
+/* What a halt waits for besides its CPU being rung: read from shared memory. */
+typedef bool shi_ready(const void *arg);
+/*
+ * Halt the own CPU until it is rung, for `ns` at most (< 0: for ever): not at all where there
+ * is work that may be served, or `ready` (NULL: never).  Who makes it ready does so with a
+ * read-modify-write and then calls shi_irq_ring_waiter.  0, -EINTR or -ETIMEDOUT.
+ */
+int shi_halt_until(struct shi_self *self, shi_ready *ready, const void *arg, int64_t ns);
+
 /* How long a waiter should spin before it sleeps. */
 uint64_t shi_wait_budget(const struct shi_self *self, uint32_t dst);
 

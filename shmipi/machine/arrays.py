@@ -14,11 +14,11 @@ from shmipi import _core
 from shmipi.errors import ArenaFullError, LayoutError, NoMachineError
 from shmipi.machine.locks import held
 
-__all__ = ["Arrays", "SharedArray", "percpu", "shared"]
+__all__ = ["Arrays", "SharedArray", "find", "home_of", "percpu", "shared"]
 
 _HEAD = struct.Struct("<QQI")  # data offset, data bytes, length of the description
 _LINE = 128  # two cache lines: neighbours are fetched in pairs
-_KINDS = ("shared", "percpu")
+_KINDS = ("shared", "percpu")  # arrays of users; others are of the layers above
 _LOCK_S = 5.0
 
 # Machines of this process by name: what an array pickled by name is found through.
@@ -170,9 +170,10 @@ class Arrays:
             self._refresh()
             found = self._known.get((kind, name))
         if found is None:
+            more = ", dtype, shape" if kind in _KINDS else ""
             raise KeyError(
-                f"machine {self.machine.name} has no {kind} array {name!r}:"
-                f" make it with cluster.{kind}({name!r}, dtype, shape)"
+                f"machine {self.machine.name} has no {kind} {name!r}:"
+                f" make it with cluster.{kind}({name!r}{more})"
             )
         return found
 
@@ -308,6 +309,19 @@ def percpu(name: str) -> SharedArray:
     ``KeyError`` when there is none, ``NoMachineError`` outside a machine.
     """
     return _here().find("percpu", name)
+
+
+def find(kind: str, name: str) -> SharedArray:
+    """Return what the machine has under that name. Raises what ``shared`` raises."""
+    return _here().find(kind, name)
+
+
+def home_of(array: SharedArray) -> Arrays:
+    """Return the arrays of the machine that ``array`` is in. ``TypeError``."""
+    home = array._home if isinstance(array, SharedArray) else None
+    if home is None:
+        raise TypeError(f"not an array in a machine's shared memory: {array!r}")
+    return home
 
 
 def _here() -> Arrays:

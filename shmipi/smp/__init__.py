@@ -33,6 +33,7 @@ from shmipi._core import (
     smp_send_reschedule,
     smp_store_release,
     smp_wmb,
+    wait_for_interrupt,
 )
 from shmipi.smp.bound import BoundSmp
 from shmipi.smp.nmi import (
@@ -40,12 +41,16 @@ from shmipi.smp.nmi import (
     register_nmi_handler,
     smp_send_nmi_ipi,
 )
+from shmipi.smp.waitqueue import Completion, WaitQueue, completion, wait_queue
 
 __all__ = [
     "NMI_IPI_ALL_OTHERS",
     "BoundSmp",
     "CallSingleData",
+    "Completion",
     "NativeHandler",
+    "WaitQueue",
+    "completion",
     "cond_resched",
     "in_hardirq",
     "in_interrupt",
@@ -74,4 +79,6 @@ __all__ = [
     "smp_send_reschedule",
     "smp_store_release",
     "smp_wmb",
+    "wait_for_interrupt",
+    "wait_queue",
 ]

@@ -55,6 +55,10 @@ class BoundSmp:
         """Raise ``ClusterStateError``: the host takes no interrupts."""
         raise _no_cpu()
 
+    def wait_for_interrupt(self, timeout: float | None = None) -> NoReturn:
+        """Raise ``ClusterStateError``: the host takes no interrupts."""
+        raise _no_cpu()
+
     def irqs_disabled(self) -> NoReturn:
         """Raise ``ClusterStateError``: the host takes no interrupts."""
         raise _no_cpu()
