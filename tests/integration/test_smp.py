@@ -338,6 +338,7 @@ def test_sync_overtakes_async(cluster):
     held(cluster, 1, queue)
     for future in futures:
         future.result(5)
+    cluster.run(int, cpus=[1])  # the others have run as well
     assert entries(cluster) == [100, 101, 102, 103, 104, 0, 1, 2, 3, 4]
 
 
