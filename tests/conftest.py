@@ -330,12 +330,11 @@ def script(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         environment = {**os.environ, "PYTHONPATH": PACKAGE_HOME}
         process: Any = subprocess.Popen(
             [*prefix, sys.executable, *flags, str(path), *args],
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
-            **options,
+            **{"stdin": subprocess.DEVNULL, **options},
         )
         started.append(process)
         if wait:

@@ -22,7 +22,7 @@ from typing import Any
 
 from shmipi import _core
 from shmipi.errors import BootError, MachineDiedError, ShmipiError
-from shmipi.machine import process, remote, segment
+from shmipi.machine import byvalue, process, remote, segment
 from shmipi.machine.controller import Controller
 from shmipi.machine.orders import BOOT_S, Orders, process_limits
 
@@ -180,6 +180,7 @@ class Host(Orders):
             "controller": remote.dumps(plan.controller),
             "eventfds": self._eventfds,
             "host_pid": self.owner,
+            "main": byvalue.whose_main(),
             "path": list(sys.path),
             "argv": list(sys.argv),
             "cwd": os.getcwd(),

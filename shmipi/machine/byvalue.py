@@ -3,8 +3,9 @@
 cloudpickle takes them apart. Here is what it leaves open: what belongs together when
 they are sent one by one, and when to send them again.
 
-- Functions of one module share one dict of globals on each CPU (for ``__main__`` it is
-  ``sys.modules["__main__"].__dict__`` there), and a class is one class there. The value
+- Functions of one module share one dict of globals on each CPU (for ``__main__`` of the
+  host that booted the machine it is ``sys.modules["__main__"].__dict__`` there; the
+  modules of a host that attached are other ones), and a class is one class. The value
   of a global, or the attributes of a class, are sent along with what uses them, each
   with a *stamp*: who bound it, and a number that grows with every new binding. A CPU
   takes what is newer than all that it had from the same origin. So an assignment on the
@@ -37,7 +38,7 @@ import cloudpickle
 
 from shmipi import _core
 
-__all__ = ["adopt_main", "dumps", "forget", "publish"]
+__all__ = ["adopt_main", "dumps", "forget", "publish", "whose_main"]
 
 _PROTOCOL = 5
 _TRIES = 3
@@ -52,12 +53,23 @@ _ABSENT = _Absent()
 
 #: (who bound it, the binding's number there)
 _Stamp = tuple[bytes, int]
+#: A module, and whose: several hosts of a machine each have a ``__main__``.
+_Space = tuple[bytes, str]
 
 # ---- where bindings come from --------------------------------------------------------
 
 _versions = itertools.count(1)
 _lock = threading.RLock()
 _origin: tuple[int, bytes] = (0, b"")
+
+
+def _renew_lock() -> None:
+    """In a fork's child: no thread that might hold it is there."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _here() -> bytes:
@@ -126,25 +138,25 @@ class _Table:
         return self.seen.get(name, {}).get(stamp[0], 0) < stamp[1]
 
 
-_tables: dict[str, _Table] = {}  # by name of the module
+_tables: dict[_Space, _Table] = {}
 _class_tables: weakref.WeakKeyDictionary[type, _Table] = weakref.WeakKeyDictionary()
 #: By cloudpickle's id, which goes with a class from process to process.
 _classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
 _received: weakref.WeakSet[type] = weakref.WeakSet()
 
-#: On a CPU: the globals of functions that came by value, by name of their module.
-_spaces: dict[str, dict[str, Any]] = {}
+#: On a CPU: the globals of functions that came by value.
+_spaces: dict[_Space, dict[str, Any]] = {}
 _home = True  # this process is a host: what comes in changes nothing of it
 
 
-def adopt_main() -> None:
-    """In the firmware: what it forks gets the host's ``__main__`` for its own."""
+def adopt_main(host: bytes) -> None:
+    """In the firmware: what it forks gets the ``__main__`` of ``host`` for its own."""
     global _home
     _home = False
     main = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
-    _spaces["__main__"] = main.__dict__
+    _spaces[host, "__main__"] = main.__dict__
 
 
 def forget() -> None:
@@ -184,22 +196,29 @@ def _walk_globals(code: CodeType) -> Iterator[str]:
             yield from _global_names(constant)
 
 
-def _space_name(globals_: dict[str, Any]) -> str | None:
+def _space_of(globals_: dict[str, Any]) -> _Space | None:
     """The module whose globals these are; None: nobody's, they travel as they are."""
     name = globals_.get("__name__")
     if type(name) is not str:
         return None
-    if _spaces.get(name) is globals_:
-        return name
+    for space, theirs in _spaces.items():
+        if theirs is globals_:
+            return space
     module = sys.modules.get(name)
-    return name if getattr(module, "__dict__", None) is globals_ else None
+    return (_here(), name) if getattr(module, "__dict__", None) is globals_ else None
+
+
+def whose_main() -> bytes:
+    """Whose ``__main__`` this process has: on a CPU, that of its host."""
+    space = _space_of(vars(sys.modules["__main__"]))
+    return _here() if space is None else space[0]
 
 
 class _SpaceName:
     """In a pickle, in place of a module's globals."""
 
-    def __init__(self, name: str, base: dict[str, Any]) -> None:
-        self.name = name
+    def __init__(self, space: _Space, base: dict[str, Any]) -> None:
+        self.space = space
         self.base = base
 
 
@@ -221,8 +240,8 @@ class _Session:
     """One value on its way: collects what it needs, and what was taken by value."""
 
     def __init__(self) -> None:
-        self.spaces: dict[str, dict[str, Any]] = {}
-        self.names: dict[tuple[str, str], Any] = {}
+        self.spaces: dict[_Space, dict[str, Any]] = {}
+        self.names: dict[tuple[_Space, str], Any] = {}
         self.classes: dict[str, tuple[type, Any, dict[str, Any], Any]] = {}
         #: For py_guard.c: functions, classes, and what the tables then said.
         self.functions: list[tuple[Any, ...]] = []
@@ -242,7 +261,7 @@ class _Session:
         root = self.dump(value)
         if not self.functions and not self.types:
             return root
-        named: dict[tuple[str, str], bytes | None] = {}
+        named: dict[tuple[_Space, str], bytes | None] = {}
         made: dict[str, tuple[bytes, bytes]] = {}
         while len(named) < len(self.names) or len(made) < len(self.classes):
             for where in self.names.keys() - named.keys():
@@ -284,7 +303,7 @@ class _Session:
             self.tables.append((bound, bound.copy()))
 
     def stamp(
-        self, where: tuple[str, str], value: object, blob: bytes | None
+        self, where: tuple[_Space, str], value: object, blob: bytes | None
     ) -> _Stamp:
         space, name = where
         table = _tables.setdefault(space, _Table())
@@ -355,7 +374,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO, session: _Session) -> None:
         super().__init__(file, _PROTOCOL)
         self.session = session
-        self.space_names: dict[str, _SpaceName] = {}
+        self.space_names: dict[_Space, _SpaceName] = {}
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -364,7 +383,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if issubclass(kind, type):
             return self.reduce_class(obj)
         if kind is _SpaceName:
-            return _space, (obj.name, obj.base)
+            return _space, (obj.space, obj.base)
         return NotImplemented
 
     def reduce_function(self, func: FunctionType) -> Any:
@@ -390,7 +409,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             "__kwdefaults__": func.__kwdefaults__ and dict(func.__kwdefaults__),
         }
         self.session.guard(func, code, slots, cells, attributes, names)
-        space = _space_name(globals_)
+        space = _space_of(globals_)
         if space is not None:
             if space not in self.space_names:
                 self.space_names[space] = _SpaceName(space, dict(base))
@@ -401,7 +420,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def need(
         self,
-        space: str,
+        space: _Space,
         globals_: dict[str, Any],
         code: CodeType,
         names: dict[str, Any],
@@ -470,7 +489,7 @@ class _Opening:
     """A parcel that is being opened."""
 
     classes: dict[str, tuple[bytes, dict[str, _Stamp], bytes]]
-    spaces: dict[str, dict[str, Any]] = field(default_factory=dict)  # a host's
+    spaces: dict[_Space, dict[str, Any]] = field(default_factory=dict)  # a host's
     done: set[str] = field(default_factory=set)
 
 
@@ -484,7 +503,7 @@ _stack = _Stack()
 
 def _open(
     root: bytes,
-    names: list[tuple[str, str, _Stamp, bytes | None]],
+    names: list[tuple[_Space, str, _Stamp, bytes | None]],
     classes: dict[str, tuple[bytes, dict[str, _Stamp], bytes]],
 ) -> Any:
     _stack.openings.append(_Opening(classes))
@@ -498,18 +517,18 @@ def _open(
         _stack.openings.pop()
 
 
-def _space(name: str, base: dict[str, Any]) -> dict[str, Any]:
-    """The globals of the functions of module ``name`` in this process."""
+def _space(which: _Space, base: dict[str, Any]) -> dict[str, Any]:
+    """The globals of the functions of a module in this process."""
     spaces = _spaces
     if _home:  # the host's own are not touched
         spaces = _stack.openings[-1].spaces if _stack.openings else {}
-    space = spaces.setdefault(name, {"__builtins__": builtins})
+    space = spaces.setdefault(which, {"__builtins__": builtins})
     for key, value in base.items():
         space.setdefault(key, value)
     return space
 
 
-def _bind(space: str, name: str, stamp: _Stamp, blob: bytes | None) -> None:
+def _bind(space: _Space, name: str, stamp: _Stamp, blob: bytes | None) -> None:
     table = _Table() if _home else _tables.setdefault(space, _Table())
     if not table.newer(name, stamp):
         return

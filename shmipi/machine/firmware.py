@@ -81,7 +81,7 @@ class Firmware:
         _core.kick_block(config["nmi_signal"], True)
         self.signals = _core.signal_fd([signal.SIGCHLD, signal.SIGTERM])
         self.arrays.make_current()
-        byvalue.adopt_main()
+        byvalue.adopt_main(config["main"])
         self.controller = controller.register(
             self.machine, pickle.loads(config["controller"])
         )

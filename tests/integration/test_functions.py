@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import struct
+import subprocess
 import threading
 import time
 import weakref
@@ -180,6 +181,57 @@ def test_functions_of_main_share_their_globals_on_a_cpu(script):
         "[None] 11",
         "10 11",
     ]
+
+
+def test_hosts_of_one_machine_have_a_main_module_each(script):
+    """Their functions and globals may have the same names on the same CPU."""
+    other = script(
+        """
+        import sys
+        from shmipi import Cluster
+
+        def helper(): return "the other's"
+        def f(): return helper(), n
+
+        n = 0
+        cluster = Cluster.attach(sys.stdin.readline().strip())
+        with cluster:
+            for line in sys.stdin:
+                n += 1
+                print(cluster.call(0, f), flush=True)
+        """,
+        wait=False,
+        stdin=subprocess.PIPE,
+    )
+    done = script(
+        """
+        import sys
+        from shmipi import Cluster
+
+        n = 100
+        def helper(): return "the first's"
+        def f(): return helper(), n
+
+        with Cluster(1, idle="halt") as cluster:
+            print(cluster.name, flush=True)
+            for line in sys.stdin:
+                n += 1
+                print(cluster.call(0, f), flush=True)
+        """,
+        wait=False,
+        stdin=subprocess.PIPE,
+    )
+    name = done.stdout.readline()
+    other.stdin.write(name)
+    for n in range(1, 4):
+        answers = ("the first's", 100 + n), ("the other's", n)
+        for host, answer in zip((done, other), answers, strict=True):
+            host.stdin.write("\n")
+            host.stdin.flush()
+            assert host.stdout.readline() == f"{answer}\n"
+    for host in (other, done):
+        host.stdin.close()
+        assert host.wait(10) == 0
 
 
 def test_functions_that_are_defined_anew_as_in_a_notebook(script):
