@@ -133,6 +133,7 @@ enum shi_kind {
     SHI_K_BYTES = 4, /* len bytes in value.bytes */
     SHI_K_PICKLE = 5,  /* value.ref: a block of the sender's arena; SHI_S_LENT: the target's */
     SHI_K_POINTER = 6, /* value.u: an offset into the segment (native handlers) */
+    SHI_K_EARLY = 7,   /* a result that its sender has read already, to make room */
 };
 
 /* How a Python function is applied to its argument. */

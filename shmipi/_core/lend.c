@@ -165,7 +165,7 @@ void shi_lend_done(struct shi_self *self, struct shi_csd *csd)
     uint32_t cpu = csd->value.ref.cpu, waits = SHI_ST_WAITS;
     /* Full: releases the block after it was read (see wanted), and stands before the look
      * at `starved` (see shi_lend_starve). */
-    shi_xchg_full(&csd->status, SHI_S_DONE);
+    shi_fetch_and_full(&csd->status, (uint8_t)~SHI_S_LENT);
     if (cpu >= self->m->ncpus || shi_load_full(&shi_slot(self->m, cpu)->starved) != SHI_ST_WAITS)
         return;
     /* LOOK, and not NO: if this process dies before it has rung, others can see it. */

@@ -32,7 +32,7 @@ void shi_lend_forget(struct shi_self *self, const struct shi_csd *csd, uint64_t 
 /* A new process in the slot: what the one before it has lent keeps its place. */
 void shi_lend_inherit(struct shi_self *self);
 
-/* The sender is done with a csd that bears SHI_S_LENT. */
+/* The sender has read what a csd with SHI_S_LENT names, or never will. */
 void shi_lend_done(struct shi_self *self, struct shi_csd *csd);
 
 /* Results wait for room: from now on senders that have read one say so. */

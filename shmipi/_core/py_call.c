@@ -42,6 +42,7 @@ void shi_give_back(Machine *machine, uint32_t local)
 
 void shi_leave_behind(Machine *machine, uint32_t local)
 {
+    shi_drop_early(machine, local);
     shi_enter(&machine->self);
     shi_csd_abandon(&machine->self, local);
     shi_leave(&machine->self);
@@ -114,6 +115,8 @@ static int wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_
             rc = -EINTR;
             break;
         }
+        if (self->host && shi_load_acquire(&shi_slot(self->m, dst)->starved))
+            shi_read_early(machine, dst);
         PyThreadState *mine = shi_give_up(machine);
         rc = spun ? shi_wait_sleep(self, &wait)
                   : shi_wait_spin(self, &wait, budget - SHI_GIL_SPIN_NS);

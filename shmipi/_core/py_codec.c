@@ -361,9 +361,68 @@ static PyObject *lent(Machine *machine, uint32_t dst, const struct shi_ref *ref)
     return shi_raise(shi_py.LayoutError, 0, (int)dst, "a result is damaged (checksum)");
 }
 
-static PyObject *result_bytes(Machine *machine, const struct shi_csd *csd, uint8_t status,
-                              uint32_t dst)
+/* Under the GIL from the look at the csd to the end of its copy, as whoever collects it:
+ * no thread reads a block that another gives back. */
+void shi_read_early(Machine *machine, uint32_t dst)
 {
+    struct shi_self *self = &machine->self;
+    uint32_t i, top = self->sender.csd_top;
+    shi_enter(self);
+    shi_csd_collect(self); /* what nobody will ask for */
+    shi_leave(self);
+    if (!machine->early && !(machine->early = PyDict_New()))
+        PyErr_Clear();
+    for (i = 0; machine->early && i < top; i++) {
+        struct shi_csd *csd = shi_own_csd(self, i);
+        if (shi_load_acquire(&csd->lock) & (SHI_CSD_LOCK | SHI_CSD_DIED) ||
+            !(shi_load_relaxed(&csd->status) & SHI_S_LENT) || csd->kind != SHI_K_PICKLE ||
+            csd->value.ref.cpu != dst)
+            continue;
+        PyObject *bytes = lent(machine, dst, &csd->value.ref);
+        PyObject *key = bytes ? PyLong_FromUnsignedLong(i) : NULL;
+        if (key && PyDict_SetItem(machine->early, key, bytes) == 0) {
+            csd->kind = SHI_K_EARLY;
+            shi_enter(self);
+            shi_lend_done(self, csd);
+            shi_leave(self);
+        }
+        PyErr_Clear(); /* damaged, or no memory: for whoever asks for it */
+        Py_XDECREF(key);
+        Py_XDECREF(bytes);
+    }
+}
+
+static PyObject *take_early(Machine *machine, uint32_t local)
+{
+    PyObject *key = machine->early ? PyLong_FromUnsignedLong(local) : NULL;
+    PyObject *bytes = key ? Py_XNewRef(PyDict_GetItemWithError(machine->early, key)) : NULL;
+    if (bytes && PyDict_DelItem(machine->early, key) < 0)
+        Py_CLEAR(bytes);
+    Py_XDECREF(key);
+    return bytes;
+}
+
+void shi_drop_early(Machine *machine, uint32_t local)
+{
+    if (__builtin_expect(machine->early && PyDict_GET_SIZE(machine->early), 0)) {
+        PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
+        Py_XDECREF(take_early(machine, local));
+        PyErr_Clear();
+        if (pending) {
+            PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
+            Py_DECREF(pending);
+        }
+    }
+}
+
+static PyObject *result_bytes(Machine *machine, uint32_t local, uint8_t status, uint32_t dst)
+{
+    const struct shi_csd *csd = shi_own_csd(&machine->self, local);
+    if (csd->kind == SHI_K_EARLY) {
+        PyObject *bytes = take_early(machine, local);
+        if (bytes || PyErr_Occurred())
+            return bytes;
+    }
     if (csd->kind != SHI_K_PICKLE)
         return shi_raise(shi_py.LayoutError, 0, (int)dst, "a result is damaged");
     return status & SHI_S_LENT ? lent(machine, dst, &csd->value.ref)
@@ -381,7 +440,7 @@ PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t app
     case SHI_S_DONE:
         break;
     case SHI_S_RAISED: {
-        PyObject *bytes = result_bytes(machine, csd, status, dst);
+        PyObject *bytes = result_bytes(machine, local, status, dst);
         if (!bytes)
             return NULL;
         PyObject *error = PyObject_CallFunction(shi_py.load_exception, "Ni", bytes, (int)dst);
@@ -408,9 +467,9 @@ PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t app
     }
     if ((apply & ~SHI_A_INLINE_FUNC) == SHI_A_INFO)
         Py_RETURN_NONE;
-    if (!(status & SHI_S_LENT))
+    if (!(status & SHI_S_LENT) && csd->kind != SHI_K_EARLY)
         return decode(machine, machine->self.id, csd->kind, csd->length, &csd->value);
-    PyObject *bytes = result_bytes(machine, csd, status, dst);
+    PyObject *bytes = result_bytes(machine, local, status, dst);
     PyObject *object = bytes ? PyObject_CallOneArg(shi_py.loads, bytes) : NULL;
     Py_XDECREF(bytes);
     return object;

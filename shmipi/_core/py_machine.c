@@ -100,6 +100,7 @@ static void machine_dealloc(PyObject *object)
             Py_DECREF(machine->unsent[--machine->self.unsent].bytes);
         PyMem_Free(machine->unsent);
     }
+    Py_XDECREF(machine->early);
     Py_XDECREF(machine->on_cancel);
     type->tp_free(object);
     Py_DECREF(type);
@@ -440,6 +441,8 @@ METHOD(hotplug)
     if (!offline && machine->m.chip.startup)
         shi_chip_let_start(&machine->self, cpu);
     if (offline) {
+        if (machine->self.host && shi_load_acquire(&slot->starved))
+            shi_read_early(machine, cpu); /* it goes when it has sent everything */
         /* Any interrupt makes it look. */
         shi_enter(&machine->self);
         shi_chip_prod(&machine->self, cpu);

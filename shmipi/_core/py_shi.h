@@ -59,6 +59,7 @@ typedef struct {
     struct func_cache *received;
     struct unsent *unsent; /* results that wait for room: self.unsent of them, oldest first */
     uint32_t unsent_room;
+    PyObject *early; /* results read before they were asked for: local index -> bytes */
     PyObject *on_cancel; /* CPU: of the task, see on_task_cancel */
     PyThreadState *released; /* CPU: the interpreter was given up by the core's hook */
     uint64_t *late; /* what other threads of a CPU's process freed: shi_late */
@@ -169,6 +170,12 @@ void shi_outgoing_share(Machine *machine, const struct outgoing *out, uint32_t l
 
 /* The result of an unlocked csd (not given back): new reference, or NULL. */
 PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t apply);
+
+/* A host waits for `dst`, which has no room for what it has to send: read all that it lends
+ * this host into private memory, whoever asks for it later. */
+void shi_read_early(Machine *machine, uint32_t dst);
+/* Nobody will ask for the result of `local`. */
+void shi_drop_early(Machine *machine, uint32_t local);
 
 /* Target side. */
 struct incoming {

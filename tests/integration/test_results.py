@@ -61,12 +61,12 @@ def test_results_wait_for_room_and_all_arrive(boot, background, eventually, door
     calls = [post(cluster, 1, tagged, n, 100_000) for n in range(20)]
     task = post(cluster, 1, tagged, "task", 200_000, task=True)
     eventually(lambda: finished(cluster, calls[0]))
+    time.sleep(0.05)
+    assert not finished(cluster, *calls)
     # The rest waits, which holds up nobody: not small ones, not an exception.
     assert cluster.call(1, tagged, "small", 3_000, timeout=5)[0] == "small"
     with pytest.raises(RemoteCallError, match="divmod expected"):
         cluster.smp.smp_call_function_single(1, divmod)
-    time.sleep(0.05)
-    assert not finished(cluster, *calls)
     for n, call in enumerate(calls):
         assert cluster._machine.collect(call, 1, 5.0) == tagged(n, 100_000)
     assert cluster._machine.collect(task, 1, 5.0) == tagged("task", 200_000)
@@ -93,6 +93,28 @@ def test_results_wait_for_room_while_a_task_runs(boot, eventually):
         assert cluster._machine.collect(call, 1, 5.0)[0] == n
     gate[0] = 1
     cluster._machine.collect(task, 1, 5.0)
+
+
+@pytest.mark.parametrize("way", ["tasks", "calls"])
+def test_who_waits_reads_what_others_have_not(boot, way):
+    """The last is asked for first: what fills the CPU's arena is read for it."""
+    cluster = boot(2, idle="halt", arena_bytes=1 << 20)
+    if way == "tasks":
+        tasks = [cluster.start(tagged, n, 200_000, cpus=[1]) for n in range(12)]
+        got = [task.results(10)[0] for task in reversed(tasks)]
+    else:
+        calls = [post(cluster, 1, tagged, n, 200_000) for n in range(12)]
+        got = [cluster._machine.collect(call, 1, 10.0) for call in reversed(calls)]
+    assert got == [tagged(n, 200_000) for n in reversed(range(12))]
+    # Of those that nobody asks for nothing is kept.
+    tasks = [cluster.start(tagged, n, 200_000, cpus=[1]) for n in range(12)]
+    assert tasks[-1].results(10) == [tagged(11, 200_000)]
+    del tasks
+    calls = [post(cluster, 1, tagged, n, 200_000) for n in range(12)]
+    assert cluster._machine.collect(calls.pop(), 1, 10.0) == tagged(11, 200_000)
+    for call in calls:
+        cluster._machine.abandon(call)
+    assert cluster.call(1, tagged, 0, 400_000, timeout=5) == tagged(0, 400_000)
 
 
 def test_a_slow_callback_loses_no_result(boot):
@@ -214,23 +236,56 @@ def test_cpu_offline_error_means_that_it_has_not_run(boot, background, eventuall
     assert not [key for key in seen if key[0] == "ok" and key[1] != 1]
 
 
-def test_a_cpu_goes_offline_when_its_results_can_be_read(boot, background, eventually):
-    """It waits for room first, and serves meanwhile; a time-out withdraws it."""
-    cluster = boot(2, idle="halt", arena_bytes=1 << 20)
+def test_a_cpu_goes_offline_when_its_results_are_sent(boot, background, eventually):
+    """Who asks for it reads what it has; the CPU need not wait for more."""
+    cluster = boot(3, idle="halt", arena_bytes=1 << 20)
     calls = [post(cluster, 1, tagged, n, 100_000) for n in range(12)]
     eventually(lambda: finished(cluster, calls[0]))
-    with pytest.raises(IpiTimeoutError):
-        cluster.offline(1, timeout=0.2)
-    assert cluster.call(1, abs, -1, timeout=5) == 1
-    thread = background(cluster.offline, 1, 10)
-    for n, call in enumerate(calls[:8]):
-        assert cluster._machine.collect(call, 1, 5.0) == tagged(n, 100_000)
-    thread.end()
-    assert finished(cluster, *calls)  # and the rest is read when it is parked
-    for n, call in enumerate(calls[8:], 8):
+    assert not finished(cluster, *calls)
+    cluster.offline(1, timeout=5)
+    assert finished(cluster, *calls)
+    for n, call in enumerate(calls):
         assert cluster._machine.collect(call, 1, 5.0) == tagged(n, 100_000)
     cluster.online(1)
     assert cluster.call(1, tagged, 1, 9_000, timeout=5) == tagged(1, 9_000)
+
+
+def test_a_cpu_that_goes_offline_waits_for_room(boot, background, eventually):
+    """Another sender has not read what it was sent: it serves until that has."""
+    cluster = boot(3, idle="halt", arena_bytes=1 << 20)
+    at = cluster.shared("at", "i4", 1)
+
+    def fail(_):
+        at[0] = 1
+        time.sleep(0.1)
+        raise ValueError("e" * 120_000)
+
+    def sender():
+        try:
+            smp.smp_call_function_single(1, fail)
+        except RemoteCallError as error:
+            return len(error.__cause__.args[0])
+
+    task = post(cluster, 0, sender, task=True)
+    eventually(lambda: at[0])
+    pid = cluster.cpus[0].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        waits = post(cluster, 1, tagged, "waits", 200_000)
+        with pytest.raises(IpiTimeoutError):
+            cluster.offline(1, timeout=0.5)
+        assert cluster.cpus[1].state != "offline"
+        assert not finished(cluster, waits)
+        assert cluster.call(1, abs, -1, timeout=5) == 1
+        thread = background(cluster.offline, 1, 10)
+        time.sleep(0.05)
+        assert thread.is_alive()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    thread.end()
+    assert cluster.cpus[1].state == "offline"
+    assert cluster._machine.collect(waits, 1, 5.0) == tagged("waits", 200_000)
+    assert cluster._machine.collect(task, 0, 5.0) == 120_000
 
 
 # ---- no second interrupt -------------------------------------------------------------
