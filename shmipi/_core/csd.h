@@ -62,9 +62,11 @@ static inline int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, ui
     /*
      * A plain store: unlocked, the csd is its sender's alone (threads of the host come
      * here one at a time).  A new sequence number each time: a reaper that still holds
-     * the old lock word cannot complete this use of the csd.
+     * the old lock word cannot complete this use of the csd.  Release: who lent a result
+     * for the last use finds the number changed (shi_lend_sweep) and writes where that
+     * was read.
      */
-    shi_store_relaxed(&csd->lock, ((old & SHI_CSD_SEQ) + (1ull << SHI_CSD_SEQ_SHIFT)) |
+    shi_store_release(&csd->lock, ((old & SHI_CSD_SEQ) + (1ull << SHI_CSD_SEQ_SHIFT)) |
                                       SHI_CSD_LOCK | type |
                                       (uint64_t)dst << SHI_CSD_DST_SHIFT);
     csd->src = (uint16_t)self->id;

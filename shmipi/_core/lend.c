@@ -23,7 +23,8 @@ static bool wanted(const struct shi_self *self, const struct shi_loan *loan)
     /*
      * Full, both: after the store in shi_lend_starve.  They pair with the exchange in
      * shi_lend_done: the sender's reads of the block stand before what is written there
-     * next.  Another sequence number: the csd is in use again, so it was given back.
+     * next.  Another sequence number: the csd is in use again, so it was given back; this
+     * pairs with the release in shi_csd_trylock.
      */
     return (uint16_t)(shi_load_full(&csd->lock) >> SHI_CSD_SEQ_SHIFT) == loan->seq &&
            shi_load_full(&csd->status) & SHI_S_LENT;

@@ -44,6 +44,9 @@ struct rig {
 };
 
 static struct rig *rig_now;
+/* What stands for the interpreter on the CPUs, if a test needs one. */
+static void (*rig_run)(struct shi_self *self, uint32_t csd);
+static void (*rig_deferred)(struct shi_self *self);
 static __thread uint32_t rig_id; /* of the CPU that this thread is */
 
 /* The local APIC's system vectors. */
@@ -71,8 +74,12 @@ static void *rig_cpu(void *arg)
     rig_id = id;
     CHECK(shi_self_init(self, &rig_now->m, id) == 0);
     CHECK(shi_self_online(self) == 0);
-    while (shi_idle(self) != SHI_IDLE_STOP)
-        ;
+    self->hooks.run = rig_run;
+    self->inline_python = rig_run != NULL;
+    enum shi_idle_why why;
+    while ((why = shi_idle(self)) != SHI_IDLE_STOP)
+        if (why == SHI_IDLE_PYTHON && rig_deferred)
+            rig_deferred(self);
     shi_self_fini(self);
     return NULL;
 }
