@@ -12,6 +12,7 @@
 #include "chip.h"
 #include "clock.h"
 #include "csd.h"
+#include "doorbell.h"
 #include "irq.h"
 #include "native.h"
 #include "wait.h"
@@ -259,8 +260,12 @@ int shi_bench_calls(struct shi_self *self, struct shi_bench_calls *b)
     if (!err)
         err = b->batch ? batches(self, b, func) : each(self, b, func);
     self->in_task = task;
-    if (task)
+    if (task) {
+        /* A wait that slept for a signal left it blocked: it found no task to go back to. */
+        if (self->m->doorbell == SHI_DB_SIGNAL)
+            shi_kick_block(self, false);
         shi_set_running(self);
+    }
     getrusage(RUSAGE_THREAD, &after);
     b->preempted = (uint64_t)(after.ru_nivcsw - before.ru_nivcsw);
     b->moved = sched_getcpu() != core;

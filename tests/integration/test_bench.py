@@ -266,6 +266,16 @@ def test_a_parked_sender_halts(rig):
     assert rung() > native
 
 
+def test_a_sender_that_slept_for_a_signal_takes_kicks_again(boot):
+    cluster = boot(2, idle="halt", doorbell="signal")
+
+    def blocked():
+        _core.bench_calls(1, 20, warmup=1, park=True)
+        return list(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+    assert cluster.run(blocked, cpus=[0]) == [[]]
+
+
 def test_running_calls_are_kicked(rig):
     from shmipi.bench import tasks
 
