@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TextIO, TypeAlias
 
-from shmipi.report.table import Listing, columns_of, write
+from shmipi.report.table import Listing, columns_of, folded, write
 
 __all__ = ["render", "table"]
 
@@ -16,23 +16,26 @@ _Rows: TypeAlias = list[_Cells]
 def render(result: dict[str, Any], stream: TextIO) -> None:
     """Print the document of a ``bench`` command."""
     machine = result["machine"]
-    print(
+    width = columns_of(stream)
+
+    def say(text: str) -> None:
+        print(folded(text, width), file=stream)
+
+    say(
         f"{machine['cpu_model']}, {machine['cores']} usable,"
-        f" {machine['kernel']}, {machine['python']}",
-        file=stream,
+        f" {machine['kernel']}, {machine['python']}"
     )
     if "timer_ns" in result:
         gap = f"; pause {result['gap_us']:g} us" if "gap_us" in result else ""
-        print(
+        say(
             f"a stamp ({result['clock']}) costs {result['timer_ns']:.0f} ns, which is"
-            f" not subtracted{gap}; gc is off on the CPUs",
-            file=stream,
+            f" not subtracted{gap}; gc is off on the CPUs"
         )
     print(file=stream)
     header, rows, notes = _TABLES[result["bench"]](result)
     table(header, rows, stream)
     for note in notes:
-        print(note, file=stream)
+        say(note)
 
 
 def table(header: Sequence[str], rows: Sequence[_Cells], stream: TextIO) -> None:

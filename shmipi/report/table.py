@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
-__all__ = ["Listing", "Text", "can_redraw", "columns_of", "write"]
+__all__ = ["Listing", "Text", "can_redraw", "columns_of", "folded", "write"]
 
 #: A line and its style, a name that rich knows, or "".
 Text = tuple[str, str]
@@ -48,6 +49,17 @@ def write(lines: Sequence[Text], stream: TextIO) -> None:
         return
     for text, _ in lines:
         print(text, file=stream)
+
+
+def folded(line: str, width: int | None) -> str:
+    """Return a line of prose in lines of ``width``, under where its words begin."""
+    if width is None or len(line) <= width:
+        return line
+    lead = re.match(r"\s*(\S+\s{2,}|\[\d+\] )?", line)
+    indent = len(lead[0]) if lead and len(lead[0]) < width // 2 else 0
+    return textwrap.fill(
+        line, width, subsequent_indent=" " * indent, break_on_hyphens=False
+    )
 
 
 @dataclass

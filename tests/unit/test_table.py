@@ -6,7 +6,7 @@ import pty
 
 import pytest
 
-from shmipi.report.table import Listing, can_redraw, columns_of, write
+from shmipi.report.table import Listing, can_redraw, columns_of, folded, write
 
 
 @pytest.fixture
@@ -68,6 +68,14 @@ def test_no_width_loses_a_word(listing: Listing, width: int) -> None:
     for cells, _ in [(listing.columns, ""), *listing.rows]:
         for word in " ".join(cells).split():
             assert word in words
+
+
+def test_prose_is_folded_under_its_words() -> None:
+    assert folded("a b c", None) == "a b c"
+    assert folded("one two three", 9) == "one two\nthree"
+    assert folded("  name  two three", 13) == "  name  two\nthree"
+    assert folded("[1] two three four", 14) == "[1] two three\n    four"
+    assert folded("  name  two three four", 18) == "  name  two three\n        four"
 
 
 def test_how_wide_a_line_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
