@@ -883,14 +883,16 @@ SMP(smp_send_reschedule, send_reschedule)
 #define DOC_MANY                                                                                 \
     "smp_call_function_many(mask, func, info=None, wait=True)\n--\n\n"                           \
     "Run func(info) on every online CPU of `mask` but the calling one.  Offline CPUs are\n"      \
-    "skipped.  `mask`: CpuMask, cpulist string or iterable of CPU numbers."
+    "skipped.  `mask`: CpuMask, cpulist string or iterable of CPU numbers.  What several\n"      \
+    "CPUs fail with is raised as a CpusFailedError, when all have run."
 #define DOC_ALL                                                                                  \
     "smp_call_function(func, info=None, wait=True)\n--\n\n"                                      \
     "Run func(info) on all other online CPUs."
 #define DOC_EACH                                                                                 \
     "on_each_cpu(func, info=None, wait=True)\n--\n\n"                                            \
     "Run func(info) on all online CPUs, the calling one included: there it runs after the\n"     \
-    "doorbells were rung and before the wait, with interrupts off."
+    "doorbells were rung and before the wait, with interrupts off.  What one CPU fails with\n"   \
+    "is raised when all have run, of several a CpusFailedError (an ExceptionGroup)."
 #define DOC_EACH_MASK                                                                            \
     "on_each_cpu_mask(mask, func, info=None, wait=True)\n--\n\n"                                 \
     "on_each_cpu for the CPUs of `mask`."

@@ -74,10 +74,19 @@ static void many_drop_payload(Machine *machine, const struct many *many)
     shi_leave(&machine->self);
 }
 
-static int many_wait(Machine *machine, struct many *many)
+static int add_failure(PyObject **failures, PyObject *error)
+{
+    if (!*failures && !(*failures = PyList_New(0)))
+        return -1;
+    return PyList_Append(*failures, error);
+}
+
+/* Wait for all; what they failed with goes to a list, by CPU.  `own` (a reference that is
+ * taken over, or NULL) is what failed here.  0, or -1 with an exception: the wait was
+ * interrupted. */
+static int many_wait(Machine *machine, struct many *many, PyObject **failures, PyObject *own)
 {
     uint32_t i;
-    PyObject *first = NULL;
     int err = 0;
     for (i = 0; i < many->queued; i++) {
         uint32_t local = many->locals[i], cpu = many->cpus[i];
@@ -91,19 +100,36 @@ static int many_wait(Machine *machine, struct many *many)
         }
         PyObject *none = shi_result(machine, local, cpu, SHI_A_INFO);
         shi_give_back(machine, local);
-        if (none) {
-            Py_DECREF(none);
-        } else if (!first) {
-            first = shi_take_exception(); /* all have run; the first failure is told */
-        } else {
-            PyErr_Clear();
+        PyObject *error = none ? NULL : shi_take_exception();
+        Py_XDECREF(none);
+        if (error && own && cpu > machine->self.id) {
+            err = add_failure(failures, own);
+            Py_CLEAR(own);
         }
+        if (error && !err)
+            err = add_failure(failures, error);
+        Py_XDECREF(error);
     }
-    if (first && !err)
-        PyErr_SetObject((PyObject *)Py_TYPE(first), first);
-    err = err || first ? -1 : 0;
-    Py_XDECREF(first);
+    if (own && !err)
+        err = add_failure(failures, own);
+    Py_XDECREF(own);
     return err;
+}
+
+/* What one CPU failed with is raised as it is, of several a group.  All have run. */
+static void raise_failures(PyObject *failures)
+{
+    PyObject *error = Py_NewRef(PyList_GET_ITEM(failures, 0));
+    if (PyList_GET_SIZE(failures) > 1) {
+        PyObject *group =
+            PyObject_CallFunction(shi_py.GroupError, "sO", "several CPUs failed", failures);
+        if (group)
+            Py_SETREF(error, group);
+        else
+            PyErr_Clear(); /* an error among them that is no Exception */
+    }
+    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_DECREF(error);
 }
 
 static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *function,
@@ -112,6 +138,7 @@ static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *fun
     struct shi_self *self = &machine->self;
     struct outgoing out;
     struct many many = {.n = n, .owner = -1};
+    PyObject *failures = NULL;
     bool self_in_mask = false;
     int err = -1;
     uint32_t i;
@@ -153,7 +180,7 @@ static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *fun
     shi_enter(self);
     shi_call_ipi_mask(self, many.ipis, many.nipis);
     shi_leave(self);
-    PyObject *failure = NULL;
+    PyObject *failure = NULL, *own = NULL;
     if (!err && run_self && self_in_mask) {
         int truth = 1;
         if (cond) {
@@ -162,21 +189,28 @@ static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *fun
             Py_XDECREF(yes);
         }
         /* Runs while the others do: after the doorbells, before the wait. */
-        if (truth < 0 || (truth && shi_run_local(machine, function, info, wait) < 0))
+        if (truth < 0)
             failure = shi_take_exception();
+        else if (truth && shi_run_local(machine, function, info, wait) < 0)
+            own = shi_take_exception();
     } else if (err) {
         failure = shi_take_exception();
     }
-    if (wait)
-        err = many_wait(machine, &many);
-    if (failure) {
+    if (!wait)
+        many.queued = 0;
+    err = many_wait(machine, &many, &failures, own);
+    if (failure) { /* of sending, not of the function: it did not go to all */
         PyErr_Clear();
         PyErr_SetObject((PyObject *)Py_TYPE(failure), failure);
         Py_DECREF(failure);
         err = -1;
+    } else if (!err && failures) {
+        raise_failures(failures);
+        err = -1;
     }
     many_drop_payload(machine, &many);
 done:
+    Py_XDECREF(failures);
     PyMem_Free(many.cpus);
     shi_outgoing_clear(&out);
     return err;

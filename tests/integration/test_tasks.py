@@ -639,6 +639,61 @@ def test_several_failures_keep_the_results_of_the_others(cluster):
     assert rest is None
 
 
+def test_what_several_cpus_fail_with_is_a_group(cluster):
+    """Of the broadcasts too, from the host and from a CPU, its own failure included."""
+
+    def fail(numbers):
+        if smp.smp_processor_id() in numbers:
+            raise LookupError(smp.smp_processor_id())
+
+    def from_a_cpu(numbers):
+        try:
+            smp.on_each_cpu(fail, numbers)
+        except ExceptionGroup as group:
+            return type(group).__name__, [error.cpu for error in group.exceptions]
+        except RemoteCallError as error:
+            return "one", error.cpu
+
+    for send in (
+        cluster.smp.on_each_cpu,
+        cluster.smp.smp_call_function,
+        lambda *what: cluster.smp.on_each_cpu_mask("0-2", *what),
+        lambda *what: cluster.smp.smp_call_function_many("0-2", *what),
+        lambda *what: cluster.smp.on_each_cpu_cond_mask(lambda *_: True, *what),
+    ):
+        with pytest.raises(CpusFailedError, match="several CPUs failed") as caught:
+            send(fail, [0, 2])
+        assert [error.cpu for error in caught.value.exceptions] == [0, 2]
+        assert [error.__cause__.args for error in caught.value.exceptions] == [
+            (0,),
+            (2,),
+        ]
+        with pytest.raises(RemoteCallError) as caught:
+            send(fail, [1])
+        assert caught.value.cpu == 1
+    for cpu in range(3):
+        assert cluster.run(from_a_cpu, [0, 1, 2], cpus=[cpu]) == [
+            ("CpusFailedError", [0, 1, 2])
+        ]
+        assert cluster.run(from_a_cpu, [cpu], cpus=[cpu]) == [("one", cpu)]
+    assert cluster.run(from_a_cpu, [1, 2], cpus=[0]) == [("CpusFailedError", [1, 2])]
+
+
+def test_a_group_names_a_cpu_that_died_of_it(boot):
+    cluster = boot(3, idle="halt")
+
+    def fail(_):
+        if smp.smp_processor_id() == 1:
+            os._exit(7)
+        raise LookupError
+
+    with pytest.raises(CpusFailedError) as caught:
+        cluster.smp.on_each_cpu(fail)
+    kinds = [type(error) for error in caught.value.exceptions]
+    assert kinds == [RemoteCallError, CpuDiedError, RemoteCallError]
+    assert "exited with status 7" in str(caught.value.exceptions[1])
+
+
 def test_an_unknown_cpu_is_the_same_error_everywhere(cluster):
     info = cluster.smp.CallSingleData(id)
     uses = [
