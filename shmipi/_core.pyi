@@ -76,6 +76,9 @@ OFFLINE: Final[int]
 CPU_DEAD: Final[int]
 #: Of ended(): the process exited; the low byte is its status.
 END_EXITED: Final[int]
+# Of doing(): kinds of handlers.
+HANDLER_IRQ: Final[int]
+HANDLER_NMI: Final[int]
 W_PENDING: Final[int]
 
 # What a CPU that is started by IPI is at.
@@ -184,6 +187,9 @@ class Machine:
     def slot(
         self, id: int, /
     ) -> tuple[int, int, int, int, int, int, str, int, int, int]: ...
+    # (kind of the handler that runs or 0, its name, CLOCK_MONOTONIC ns of its begin or
+    # 0, the task's name)
+    def doing(self, cpu: int, /) -> tuple[int, str | None, int, str | None]: ...
     def set_idle(self, cpu: int, policy: int, /) -> None: ...
     def hotplug(self, cpu: int, offline: bool, /) -> None: ...
     # Event counts: read, look, wait until the count is another one.

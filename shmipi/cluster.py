@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -52,6 +52,9 @@ _Result = TypeVar("_Result")
 #: Words for the states of ``enum shi_state``; a rung CPU is a halted one still.
 _STATES = ("offline", "running", "polling", "halted", "halted", "dead")
 
+#: The states of a CPU that runs a handler.
+_HANDLER_STATES = {_core.HANDLER_IRQ: "irq", _core.HANDLER_NMI: "nmi"}
+
 _HOTPLUG_LOOK_S = 0.05
 _KICK_OFFSET = 8  # SIGRTMIN + 8: glibc keeps the first two, others like the next few
 
@@ -60,8 +63,10 @@ _KICK_OFFSET = 8  # SIGRTMIN + 8: glibc keeps the first two, others like the nex
 class Cpu:
     """A CPU of a machine, as it was when looked at.
 
-    ``state`` is one of offline, running, polling, halted, dead. ``generation`` counts
-    the processes that have been this CPU, from 1.
+    ``state`` is one of offline, running, polling, halted, dead; irq and nmi while it
+    runs a handler. ``generation`` counts the processes that have been this CPU, from 1.
+    ``handler`` is the name of the handler that it runs and ``since`` for how long, in
+    seconds (None of a native one); ``task`` is the name of its task. None for none.
     """
 
     id: int
@@ -69,6 +74,9 @@ class Cpu:
     core: int
     state: str
     generation: int
+    handler: str | None = None
+    since: float | None = None
+    task: str | None = None
 
 
 class Cluster:
@@ -298,7 +306,20 @@ class Cluster:
     def cpus(self) -> tuple[Cpu, ...]:
         """Every CPU as it is now."""
         self._check()
-        return tuple(self._cpu(number) for number in range(self.ncpus))
+        return tuple(self._look(self._cpu(n)) for n in range(self.ncpus))
+
+    def _look(self, cpu: Cpu) -> Cpu:
+        """Say what an online CPU does, beside its state."""
+        kind, handler, begun, task = self._machine.doing(cpu.id)
+        if cpu.state in ("offline", "dead"):
+            return cpu
+        return replace(
+            cpu,
+            state=_HANDLER_STATES.get(kind, cpu.state),
+            handler=handler,
+            since=max(0, time.monotonic_ns() - begun) / 1e9 if begun else None,
+            task=task,
+        )
 
     def _cpu(self, number: int) -> Cpu:
         pid, _, core, state, generation, *_ = self._machine.slot(number)

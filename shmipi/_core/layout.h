@@ -470,6 +470,9 @@ _Static_assert(sizeof(struct shi_irq_area) % SHI_PAIR == 0, "counts start on a l
 /* ---- a slot: one per CPU, then the host's, the firmware's, and those of guests ---- */
 
 #define SHI_WAITS_IRQS_OFF 0x10000ull
+#define SHI_HANDLER_NAME 64u /* of what is longer, the end */
+
+enum shi_handler { SHI_H_NONE = 0, SHI_H_IRQ = 1, SHI_H_NMI = 2 };
 
 struct shi_slot {
     /* What every sender writes.  Pending lines share the line of the queue head: what
@@ -499,6 +502,9 @@ struct shi_slot {
     shi_a32 cur_csd;                        /* index + 1 of what it executes, 0: nothing */
     shi_a32 task;                           /* 1 while a task runs */
     shi_a32 damaged; /* 1 once it dropped csds it could not believe */
+    shi_a32 handler; /* enum shi_handler: of Python; a native one is in cur_csd alone */
+    shi_a64 since;   /* stamp of its begin */
+    char handler_name[SHI_HANDLER_NAME];
     shi_a32 starved; /* enum shi_starved: its senders write it too */
     shi_a32 lends;   /* 1 once a process of this slot has lent a result */
 

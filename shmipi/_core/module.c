@@ -293,6 +293,11 @@ static const struct field header_fields[] = {
     {"chip_nrows", offsetof(struct shi_header, chip.nrows), sizeof(uint32_t)},
     {"chip_rows", offsetof(struct shi_header, chip.rows), sizeof ((struct shi_chip *)0)->rows},
     FIELD(struct shi_header, firmware_pid),   FIELD(struct shi_header, host_pid),
+    {"clock_source", offsetof(struct shi_header, clock.source), sizeof(uint32_t)},
+    {"clock_shift", offsetof(struct shi_header, clock.shift), sizeof(uint32_t)},
+    {"clock_mult", offsetof(struct shi_header, clock.mult), sizeof(uint64_t)},
+    {"clock_base_stamp", offsetof(struct shi_header, clock.base_stamp), sizeof(uint64_t)},
+    {"clock_base_ns", offsetof(struct shi_header, clock.base_ns), sizeof(uint64_t)},
 };
 
 static const struct field slot_fields[] = {
@@ -302,6 +307,8 @@ static const struct field slot_fields[] = {
     FIELD(struct shi_slot, task),       FIELD(struct shi_slot, counters),
     FIELD(struct shi_slot, task_name),  FIELD(struct shi_slot, end),
     FIELD(struct shi_slot, lends),
+    FIELD(struct shi_slot, cur_csd),    FIELD(struct shi_slot, handler),
+    FIELD(struct shi_slot, since),      FIELD(struct shi_slot, handler_name),
     {"rows", offsetof(struct shi_slot, pic.rows), sizeof ((struct shi_pic *)0)->rows},
 };
 
@@ -447,6 +454,8 @@ static int module_exec(PyObject *module)
         {"OFFLINE", SHI_OFFLINE},
         {"CPU_DEAD", SHI_DEAD},
         {"END_EXITED", SHI_END_EXITED},
+        {"HANDLER_IRQ", SHI_H_IRQ},
+        {"HANDLER_NMI", SHI_H_NMI},
         {"NEW", SHI_M_NEW},
         {"BOOTING", SHI_M_BOOTING},
         {"UP", SHI_M_UP},

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "chip.h"
+#include "clock.h"
 #include "doorbell.h"
 #include "idle.h"
 #include "irqdesc.h"
@@ -81,6 +82,64 @@ void shi_leave_if_forked(Machine *machine, PyObject *result)
     _exit(status);
 }
 
+/* A function's own name: nothing is formatted, and no Python runs. */
+static const char *name_of(PyObject *function, size_t *length)
+{
+    const char *name = NULL;
+    if (PyMethod_Check(function))
+        function = PyMethod_GET_FUNCTION(function);
+    if (PyFunction_Check(function)) {
+        Py_ssize_t n = 0;
+        name = PyUnicode_AsUTF8AndSize(((PyFunctionObject *)function)->func_qualname, &n);
+        if (!name)
+            PyErr_Clear(); /* a name that is no text */
+        *length = (size_t)n;
+    }
+    if (!name) {
+        name = PyCFunction_Check(function) ? ((PyCFunctionObject *)function)->m_ml->ml_name
+               : PyType_Check(function)    ? ((PyTypeObject *)function)->tp_name
+                                           : Py_TYPE(function)->tp_name;
+        *length = strlen(name);
+    }
+    return name;
+}
+
+void shi_say_handler(struct shi_self *self, PyObject *function, enum shi_handler kind)
+{
+    struct shi_slot *slot = self->slot;
+    size_t length;
+    const char *name = name_of(function, &length);
+    if (length >= sizeof slot->handler_name) { /* its end tells more than its begin */
+        name += length - (sizeof slot->handler_name - 1);
+        length = sizeof slot->handler_name - 1;
+    }
+    memcpy(slot->handler_name, name, length);
+    slot->handler_name[length] = 0;
+    shi_store_relaxed(&slot->since, shi_stamp());
+    /* Release: who finds the kind finds name and time.  One that has been overtaken since
+     * finds another time when it looks again. */
+    shi_store_release(&slot->handler, kind);
+}
+
+void shi_handler_outer(const struct shi_self *self, struct handler_said *outer)
+{
+    const struct shi_slot *slot = self->slot;
+    outer->kind = shi_load_relaxed(&slot->handler);
+    outer->since = shi_load_relaxed(&slot->since);
+    if (outer->kind)
+        memcpy(outer->name, slot->handler_name, sizeof outer->name);
+}
+
+void shi_say_outer(struct shi_self *self, const struct handler_said *outer)
+{
+    struct shi_slot *slot = self->slot;
+    if (outer->kind) {
+        memcpy(slot->handler_name, outer->name, sizeof outer->name);
+        shi_store_relaxed(&slot->since, outer->since);
+    }
+    shi_store_release(&slot->handler, outer->kind);
+}
+
 /* Run one Python csd in interrupt context: soft-masked throughout, and whatever it
  * raises goes to its sender or to sys.unraisablehook, never into what it interrupted. */
 static void run_handler(Machine *machine, uint32_t index)
@@ -101,6 +160,7 @@ static void run_handler(Machine *machine, uint32_t index)
     shi_count(self, async ? SHI_C_csd_async : SHI_C_csd_sync);
     shi_count(self, SHI_C_python_run);
     SHI_TRACE(self, csd_function_entry, self->id, index + 1, func, 0);
+    shi_say_handler(self, in.function, SHI_H_IRQ);
     if (async) /* the kernel's order: unlock, then run */
         shi_csd_unlock(self, csd);
     PyObject *result = shi_incoming_apply(&in);
@@ -116,6 +176,7 @@ static void run_handler(Machine *machine, uint32_t index)
     Py_XDECREF(result);
     shi_incoming_clear(&in);
 out:
+    shi_store_relaxed(&self->slot->handler, SHI_H_NONE);
     shi_store_relaxed(&self->slot->cur_csd, 0);
     self->in_irq--;
     self->irqs_off = flags;

@@ -51,6 +51,7 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
     struct shi_self *self = &machine->self;
     PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
     PyObject *function, *result = NULL;
+    struct handler_said outer; /* an NMI's may stand on top of another */
     uint8_t flags = self->irqs_off;
     self->irqs_off = 1;
     self->in_irq++;
@@ -61,8 +62,11 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
             shi_nmi_entered(self);
         else
             shi_count(self, SHI_C_irq_handled);
+        shi_handler_outer(self, &outer);
+        shi_say_handler(self, function, is_nmi ? SHI_H_NMI : SHI_H_IRQ);
         result = PyObject_CallOneArg(function, argument);
         shi_leave_if_forked(machine, result);
+        shi_say_outer(self, &outer);
     } else {
         shi_count(self, SHI_C_irq_other); /* freed meanwhile, or its requester is gone */
     }

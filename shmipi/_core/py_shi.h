@@ -251,6 +251,15 @@ void shi_after_enable(Machine *machine);
 void shi_cpu_hooks(Machine *machine);
 /* After a function of the user's: `result`, or an exception.  Ends a fork's child. */
 void shi_leave_if_forked(Machine *machine, PyObject *result);
+/* For who looks from outside: a Python handler begins, or `outer` goes on. */
+struct handler_said {
+    uint32_t kind;
+    uint64_t since;
+    char name[SHI_HANDLER_NAME];
+};
+void shi_say_handler(struct shi_self *self, PyObject *function, enum shi_handler kind);
+void shi_handler_outer(const struct shi_self *self, struct handler_said *outer);
+void shi_say_outer(struct shi_self *self, const struct handler_said *outer);
 /* Where an exception may enter the task: -1, TaskInterrupt set, when it was cancelled. */
 int shi_task_interrupt(Machine *machine);
 /* Run Python csds that the kick handler put off.  Holds the interpreter. */

@@ -98,6 +98,7 @@ uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu)
     shi_store_relaxed(&slot->cur_csd, 0);
     shi_store_relaxed(&slot->task, 0);
     shi_store_relaxed(&slot->end, 0);
+    shi_store_relaxed(&slot->handler, SHI_H_NONE);
     shi_store_relaxed(&slot->damaged, 0);
     shi_store_relaxed(&slot->starved, SHI_ST_NO);
     shi_store_relaxed(&slot->step, 0);

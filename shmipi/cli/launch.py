@@ -86,9 +86,10 @@ def _table(cluster: Cluster, limit: int | None = None) -> Listing:
     )
     now = cluster.counters()
     for cpu in cluster.cpus[:limit]:
+        state = cpu.state if cpu.handler is None else f"{cpu.state} {cpu.handler}"
         calls = now["native_run"][cpu.id] + now["python_run"][cpu.id]
         listing.add_row(
-            *(str(cpu.id), str(cpu.pid), str(cpu.core), cpu.state, str(cpu.generation)),
+            *(str(cpu.id), str(cpu.pid), str(cpu.core), state, str(cpu.generation)),
             *(str(calls), str(now["doorbells_received"][cpu.id])),
             *(str(now["kicks_received"][cpu.id]), str(now["halts"][cpu.id])),
         )

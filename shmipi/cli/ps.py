@@ -142,6 +142,11 @@ def _cpus(view: MachineView) -> Listing:
     )
     for cpu in view.cpus:
         doing = [] if cpu.task is None else [f"runs {cpu.task}"]
+        if cpu.handler is not None:
+            spent = "" if cpu.since is None else f" for {span(cpu.since)}"
+            doing.append(f"handles {cpu.handler}{spent}")
+        if cpu.ended is not None:
+            doing.append(cpu.ended)
         if cpu.waits_for is not None:
             doing.append(f"waits for CPU {cpu.waits_for}")
         if cpu.queued:

@@ -27,6 +27,7 @@ from shmipi.cpumask import CpuMask
 from shmipi.errors import LayoutError
 from shmipi.machine import segment
 from shmipi.machine.boot import DOORBELLS, IDLE
+from shmipi.machine.ending import ending
 
 __all__ = [
     "CpuView",
@@ -42,6 +43,8 @@ __all__ = [
 
 #: Words for ``enum shi_state``; a rung CPU is a halted one still.
 _CPU_STATES: Final = ("offline", "running", "polling", "halted", "halted", "dead")
+#: The states of a CPU that runs a handler.
+_HANDLER_STATES: Final = {_core.HANDLER_IRQ: "irq", _core.HANDLER_NMI: "nmi"}
 #: Words for ``enum shi_machine_state``.
 _STATES: Final = ("starting", "booting", "up", "stopping", "dead")
 _ABI_BYTES: Final = 16  # magic, ABI, size of the header: the same in every version
@@ -50,7 +53,7 @@ _ABI_BYTES: Final = 16  # magic, ABI, size of the header: the same in every vers
 def _dtype(fields: tuple[tuple[str, int, int], ...], size: int) -> np.dtype[Any]:
     """Build a dtype from what the core says of a struct; other sizes are text."""
     formats = {2: "<u2", 4: "<u4", 8: "<u8"}
-    texts = ("magic", "name", "chip", "task_name")
+    texts = ("magic", "name", "chip", "task_name", "handler_name")
     return np.dtype(
         {
             "names": [name for name, _, _ in fields],
@@ -148,7 +151,10 @@ def header_of(machine: _core.Machine) -> Any:
 
 @dataclass(frozen=True)
 class CpuView:
-    """A CPU as it was when looked at. ``task`` and ``waits_for`` are None for none."""
+    """A CPU as it was when looked at, see ``Cluster.cpus``; None is for none.
+
+    ``ended`` says how the process of a dead one did.
+    """
 
     id: int
     pid: int
@@ -159,6 +165,9 @@ class CpuView:
     queued: bool  #: calls are queued that it has not taken yet
     task: str | None  #: name of the task that it runs
     waits_for: int | None  #: the CPU whose answer it waits for
+    handler: str | None = None  #: name of the handler that it runs
+    since: float | None = None  #: for how long, in seconds
+    ended: str | None = None
 
 
 @dataclass(frozen=True)
@@ -256,7 +265,7 @@ class Inspector:
             firmware_pid=int(header["firmware_pid"]),
             uptime_s=max(0.0, time.time() - started),
             memory_bytes=status.st_blocks * 512,
-            cpus=tuple(_cpu(number, slots[number]) for number in range(ncpus)),
+            cpus=tuple(_cpu(number, slots[number], header) for number in range(ncpus)),
         )
 
     # What trace.counters needs of a machine.
@@ -327,20 +336,45 @@ class Inspector:
         return slots
 
 
-def _cpu(number: int, slot: Any) -> CpuView:
+def _cpu(number: int, slot: Any, header: Any) -> CpuView:
     word = int(slot["word"])
     waiting = int(slot["waiting_for"]) & 0xFFFF
+    state = _word(_CPU_STATES, word & 7)
+    handler, since = None, None
+    if state == "dead":
+        ended = ending(int(slot["end"])) or None
+    else:
+        ended = None
+        kind = int(slot["handler"])
+        if kind:
+            handler = _text(slot["handler_name"])
+            begun = _mono_ns(header, int(slot["since"]))
+            since = max(0, time.monotonic_ns() - begun) / 1e9
+        if state != "offline" and (kind or slot["cur_csd"]):
+            state = _HANDLER_STATES.get(kind, "irq")
     return CpuView(
         id=number,
         pid=int(slot["pid"]),
         core=int(slot["core"]),
-        state=_word(_CPU_STATES, word & 7),
+        state=state,
         generation=int(slot["generation"]),
         idle=_word(IDLE, slot["idle"]),
         queued=bool(word >> 32),
         task=(_text(slot["task_name"]) or "?") if slot["task"] else None,
         waits_for=waiting - 1 if waiting else None,
+        handler=handler,
+        since=since,
+        ended=ended,
     )
+
+
+def _mono_ns(header: Any, stamp: int) -> int:
+    """Return the CLOCK_MONOTONIC time of a machine's stamp: as clock.h does it."""
+    if not header["clock_source"]:
+        return stamp
+    passed = stamp - int(header["clock_base_stamp"])
+    shift = min(int(header["clock_shift"]), 64)
+    return int(header["clock_base_ns"]) + (passed * int(header["clock_mult"]) >> shift)
 
 
 def _word(words: tuple[str, ...], number: Any) -> str:

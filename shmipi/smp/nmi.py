@@ -161,7 +161,7 @@ def _targets(machine: _core.Machine, cpu: int) -> list[int]:
     if machine.is_cpu and cpu == machine.id:
         raise IrqError(f"CPU {cpu} can not send an NMI IPI to itself", cpu=cpu)
     if cpu not in online:
-        raise CpuOfflineError(f"CPU {cpu} is not online: it takes no NMI", cpu=cpu)
+        machine.refuse(cpu)
     return [cpu]
 
 

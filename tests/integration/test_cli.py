@@ -331,6 +331,9 @@ def test_ps_shows_a_machine_as_it_is(
             "queued": False,
             "task": f"{__name__}.wait_for" if cpu.id == 1 else None,
             "waits_for": None,
+            "handler": None,
+            "since": None,
+            "ended": "killed by SIGKILL" if cpu.id == 3 else None,
         }
         for cpu in cluster.cpus
     ]

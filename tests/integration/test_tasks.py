@@ -137,7 +137,7 @@ def test_an_async_function_is_no_handler(cluster):
 def test_a_task_is_cancelled_wherever_it_is(boot, eventually, doorbell):
     """In Python code, in a sleep, in a system call, in a wait for another CPU."""
     cluster = boot(3, idle="halt", doorbell=doorbell)
-    held, seen = cluster.shared("held", "i8", 1), cluster.shared("seen", "i8", 3)
+    held, seen = cluster.shared("held", "i8", 1), cluster.shared("seen", "i8", 4)
 
     def hold():
         while not held[0]:
@@ -151,6 +151,7 @@ def test_a_task_is_cancelled_wherever_it_is(boot, eventually, doorbell):
 
     def noted(work):
         try:
+            atomic.fetch_add(seen, 3, 1)
             work()
         except Exception:
             atomic.fetch_add(seen, 1, 1)  # it is no Exception
@@ -162,14 +163,16 @@ def test_a_task_is_cancelled_wherever_it_is(boot, eventually, doorbell):
 
     everywhere = [spin, lambda: time.sleep(60), in_a_pipe, wait]
     cluster.submit(2, hold)
-    for turn, work in enumerate(everywhere):
+    for work in everywhere:
         tasks = cluster.start(noted, work, cpus=[0, 1])
-        eventually(running(tasks))
+        eventually(lambda: seen[3] == 2)
+        assert running(tasks)()
         time.sleep(0.02)
         assert tasks.cancel()
         assert tasks.wait(SOON_S), f"{work} goes on"
         assert all(task.cancelled() for task in tasks)
-        assert seen.tolist() == [2 * turn + 2, 0, 2 * turn + 2]
+        assert seen.tolist() == [2, 0, 2, 2]
+        seen[:] = 0
         with pytest.raises(TaskCancelledError, match="CPU 0 was cancelled") as caught:
             tasks[0].result()
         assert isinstance(caught.value, concurrent.futures.CancelledError)
@@ -708,6 +711,7 @@ def test_an_unknown_cpu_is_the_same_error_everywhere(cluster):
         lambda cpu: cluster.smp.smp_call_function_many([cpu], id),
         lambda cpu: cluster.smp.on_each_cpu_mask([cpu], id),
         lambda cpu: cluster.smp.smp_send_reschedule(cpu),
+        lambda cpu: cluster.smp.smp_send_nmi_ipi(cpu, id),
     ]
     for use, cpu in itertools.product(uses, (3, 99, -1)):
         text = rf"^CPU {cpu} does not exist: this machine has CPUs 0-2$"
