@@ -682,7 +682,7 @@ class _Futures:
                 self._fail()
             if not done:
                 # A limit although every end rings: the ring may die with its ringer.
-                machine.wait_event(seen, 0.05 if busy else 1.0)
+                machine.wait_event(seen, 0.01 if busy else 1.0)
 
     def _fail(self) -> None:
         with self._lock:

@@ -338,6 +338,9 @@ int shi_chip_wait_startup(struct shi_self *self)
     uint32_t was = shi_load_relaxed(startup), next;
     if (!self->m->chip.startup)
         return 0;
+    /* INIT has ended this process: a STARTUP since is for the next one. */
+    while (shi_load_full(&self->slot->pic.init) == self->gen && self->gen)
+        shi_event_wait(&self->slot->pic.init, self->gen, STARTUP_LOOK_NS);
     do {
         /* The bootstrap processor does not wait; nor does a process that was made
          * because a STARTUP asked for it. */
@@ -399,7 +402,7 @@ int shi_chip_init(struct shi_self *self, uint32_t cpu)
             return 0;
         /* The state first, the end second: a STARTUP that follows at once finds it. */
     } while (!shi_cas_full(startup, &was, cpu ? SHI_SU_RESET : SHI_SU_ASKED));
-    shi_irq_kill(self, cpu);
-    shi_firmware_look(self); /* of CPU 0, dead before, its end tells nobody */
+    shi_irq_end(self, cpu);
+    shi_firmware_look(self); /* it ends the process; and CPU 0's, dead before, is made anew */
     return 1;
 }

@@ -161,7 +161,7 @@ void shi_doorbell_close(struct shi_machine *m)
     m->eventfds = NULL;
 }
 
-void shi_doorbell_ring(struct shi_self *self, uint32_t dst)
+int shi_doorbell_ring(struct shi_self *self, uint32_t dst)
 {
     struct shi_machine *m = self->m;
     struct shi_slot *slot = shi_slot(m, dst);
@@ -171,15 +171,15 @@ void shi_doorbell_ring(struct shi_self *self, uint32_t dst)
     switch (m->doorbell) {
     case SHI_DB_FUTEX:
         futex(low_half(slot), FUTEX_WAKE, 1, NULL);
-        return;
+        return 0;
     case SHI_DB_SEM:
         if (sem_post(m->sems[dst]))
             shi_count(self, SHI_C_doorbells_retried); /* EOVERFLOW: it is rung */
-        return;
+        return 0;
     case SHI_DB_EVENTFD:
         while (write(m->eventfds[dst], &one, sizeof one) < 0 && errno == EINTR)
             ;
-        return;
+        return 0;
     case SHI_DB_MQUEUE:
         /* A full queue holds a token already: it will wake the target. */
         while (mq_timedsend(m->mqueues[dst], "", 0, 0, &past)) {
@@ -188,11 +188,11 @@ void shi_doorbell_ring(struct shi_self *self, uint32_t dst)
             shi_count(self, SHI_C_doorbells_retried);
             break;
         }
-        return;
+        return 0;
     case SHI_DB_SIGNAL:
-        shi_kick_send(self, dst);
-        return;
+        return shi_kick_send(self, dst);
     }
+    return 0;
 }
 
 static bool of_this_machine(const struct shi_self *self, const siginfo_t *info)
@@ -292,43 +292,38 @@ static int signal_cpu(struct shi_self *self, uint32_t dst, uint32_t sig)
 {
     struct shi_slot *slot = shi_slot(self->m, dst);
     pid_t pid = (pid_t)shi_load_relaxed(&slot->pid), tid = (pid_t)shi_load_relaxed(&slot->tid);
-    int tries, err = -ESRCH;
+    /* The watchdog does not stand still for one: it comes again in 10 ms. */
+    int tries = self->id == self->m->ncpus + 1 ? 1 : KICK_TRIES, err = -ESRCH;
     if (shi_load_relaxed(&self->m->header->machine_state) == SHI_M_DEAD || self->left)
         return err; /* nobody guards the pids of its CPUs any more */
     if (pid <= 0 || tid <= 0)
         return err; /* never a group, never everyone, whatever the segment says */
-    for (tries = 0; tries < KICK_TRIES; tries++) {
+    while (tries--) {
         err = queue_signal(self, sig, pid, tid, self->id);
         if (err != -EAGAIN)
             break;
-        /* RLIMIT_SIGPENDING: signals of others of this user wait to be taken.  If it
-         * never clears, a waiter kicks again after 10 ms. */
+        /* RLIMIT_SIGPENDING: signals of others of this user wait to be taken.  If it does
+         * not clear, the watchdog goes on trying. */
         shi_count(self, SHI_C_kicks_retried);
         sched_yield();
     }
     return err;
 }
 
-void shi_kick_send(struct shi_self *self, uint32_t dst)
+int shi_kick_send(struct shi_self *self, uint32_t dst)
 {
-    if (!signal_cpu(self, dst, self->m->kick_signal))
+    int err = signal_cpu(self, dst, self->m->kick_signal);
+    if (!err)
         shi_count(self, SHI_C_kicks_sent);
-    else /* none is outstanding: the next sender tries again */
+    else /* none is outstanding: who finds the queue empty tries again, and the watchdog */
         shi_fetch_and_full(&shi_slot(self->m, dst)->word, ~SHI_W_KICKED);
+    return err;
 }
 
-void shi_nmi_signal(struct shi_self *self, uint32_t dst)
+int shi_nmi_signal(struct shi_self *self, uint32_t dst)
 {
-    /* One that cannot be queued stays pending: whoever waits for it signals again. */
-    signal_cpu(self, dst, self->m->nmi_signal);
-}
-
-void shi_cpu_kill(const struct shi_self *self, uint32_t pid)
-{
-    /* As in signal_cpu: whose pid nobody guards is not signalled, nor is a group. */
-    if (shi_load_relaxed(&self->m->header->machine_state) != SHI_M_DEAD && !self->left &&
-        (int32_t)pid > 0)
-        kill((pid_t)pid, SIGKILL);
+    /* One that cannot be queued stays pending: the watchdog signals again. */
+    return signal_cpu(self, dst, self->m->nmi_signal);
 }
 
 void shi_firmware_look(const struct shi_self *self)

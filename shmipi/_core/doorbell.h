@@ -13,18 +13,17 @@ int shi_doorbell_open(struct shi_machine *m, const char *prefix, const int *even
 int shi_doorbell_adopt(struct shi_machine *m, const int *fds);
 void shi_doorbell_close(struct shi_machine *m);
 
-/* Ring the doorbell of a CPU whose word this caller has just turned to RUNG. */
-void shi_doorbell_ring(struct shi_self *self, uint32_t dst);
+/* Ring the doorbell of a CPU whose word this caller has just turned to RUNG.  0, or -errno
+ * when the signal that it is could not be queued; so of the next two. */
+int shi_doorbell_ring(struct shi_self *self, uint32_t dst);
 /* Sleep on the own doorbell while the word's low half is `low` (a HALTED value), or
  * until `timeout_ns` (< 0: for ever).  0 rung or a stale token, -EINTR, -ETIMEDOUT. */
 int shi_doorbell_wait(struct shi_self *self, uint32_t low, int64_t timeout_ns);
 
 /* Send the kick signal to a CPU that this caller's hazard protects. */
-void shi_kick_send(struct shi_self *self, uint32_t dst);
+int shi_kick_send(struct shi_self *self, uint32_t dst);
 /* Send the NMI signal to a CPU that this caller's hazard protects. */
-void shi_nmi_signal(struct shi_self *self, uint32_t dst);
-/* End the process of a CPU that this caller's hazard protects. */
-void shi_cpu_kill(const struct shi_self *self, uint32_t pid);
+int shi_nmi_signal(struct shi_self *self, uint32_t dst);
 /* Have the firmware look after dead CPUs now. */
 void shi_firmware_look(const struct shi_self *self);
 /* Install the handlers of the kick and the NMI signal, for the process's CPU `self`. */

@@ -2,7 +2,9 @@
 #include "sys.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "chip.h"
 #include "clock.h"
@@ -60,14 +62,16 @@ static bool needs_pid(const struct shi_machine *m, uint64_t w, bool again)
 
 /*
  * Turn `dst`'s word into one that says "somebody rings", with `set` added, and ring.
- * `again`: ring even where the word says that somebody else undertook to.
+ * `again`: ring even where the word says that somebody else undertook to.  -errno when
+ * nothing could be sent: then the watchdog rings, because others trust the word.
  */
-static void ring(struct shi_self *self, uint32_t dst, uint64_t set, bool completion, bool again)
+static int ring(struct shi_self *self, uint32_t dst, uint64_t set, bool completion, bool again)
 {
     struct shi_machine *m = self->m;
     struct shi_slot *slot = shi_slot(m, dst);
     enum shi_rung way;
     bool hazard = false;
+    int err = 0;
     /* Full: after the line was set, so that one who comes online sees it, or we see him. */
     uint64_t w = shi_load_full(&slot->word), next;
     for (;;) {
@@ -105,15 +109,16 @@ static void ring(struct shi_self *self, uint32_t dst, uint64_t set, bool complet
     SHI_STEP(self, ring);
     SHI_TRACE(self, rung, dst, 0, 0, (uint32_t)way);
     if (way == SHI_RUNG_DOORBELL)
-        shi_doorbell_ring(self, dst);
+        err = shi_doorbell_ring(self, dst);
     else if (way == SHI_RUNG_KICK)
-        shi_kick_send(self, dst);
+        err = shi_kick_send(self, dst);
     else if (shi_word_state(w) == SHI_RUNNING && !completion && m->kick)
         shi_count(self, SHI_C_kicks_coalesced);
     SHI_STEP(self, rung);
 out:
     if (hazard)
         hazard_clear(self);
+    return err;
 }
 
 void shi_irq_ring(struct shi_self *self, uint32_t dst)
@@ -136,29 +141,29 @@ void shi_irq_ring_waiter(struct shi_self *self, uint32_t id)
     }
 }
 
-bool shi_irq_rering(struct shi_self *self, uint32_t dst)
+int shi_irq_rering(struct shi_self *self, uint32_t dst)
 {
     uint64_t w = shi_load_full(&shi_slot(self->m, dst)->word);
     enum shi_state state = shi_word_state(w);
     if (!shi_word_online(w))
-        return false;
-    shi_nmi_resend(self, dst);
+        return 0;
+    int nmi = shi_nmi_resend(self, dst);
     /* A line whose sender died between setting it and ringing. */
     uint64_t set = self->m->flow->pending(self->m, dst) ? SHI_W_PENDING : 0;
     if (set & ~w) {
         w |= set;
     } else if (state == SHI_POLLING || (state == SHI_RUNNING && !self->m->kick)) {
-        return false;
+        return nmi;
     }
     /* What died with a ringer may be no more than its promise to ring: RUNG or KICKED
-     * with nothing sent silences every later sender, work or no work.  And a kick that
-     * came just before a task went to sleep in a system call has to come again: the
-     * interpreter was asked, but it never looked. */
-    if (!shi_word_work(w) && state != SHI_RUNG && !(w & (SHI_W_KICKED | SHI_W_ASKED)))
-        return false;
-    shi_count(self, SHI_C_rekicked);
-    ring(self, dst, set, false, true);
-    return true;
+     * with nothing sent silences every later sender, work or no work.  (ASKED alone is
+     * the business of the CPU's own timer: remind.h.) */
+    if (!shi_word_work(w) && state != SHI_RUNG && !(w & SHI_W_KICKED))
+        return nmi;
+    int err = ring(self, dst, set, false, true);
+    if (!err)
+        shi_count(self, SHI_C_rekicked);
+    return err ? err : 1;
 }
 
 int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst)
@@ -186,27 +191,28 @@ int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst)
 
 /* ---- NMIs, and INIT --------------------------------------------------------------- */
 
-void shi_irq_kill(struct shi_self *self, uint32_t dst)
+void shi_irq_end(struct shi_self *self, uint32_t dst)
 {
-    shi_a64 *word = &shi_slot(self->m, dst)->word;
-    hazard_set(self, dst);
-    uint64_t w = shi_load_full(word);
-    uint32_t pid = shi_load_acquire(&shi_slot(self->m, dst)->pid);
-    /* The generation again: by now the pid may be of the next process in the slot. */
-    if (shi_word_state(w) != SHI_DEAD &&
-        shi_word_gen(shi_load_full(word)) == shi_word_gen(w))
-        shi_cpu_kill(self, pid);
-    hazard_clear(self);
+    struct shi_slot *slot = shi_slot(self->m, dst);
+    uint64_t w = shi_load_full(&slot->word);
+    if (dst == self->id && !self->host)
+        kill(getpid(), SIGKILL); /* its own pid, whatever the segment says */
+    /* The firmware does it, whose child it is: a pid in here may be damaged, or another's
+     * by now.  The generation says of which process we speak. */
+    if (shi_word_state(w) != SHI_DEAD)
+        shi_store_full(&slot->pic.init, shi_word_gen(w));
 }
 
-void shi_irq_signal_nmi(struct shi_self *self, uint32_t dst)
+int shi_irq_signal_nmi(struct shi_self *self, uint32_t dst)
 {
+    int err = -ESRCH;
     hazard_set(self, dst);
     if (shi_word_online(shi_load_full(&shi_slot(self->m, dst)->word))) {
         SHI_TRACE(self, rung, dst, 0, 0, SHI_RUNG_NMI);
-        shi_nmi_signal(self, dst);
+        err = shi_nmi_signal(self, dst);
     }
     hazard_clear(self);
+    return err;
 }
 
 void shi_irq_call_python_for_nmi(struct shi_self *self)

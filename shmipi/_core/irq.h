@@ -21,15 +21,16 @@ void shi_irq_ring(struct shi_self *self, uint32_t dst);
 void shi_irq_ring_pending(struct shi_self *self, uint32_t dst, bool again);
 /* Completion of a parked waiter: wake its CPU, or the host. */
 void shi_irq_ring_waiter(struct shi_self *self, uint32_t slot);
-/* No progress: ring again whatever the bits say, if there is work. */
-bool shi_irq_rering(struct shi_self *self, uint32_t dst);
+/* No progress: ring again whatever the bits say, if there is work.  1 rung, 0 nothing to
+ * ring for, or -EAGAIN when no signal could be queued. */
+int shi_irq_rering(struct shi_self *self, uint32_t dst);
 /* smp_send_reschedule. -ENXIO when offline. */
 int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst);
 
-/* Signal an NMI to `dst`. */
-void shi_irq_signal_nmi(struct shi_self *self, uint32_t dst);
-/* INIT: end `dst`'s process, unless it has ended. */
-void shi_irq_kill(struct shi_self *self, uint32_t dst);
+/* Signal an NMI to `dst`: 0 or -errno. */
+int shi_irq_signal_nmi(struct shi_self *self, uint32_t dst);
+/* INIT: have `dst`'s process ended, unless it has. */
+void shi_irq_end(struct shi_self *self, uint32_t dst);
 /* In the NMI's signal handler: bring the own CPU's interpreter to its Python handler. */
 void shi_irq_call_python_for_nmi(struct shi_self *self);
 /* The same: let an idle CPU look around, as after an interrupt. */

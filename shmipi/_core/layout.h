@@ -374,6 +374,7 @@ struct shi_pic {
     shi_a32 nmi;      /* pending | SHI_NMI_IN_SERVICE */
     shi_a32 startup;  /* enum shi_startup: futex of a CPU that waits for STARTUP */
     shi_a32 sipi;     /* vector of the STARTUP that it took */
+    shi_a32 init;     /* generation of the process that INIT ends: the firmware's order */
     shi_a64 routed[SHI_NLINES / 64]; /* shared: lines mapped to this CPU (pcpu_masks) */
     shi_a64 bank[2];  /* sgi: 8 bits a line, the CPUs that sent it (GICD_SPENDSGIRn) */
     /* Written by the owner only. */

@@ -40,10 +40,14 @@ int shi_nmi_send(struct shi_self *self, uint32_t dst)
     return 1;
 }
 
-void shi_nmi_resend(struct shi_self *self, uint32_t dst)
+int shi_nmi_resend(struct shi_self *self, uint32_t dst)
 {
-    if (shi_load_full(&shi_pic(self->m, dst)->nmi) & SHI_NMI_PENDING)
-        shi_irq_signal_nmi(self, dst);
+    uint32_t nmi = shi_load_full(&shi_pic(self->m, dst)->nmi);
+    /* One in service looks for more itself when it ends. */
+    if (!(nmi & SHI_NMI_PENDING) || nmi & SHI_NMI_IN_SERVICE)
+        return 0;
+    int err = shi_irq_signal_nmi(self, dst);
+    return err ? err : 1;
 }
 
 /* Pending becomes in service: false when none is pending, or one is in service. */

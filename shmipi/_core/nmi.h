@@ -22,7 +22,8 @@ void shi_nmi_by_line(struct shi_self *self);
 void shi_nmi_entered(struct shi_self *self);
 /* Its handler, Python's, has returned. */
 void shi_nmi_done(struct shi_self *self);
-/* Signal again if any is pending: its sender may have died before it did. */
-void shi_nmi_resend(struct shi_self *self, uint32_t dst);
+/* Signal again if one waits for it: its sender may have died before it did.  1 signalled,
+ * 0 nothing to signal, or -errno. */
+int shi_nmi_resend(struct shi_self *self, uint32_t dst);
 
 #endif

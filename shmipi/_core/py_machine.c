@@ -3,7 +3,9 @@
 #include "py_shi.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
@@ -17,6 +19,7 @@
 #include "reap.h"
 #include "step.h"
 #include "trace.h"
+#include "watch.h"
 
 PyTypeObject *shi_machine_type;
 Machine *shi_current;
@@ -102,6 +105,7 @@ static void machine_dealloc(PyObject *object)
     }
     Py_XDECREF(machine->early);
     Py_XDECREF(machine->on_cancel);
+    free(machine->watch);
     type->tp_free(object);
     Py_DECREF(type);
 }
@@ -612,6 +616,64 @@ METHOD(reap_ring_all)
     Py_RETURN_NONE;
 }
 
+/* The watchdog's look, if 10 ms have gone by since the last.  1: the firmware has something
+ * to do, 0, or -1. */
+static int look_after(Machine *machine)
+{
+    uint64_t now = shi_now_ns();
+    if (!machine->watch && !(machine->watch = shi_watch_new(&machine->m))) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (now - machine->looked_ns < SHI_WATCH_NS)
+        return 0;
+    machine->looked_ns = now;
+    return shi_watch_look(&machine->self, machine->watch);
+}
+
+METHOD(look_after)
+{
+    (void)arg;
+    if (look_after(MACHINE(object)) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* init_order(cpu) -> generation of the process that INIT ends, 0: none */
+CPU_METHOD(init_order, return PyLong_FromUnsignedLong(
+                           shi_load_acquire(&shi_slot(&machine->m, cpu)->pic.init)))
+
+/* watch(fd, seconds): look after the CPUs until `fd` can be read, a CPU is to be ended or
+ * started, or time is up (< 0: never).  In C, because it is the firmware's life: 100 times a second. */
+METHOD(watch)
+{
+    Machine *machine = MACHINE(object);
+    int fd, ready = 0;
+    double seconds;
+    if (!PyArg_ParseTuple(arg, "id", &fd, &seconds))
+        return NULL;
+    uint64_t end = seconds < 0 ? UINT64_MAX : shi_now_ns() + (uint64_t)(seconds * 1e9);
+    do {
+        int asked = look_after(machine);
+        if (asked < 0)
+            return NULL;
+        if (asked)
+            break;
+        uint64_t now = shi_now_ns(), next = machine->looked_ns + SHI_WATCH_NS;
+        uint64_t until = next < end ? next : end;
+        uint64_t ns = until > now ? until - now : 0;
+        struct timespec t = {.tv_sec = (time_t)(ns / 1000000000),
+                             .tv_nsec = (long)(ns % 1000000000)};
+        struct pollfd p = {.fd = fd, .events = POLLIN};
+        Py_BEGIN_ALLOW_THREADS
+        ready = ppoll(&p, 1, &t, NULL);
+        Py_END_ALLOW_THREADS
+        if (ready < 0 && (errno != EINTR || PyErr_CheckSignals() < 0))
+            return PyErr_Occurred() ? NULL : PyErr_SetFromErrno(PyExc_OSError);
+    } while (ready <= 0 && shi_now_ns() < end);
+    Py_RETURN_NONE;
+}
+
 METHOD(stop_all)
 {
     (void)arg;
@@ -884,6 +946,9 @@ PyMethodDef shi_machine_methods[] = {
     ONE(trylock, "trylock(name) -> bool: a lock between hosts (shi_header)"),
     ONE(unlock, "unlock(name)"),
     NOARGS(reap_ring_all, "Ring every CPU that has work."),
+    NOARGS(look_after, "The watchdog's look, if 10 ms have gone by since the last."),
+    ONE(init_order, "init_order(cpu) -> generation of the process that INIT ends"),
+    MANY(watch, "watch(fd, seconds): look after the CPUs until fd can be read"),
     NOARGS(stop_all, "The machine stops."),
     MANY(back, "back(offset, length)"),
     ONE(add_array, "add_array(nbytes) -> (index, offset)"),

@@ -65,6 +65,8 @@ typedef struct {
     uint64_t *late; /* what other threads of a CPU's process freed: shi_late */
     uint32_t nlate, late_room;
     uint64_t array_top; /* where the arrays end that this process has made */
+    struct shi_watch *watch; /* firmware: what its watchdog saw */
+    uint64_t looked_ns;      /* and when */
     uint32_t room_looks; /* in vain, one after another, for room for wait=0 calls */
 } Machine;
 

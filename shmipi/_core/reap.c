@@ -20,6 +20,7 @@ void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end)
         ;
     shi_store_release(&slot->waiting_for, 0);
     shi_store_release(&slot->ringing, 0);
+    shi_store_relaxed(&slot->pic.init, 0);
     shi_event_ring(&self->m->header->hotplug_event);
 }
 
@@ -92,6 +93,7 @@ uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu)
     shi_chip_reset(self->m, cpu);
     shi_store_relaxed(&slot->registered, 0);
     shi_store_relaxed(&slot->boot_error, 0);
+    shi_store_relaxed(&slot->pic.init, 0);
     shi_store_relaxed(&slot->pid, 0);
     shi_store_relaxed(&slot->tid, 0);
     shi_store_relaxed(&slot->hotplug, SHI_HP_ONLINE);

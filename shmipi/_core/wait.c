@@ -11,9 +11,11 @@
 #include "queue.h"
 #include "step.h"
 #include "wait.h"
+#include "watch.h"
 
 #define TICK_NS 10000000u      /* no progress for so long: ring again */
 #define DEADLOCK_TICK_NS 1000000u
+#define SLOWEST 13             /* at most TICK_NS << 13, 80 s, between two rings */
 #define SPIN_ROUND 64          /* looks between two readings of the clock */
 
 /* Interrupts off: the waiter may not serve its own queue (kernel: that is the reason
@@ -41,8 +43,8 @@ void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index
 
 void shi_wait_end(struct shi_self *self, struct shi_wait *wait)
 {
-    if (wait->published)
-        shi_store_release(&self->slot->waiting_for, 0);
+    if (wait->published) /* a wait that an NMI's handler interrupted goes on */
+        shi_store_release(&self->slot->waiting_for, wait->outer);
     if (self->in_task && may_serve(self))
         shi_set_running(self);
 }
@@ -130,12 +132,6 @@ static bool deadlocked(struct shi_self *self)
     return true;
 }
 
-/* Work queued, or Python work put off, that its owner should have looked at by now. */
-static bool stuck(uint64_t w)
-{
-    return shi_word_work(w) || (w & SHI_W_ASKED);
-}
-
 /*
  * The target dropped csds that it found damaged, and what stood behind them.  If it has
  * nothing queued, runs nothing and is no task's, nobody has ours any more.
@@ -163,10 +159,14 @@ static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t no
         uint64_t w = shi_load_full(&target->word);
         if (wait->tick_ns && lost(target, w) && lost(target, wait->seen))
             return -EBADMSG;
-        /* A ring may have died with its ringer.  The head may have moved: others queue
+        uint64_t progress = shi_watch_progress(target);
+        if (progress != wait->progress)
+            wait->rekicks = 0;
+        /* A ring may have died with its ringer: the firmware's watchdog makes it good, and
+         * if that is stopped itself, who waits.  The head may have moved: others queue
          * behind the stranded one and do not ring. */
-        if (wait->tick_ns && stuck(w) && stuck(wait->seen) &&
-            shi_irq_rering(self, wait->dst) && wait->rekicks < 6)
+        else if (wait->tick_ns && shi_word_work(w) && shi_word_work(wait->seen) &&
+                 shi_irq_rering(self, wait->dst) > 0 && wait->rekicks < SLOWEST)
             wait->rekicks++; /* back off: a stopped target's signals pile up */
         if (wait->tick_ns && shi_load_acquire(&target->starved)) {
             /* Who made room for a result there may have died before it rang. */
@@ -174,6 +174,7 @@ static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t no
             shi_chip_prod(self, wait->dst);
             shi_leave(self);
         }
+        wait->progress = progress;
         wait->seen = w;
         wait->tick_ns = now + ((uint64_t)TICK_NS << wait->rekicks);
     }
@@ -264,6 +265,7 @@ int shi_wait_sleep(struct shi_self *self, struct shi_wait *wait)
     if (!shi_csd_locked(wait->csd))
         return SHI_WAIT_DONE;
     if (!wait->published) {
+        wait->outer = self->host ? 0 : shi_load_relaxed(&self->slot->waiting_for);
         /* Release: who finds the entry finds the csd queued. */
         shi_store_full(&self->slot->waiting_for,
                        (uint64_t)(wait->dst + 1) | (self->irqs_off ? SHI_WAITS_IRQS_OFF : 0) |

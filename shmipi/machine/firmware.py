@@ -52,6 +52,7 @@ class Firmware:
         os.close(fd)  # the machine has a descriptor of its own: the lock is on that
         self.pids: dict[int, int] = {}  # pid -> CPU
         self.coprocessors: dict[int, int] = {}  # pid -> its place
+        self.generations: dict[int, int] = {}  # CPU -> of its process
         self.unreaped: set[int] = set()  # pids of the dead whose number is guarded
         self.stopping = False
         self.deadline = 0.0  # of an orderly stop
@@ -99,7 +100,7 @@ class Firmware:
         me = os.getpid()
         private = self.private()
         for number in cpus:
-            self.machine.reap_reset(number)
+            self.generations[number] = self.machine.reap_reset(number)
             try:
                 # Not os.fork(): the child goes to its idle loop and touches no Python.
                 pid = self.machine.fork_cpu(number, me, private)
@@ -152,7 +153,8 @@ class Firmware:
                     raise OSError(errno.ECHILD, "the host died")
                 if time.monotonic() > deadline:
                     raise OSError(errno.ETIMEDOUT, f"CPU {number} does not come online")
-                self.machine.wait_hotplug(seen, 0.02)
+                self.machine.wait_hotplug(seen, 0.01)
+                self.machine.look_after()  # the others go on while one comes up
                 self.reap()
 
     # ---- events ---------------------------------------------------------------------
@@ -165,10 +167,15 @@ class Firmware:
                 timeout = _REAP_RETRY_S
             if self.stopping:
                 timeout = max(0.0, self.deadline - time.monotonic())
-            for key, _ in self.selector.select(timeout):
+            # In C: every 10 ms it looks whether some CPU was left without its ring.
+            self.machine.watch(
+                self.selector.fileno(), -1.0 if timeout is None else timeout
+            )
+            for key, _ in self.selector.select(0):
                 key.data()
             self.reap()
             self.guests.look()
+            self.end_ordered()
             self.start_asked()
             if self.stopping and time.monotonic() >= self.deadline:
                 self.kill_all()
@@ -221,6 +228,14 @@ class Firmware:
     def live(self) -> set[int]:
         """Return the CPUs that have a process."""
         return {cpu for pid, cpu in self.pids.items() if pid not in self.unreaped}
+
+    def end_ordered(self) -> None:
+        """End the processes that an INIT IPI was sent to."""
+        for pid, number in self.pids.items():
+            order = self.machine.init_order(number)
+            if order and order == self.generations[number] & 0xFFFF:
+                # Our child, not reaped: nobody else has this pid.
+                os.kill(pid, signal.SIGKILL)
 
     def start_asked(self) -> None:
         """Boot the CPUs without a process that a STARTUP IPI has reached."""
