@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The ringer is killed, or (-DSTOP) stopped for good, at any of its steps.
+ * The ringer is killed, or (-DSTOP) stopped for good, at any of its steps, or (-DFULL) finds no
+ * room for its signal.
  *
  * Modelled: the target of running.pml without its soft mask: a short task, an idle halt, a long
  * task that only a kick gets into. The ringer pushes csd 0 and rings, or (-DLATE) rings late for
@@ -10,8 +11,9 @@
  * Killed: the second sender does not wait, nobody else will ring; after the death the reaper
  * looks at the target's word once and rings it when somebody's undertaking may have died: work,
  * KICKED, or RUNG. Whatever the bits say: a doorbell for RUNG, a signal although KICKED is set.
- * Stopped: there is no reaper. The second sender waits, and rings again, whatever the bits say,
- * when nothing else moves (the 10 ms; -DEARLY: and once at any moment).
+ * Stopped: there is no reaper, and nobody waits. The watchdog looks at the target's word and
+ * rings by the reaper's rule when nothing else moves (twice the same, 10 ms apart; -DEARLY: and
+ * once at any moment). -DFULL: the same, and a signal that cannot be queued takes KICKED back.
  * Abstracted: payloads (halt.pml and running.pml have them), the soft mask.
  *
  * Rules, each removed by its switch:
@@ -20,7 +22,7 @@
  *                            but the undertaking, and the bit it left makes later senders silent
  *   REAPER_HONOURS_BITS      RUNG and KICKED count as "somebody does it already"
  *   RING_EITHER_OR           a CPU that halted with a stale KICKED gets its doorbell and no signal
- *   NO_REKICK, REKICK_HONOURS_BITS   the same of the waiter (with -DSTOP)
+ *   NO_WATCHDOG, WATCHDOG_HONOURS_BITS   the same of the watchdog
  *   TASK_START_CLEARS_KICKED not a mutation: KICKED ends with the task it was sent to. It frees
  *                            senders of a stale KICKED without a reaper, and allows one more
  *                            signal in flight; a stale RUNG is still the reaper's business
@@ -33,8 +35,13 @@
 #define REAPER  3
 byte served[2];
 bool pushed;                                    /* ghost: csd 0 is in the queue */
-#ifdef STOP
+#ifdef FULL
+#define STOP
+#endif
+#if defined(STOP) && defined(LATE)
 #define ALL_DONE (served[1])
+#elif defined(STOP)
+#define ALL_DONE (served[1] && served[0])
 #else
 #define ALL_DONE (served[1] && (served[0] || !pushed) && gone)
 #endif
@@ -106,7 +113,14 @@ proctype Ringer() {
     :: HEAD(w) == 0 && STATE(w) != POLLING ->
         undertake(0);
         STEP;
+#ifdef FULL
+        if
+        :: STATE(w) == RUNNING && !(w & KICKED) -> FAND(0, 0, ~KICKED, w)
+        :: else -> keep_word()
+        fi
+#else
         keep_word()
+#endif
     :: else
     fi;
 #endif
@@ -127,7 +141,7 @@ end:
 inline ring_again(p) {
     do
     :: LD(p, 0, w);
-#if defined(REAPER_HONOURS_BITS) || defined(REKICK_HONOURS_BITS)
+#if defined(REAPER_HONOURS_BITS) || defined(WATCHDOG_HONOURS_BITS)
         if
         :: STATE(w) == HALTED -> CAS(p, 0, w, SETST(w, RUNG), ok);
             if :: ok -> doorbell(0); break :: else fi
@@ -152,24 +166,37 @@ inline ring_again(p) {
 }
 
 proctype Sender() {
-    int w; byte ok, late;
+    int w; byte ok;
     push(1, 1);
     if
     :: HEAD(w) == 0 && STATE(w) != POLLING -> undertake(1); keep_word()
     :: else
-    fi;
+    fi
+}
+
 #ifdef STOP
+inline look() {
+    LD(REAPER, 0, w);
+    if
+    :: WORK(w) || w & KICKED || STATE(w) == RUNG -> ring_again(REAPER)
+    :: else
+    fi;
+    atomic { w = 0; ok = 0 }
+}
+
+proctype Watchdog() {
+    int w; byte ok, late;
     do
-    :: served[1] -> break
-#ifndef NO_REKICK
+    :: ALL_DONE -> break
+#ifndef NO_WATCHDOG
 #ifdef EARLY
-    :: late == 0 -> late = 1; ring_again(1)
+    :: late == 0 -> late = 1; look()
 #endif
-    :: timeout && late < 2 -> late = 2; ring_again(1)
+    :: timeout && late < 2 -> late = 2; look()
 #endif
     od
-#endif
 }
+#endif
 
 #ifndef STOP
 proctype Reaper() {
@@ -276,7 +303,9 @@ init {
         mem[0] = RUNNING;                       /* in the short task */
         run Flush(0); run Flush(1); run Flush(T); run Flush(REAPER);
         run Ringer(); run Sender(); run Target(); run Kick();
-#ifndef STOP
+#ifdef STOP
+        run Watchdog()
+#else
         run Reaper()
 #endif
     }

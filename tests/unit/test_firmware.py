@@ -27,7 +27,7 @@ def test_a_cpu_that_gets_no_process_stays_dead(monkeypatch):
     """Offline, it would be waited for by who brings it online, and for ever."""
     firmware = Firmware.__new__(Firmware)
     firmware.machine = Machine()
-    firmware.pids = {}
+    firmware.pids, firmware.generations = {}, {}
     monkeypatch.setattr(firmware, "private", list)
     monkeypatch.setattr(firmware, "before_fork", lambda: None)
     with pytest.raises(OSError, match="too many processes"):
