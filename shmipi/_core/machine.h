@@ -118,7 +118,7 @@ struct shi_self {
     volatile uint8_t in_nmi;
     volatile uint8_t nmi_waits; /* an NMI is in service, and Python has to handle it */
     volatile uint8_t reminding; /* the timer is set (remind.h) */
-    volatile uint8_t held;      /* kicks leave Python handlers waiting: an import goes on */
+    volatile uint32_t held;     /* depth of imports: kicks leave Python handlers waiting */
     bool has_timer;
     bool inline_python;        /* the idle loop or a waiter: run Python csds at once */
     bool in_task;
@@ -250,11 +250,17 @@ static inline bool shi_masked(const struct shi_self *self)
     return self->irqs_off || self->in_core;
 }
 
+/* Does anything wait for the interpreter that interrupts off hold back? */
+static inline bool shi_irqs_wait(const struct shi_self *self)
+{
+    return self->deferred.head || self->nlater ||
+           (self->unsent && shi_load_relaxed(&self->slot->starved) != SHI_ST_WAITS);
+}
+
 /* Does anything wait for the interpreter? */
 static inline bool shi_python_waits(const struct shi_self *self)
 {
-    return self->deferred.head || self->nlater || self->nmi_waits ||
-           (self->unsent && shi_load_relaxed(&self->slot->starved) != SHI_ST_WAITS);
+    return self->nmi_waits || shi_irqs_wait(self);
 }
 
 static inline uint32_t shi_first_guest(const struct shi_machine *m)

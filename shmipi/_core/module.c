@@ -414,11 +414,11 @@ static int module_exec(PyObject *module)
                                   shi_machine_functions, shi_barrier_functions, shi_wait_functions,
                                   shi_native_functions, shi_segment_functions,
                                   shi_bench_functions,
-                                  shi_irq_functions};
+                                  shi_irq_functions, shi_shield_functions};
     if (add_methods(module, parts, sizeof parts / sizeof *parts) < 0 ||
         shi_atomic_add(module) < 0 || shi_function_types() < 0 || shi_native_types(module) < 0 ||
         shi_machine_types(module) < 0 || shi_csd_types(module) < 0 ||
-        shi_bench_types(module) < 0)
+        shi_bench_types(module) < 0 || shi_shield_types(module) < 0)
         return -1;
     if (add_names(module, "COUNTERS", counter_names, SHI_NCOUNTERS) < 0 ||
         add_names(module, "TRACE_EVENTS", shi_trace_names, SHI_T_COUNT) < 0 ||

@@ -110,7 +110,7 @@ static int wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_
         shi_wait_settle(machine);
         if (rc == SHI_WAIT_PYTHON)
             shi_wait_python(machine);
-        if ((rc == SHI_WAIT_SIGNAL && PyErr_CheckSignals() < 0) ||
+        if ((rc == SHI_WAIT_SIGNAL ? PyErr_CheckSignals() : shi_signals_check(machine)) < 0 ||
             shi_task_interrupt(machine) < 0) {
             rc = -EINTR;
             break;

@@ -150,6 +150,7 @@ static void run_handler(Machine *machine, uint32_t index)
     struct incoming in;
     uint8_t flags = self->irqs_off;
     uint32_t func = csd->func;
+    int limit = shi_headroom_begin(machine);
     /* What it interrupts may be about to raise: that stays its own. */
     PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
     self->irqs_off = 1;
@@ -178,8 +179,10 @@ static void run_handler(Machine *machine, uint32_t index)
 out:
     shi_store_relaxed(&self->slot->handler, SHI_H_NONE);
     shi_store_relaxed(&self->slot->cur_csd, 0);
+    shi_headroom_end(limit);
     self->in_irq--;
     self->irqs_off = flags;
+    shi_signals_let_go(machine);
     if (pending) {
         PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
         Py_DECREF(pending);
@@ -329,23 +332,17 @@ void shi_take_deferred(Machine *machine)
 }
 
 /* The Python-level handler of the kick signal. */
-static PyObject *irq_entry(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+int shi_irq_entry_python(Machine *machine)
 {
-    Machine *machine = shi_current;
-    (void)module;
-    (void)args;
-    (void)nargs;
-    if (!machine || machine->self.host || machine->foreign ||
-        !pthread_equal(pthread_self(), machine->self.thread))
-        Py_RETURN_NONE;
-    if (shi_masked(&machine->self) || !machine->self.in_task) {
-        machine->self.happened = 1; /* local_irq_enable looks again */
-        Py_RETURN_NONE;
+    struct shi_self *self = &machine->self;
+    if (shi_masked(self) || !self->in_task) {
+        self->happened = 1; /* local_irq_enable looks again */
+        return 0;
     }
-    irq_window(machine);
-    if (shi_task_interrupt(machine) < 0)
-        return NULL; /* into the task, at the bytecode where it stands */
-    Py_RETURN_NONE;
+    if (!self->held) /* else the end of the import takes what waits */
+        irq_window(machine);
+    /* Into the task, at the bytecode where it stands. */
+    return shi_task_interrupt(machine) < 0 ? -1 : shi_signals_check(machine);
 }
 
 int shi_task_interrupt(Machine *machine)
@@ -375,20 +372,13 @@ void shi_after_enable(Machine *machine)
 }
 
 /* The Python-level handler of the NMI signal: nothing holds it up. */
-static PyObject *nmi_entry(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+int shi_nmi_entry_python(Machine *machine)
 {
-    Machine *machine = shi_current;
-    (void)module;
-    (void)args;
-    (void)nargs;
-    if (machine && !machine->self.host && !machine->foreign &&
-        pthread_equal(pthread_self(), machine->self.thread)) {
-        shi_run_nmi(machine);
-        /* Kicks that its handler held up are acknowledged: nobody sends them again. */
-        if (machine->self.happened)
-            shi_leave_slow(&machine->self);
-    }
-    Py_RETURN_NONE;
+    shi_run_nmi(machine);
+    /* Kicks that its handler held up are acknowledged: nobody sends them again. */
+    if (machine->self.happened)
+        shi_leave_slow(&machine->self);
+    return shi_masked(&machine->self) ? 0 : shi_signals_check(machine);
 }
 
 /* ---- tasks ----------------------------------------------------------------------- */
@@ -794,7 +784,8 @@ static int become(Machine *machine, uint32_t number, pid_t firmware, const int *
         return -EIO;
     shi_cpu_hooks(machine);
     err = shi_remind_open(self);
-    if (!err)
+    /* Without kicks only NMIs need it: a machine that queues no signals boots without. */
+    if (!err || (err == -EAGAIN && !machine->m.kick && machine->m.doorbell != SHI_DB_SIGNAL))
         err = shi_kick_install(self);
     if (!err)
         err = shi_self_online(self);
@@ -874,10 +865,6 @@ PyMethodDef shi_cpu_methods[] = {
 
 #define DOC(name, text) #name "()\n--\n\n" text
 PyMethodDef shi_cpu_functions[] = {
-    {"irq_entry", (PyCFunction)(void (*)(void))irq_entry, METH_FASTCALL,
-     DOC(irq_entry, "The Python-level handler of the kick signal.")},
-    {"nmi_entry", (PyCFunction)(void (*)(void))nmi_entry, METH_FASTCALL,
-     DOC(nmi_entry, "The Python-level handler of the NMI signal.")},
     {"cpu_context", cpu_context, METH_NOARGS,
      DOC(cpu_context, "NO_CPU, CPU_TASK or CPU_HANDLER: what this process and thread is.")},
     {"smp_processor_id", smp_processor_id, METH_NOARGS,

@@ -53,6 +53,7 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
     PyObject *function, *result = NULL;
     struct handler_said outer; /* an NMI's may stand on top of another */
     uint8_t flags = self->irqs_off;
+    int limit = shi_headroom_begin(machine);
     self->irqs_off = 1;
     self->in_irq++;
     function = handler_of(machine, desc);
@@ -76,8 +77,10 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
     }
     Py_XDECREF(result);
     Py_XDECREF(function);
+    shi_headroom_end(limit);
     self->in_irq--;
     self->irqs_off = flags;
+    shi_signals_let_go(machine);
     if (pending) {
         PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
         Py_DECREF(pending);
@@ -112,6 +115,7 @@ void shi_run_nmi(Machine *machine)
         shi_nmi_done(self);
         shi_nmi_entry(self); /* one more may have come while it was in service */
     }
+    shi_signals_let_go(machine);
 }
 
 #define METHOD(name) static PyObject *irq_##name(PyObject *object, PyObject *arg)

@@ -65,6 +65,8 @@ typedef struct {
     uint64_t *late; /* what other threads of a CPU's process freed: shi_late */
     uint32_t nlate, late_room;
     uint64_t array_top; /* where the arrays end that this process has made */
+    uint64_t put_off; /* signals of the task's that came during a handler: 1 << number - 1 */
+    bool raised;      /* they have been raised again, and the interpreter has to look */
     struct shi_watch *watch; /* firmware: what its watchdog saw */
     uint64_t looked_ns;      /* and when */
     uint32_t room_looks; /* in vain, one after another, for room for wait=0 calls */
@@ -272,8 +274,29 @@ void shi_take_deferred(Machine *machine);
 void shi_wait_python(Machine *machine);
 /* What cpu_context() returns. */
 enum { SHI_NO_CPU, SHI_CPU_TASK, SHI_CPU_HANDLER };
+/* Bodies of the Python-level handlers of kick and NMI: 0, or -1 for an exception that is
+ * the interrupted task's own. */
+int shi_irq_entry_python(Machine *machine);
+int shi_nmi_entry_python(Machine *machine);
 extern PyMethodDef shi_cpu_methods[];
 extern PyMethodDef shi_cpu_functions[];
+
+/* ---- handlers and the task beneath them (py_shield.c) ---------------------------- */
+/* Frames for a handler on top of a task; what begin returned goes to end. */
+int shi_headroom_begin(const Machine *machine);
+void shi_headroom_end(int limit);
+/* Signals of the task's that came meanwhile are raised again, and then looked at: 0, or -1
+ * with what its handler raised. */
+void shi_signals_raise(Machine *machine);
+int shi_signals_check(Machine *machine);
+static inline void shi_signals_let_go(Machine *machine)
+{
+    if (__builtin_expect(machine->put_off != 0, 0) && !machine->self.in_irq &&
+        !machine->self.in_nmi)
+        shi_signals_raise(machine);
+}
+extern PyMethodDef shi_shield_functions[];
+int shi_shield_types(PyObject *module);
 
 extern PyMethodDef shi_native_functions[];
 extern PyMethodDef shi_segment_functions[];

@@ -54,13 +54,14 @@ static bool waits(const struct shi_self *self)
 {
     if (self->nmi_waits && !self->in_nmi)
         return true;
-    /* Polling or halted, the owner of that state looks.  With interrupts off, or held, who
-     * lets them in again takes what is there. */
-    if (self->irqs_off || self->held ||
-        shi_word_state(shi_load_relaxed(&self->slot->word)) != SHI_RUNNING)
+    /* Polling or halted, the owner of that state looks.  With interrupts off, who lets them
+     * in again takes what is there, and so does the end of an import. */
+    if (self->irqs_off || shi_word_state(shi_load_relaxed(&self->slot->word)) != SHI_RUNNING)
         return false;
-    return self->deferred.head || self->nlater || shi_cancel_asked(self) ||
-           shi_load_relaxed(&self->slot->hotplug) == SHI_HP_OFFLINE;
+    if (shi_cancel_asked(self))
+        return true;
+    return !self->held && (shi_irqs_wait(self) ||
+                           shi_load_relaxed(&self->slot->hotplug) == SHI_HP_OFFLINE);
 }
 
 void shi_remind_expired(struct shi_self *self)

@@ -56,6 +56,9 @@ static bool stranded(const struct shi_machine *m, uint32_t cpu)
         return false;
     if (nmi & SHI_NMI_PENDING && !(nmi & SHI_NMI_IN_SERVICE))
         return true;
+    /* Who made room for its results did not come to say so (shi_lend_done). */
+    if (shi_load_relaxed(&slot->starved) == SHI_ST_LOOK)
+        return true;
     /* A line that was set, and whose sender did not come to say so in the word. */
     if (!(w & SHI_W_PENDING) && m->flow->pending(m, cpu))
         return true;
@@ -85,7 +88,12 @@ static void look_at(struct shi_self *self, struct shi_watched *seen, uint32_t cp
         seen->wait--;
         return;
     }
-    if (shi_irq_rering(self, cpu) <= 0)
+    int rung = shi_irq_rering(self, cpu);
+    if (!rung && shi_load_relaxed(&slot->starved) == SHI_ST_LOOK) {
+        shi_chip_prod(self, cpu);
+        rung = 1;
+    }
+    if (rung <= 0)
         return; /* nothing was queued: at the next look again */
     /* A stopped CPU, or one that keeps interrupts off, collects a signal or a token for
      * each: ever fewer, until it does something. */

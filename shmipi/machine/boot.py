@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 import secrets
 import selectors
 import signal
@@ -133,6 +134,8 @@ class Host(Orders):
 
     def _make_doorbells(self) -> None:
         plan = self.plan
+        if plan.kick or plan.doorbell == "signal":
+            _check_signal_queue(plan.ncpus)
         if plan.doorbell == "eventfd":
             try:
                 for _ in range(plan.ncpus):
@@ -246,7 +249,7 @@ class Host(Orders):
         if "error" in reply:
             code = reply["errno"] or errno.EIO
             text = reply["error"]
-            if code in (errno.EAGAIN, errno.ENOMEM):
+            if code in (errno.EAGAIN, errno.ENOMEM) and "RLIMIT" not in text:
                 text += f": {process_limits()}"
             elif code == errno.EPERM:
                 text += ": may this process pin itself (sched_setaffinity)?"
@@ -350,6 +353,31 @@ class Host(Orders):
         if self._process is not None:
             self._process.returncode = 0  # not our child: never wait for it
         self._release()
+
+
+def _check_signal_queue(ncpus: int) -> None:
+    """Is there room for each CPU's timer, and for a kick? ``BootError``."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_SIGPENDING)
+    used = _queued_signals()
+    need = 2 * ncpus
+    if soft == resource.RLIM_INFINITY or soft - used >= need:
+        return
+    raise BootError(
+        f"no room in the queue of signals for {ncpus} CPUs: RLIMIT_SIGPENDING is"
+        f" {soft}, your processes use {used} of it, and each CPU needs 2, for its"
+        f" timer and for a kick; raise it (ulimit -i {used + need}), or use kick=False"
+        " with another doorbell than 'signal'",
+        errno=errno.EAGAIN,
+    )
+
+
+def _queued_signals() -> int:
+    """Count what RLIMIT_SIGPENDING counts: of all processes of this user."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as stream:
+        for line in stream:
+            if line.startswith("SigQ:"):
+                return int(line.split()[1].split("/")[0])
+    return 0
 
 
 def _pickled_filters() -> bytes:

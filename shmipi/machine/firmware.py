@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import importlib
 import json
 import os
 import pickle
@@ -37,6 +38,8 @@ __all__ = ["main"]
 _MESSAGE_MAX = 1 << 16
 _REAP_RETRY_S = 0.005
 _KILL_WAIT_S = 5.0
+# By name: shmipi's own are above this module, which does not use them.
+_PRELOAD = ("numpy", "cloudpickle", "shmipi.smp", "shmipi.atomic", "shmipi.irq")
 _ONLINE_S = 30.0
 
 
@@ -73,6 +76,7 @@ class Firmware:
             _core.native_load(spec)
         self.machine.open_doorbells(config["segment"], config["eventfds"])
         self.guests.keep_doorbells()
+        _core.shield()
         self.arrays = arrays.Arrays(self.machine)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(config["kick_signal"], _core.irq_entry)
@@ -142,7 +146,14 @@ class Firmware:
                 if state == _core.CPU_DEAD:
                     code = self.machine.boot_error(number)
                     if code:
-                        raise OSError(code, f"CPU {number}: {os.strerror(code)}")
+                        text = os.strerror(code)
+                        if code == errno.EAGAIN:
+                            text = (
+                                "no room for its timer in the queue of signals:"
+                                " RLIMIT_SIGPENDING (ulimit -i) is too small, or others"
+                                " of your processes use it up"
+                            )
+                        raise OSError(code, f"CPU {number}: {text}")
                     raise OSError(
                         errno.ECHILD, f"CPU {number} died before it was online"
                     )
@@ -439,7 +450,10 @@ def main() -> None:
     firmware = None
     try:
         _restore(config)
-        import numpy  # noqa: F401  imported once, here, for every CPU
+        # Imported once, here, for every CPU: a handler that needs one of them first may
+        # stand in the middle of a task's import.
+        for name in _PRELOAD:
+            importlib.import_module(name)
 
         # numpy's libraries have read these by now: CPUs see the host's environment.
         for key, value in config["environment"].items():

@@ -52,8 +52,11 @@ class Orders:
                 errno=errno.ETIMEDOUT,
             )
         if "error" in reply:
+            text = reply["error"]
+            if "RLIMIT" not in text:
+                text += f" ({process_limits()})"
             raise BootError(
-                f"CPU {cpu} did not boot: {reply['error']} ({process_limits()})",
+                f"CPU {cpu} did not boot: {text}",
                 cpu=cpu,
                 errno=reply["errno"],
             )

@@ -354,14 +354,14 @@ def _files(facts: Facts, ncpus: int) -> Iterator[Finding]:
 
 
 def _signals(facts: Facts, ncpus: int) -> Iterator[Finding]:
-    # At most one kick, one NMI and one halt signal is outstanding for a CPU.
+    # A timer of each CPU; and a kick, an NMI and a halt signal, one of each at most.
     yield _rlimit_finding(
         facts,
         "SIGPENDING",
-        need=3 * ncpus + 16,
-        per_cpu=3,
-        why="a kick is a queued real-time signal, at most one of each class for a CPU;"
-        " the limit counts those of all your processes",
+        need=4 * ncpus + 16,
+        per_cpu=4,
+        why="a kick is a queued real-time signal, at most one of each class for a CPU,"
+        " and each has a timer; the limit counts those of all your processes",
         flag="i",
     )
 

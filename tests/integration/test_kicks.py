@@ -5,9 +5,12 @@ that look for a while before they block: `select` asks its argument for its desc
 in C, and that takes the time the caller needs to come in between.
 """
 
+import errno
 import functools
 import os
 import select
+import subprocess
+import sys
 import threading
 import time
 
@@ -216,3 +219,56 @@ def test_how_late_a_kick_is_looked_at(cluster, how, record_property):
     record_property("late", text)
     print(text)
     assert late[-1] < 1.0
+
+
+# ---- the limit of queued signals -----------------------------------------------------
+
+BOOTS = """
+import resource, sys
+import shmipi
+from shmipi.machine import boot
+
+def go(**options):
+    with shmipi.Cluster(2, **options) as cluster:
+        assert cluster.call(1, abs, -3) == 3
+    print("booted")
+
+if __name__ == "__main__":
+    hard = resource.getrlimit(resource.RLIMIT_SIGPENDING)[1]
+    resource.setrlimit(resource.RLIMIT_SIGPENDING, (int(sys.argv[2]), hard))
+    if sys.argv[3] == "late":
+        boot._check_signal_queue = lambda ncpus: None
+    try:
+        go(**eval(sys.argv[1]))
+    except shmipi.BootError as error:
+        print("BootError", error.errno, error)
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize(
+    ("options", "boots"),
+    [
+        ({}, False),
+        ({"doorbell": "signal"}, False),
+        ({"doorbell": "signal", "kick": False}, False),
+        ({"doorbell": "sem", "kick": False}, True),
+    ],
+    ids=str,
+)
+def test_no_room_for_signals_is_a_boot_error(tmp_path, options, boots, when):
+    program = tmp_path / "boots.py"
+    program.write_text(BOOTS)
+    done = subprocess.run(
+        [sys.executable, program, repr(options), "0", when],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    if boots:
+        assert done.stdout == "booted\n", done
+    else:
+        assert done.stdout.startswith(f"BootError {errno.EAGAIN} "), done
+        assert "RLIMIT_SIGPENDING" in done.stdout
+        assert "ulimit -i" in done.stdout
+    assert not done.stderr
