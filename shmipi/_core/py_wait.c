@@ -8,6 +8,7 @@
 #include "clock.h"
 #include "doorbell.h"
 #include "idle.h"
+#include "remind.h"
 #include "waitq.h"
 
 /* ---- a CPU whose task waits is idle ---------------------------------------------- */
@@ -42,6 +43,7 @@ static struct idling begin(struct shi_self *self)
     struct idling was = {self->irqs_off, self->inline_python, self->served};
     self->pausing = true;
     shi_set_polling(self);
+    shi_remind_stop(self); /* what waits is taken now, and the sleep is not to be disturbed */
     self->irqs_off = 0;
     shi_signal_fence();
     return was;
@@ -67,6 +69,8 @@ static int take(Machine *machine)
         shi_raise_errno(machine, -EOWNERDEAD, (int)self->id);
         return -1;
     }
+    if (shi_signals_check(machine) < 0) /* the task's, that came during a handler */
+        return -1;
     return shi_task_interrupt(machine); /* cancelled? */
 }
 

@@ -21,7 +21,7 @@ int shi_remind_open(struct shi_self *self);
 void shi_remind(struct shi_self *self);
 /* The timer's signal was taken.  Async-signal-safe. */
 void shi_remind_expired(struct shi_self *self);
-/* From the idle loop, where nothing waits unseen: a halt is not to be interrupted. */
+/* Before a halt, where nothing waits unseen: it is not to be interrupted. */
 void shi_remind_stop(struct shi_self *self);
 
 #endif

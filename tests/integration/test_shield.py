@@ -54,6 +54,11 @@ def waiting(state):
     smp.smp_call_function_single(2, time.sleep, 1.5)
 
 
+def halted(state):
+    smp.wait_for_interrupt()
+    smp.wait_for_interrupt(LOST_S)
+
+
 def masked(state):
     smp.local_irq_disable()
     end = time.monotonic() + 0.2
@@ -63,10 +68,11 @@ def masked(state):
     asleep(state)
 
 
+WHERE = [spinning, asleep, selecting, waiting, halted, masked]
+
+
 @pytest.mark.parametrize("how", ["call", "nowait", "submit", "nmi"])
-@pytest.mark.parametrize(
-    "where", [spinning, asleep, selecting, waiting, masked], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("where", WHERE, ids=lambda f: f.__name__)
 def test_the_task_s_alarm_is_the_task_s(cluster, eventually, where, how):
     state = cluster.shared("state", "i8", 8)
     state[:] = 0
