@@ -169,10 +169,11 @@ class Task(Generic[_Result_co]):
         One that has not begun never will, and has ended at once. In one that runs,
         ``TaskInterrupt`` is raised at its next bytecode boundary, also out of a sleep
         or a blocking system call: a call that does not return to Python for long ends
-        first. With interrupts disabled it is raised when they are enabled; on a machine
-        with ``kick=False``, when it waits or calls ``smp.cond_resched()``; on a CPU
-        that is offline or stopped, when that goes on. No wait: ``result()`` tells how
-        it ended.
+        first. In an ``async def`` function the coroutine is cancelled, as asyncio does
+        at Ctrl-C, and a second ``cancel()`` raises. With interrupts disabled it is
+        raised when they are enabled; on a machine with ``kick=False``, when it waits or
+        calls ``smp.cond_resched()``; on a CPU that is offline or stopped, when that
+        goes on. No wait: ``result()`` tells how it ended.
 
         ``kill=True`` waits ``grace`` seconds for its end and then has the CPU's process
         killed and booted anew (an offline CPU stays dead), which ends everything else

@@ -497,6 +497,16 @@ int shi_as_deadline(PyObject *timeout, uint64_t *deadline)
     return 0;
 }
 
+/* Room for a task's result.  One for each CPU leaves most of the arena to payloads; a
+ * result that is larger lies in its CPU's arena. */
+static uint32_t reply_room(const Machine *machine)
+{
+    uint32_t room = SHI_REPLY_ROOM;
+    while (room && (uint64_t)room * machine->m.ncpus > machine->m.arena_bytes / 4)
+        room /= 2;
+    return room;
+}
+
 /* post(cpu, func, args, kwargs, task): start a call, its number back. */
 static int64_t post(Machine *machine, int64_t cpu, PyObject *function, PyObject *args,
                     PyObject *kwargs, uint64_t type, uint8_t *apply)
@@ -511,6 +521,8 @@ static int64_t post(Machine *machine, int64_t cpu, PyObject *function, PyObject 
     }
     if (shi_outgoing_call(machine, &out, function, args, kwargs == Py_None ? NULL : kwargs) < 0)
         return -1;
+    if (out.room && (type & SHI_CSD_TYPE) == SHI_CSD_TTWU)
+        out.room = reply_room(machine);
     *apply = out.apply;
     int64_t local = shi_get_filled(machine, &out, false);
     shi_outgoing_clear(&out);
@@ -582,16 +594,6 @@ static uint64_t task_number(const Machine *machine, uint32_t local)
     return TASK_TAG | lock >> SHI_CSD_SEQ_SHIFT << TASK_SEQ_SHIFT | local;
 }
 
-/* Room for a result of each of `n` tasks.  All together they leave most of the arena to
- * payloads; a result that is larger waits at its CPU until it is fetched. */
-static uint32_t reply_room(const Machine *machine, uint32_t n)
-{
-    uint32_t room = SHI_REPLY_ROOM;
-    while (room && (uint64_t)room * n > machine->m.arena_bytes / 4)
-        room /= 2;
-    return room;
-}
-
 /* A csd for each of `n` CPUs, filled with one payload for all.  0, or -1: none is taken. */
 static int fill_many(Machine *machine, struct outgoing *out, uint32_t *locals, uint32_t n)
 {
@@ -599,7 +601,7 @@ static int fill_many(Machine *machine, struct outgoing *out, uint32_t *locals, u
     int64_t owner = -1;
     uint32_t i;
     if (out->room)
-        out->room = reply_room(machine, n);
+        out->room = reply_room(machine);
     if (out->pickle && n > 1 && PyBytes_GET_SIZE(out->pickle) > (Py_ssize_t)out->room) {
         out->room = 0;
         owner = shi_get_filled(machine, out, false);
@@ -655,6 +657,12 @@ static PyObject *machine_start_tasks(Machine *machine, PyObject *const *args, Py
         return NULL;
     if (nargs != 5 || !PyList_CheckExact(args[0]) || !PyList_CheckExact(args[4])) {
         PyErr_SetString(PyExc_TypeError, "start_tasks(cpus, func, args, kwargs, numbers)");
+        return NULL;
+    }
+    if (Py_TYPE(args[1]) == shi_native_type) {
+        PyErr_SetString(PyExc_TypeError, "a native handler is no task, it runs as an IPI handler: "
+                                         "give it to cluster.call() or the smp_call_function "
+                                         "family");
         return NULL;
     }
     uint32_t n = (uint32_t)PyList_GET_SIZE(args[0]), i;

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
+import inspect
 import os
 import select
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
@@ -17,10 +19,18 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from shmipi.cli import Parser
-from shmipi.cli.options import add_machine_options, boot
+from shmipi.cli.options import above_zero, add_machine_options, boot
 from shmipi.cli.tagged import Tagger, redirect
 from shmipi.cpumask import CpuMask
-from shmipi.errors import CommandError, ImportBootError, ShmipiError
+from shmipi.errors import (
+    CommandError,
+    CpuDiedError,
+    CpusFailedError,
+    ImportBootError,
+    IpiTimeoutError,
+    ShmipiError,
+    TaskInterrupt,
+)
 
 if TYPE_CHECKING:
     from shmipi.cluster import Cluster
@@ -31,12 +41,14 @@ or the one that is named. Each CPU loads the file or module for itself. What fol
 `--` are the function's arguments, strings all; sys.argv is what a script would see.
 Results that are not None are printed in CPU order. When your code raises, its
 traceback is printed once for all CPUs that raised it, and the exit status is 1; what it
-gives to sys.exit is the exit status."""
+gives to sys.exit is the exit status. Ctrl-C and --timeout interrupt it as Ctrl-C does a
+program (KeyboardInterrupt); after a --timeout the exit status is 124."""
 EXAMPLE = """\
 shmipi run --cpus 4 program.py
 shmipi run program.py:measure --idle halt -- 1000 fast
 shmipi run os:getpid"""
 
+_LATE_STATUS: Final = 124  # as timeout(1)
 _SCRIPT: Final = "__shmipi_script__"  # for a file whose own name is another module's
 
 
@@ -59,6 +71,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--tag",
         action="store_true",
         help="begin each line that a CPU prints with its number; none is torn",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=above_zero,
+        metavar="TIME",
+        help="interrupt it on the CPUs where it has not ended by then",
     )
     add_machine_options(parser)
 
@@ -105,9 +123,12 @@ def run(args: argparse.Namespace) -> int:
 def _outcomes(args: argparse.Namespace, target: Target) -> dict[int, Outcome]:
     with boot(args) as cluster:
         cpus = cluster.online_mask
-        outcomes = _each(cluster, _load, target, cpus)
+        begun, left = time.monotonic(), args.timeout
+        outcomes = _each(cluster, _load, target, cpus, left)
         if all(outcome.good for outcome in outcomes.values()):
-            outcomes = _each(cluster, _call, target, cpus)
+            if left is not None:
+                left = max(0.0, left - (time.monotonic() - begun))
+            outcomes = _each(cluster, _call, target, cpus, left)
         return outcomes
 
 
@@ -175,7 +196,8 @@ class Outcome:
     ``kind`` and ``text``: "result" and its repr, "nothing" (a result of None), "raised"
     and the traceback (with an OSError's errno as ``code``), "missing" and what is,
     "boots" and why it may not where it does, "exit" and its message with its ``code``,
-    "output" when that cannot be written, with the errno as ``code``.
+    "output" when that cannot be written, with the errno as ``code``, "died" and how the
+    CPU did, "late" when it was interrupted by the time-out.
     """
 
     kind: str
@@ -213,8 +235,12 @@ def _load(target: Target) -> Outcome:
 def _call(target: Target) -> Outcome:
     """Task: call the function."""
 
+    from shmipi.machine.remote import run_coroutine
+
     def call() -> str | None:
         result = _function(target)(*target.argv[1:])
+        if inspect.iscoroutine(result):
+            result = run_coroutine(result)
         return None if result is None else repr(result)
 
     return _guarded(call)
@@ -266,7 +292,12 @@ def _is_free(name: str, path: str) -> bool:
 
 def _guarded(work: Callable[[], str | None]) -> Outcome:
     """Run the user's code; whatever it raises becomes an outcome."""
-    outcome = _outcome(work)
+    try:
+        outcome = _outcome(work)
+    except TaskInterrupt:  # that is for the host to tell
+        _flush(1)
+        _flush(2)
+        raise
     # Before the host prints the results, which come after it.
     for code in (_flush(1), _flush(2)):
         if code and (outcome.good or (outcome.kind, outcome.code) == ("raised", code)):
@@ -299,6 +330,8 @@ def _outcome(work: Callable[[], str | None]) -> Outcome:
     try:
         text = work()
         return Outcome("nothing") if text is None else Outcome("result", text)
+    except TaskInterrupt:
+        raise
     except _MissingError as error:
         return Outcome("missing", str(error))
     except ImportBootError as error:
@@ -329,22 +362,36 @@ def _users_part(trace: TracebackType | None) -> TracebackType | None:
 
 
 def _each(
-    cluster: Cluster, task: Callable[[Target], Outcome], target: Target, cpus: CpuMask
+    cluster: Cluster,
+    task: Callable[[Target], Outcome],
+    target: Target,
+    cpus: CpuMask,
+    timeout: float | None,
 ) -> dict[int, Outcome]:
     """Run a task of ours on all CPUs; a CPU that dies of it is an outcome too."""
     try:
-        results = cluster.run(task, target, cpus=cpus)
-    except* ShmipiError as group:
-        raise CommandError("; ".join(sorted(set(_messages(group))))) from None
-    return dict(zip(cpus, results, strict=True))
+        results = cluster.run(task, target, cpus=cpus, timeout=timeout)
+        return dict(zip(cpus, results, strict=True))
+    except IpiTimeoutError as error:
+        outcomes = dict.fromkeys(cpus, Outcome("late", "", _LATE_STATUS))
+        return outcomes | dict(error.results or {})
+    except (ShmipiError, CpusFailedError) as error:
+        failures: tuple[Any, ...] = (error,)
+        if isinstance(error, CpusFailedError):
+            failures = error.exceptions
+        strange = [each for each in failures if not isinstance(each, CpuDiedError)]
+        if strange:
+            words = sorted({str(each) for each in strange})
+            raise CommandError("; ".join(words)) from None
+        died = {each.cpu: _death(cluster, each) for each in failures}
+        outcomes = died | dict(error.results or {})
+        return {cpu: outcomes[cpu] for cpu in cpus}
 
 
-def _messages(group: BaseExceptionGroup[Any]) -> Iterable[str]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _messages(error)
-        else:
-            yield str(error)
+def _death(cluster: Cluster, error: Any) -> Outcome:
+    from shmipi.machine.ending import ending
+
+    return Outcome("died", ending(cluster._machine.ended(error.cpu)) or str(error), 1)
 
 
 def _report(outcomes: dict[int, Outcome]) -> int:
@@ -369,6 +416,10 @@ def _report(outcomes: dict[int, Outcome]) -> int:
         if outcome.kind == "raised":
             print(f"{where} raised:\n{outcome.text}", end="", file=sys.stderr)
             status = max(status, 1)
+        elif outcome.kind in ("died", "late"):
+            words = f"died: {outcome.text}" if outcome.text else "did not end in time"
+            print(f"shmipi run: {where} {words}", file=sys.stderr)
+            status = max(status, outcome.code)
         else:
             if outcome.text:
                 print(outcome.text, file=sys.stderr)

@@ -131,6 +131,13 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     next ``await``, because an exception in the midst of the loop may lose what it was
     about to run. A second one is raised wherever the task is.
     """
+    try:
+        return _run(coroutine)
+    finally:
+        coroutine.close()  # where it was not begun
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     import asyncio
 
     asked = False
@@ -158,9 +165,7 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     except asyncio.CancelledError:
         if not asked:
             raise
-        raise TaskInterrupt("this task was cancelled") from None
-    finally:
-        coroutine.close()  # where it was not begun
+        raise TaskInterrupt from None
 
 
 def _safe_repr(value: object) -> str:

@@ -639,7 +639,7 @@ def program(tmp_path: Path) -> Path:
     path.write_text(
         textwrap.dedent(
             """
-            import os, sys, time
+            import asyncio, os, sys, time
             import helper  # beside it
             from shmipi import smp
 
@@ -676,6 +676,24 @@ def program(tmp_path: Path) -> Path:
 
             def die():
                 os._exit(1)
+
+            def one_dies():
+                cpu = smp.smp_processor_id()
+                if cpu == 1:
+                    os._exit(9)
+                return f"of {cpu}"
+
+            def one_is_slow():
+                if smp.smp_processor_id() == 0:
+                    return "quick"
+                try:
+                    time.sleep(60)
+                finally:
+                    print("cleaned up")
+
+            async def slowly():
+                await asyncio.sleep(0.001)
+                return "at last"
 
             def forever():
                 print("started", flush=True)
@@ -768,8 +786,7 @@ def test_exit_status_of_the_user(program: Path) -> None:
 
 def test_a_cpu_that_dies_of_it_is_one_line(program: Path) -> None:
     words = shmipi("run", "--cpus", "2", f"{program}:die", status=1).stderr
-    assert "CPU 0 died" in words
-    assert "CPU 1 died" in words
+    assert words == "shmipi run: CPUs 0-1 died: exited with status 1\n"
 
 
 @pytest.mark.parametrize(
@@ -799,6 +816,25 @@ def test_wrong_usage_of_run(program: Path) -> None:
     assert "unrecognized arguments: a b: the function's own arguments go" in done.stderr
     done = here("run", str(program), "--cpus", "0", status=2)
     assert "0 is too small" in done.stderr
+
+
+def test_run_tells_how_a_cpu_died_and_what_the_others_returned(program: Path) -> None:
+    done = shmipi("run", "--cpus", "3", f"{program}:one_dies", status=1)
+    assert done.stdout == "CPU 0: 'of 0'\nCPU 2: 'of 2'\n"
+    assert done.stderr == "shmipi run: CPU 1 died: exited with status 9\n"
+
+
+def test_run_with_a_timeout_interrupts_it(program: Path) -> None:
+    done = shmipi(
+        "run", "--cpus", "2", "--timeout", "3s", f"{program}:one_is_slow", status=124
+    )
+    assert done.stdout == "cleaned up\nCPU 0: 'quick'\n"
+    assert done.stderr == "shmipi run: CPU 1 did not end in time\n"
+
+
+def test_run_of_an_async_function(program: Path) -> None:
+    done = shmipi("run", "--cpus", "2", f"{program}:slowly")
+    assert done.stdout == "CPU 0: 'at last'\nCPU 1: 'at last'\n"
 
 
 def test_ctrl_c_of_run_is_130_and_leaves_nothing(program: Path) -> None:
