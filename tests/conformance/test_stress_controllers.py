@@ -42,7 +42,7 @@ def test_stress(controller: str, interval: str) -> None:
     assert report.calls == sum(report.by_primitive.values())
     assert all(report.by_primitive[name] for name in PRIMITIVES), report.by_primitive
     if interval == "kill_interval":
-        assert report.hotplug.kills > 1
+        assert report.hotplug.kills >= 1
     else:
         assert report.hotplug.offline > 1
         assert report.hotplug.online > 1
