@@ -36,10 +36,11 @@ from shmipi.irq import current as irqs
 from shmipi.irq.chips import CHIPS, Chip
 from shmipi.irq.domain import Description, check_tree, parse_tree
 from shmipi.machine import controller as controllers
-from shmipi.machine import locks, segment, topology
+from shmipi.machine import locks, process, segment, topology
 from shmipi.machine.arrays import Arrays, SharedArray
 from shmipi.machine.attach import Guest
 from shmipi.machine.boot import DOORBELLS, IDLE, Host, Plan
+from shmipi.machine.limits import start_thread
 from shmipi.smp import BoundSmp, Completion, WaitQueue
 from shmipi.task import Tasks, check_timeout
 from shmipi.trace import events
@@ -167,20 +168,29 @@ class Cluster:
 
     def _open(self, plan: Plan) -> None:
         self._hold(Host(plan))
-        try:
-            self.irq.set_up(cast(tuple[DomainNode, ...], plan.domains))
-        except BaseException:
-            self.shutdown()
-            raise
 
     def _hold(self, host: Host | Guest) -> None:
-        plan = host.plan
         self._host = host
-        self._machine = self._host.machine
+        # Both before there is anything to end: Ctrl-C can come at any step.
+        self._ending = _Ending(host)
+        self._finalizer = weakref.finalize(self, self._ending)
+        try:
+            if isinstance(host, Host):
+                host.open()
+            self._bind(host)
+            if isinstance(host, Host):
+                self.irq.set_up(cast(tuple[DomainNode, ...], host.plan.domains))
+        except BaseException:
+            self._end()
+            raise
+
+    def _bind(self, host: Host | Guest) -> None:
+        plan = host.plan
+        self._machine = host.machine
         self._chip = cast(Chip, controllers.register(self._machine, plan.controller))
-        self._arrays = Arrays(self._machine)
+        self._arrays = self._ending.arrays = Arrays(self._machine)
         self._counters = Counters(self._machine)
-        self._futures = _Futures(self._machine, host)
+        self._futures = self._ending.futures = _Futures(self._machine, host)
         self._hotplug_lock = threading.Lock()
         #: ``shmipi.smp`` bound to this machine.
         self.smp = BoundSmp(self._machine)
@@ -189,11 +199,21 @@ class Cluster:
             self._machine, self._chip, host if isinstance(host, Host) else None
         )
         irqs.register(self._machine, self.irq)
-        self._finalizer = weakref.finalize(
-            self, _close, self._host, self._futures, self._arrays
-        )
         _open_clusters.add(self)
         _choose_current()
+
+    def _end(self) -> None:
+        """End the machine, or what is left of it after an interruption."""
+        _open_clusters.discard(self)
+        try:
+            self._ending()
+        except BaseException:  # Ctrl-C: no more patience, but no half of a machine
+            self._host.hurry()
+            self._ending()
+            raise
+        finally:
+            _choose_current()
+        self._finalizer.detach()
 
     # ---- life -----------------------------------------------------------------------
 
@@ -212,18 +232,19 @@ class Cluster:
     def shutdown(self) -> None:
         """End the machine: CPUs leave their idle loops and end in order.
 
-        A CPU that is still busy after two seconds is killed. Pending futures fail with
+        A CPU that is still busy after two seconds is killed, or on Ctrl-C, which is
+        raised when the machine has ended. Pending futures fail with
         ``MachineDiedError``. A machine that this host is attached to goes on: only this
         host's part in it ends, and its pending futures fail with
         ``ClusterStateError``. Arrays in use keep their memory. Calling it again, or in
-        a fork's child, does nothing.
+        a fork's child, does nothing, unless an interruption has left something to do.
         """
         if self._finalizer.alive and os.getpid() == self._host.owner:
-            _open_clusters.discard(self)
-            self._finalizer()
-            _choose_current()
+            self._end()
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_machine"):
+            return "<Cluster not booted>"
         if self.closed:
             return f"<Cluster {self.name!r} closed>"
         plan = self._host.plan
@@ -290,7 +311,7 @@ class Cluster:
                 "this cluster belongs to the parent process: a fork's child can not"
                 " use it"
             )
-        if self.closed:
+        if self.closed or self._host.closing:
             raise ClusterStateError("this cluster is closed")
         if self._host.died:
             raise self._host.end_error()
@@ -644,10 +665,11 @@ class _Futures:
             seen = self._machine.event
             with self._lock:
                 if self._thread is None:
-                    self._thread = threading.Thread(
+                    thread = threading.Thread(
                         target=self._complete, name="shmipi-futures", daemon=True
                     )
-                    self._thread.start()
+                    start_thread(thread)
+                    self._thread = thread
                 # Under the lock: the thread must not meet a call without a future.
                 try:
                     call = self._machine.post(cpu, func, args, kwargs, False)
@@ -685,14 +707,19 @@ class _Futures:
                 machine.wait_event(seen, 0.01 if busy else 1.0)
 
     def _fail(self) -> None:
-        with self._lock:
-            pending, self._pending = self._pending, {}
-        for call, (cpu, future) in pending.items():
-            if self._machine.done(call):
-                with contextlib.suppress(Exception):
-                    future.set_result(self._machine.collect(call, cpu, None))
-                    continue
-            future.set_exception(self._end_error(cpu))
+        for call, (cpu, future) in list(self._pending.items()):
+            self._fail_one(call, cpu, future)
+            with self._lock:
+                self._pending.pop(call, None)  # last: until then it can be done again
+
+    def _fail_one(self, call: int, cpu: int, future: Future[Any]) -> None:
+        if future.done():
+            return
+        if self._machine.done(call):
+            with contextlib.suppress(Exception):
+                future.set_result(self._machine.collect(call, cpu, None))
+                return
+        future.set_exception(self._end_error(cpu))
 
     def _end_error(self, cpu: int) -> ShmipiError:
         what = "with this call in hand: it may or may not have run"
@@ -718,6 +745,8 @@ _open_clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
 
 def _choose_current() -> None:
     """Module-level ``shmipi.smp`` acts on the open cluster if there is just one."""
+    if process.is_part():
+        return  # there it is the machine that this process is a part of
     clusters = list(_open_clusters)
     for cluster in clusters:
         cluster._machine.set_current(False)
@@ -727,20 +756,41 @@ def _choose_current() -> None:
         clusters[0]._arrays.make_current()
 
 
-def _close(host: Host | Guest, futures: _Futures, arrays: Arrays) -> None:
-    if os.getpid() != host.owner:
-        return
-    if isinstance(host, Host):
-        host.close()
-        futures.close()
-        arrays.close()
-    else:  # the machine goes on: first nobody uses it, then it is left
-        futures.close()
-        arrays.close()
-        host.close()
-    controllers.forget(host.machine)
-    irqs.forget(host.machine)
-    host.machine.close()
+class _Ending:
+    """What ends a machine in this process: a call of it, and any number of calls.
+
+    An interruption (Ctrl-C) can come between any two bytecodes. So each step can be
+    done again, and the one that says that all are done is the last.
+    """
+
+    def __init__(self, host: Host | Guest) -> None:
+        self.host = host
+        self.futures: _Futures | None = None
+        self.arrays: Arrays | None = None
+        self._done = False
+
+    def __call__(self) -> None:
+        host = self.host
+        if self._done or os.getpid() != host.owner:
+            return
+        if isinstance(host, Host):
+            host.close()
+            self._close_users()
+        else:  # the machine goes on: first nobody uses it, then it is left
+            self._close_users()
+            host.close()
+        machine = getattr(host, "machine", None)
+        if machine is not None:
+            controllers.forget(machine)
+            irqs.forget(machine)
+            machine.close()
+        self._done = True
+
+    def _close_users(self) -> None:
+        if self.futures is not None:
+            self.futures.close()
+        if self.arrays is not None:
+            self.arrays.close()
 
 
 def _after_fork_in_child() -> None:

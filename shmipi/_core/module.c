@@ -142,7 +142,11 @@ PyObject *shi_raise_errno(Machine *machine, int err, int cpu)
             return shi_raise(shi_py.StateError, 0, cpu,
                              "the machine %s was shut down by its owner",
                              machine->m.header->name);
-        if (state == SHI_M_DEAD || state == SHI_M_STOPPING)
+        if (machine->ending || state == SHI_M_STOPPING)
+            return shi_raise(shi_py.MachineDiedError, EOWNERDEAD, cpu,
+                             "the machine %s was shut down with this call in hand: it may or may "
+                             "not have run", machine->m.header->name);
+        if (state == SHI_M_DEAD)
             return shi_raise(shi_py.MachineDiedError, EOWNERDEAD, cpu,
                              "the machine %s died: its firmware process is gone, and all its "
                              "CPUs with it", machine->m.header->name);

@@ -227,6 +227,14 @@ METHOD(leave)
     return PyBool_FromLong(!machine->waiters && shi_self_leave(self) == 0);
 }
 
+/* What is cut short from now on is so by an orderly end. */
+METHOD(set_ending)
+{
+    (void)arg;
+    MACHINE(object)->ending = 1;
+    Py_RETURN_NONE;
+}
+
 /* In a fork's child: it is the parent's machine. */
 METHOD(disown)
 {
@@ -917,6 +925,7 @@ static PyGetSetDef machine_getset[] = {
 PyMethodDef shi_machine_methods[] = {
     NOARGS(close, "Refuse every further use."),
     ONE(leave, "leave(seconds) -> bool: a guest gives its slot up"),
+    NOARGS(set_ending, "The host ends the machine in order."),
     NOARGS(disown, "After a fork, in the child: not ours."),
     MANY(open_doorbells, "open_doorbells(prefix, eventfds)"),
     ONE(adopt_doorbells, "adopt_doorbells(fds): a guest's"),

@@ -96,7 +96,26 @@ out:
     return result;
 }
 
+/* segment_bytes(ncpus, trace_records, arena_bytes): what a machine of this shape maps. */
+static PyObject *segment_bytes(PyObject *module, PyObject *args)
+{
+    unsigned ncpus, trace_records;
+    unsigned long long arena_bytes, total = 0;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "IIK", &ncpus, &trace_records, &arena_bytes))
+        return NULL;
+    struct shi_header *plan = PyMem_Calloc(1, sizeof *plan);
+    if (!plan)
+        return PyErr_NoMemory();
+    if (!shi_layout_plan(plan, ncpus, trace_records, arena_bytes, 0))
+        total = plan->total_bytes;
+    PyMem_Free(plan);
+    return PyLong_FromUnsignedLongLong(total);
+}
+
 PyMethodDef shi_segment_functions[] = {
+    {"segment_bytes", segment_bytes, METH_VARARGS,
+     "segment_bytes(ncpus, trace_records, arena_bytes) -> int"},
     {"format_segment", (PyCFunction)(void (*)(void))format_segment, METH_VARARGS | METH_KEYWORDS,
      "Size the file of a new machine, allocate its fixed part, write its header."},
     {NULL, NULL, 0, NULL},

@@ -50,6 +50,7 @@ typedef struct {
     struct shi_self self;
     int attached; /* mapped, self initialised */
     int closed;
+    int ending;  /* the host: its orderly end has begun */
     int foreign; /* a fork's child: this machine is its parent's */
     uint32_t waiters; /* host: threads that have given the interpreter up inside a wait */
     uint32_t *natives; /* guest: the machine's number of each of ours + 1; NULL: the same */

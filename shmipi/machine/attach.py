@@ -20,6 +20,7 @@ from typing import Any
 from shmipi import _core
 from shmipi.errors import (
     AttachError,
+    BootError,
     ClusterStateError,
     ShmipiError,
     ShmipiOSError,
@@ -28,6 +29,7 @@ from shmipi.machine import segment
 from shmipi.machine.boot import DOORBELLS, IDLE, Plan
 from shmipi.machine.guests import FDS_AT_ONCE, address, peer
 from shmipi.machine.inspect import Inspector, MachineView
+from shmipi.machine.limits import start_thread
 from shmipi.machine.orders import BOOT_S, MESSAGE_MAX, Orders
 
 __all__ = ["Guest"]
@@ -50,7 +52,6 @@ class Guest(Orders):
         super().__init__(segment.check_name(name))
         self.full = segment.full_name(name)
         self.owner = os.getpid()
-        self._closed = False
         self._fds: list[int] = []
         self._fd = self._pidfd = -1
         try:
@@ -66,7 +67,11 @@ class Guest(Orders):
         self._watcher = threading.Thread(
             target=self._watch, name=f"shmipi-{name}-watch", daemon=True
         )
-        self._watcher.start()
+        try:
+            start_thread(self._watcher)
+        except BootError as error:
+            self._release()
+            raise _refused(name, str(error), errno.EAGAIN) from None
 
     # ---- coming ---------------------------------------------------------------------
 
@@ -177,6 +182,8 @@ class Guest(Orders):
             return ClusterStateError(
                 f"the machine {self._name} was shut down by its owner"
             )
+        if self.closing:
+            return ClusterStateError("this host has detached")
         return super().end_error()
 
     def _watch(self) -> None:
@@ -188,7 +195,7 @@ class Guest(Orders):
             selector.register(self._control, selectors.EVENT_READ)
             while True:
                 ready = {key.fd for key, _ in selector.select()}
-                if self._closed:
+                if self.closing:
                     return
                 if self._control.fileno() in ready:
                     try:
@@ -212,7 +219,7 @@ class Guest(Orders):
 
     def _ended(self) -> None:
         self.died = True
-        if not self._closed and self.on_death is not None:
+        if not self.closing and self.on_death is not None:
             self.on_death()
         with self._answered:
             self._answered.notify_all()
@@ -220,13 +227,13 @@ class Guest(Orders):
     # ---- going ----------------------------------------------------------------------
 
     def close(self) -> None:
-        """Detach. What was started and not waited for goes on; its results are lost."""
+        """Detach. What was started and not waited for goes on; its results are lost.
+
+        Called again after an interruption it does what is left.
+        """
         if os.getpid() != self.owner:
             return
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+        self.closing = True
         # Only a slot that no thread of this process can write to is anybody else's.
         if self.machine.leave(_LEAVE_S) and not self.died:
             with contextlib.suppress(ShmipiError):
@@ -242,16 +249,16 @@ class Guest(Orders):
         """Close this process's descriptors."""
         if self._control is not None:
             self._control.close()
-        for fd in (self._fd, self._pidfd, *self._fds):
-            if fd >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
-        self._fds.clear()
+        self._fds += [fd for fd in (self._fd, self._pidfd) if fd >= 0]
         self._fd = self._pidfd = -1
+        while self._fds:  # each is forgotten first: it is never closed twice
+            fd = self._fds.pop()
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def disown(self) -> None:
         """In a fork's child: the parent is attached, this process is not."""
-        self._closed = True
+        self.closing = True
         self.machine.disown()
         self._release()
 

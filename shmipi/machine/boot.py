@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import io
 import json
 import os
 import pickle
 import resource
 import secrets
-import selectors
+import select
 import signal
 import socket
 import subprocess
@@ -23,9 +25,10 @@ from typing import Any
 
 from shmipi import _core
 from shmipi.errors import BootError, MachineDiedError, ShmipiError
-from shmipi.machine import byvalue, process, remote, segment
+from shmipi.machine import byvalue, limits, process, remote, segment
 from shmipi.machine.controller import Controller
-from shmipi.machine.orders import BOOT_S, Orders, process_limits
+from shmipi.machine.limits import start_thread
+from shmipi.machine.orders import BOOT_S, Orders, machine_died
 
 __all__ = ["DOORBELLS", "IDLE", "Host", "Plan"]
 
@@ -66,40 +69,56 @@ class Plan:
 
 
 class Host(Orders):
-    """A booted machine as its host process holds it.
+    """A machine as its host process holds it.
 
-    ``machine`` is the core's view; ``close()`` ends the machine. In a fork's child
+    ``open()`` boots it; ``machine`` is the core's view then; ``close()`` ends it, from
+    whatever state an interrupted ``open()`` or ``close()`` left. In a fork's child
     nothing here does anything: the machine is the parent's.
     """
 
+    machine: _core.Machine
+
     def __init__(self, plan: Plan) -> None:
-        process.check_may_boot()
         super().__init__(plan.name)
         self.plan = plan
         self.full = segment.full_name(plan.name)
         self.owner = os.getpid()
-        self._eventfds: list[int] = []
-        self._closed = False
+        self._eventfds: list[io.FileIO] = []
+        self._closing = threading.RLock()
+        self._hurry = False
+        self._up = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._fd = segment.create(plan.name)
-        self._identity = segment.identity(self._fd)
-        try:
-            self._boot()
-        except BaseException as error:
-            self._abort()
-            if isinstance(error, OSError) and not isinstance(error, ShmipiError):
-                raise _refused(error) from None
-            raise
+        self._pidfd: io.FileIO | None = None
+        self._segment: io.FileIO | None = None
+        self._identity: tuple[int, int] | None = None
+        self._watcher: threading.Thread | None = None
 
     # ---- boot -----------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Boot it. ``BootError``; what has begun then is ended by ``close()``."""
+        process.check_may_boot()
+        try:
+            self._boot()
+        except ShmipiError:
+            raise
+        except OSError as error:
+            raise _refused(error) from None
 
     def _boot(self) -> None:
         plan = self.plan
         for spec in plan.handlers:
             _core.native_name(spec)
+        trace_records = _TRACE_RECORDS if plan.trace else 0
+        size = _core.segment_bytes(plan.ncpus, trace_records, plan.arena_bytes)
+        too_much = limits.no_address_space(size)
+        if too_much is not None:
+            raise BootError(too_much, errno=errno.ENOMEM)
+        self._segment = _keep(segment.create(plan.name))
+        self._identity = segment.identity(self._segment.fileno())
         try:
             _core.format_segment(
-                fd=self._fd,
+                fd=self._segment.fileno(),
                 name=plan.name,
                 cores=list(plan.cores),
                 idle=IDLE.index(plan.idle),
@@ -111,82 +130,80 @@ class Host(Orders):
                 cookie=secrets.randbits(32),
                 sum_key=secrets.randbits(64),
                 oversubscribed=plan.oversubscribed,
-                trace_records=_TRACE_RECORDS if plan.trace else 0,
+                trace_records=trace_records,
                 boot_time=time.time_ns(),
                 steps=plan.steps,
                 arena_bytes=plan.arena_bytes,
             )
         except OSError as error:
-            raise _no_room(error) from None
-        self.machine = _core.Machine(self._fd, plan.ncpus)
-        plan.controller.prepare(self.machine)
-        self._make_doorbells()
-        self._start_firmware()
-        self._await_boot()
-        self.machine.open_doorbells(self.full, self._eventfds)
-        if plan.doorbell in ("sem", "mqueue"):
-            # Every process has them open: their names are needed no more.
-            segment.unlink_doorbells(self.full, plan.ncpus)
-        self._watcher = threading.Thread(
-            target=self._watch, name=f"shmipi-{plan.name}-watch", daemon=True
-        )
-        self._watcher.start()
-
-    def _make_doorbells(self) -> None:
-        plan = self.plan
+            raise BootError(
+                "the machine's shared memory could not be set up:"
+                f" {limits.explain(error.errno)}",
+                errno=error.errno,
+            ) from None
+        plan.controller.prepare(_core.Machine(self._segment.fileno(), plan.ncpus))
         if plan.kick or plan.doorbell == "signal":
             _check_signal_queue(plan.ncpus)
         if plan.doorbell == "eventfd":
-            try:
-                for _ in range(plan.ncpus):
-                    self._eventfds.append(os.eventfd(0, os.EFD_CLOEXEC))
-            except OSError as error:
-                raise _doorbell_error("eventfd", plan.ncpus, error) from None
-        elif plan.doorbell in ("sem", "mqueue"):
-            self._make_named_doorbells()
+            self._make_eventfds()
+        self._start_firmware()
+        self._await_boot()
+        self._up = True
+        self._join()
+        self._watcher = threading.Thread(
+            target=self._watch, name=f"shmipi-{plan.name}-watch", daemon=True
+        )
+        start_thread(self._watcher)
 
-    def _make_named_doorbells(self) -> None:
-        import posix_ipc
+    def _make_eventfds(self) -> None:
+        try:
+            for _ in range(self.plan.ncpus):
+                self._eventfds.append(_keep(os.eventfd(0, os.EFD_CLOEXEC)))
+        except OSError as error:
+            raise _doorbell_error("eventfd", self.plan.ncpus, error.errno) from None
 
+    def _join(self) -> None:
+        """Open the machine that the firmware has booted."""
         plan = self.plan
         try:
-            for cpu in range(plan.ncpus):
-                name = f"/{self.full}.{cpu}"
-                if plan.doorbell == "sem":
-                    posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600).close()
-                else:
-                    posix_ipc.MessageQueue(
-                        name,
-                        posix_ipc.O_CREX,
-                        mode=0o600,
-                        max_messages=1,
-                        max_message_size=8,
-                    ).close()
-        except (OSError, posix_ipc.Error) as error:
-            raise _doorbell_error(plan.doorbell, plan.ncpus, error) from None
+            fd = segment.open_segment(self.full)
+        except FileNotFoundError:
+            raise machine_died(plan.name) from None
+        # By its name, so that it bears it in /proc/PID/maps.
+        before, self._segment = self._segment, _keep(fd)
+        assert before is not None
+        before.close()
+        self.machine = _core.Machine(self._segment.fileno(), plan.ncpus)
+        self.machine.open_doorbells(self.full, [f.fileno() for f in self._eventfds])
+        if plan.doorbell in ("sem", "mqueue"):
+            # Every process has them open: their names are needed no more.
+            segment.unlink_doorbells(self.full, plan.ncpus)
 
     def _start_firmware(self) -> None:
         plan = self.plan
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        assert self._segment is not None
+        pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = (_socket_above(end) for end in pair)
         self._control = ours
-        config_r, config_w = os.pipe()
+        reading, writing = (_keep(fd) for fd in os.pipe2(os.O_CLOEXEC))
         environment = dict(os.environ)
         saved = {key: environment.get(key) for key in _SINGLE_THREADED}
         environment.update(dict.fromkeys(_SINGLE_THREADED, "1"))
+        eventfds = [file.fileno() for file in self._eventfds]
         config = {
             "segment": self.full,
             "ncpus": plan.ncpus,
+            "doorbell": plan.doorbell,
             "handlers": list(plan.handlers),
             "handler_names": _core.native_names(),
             "kick_signal": plan.kick_signal,
             "nmi_signal": plan.nmi_signal,
             "controller": remote.dumps(plan.controller),
-            "eventfds": self._eventfds,
+            "eventfds": eventfds,
             "host_pid": self.owner,
             "main": byvalue.whose_main(),
             "path": list(sys.path),
             "argv": list(sys.argv),
-            "cwd": os.getcwd(),
             "filters": _pickled_filters(),
             "environment": saved,
         }
@@ -196,93 +213,105 @@ class Host(Orders):
             "import sys; sys.path.insert(0, sys.argv.pop(1));"
             " from shmipi.machine.firmware import main; main()"
         )
-        try:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    *_interpreter_flags(),
-                    "-c",
-                    start,
-                    home,
-                    str(config_r),
-                    str(theirs.fileno()),
-                ],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[config_r, theirs.fileno(), *self._eventfds],
-                env=environment,
-                start_new_session=True,  # a terminal's signals are the host's
-            )
-        except OSError as error:
-            raise BootError(
-                f"the firmware process could not be started: {error.strerror}"
-                f" ({process_limits()})",
-                errno=error.errno,
-            ) from None
-        finally:
-            os.close(config_r)
-            theirs.close()
-            if self._process is None:
-                os.close(config_w)
-        config["firmware_pid"] = self._process.pid
-        with contextlib.suppress(BrokenPipeError), os.fdopen(config_w, "wb") as stream:
-            pickle.dump(config, stream)
-        self._pidfd = os.pidfd_open(self._process.pid)
+        shared = [reading.fileno(), theirs.fileno(), self._segment.fileno()]
+        with reading, writing, theirs:
+            try:
+                self._process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        *_interpreter_flags(),
+                        "-c",
+                        start,
+                        home,
+                        *map(str, shared),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=_standard(sys.__stdout__, 1),
+                    stderr=_standard(sys.__stderr__, 2),
+                    pass_fds=[*shared, *eventfds],
+                    env=environment,
+                    start_new_session=True,  # a terminal's signals are the host's
+                )
+            except OSError as error:
+                raise BootError(
+                    "the firmware process could not be started:"
+                    f" {limits.explain(error.errno)}",
+                    errno=error.errno,
+                ) from None
+            reading.close()
+            self._pidfd = _keep(os.pidfd_open(self._process.pid))
+            with contextlib.suppress(BrokenPipeError):  # it has ended: we hear of that
+                data = memoryview(pickle.dumps(config))
+                while data:
+                    data = data[writing.write(data) :]
 
     def _await_boot(self) -> None:
         assert self._control is not None
         limit = BOOT_S + 0.05 * self.plan.ncpus
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._control, selectors.EVENT_READ)
-            if not selector.select(limit):
-                raise BootError(
-                    f"the CPUs are not online in {limit:.0f} s: is the computer"
-                    " overloaded?",
-                    errno=errno.ETIMEDOUT,
-                )
-        data = self._control.recv(1 << 16)
+        if not _readable(self._control, limit):
+            raise BootError(
+                f"the CPUs are not online in {limit:.0f} s: is the computer"
+                " overloaded?",
+                errno=errno.ETIMEDOUT,
+            )
+        try:
+            data = self._control.recv(1 << 16)
+        except ConnectionResetError:  # it ended with its orders unread
+            data = b""
         if not data:
             raise BootError(
-                "the firmware process ended while it booted; its message is above",
+                "the firmware process ended while it booted; if it had a message, that"
+                " is above",
                 errno=errno.ECHILD,
             )
         reply = json.loads(data)
         if "error" in reply:
-            code = reply["errno"] or errno.EIO
-            text = reply["error"]
-            if code in (errno.EAGAIN, errno.ENOMEM) and "RLIMIT" not in text:
-                text += f": {process_limits()}"
-            elif code == errno.EPERM:
-                text += ": may this process pin itself (sched_setaffinity)?"
-            raise BootError(f"the machine did not boot: {text}", errno=code)
+            raise self._boot_error(reply["error"], reply["errno"], reply.get("what"))
+
+    def _boot_error(self, text: str, code: int | None, what: str | None) -> BootError:
+        """Make an error of the firmware's reply."""
+        plan = self.plan
+        if what == "name" and code == errno.EEXIST:
+            return BootError(segment.name_is_taken(plan.name), errno=code)
+        if what == "doorbell":
+            return _doorbell_error(plan.doorbell, plan.ncpus, code, text)
+        if code == errno.EPERM:
+            text += ": may this process pin itself (sched_setaffinity)?"
+        return BootError(
+            f"the machine did not boot: {limits.why(text, code)}",
+            errno=code or errno.EIO,
+        )
 
     # ---- while it is up -------------------------------------------------------------
 
     def _watch(self) -> None:
         """Thread: notices the firmware's death, and hands out its answers."""
         assert self._control is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._pidfd, selectors.EVENT_READ, "died")
-            selector.register(self._control, selectors.EVENT_READ, "answer")
-            while True:
-                for key, _ in selector.select():
-                    if key.data == "died":
-                        self._firmware_died()
-                        return
-                    try:
-                        data = self._control.recv(1 << 16)
-                    except OSError:
-                        data = b""
-                    if not data:
-                        selector.unregister(self._control)
-                        continue
-                    self._take_answer(json.loads(data))
+        assert self._pidfd is not None
+        died, control = self._pidfd.fileno(), self._control.fileno()
+        poll = select.poll()  # needs no descriptor
+        poll.register(died, select.POLLIN)
+        poll.register(control, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == died:
+                    self._firmware_died()
+                    return
+                try:
+                    data = self._control.recv(1 << 16)
+                except OSError:
+                    data = b""
+                if not data:
+                    poll.unregister(control)
+                    continue
+                self._take_answer(json.loads(data))
 
     def _firmware_died(self) -> None:
         with contextlib.suppress(Exception):
             self.machine.set_state(_core.DEAD)  # and wakes every waiter
         self.died = True
-        if not self._closed:
-            segment.remove(self.full, self._identity, self.plan.ncpus)
+        if not self.closing:
+            self._remove()
             if self.on_death is not None:
                 self.on_death()
         with self._answered:
@@ -291,62 +320,65 @@ class Host(Orders):
     # ---- the end --------------------------------------------------------------------
 
     def close(self, grace: float = _STOP_GRACE_S) -> None:
-        """End the machine: in order, and by force what has not ended in ``grace`` s."""
+        """End the machine: in order, and by force what has not ended in ``grace`` s.
+
+        Called again after an interruption, wherever that came, it does what is left.
+        """
         if os.getpid() != self.owner:
             return
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        if not self.died:
+        with self._closing:
+            self.closing = True
+            if hasattr(self, "machine"):
+                self.machine.set_ending()
+            if self._process is not None:
+                self._end(0.0 if self._hurry else grace)
+            watcher = self._watcher
+            if watcher is not None and watcher is not threading.current_thread():
+                watcher.join(5.0)
+            self._remove()
+            self._release()
+
+    def hurry(self) -> None:
+        """From now on ``close()`` has no patience with a CPU that is busy."""
+        self._hurry = True
+
+    def _end(self, grace: float) -> None:
+        """Have the firmware end, CPUs first, and wait for it."""
+        assert self._process is not None
+        assert self._control is not None
+        if not self._up:
+            self._control.close()  # by which it ends, as if the host had died
+        elif not self.died:
             with contextlib.suppress(MachineDiedError):
                 self._order({"op": "stop", "grace": grace})
-        self._end(grace + 6.0)
+        limit = grace + (1.0 if self._hurry else 6.0)
+        if self._pidfd is None or self._pidfd.closed:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(limit)
+                return
+            self._process.kill()
+        elif not _readable(self._pidfd, limit):
+            signal.pidfd_send_signal(self._pidfd.fileno(), signal.SIGKILL)
+            # PDEATHSIG takes the CPUs along.
+        self._process.wait()
 
-    def _end(self, timeout: float) -> None:
-        process = self._process
-        if process is not None:
-            try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)  # PDEATHSIG takes the CPUs along
-                process.wait()
-        watcher = getattr(self, "_watcher", None)
-        if watcher is not None and watcher is not threading.current_thread():
-            watcher.join(5.0)
-        segment.remove(self.full, self._identity, self.plan.ncpus)
-        self._release()
-
-    def _abort(self) -> None:
-        """Undo a boot that failed half way."""
-        self._closed = True
-        if self._process is not None and self._process.poll() is None:
-            # The firmware ends by itself when its socket closes, CPUs first.
-            assert self._control is not None
-            self._control.close()
-        if self._process is not None:
-            try:
-                self._process.wait(5.0)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        segment.remove(self.full, self._identity, self.plan.ncpus)
-        self._release()
+    def _remove(self) -> None:
+        """Remove what may be left of the machine outside processes."""
+        if self._identity is not None:
+            segment.remove(self.full, self._identity, self.plan.ncpus)
 
     def _release(self) -> None:
         """Close this process's descriptors."""
         if self._control is not None:
             self._control.close()
-        for fd in (self._fd, getattr(self, "_pidfd", -1), *self._eventfds):
-            if fd >= 0:
+        for file in (self._segment, self._pidfd, *self._eventfds):
+            if file is not None:
                 with contextlib.suppress(OSError):
-                    os.close(fd)
-        self._eventfds.clear()
-        self._fd = -1
+                    file.close()
 
     def disown(self) -> None:
         """In a fork's child: drop the lock and everything else, end nothing."""
-        self._closed = True
+        self.closing = True
         machine = getattr(self, "machine", None)
         if machine is not None:
             machine.disown()
@@ -380,6 +412,58 @@ def _queued_signals() -> int:
     return 0
 
 
+# A process that runs without standard files (`prog >&-`) gets their numbers for the
+# next files that it opens, and files that a task opens get low ones: what is the
+# machine's keeps out of the way of both.
+_FIRST_FD = 512
+
+
+def _above(fd: int) -> int:
+    """Return a copy of ``fd`` with a high number."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    for first in (min(_FIRST_FD, soft // 2), 3):
+        try:
+            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, first)
+        except OSError as error:
+            if first == 3 or error.errno not in (errno.EMFILE, errno.EINVAL):
+                raise
+    raise AssertionError
+
+
+def _keep(fd: int) -> io.FileIO:
+    """Take ``fd`` over: as a file, which is closed once, whatever interrupts that."""
+    try:
+        return io.FileIO(_above(fd), "rb+" if _writable(fd) else "rb")
+    finally:
+        os.close(fd)
+
+
+def _writable(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+
+
+def _socket_above(end: socket.socket) -> socket.socket:
+    with end:
+        return socket.socket(fileno=_above(end.fileno()))
+
+
+def _standard(stream: object, number: int) -> int | None:
+    """What the firmware, and so the CPUs, have as a standard file."""
+    try:
+        os.fstat(number)
+    except OSError:
+        stream = None
+    # Closed when the program began: what has the number now is some other file.
+    return subprocess.DEVNULL if stream is None else None
+
+
+def _readable(file: socket.socket | io.FileIO, seconds: float) -> bool:
+    """Is there something to read, or an end, within so many seconds?"""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
+
+
 def _pickled_filters() -> bytes:
     """The warnings filters, without those whose category cannot be pickled."""
     kept = []
@@ -396,39 +480,24 @@ def _interpreter_flags() -> list[str]:
 
 
 def _refused(error: OSError) -> BootError:
+    if error.errno is None:
+        return BootError(f"the machine did not boot: {error}")
     return BootError(
-        f"the machine did not boot: {error.strerror or error}; it needs pidfd_open"
-        " (Linux 5.3), eventfd, sockets and pipes: is a sandbox (seccomp) or the limit"
-        " of open files (ulimit -n) in the way? `shmipi doctor` shows limits",
-        errno=error.errno,
+        f"the machine did not boot: {limits.explain(error.errno)}", errno=error.errno
     )
 
 
-def _no_room(error: OSError) -> BootError:
-    if error.errno == errno.ENOSPC:
-        return BootError(
-            "/dev/shm is full or too small for this machine: make it larger"
-            " (mount -o remount,size=1g /dev/shm, docker run --shm-size=1g) or boot"
-            " fewer CPUs",
-            errno=errno.ENOSPC,
-        )
-    return BootError(
-        f"the machine's shared memory could not be set up: {error.strerror}"
-        + (" (ulimit -f limits it)" if error.errno == errno.EFBIG else ""),
-        errno=error.errno,
-    )
-
-
-def _doorbell_error(kind: str, ncpus: int, error: Exception) -> BootError:
-    code = getattr(error, "errno", None) or errno.ENOSPC
-    text = getattr(error, "strerror", None) or str(error)
+def _doorbell_error(
+    kind: str, ncpus: int, code: int | None, text: str | None = None
+) -> BootError:
     remedy = {
-        "eventfd": "raise the limit of open files (ulimit -n)",
-        "sem": "make /dev/shm larger",
-        "mqueue": "raise fs.mqueue.queues_max (sysctl) and RLIMIT_MSGQUEUE (ulimit -q)",
+        "eventfd": "",
+        "sem": "; make /dev/shm larger",
+        "mqueue": "; raise fs.mqueue.queues_max (sysctl) and RLIMIT_MSGQUEUE"
+        " (ulimit -q)",
     }[kind]
     return BootError(
-        f"no {kind} for each of {ncpus} CPUs: {text}; {remedy}, or use"
-        " doorbell='futex', which needs none",
-        errno=code,
+        f"no {kind} for each of {ncpus} CPUs: {text or limits.explain(code)}{remedy};"
+        " or use doorbell='futex', which needs none",
+        errno=code or errno.ENOSPC,
     )

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import gc
 import importlib
 import json
 import os
 import pickle
+import select
 import selectors
 import signal
 import socket
@@ -46,13 +48,19 @@ _ONLINE_S = 30.0
 class Firmware:
     """Boots CPUs of one machine, reaps them, and takes orders from the host."""
 
-    def __init__(self, control: socket.socket, config: dict[str, Any]) -> None:
+    machine: _core.Machine
+
+    def __init__(
+        self, control: socket.socket, config: dict[str, Any], memory: int
+    ) -> None:
         self.control = control
         self.config = config
-        fd = segment.open_segment(config["segment"])
-        self.identity = segment.identity(fd)
-        self.machine = _core.Machine(fd, config["ncpus"] + 1)
-        os.close(fd)  # the machine has a descriptor of its own: the lock is on that
+        self.memory = memory
+        self.identity = segment.identity(memory)
+        self.host = os.pidfd_open(config["host_pid"])
+        self.life = select.poll()
+        self.life.register(self.host, select.POLLIN)
+        self.life.register(control, select.POLLRDHUP)
         self.pids: dict[int, int] = {}  # pid -> CPU
         self.coprocessors: dict[int, int] = {}  # pid -> its place
         self.generations: dict[int, int] = {}  # CPU -> of its process
@@ -60,11 +68,56 @@ class Firmware:
         self.stopping = False
         self.deadline = 0.0  # of an orderly stop
         self.selector = selectors.EpollSelector()
-        self.guests = Guests(
-            self.machine, self.selector, config, self.identity, self.obey_guest
-        )
 
     # ---- boot -----------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Give the machine its name, which from now on is ours to remove. ``OSError``.
+
+        Not before: a host that is killed as it begins leaves nothing that has a name.
+        """
+        wake_with(self.control)
+        self.check_host()
+        full = self.config["segment"]
+        try:
+            segment.publish(self.memory, full)
+        except OSError as error:
+            raise _Refusal("name", error.errno, str(error.strerror)) from None
+        # By its name, and with an open file of our own: so the lock is ours, too.
+        fd = segment.open_segment(full)
+        self.machine = _core.Machine(fd, self.config["ncpus"] + 1)
+        os.close(fd)  # the machine has a descriptor of its own: the lock is on that
+        os.close(self.memory)
+        self.guests = Guests(
+            self.machine, self.selector, self.config, self.identity, self.obey_guest
+        )
+        self.machine.set_firmware(os.getpid())
+        self.machine.set_state(_core.BOOTING)
+
+    def make_doorbells(self) -> None:
+        """Make a semaphore or queue for each CPU, where these are the doorbells."""
+        config = self.config
+        if config["doorbell"] not in ("sem", "mqueue"):
+            return
+        import posix_ipc
+
+        try:
+            for cpu in range(config["ncpus"]):
+                name = f"/{config['segment']}.{cpu}"
+                if config["doorbell"] == "sem":
+                    posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600).close()
+                else:
+                    posix_ipc.MessageQueue(
+                        name,
+                        posix_ipc.O_CREX,
+                        mode=0o600,
+                        max_messages=1,
+                        max_message_size=8,
+                    ).close()
+        except (OSError, posix_ipc.Error) as error:
+            code = getattr(error, "errno", None)
+            text = getattr(error, "strerror", None) or str(error)
+            raise _Refusal("doorbell", code, text) from None
 
     def prepare(self) -> None:
         """Load handlers, open doorbells, and get ready to fork."""
@@ -91,7 +144,6 @@ class Firmware:
             self.machine, pickle.loads(config["controller"])
         )
         os.register_at_fork(after_in_child=self.machine.forked)
-        self.host = os.pidfd_open(config["host_pid"])
         self.selector.register(self.host, selectors.EVENT_READ, self.host_died)
         self.selector.register(self.control, selectors.EVENT_READ, self.on_message)
         self.selector.register(self.signals, selectors.EVENT_READ, self.on_signal)
@@ -104,6 +156,7 @@ class Firmware:
         me = os.getpid()
         private = self.private()
         for number in cpus:
+            self.check_host()
             self.generations[number] = self.machine.reap_reset(number)
             try:
                 # Not os.fork(): the child goes to its idle loop and touches no Python.
@@ -160,8 +213,7 @@ class Firmware:
                 if state != _core.OFFLINE:
                     break
                 self.controller.bring_up(number)
-                if self.host_is_gone():
-                    raise OSError(errno.ECHILD, "the host died")
+                self.check_host()
                 if time.monotonic() > deadline:
                     raise OSError(errno.ETIMEDOUT, f"CPU {number} does not come online")
                 self.machine.wait_hotplug(seen, 0.01)
@@ -324,11 +376,11 @@ class Firmware:
             raise OSError(errno.EBUSY, f"CPU {number} is not dead")
         self.boot([number])
 
-    def host_is_gone(self) -> bool:
-        """Has the host died, or closed its end, while we wait for something else?"""
-        with selectors.SelectSelector() as selector:
-            selector.register(self.host, selectors.EVENT_READ)
-            return bool(selector.select(0))
+    def check_host(self) -> None:
+        """Raise ``OSError`` when the host has died, or closed its end."""
+        # Another parent: it died before its pid was ours to watch.
+        if self.life.poll(0) or os.getppid() != self.config["host_pid"]:
+            raise OSError(errno.ECHILD, "the host died")
 
     def answer(self, number: int, work: Any, *args: Any) -> None:
         self.send(self.outcome(number, work, *args))
@@ -423,30 +475,75 @@ class Firmware:
 
     def close(self) -> None:
         """Remove what the machine has outside its processes."""
-        self.machine.set_state(_core.DEAD)
+        if hasattr(self, "machine"):
+            self.machine.set_state(_core.DEAD)
         segment.remove(self.config["segment"], self.identity, self.config["ncpus"])
+
+
+class _Refusal(OSError):
+    """The system refused ``what``, for which the host has words of its own."""
+
+    def __init__(self, what: str, code: int | None, text: str) -> None:
+        super().__init__(code, text)
+        self.what = what
+
+
+def wake_with(control: socket.socket) -> None:
+    """Have the kernel continue this process when the host writes, or ends.
+
+    A firmware that is stopped (SIGSTOP) could not end the machine after its host.
+    """
+    fcntl.fcntl(control, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(control, fcntl.F_SETSIG, signal.SIGCONT)
+    flags = fcntl.fcntl(control, fcntl.F_GETFL)
+    fcntl.fcntl(control, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
 def _restore(config: dict[str, Any]) -> None:
     """Give this process, and so the CPUs, the host's surroundings."""
     sys.path[:] = config["path"]
     sys.argv[:] = config["argv"]
-    os.chdir(config["cwd"])
     warnings.filters[:] = pickle.loads(config["filters"])  # type: ignore[index]
     warnings._filters_mutated()  # type: ignore[attr-defined]
 
 
+def _read_config(fd: int) -> dict[str, Any]:
+    """Return what the host has written. ``EOFError`` when it died before the end."""
+    with os.fdopen(fd, "rb") as stream:
+        data = stream.read()
+    try:
+        config: dict[str, Any] = pickle.loads(data)
+    except pickle.UnpicklingError:  # cut short
+        raise EOFError from None
+    return config
+
+
+def _reply(error: BaseException) -> dict[str, Any]:
+    """Return what the host is told of what ended the boot."""
+    if isinstance(error, MemoryError):
+        return {"error": "no memory", "errno": errno.ENOMEM}
+    if isinstance(error, (OSError, ShmipiOSError)):
+        text = error.strerror or str(error)
+        what = getattr(error, "what", None)
+        return {"error": text, "errno": error.errno, "what": what}
+    # Of the user's controller, for example, or of an import.
+    return {"error": f"{type(error).__name__}: {error}", "errno": errno.EIO}
+
+
 def main() -> None:
-    """Entry of the process; its arguments are the descriptors of config and control."""
+    """Entry of the process; its arguments are descriptors: config, control, memory."""
     # A host that ignores SIGCHLD, as daemons do, hands that on: the dead would be
     # waited for by the kernel and never be seen here, nor a task's child by the task.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     process.enter()
-    config_fd, control_fd = (int(word) for word in sys.argv[1:3])
-    with os.fdopen(config_fd, "rb") as stream:
-        config = pickle.load(stream)
+    config_fd, control_fd, memory = (int(word) for word in sys.argv[1:4])
+    try:
+        config = _read_config(config_fd)
+    except EOFError:
+        os._exit(1)  # the host died, and the machine has no name yet
     control = socket.socket(fileno=control_fd)
     control.set_inheritable(False)
+    os.set_inheritable(memory, False)
     firmware = None
     try:
         _restore(config)
@@ -461,18 +558,17 @@ def main() -> None:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
-        firmware = Firmware(control, config)
+        firmware = Firmware(control, config, memory)
+        firmware.publish()
+        firmware.make_doorbells()
         firmware.prepare()
-        firmware.machine.set_firmware(os.getpid())
-        firmware.machine.set_state(_core.BOOTING)
         firmware.boot(list(range(config["ncpus"])))
         firmware.machine.set_state(_core.UP)
         firmware.send({"ok": True})
         firmware.loop()
-    except (OSError, ShmipiOSError) as error:
-        reply = {"error": error.strerror or str(error), "errno": error.errno}
+    except Exception as error:
         with contextlib.suppress(OSError):
-            control.send(json.dumps(reply).encode())
+            control.send(json.dumps(_reply(error)).encode())
     finally:
         if firmware is not None:
             if firmware.pids or firmware.coprocessors:

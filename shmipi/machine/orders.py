@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shmipi.errors import BootError, MachineDiedError, ShmipiError
+from shmipi.machine.limits import why
 
-__all__ = ["BOOT_S", "MESSAGE_MAX", "Orders", "machine_died", "process_limits"]
+__all__ = ["BOOT_S", "MESSAGE_MAX", "Orders", "machine_died"]
 
 BOOT_S = 60.0  # until something has been booted, and a little more for each CPU
 MESSAGE_MAX = 1 << 16
@@ -31,6 +32,8 @@ class Orders:
         self.died = False
         self.on_death: Callable[[], None] | None = None
         self.coprocessors = threading.Lock()  # held while one is added, or buried
+        #: Its end, or ours in it, has begun.
+        self.closing = False
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
         self._orders = 0
@@ -39,7 +42,12 @@ class Orders:
 
     def end_error(self) -> ShmipiError:
         """Return what says why there is no machine any more."""
+        if self.closing:
+            return MachineDiedError(f"the machine {self._name} was shut down meanwhile")
         return machine_died(self._name)
+
+    def hurry(self) -> None:
+        """Have no patience with what is busy in an end that is under way."""
 
     def boot_cpu(self, cpu: int) -> None:
         """Have a dead CPU's slot booted anew. ``BootError``, ``MachineDiedError``."""
@@ -52,11 +60,8 @@ class Orders:
                 errno=errno.ETIMEDOUT,
             )
         if "error" in reply:
-            text = reply["error"]
-            if "RLIMIT" not in text:
-                text += f" ({process_limits()})"
             raise BootError(
-                f"CPU {cpu} did not boot: {text}",
+                f"CPU {cpu} did not boot: {why(reply['error'], reply['errno'])}",
                 cpu=cpu,
                 errno=reply["errno"],
             )
@@ -85,8 +90,8 @@ class Orders:
         if reply is None or "error" in reply:
             reply = reply or {"error": "no answer", "errno": errno.ETIMEDOUT}
             raise BootError(
-                f"a coprocessor could not be started: {reply['error']}"
-                f" ({process_limits()})",
+                "a coprocessor could not be started:"
+                f" {why(reply['error'], reply['errno'])}",
                 errno=reply["errno"],
             )
         return int(reply["pid"])
@@ -135,12 +140,4 @@ def machine_died(name: str) -> MachineDiedError:
     return MachineDiedError(
         f"the machine {name} died: its firmware process is gone, and all its CPUs with"
         " it"
-    )
-
-
-def process_limits() -> str:
-    """Return what to look at when no process could be made."""
-    return (
-        "the limits are RLIMIT_NPROC (ulimit -u), the cgroup's pids.max and"
-        " kernel.pid_max; `shmipi doctor` shows them"
     )

@@ -21,14 +21,23 @@ from pathlib import Path
 
 from shmipi.errors import BootError
 
-__all__ = ["SHM", "Found", "check_name", "create", "find", "open_segment", "remove"]
+__all__ = [
+    "SHM",
+    "Found",
+    "check_name",
+    "create",
+    "find",
+    "open_segment",
+    "publish",
+    "remove",
+]
 
 SHM = Path("/dev/shm")
 _PREFIX = "shmipi"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _MAGIC = b"shmipi\n\x1a"
 _HEAD = struct.Struct("<8sII64s")  # the first 80 bytes: the same in every version
-_YOUNG_S = 10.0  # an object without a header may be about to get one
+_YOUNG_S = 10.0  # of another version, without a header: it may be about to get one
 
 
 @dataclass(frozen=True)
@@ -65,31 +74,42 @@ def full_name(name: str) -> str:
 
 
 def create(name: str) -> int:
-    """Make the object and lock it; return its descriptor.
+    """Make and lock the object of a machine, without a name yet: its descriptor.
 
-    Raises ``BootError``: EEXIST when the name is taken, ENOENT or EACCES when there is
-    no usable /dev/shm.
+    ``publish`` gives it one when there is somebody to take it away again; until then it
+    ends with the last who has it open. Raises ``BootError``: EEXIST when the name is
+    taken, another errno when there is no usable /dev/shm.
     """
-    import posix_ipc  # lazily: it re-enables the GIL on free-threaded builds
-
+    if (SHM / full_name(name)).exists():
+        raise BootError(name_is_taken(name), errno=errno.EEXIST)
     try:
-        memory = posix_ipc.SharedMemory(
-            "/" + full_name(name), flags=posix_ipc.O_CREX, mode=0o600
-        )
-    except posix_ipc.ExistentialError:
+        fd = os.open(SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
         raise BootError(
-            f"a machine named {name} exists already: choose another name, or remove it"
-            " with `shmipi clean` if it is dead (`shmipi ps` shows)",
-            errno=errno.EEXIST,
+            f"no shared memory ({error.strerror}): shmipi needs a writable tmpfs at"
+            " /dev/shm (mount -t tmpfs tmpfs /dev/shm)",
+            errno=error.errno,
         ) from None
-    except (OSError, posix_ipc.Error) as error:
-        raise BootError(
-            f"no shared memory ({error}): shmipi needs a writable /dev/shm"
-            " (mount -t tmpfs tmpfs /dev/shm)",
-            errno=getattr(error, "errno", None) or errno.ENOENT,
-        ) from None
-    fcntl.flock(memory.fd, fcntl.LOCK_SH)
-    return int(memory.fd)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
+
+
+def publish(fd: int, full: str) -> None:
+    """Give what ``create`` made the machine's full name. ``FileExistsError``.
+
+    So what bears a machine's name is complete and locked from its first moment.
+    """
+    # With a directory's descriptor, which is not looked at: else Python calls link(),
+    # which would make a link to the link in /proc.
+    os.link(f"/proc/self/fd/{fd}", SHM / full, src_dir_fd=fd, follow_symlinks=True)
+
+
+def name_is_taken(name: str) -> str:
+    """Return what is said to who wants the name of another machine."""
+    return (
+        f"a machine named {name} exists already: choose another name, or remove it"
+        " with `shmipi clean` if it is dead (`shmipi ps` shows)"
+    )
 
 
 def open_segment(full: str) -> int:

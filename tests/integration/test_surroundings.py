@@ -3,6 +3,7 @@
 Each test is a program of its own: what it changes is the process's.
 """
 
+import os
 import subprocess
 import sys
 
@@ -147,3 +148,56 @@ with Cluster(2, idle="halt") as cluster:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "ImportBootError True\n1\n"
     assert begun() == 1
+
+
+# ---- standard files that are closed --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "closed", [(1,), (2,), (0, 1, 2), (0,)], ids=["stdout", "stderr", "all", "stdin"]
+)
+@pytest.mark.parametrize("doorbell", ["futex", "eventfd", "mqueue"])
+def test_standard_files_that_are_closed(tmp_path, closed, doorbell):
+    """A machine boots, and what is printed gets into no file and no socket of ours."""
+    program = tmp_path / "prog.py"
+    program.write_text(
+        f"""
+import os, sys
+from shmipi import Cluster, smp
+mine = os.open("mine", os.O_RDWR | os.O_CREAT)  # takes the first number of these
+
+def say(text):
+    print(text + "\\n", end="", flush=True)
+    print(text + "\\n", end="", file=sys.stderr, flush=True)
+    os.system("echo system")  # the C library's idea of standard output
+    return smp.smp_processor_id()
+
+with Cluster(2, idle="halt", doorbell={doorbell!r}, name=sys.argv[1]) as cluster:
+    answers = cluster.run(say, "from a task"), cluster.call(1, say, "from a handler")
+    os.kill(cluster.cpus[0].pid, 9)
+    while cluster.cpus[0].state != "dead":
+        pass
+    cluster.online(0)
+    answers += (cluster.submit(0, int, "7").result(10),)
+assert os.pread(mine, 100, 0) == b"", os.pread(mine, 100, 0)
+with open("answers", "w") as file:
+    file.write(repr(answers))
+"""
+    )
+    command = f'exec "$@" {" ".join(f"{n}>&-" for n in closed)}'
+    done = subprocess.run(
+        ["sh", "-c", command, "sh", sys.executable, program.name, f"cl{os.getpid()}"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done
+    assert (tmp_path / "answers").read_text() == "([0, 1], 1, 7)"
+    text = b"from a task\nfrom a task\nfrom a handler\n"
+    if 1 not in closed:
+        assert sorted(done.stdout.replace(b"system\n", b"").split()) == sorted(
+            text.split()
+        )
+    if 2 not in closed:
+        assert sorted(done.stderr.split()) == sorted(text.split())
