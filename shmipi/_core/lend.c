@@ -161,6 +161,16 @@ int shi_lend(struct shi_self *self, struct shi_csd *csd, uint8_t status, const v
     return 0;
 }
 
+bool shi_lend_remind(struct shi_self *self, uint32_t dst)
+{
+    shi_a32 *starved = &shi_slot(self->m, dst)->starved;
+    uint32_t waits = SHI_ST_WAITS;
+    if (shi_load_full(starved) == SHI_ST_NO)
+        return false;
+    shi_cas_full(starved, &waits, SHI_ST_LOOK);
+    return true;
+}
+
 void shi_lend_done(struct shi_self *self, struct shi_csd *csd)
 {
     uint32_t cpu = csd->value.ref.cpu, waits = SHI_ST_WAITS;
@@ -169,7 +179,6 @@ void shi_lend_done(struct shi_self *self, struct shi_csd *csd)
     shi_fetch_and_full(&csd->status, (uint8_t)~SHI_S_LENT);
     if (cpu >= self->m->ncpus || shi_load_full(&shi_slot(self->m, cpu)->starved) != SHI_ST_WAITS)
         return;
-    /* LOOK, and not NO: if this process dies before it has rung, others can see it. */
     if (shi_cas_full(&shi_slot(self->m, cpu)->starved, &waits, SHI_ST_LOOK))
         shi_chip_prod(self, cpu);
 }

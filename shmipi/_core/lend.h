@@ -35,6 +35,10 @@ void shi_lend_inherit(struct shi_self *self);
 /* The sender has read what a csd with SHI_S_LENT names, or never will. */
 void shi_lend_done(struct shi_self *self, struct shi_csd *csd);
 
+/* Has `dst` results that wait for room?  Then it looks again when it is rung: a sender that
+ * died has made room, and can not say so. */
+bool shi_lend_remind(struct shi_self *self, uint32_t dst);
+
 /* Results wait for room: from now on senders that have read one say so. */
 static inline void shi_lend_starve(struct shi_self *self, bool waits)
 {

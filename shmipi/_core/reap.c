@@ -60,7 +60,9 @@ void shi_reap_ring_all(struct shi_self *self)
 {
     uint32_t cpu;
     for (cpu = 0; cpu < self->m->ncpus; cpu++) {
-        shi_irq_rering(self, cpu);
+        bool starved = shi_lend_remind(self, cpu); /* the dead read nothing: room is free */
+        if (shi_irq_rering(self, cpu) <= 0 && starved)
+            shi_chip_prod(self, cpu);
         /* A task that waits for another may have been woken in its place, or have been
          * about to be woken by it: let it look. */
         if (shi_load_acquire(&shi_slot(self->m, cpu)->task))

@@ -168,8 +168,8 @@ static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t no
         else if (wait->tick_ns && shi_word_work(w) && shi_word_work(wait->seen) &&
                  shi_irq_rering(self, wait->dst) > 0 && wait->rekicks < SLOWEST)
             wait->rekicks++; /* back off: a stopped target's signals pile up */
-        if (wait->tick_ns && shi_load_acquire(&target->starved)) {
-            /* Who made room for a result there may have died before it rang. */
+        if (wait->tick_ns && shi_load_acquire(&target->starved) == SHI_ST_LOOK) {
+            /* The same of who made room for a result there. */
             shi_enter(self);
             shi_chip_prod(self, wait->dst);
             shi_leave(self);
