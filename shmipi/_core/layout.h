@@ -151,6 +151,7 @@ enum shi_status {
     SHI_S_BROKEN = 2, /* the target could not decode it: damaged segment */
     SHI_S_NOFUNC = 3, /* the function id is not known any more */
     SHI_S_UNSENT = 4, /* it has run, and there is no memory to send its result in */
+    SHI_S_NOMEM = 6, /* the target had no memory to take it, or to say what came of it */
     SHI_S_CANCELLED = 5, /* a task that was cancelled: it never ran, or was interrupted */
     /* Flag: the result lies in a block of the target's arena, which is the sender's to
      * read until it clears this. */

@@ -461,6 +461,10 @@ PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t app
                          "the call has run on CPU %u, but there is no memory to send its result "
                          "in: put large data in cluster.shared(), or make /dev/shm larger (mount "
                          "-o remount,size=... /dev/shm, docker run --shm-size=...)", dst);
+    case SHI_S_NOMEM:
+        return shi_raise(shi_py.ArenaError, ENOMEM, (int)dst,
+                         "CPU %u has no memory left to take the call, or to say what it raised: "
+                         "it may or may not have run", dst);
     default:
         return shi_raise(shi_py.LayoutError, 0, (int)dst,
                          "CPU %u could not read the call: the segment is damaged", dst);
@@ -713,8 +717,8 @@ bool shi_outcome(Machine *machine, struct shi_csd *csd, PyObject *value, bool wa
         status = SHI_S_RAISED;
         bytes = dumped_exception();
     }
-    if (!bytes) {
-        shi_store_relaxed(&csd->status, SHI_S_BROKEN);
+    if (!bytes) { /* any exception can be sent, unless there is no memory for it */
+        shi_store_relaxed(&csd->status, SHI_S_NOMEM);
         return true;
     }
     /* Large ones in their order: none is overtaken for ever. */

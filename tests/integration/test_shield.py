@@ -1,6 +1,7 @@
 """Handlers on top of a task: its signals, its imports and its depth are its own."""
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -330,3 +331,27 @@ def test_a_handler_may_set_the_recursion_limit(cluster):
         time.sleep(0.001)
     cluster.call(1, sets)
     assert 2900 < cluster._machine.collect(call, 1, 5.0) < 3000
+
+
+# ---- memory --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wait", ["call", "smp"])
+def test_a_cpu_without_memory_is_no_damaged_segment(boot, wait):
+    """Its own trouble to say what a handler raised is told as that."""
+    testcapi = pytest.importorskip("_testcapi")
+    if not hasattr(testcapi, "set_nomemory"):
+        pytest.skip("this Python was built without it")
+    cluster = boot(2, idle="halt")
+
+    def starves(_):
+        import _testcapi
+
+        _testcapi.set_nomemory(0, 400)  # the next 400 allocations fail
+        raise KeyError
+
+    function = cluster.call if wait == "call" else cluster.smp.smp_call_function_single
+    with pytest.raises(shmipi.ArenaFullError, match="no memory") as caught:
+        function(1, starves, None)
+    assert caught.value.errno == errno.ENOMEM
+    assert caught.value.cpu == 1
