@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "interrupts": "show a machine's interrupt counts as /proc/interrupts does",
     "explain": "make one call and show the functions it passed, and their times",
     "run": "run a function of yours on every CPU of a new machine",
+    "call": "interrupt a CPU of a running machine with a function of yours",
     "stress": "torture a machine with calls of every kind and account for each",
     "bench": "measure latency, throughput, boot time, and the limits beside them",
     "doctor": "say what on this computer distorts results or limits size",

@@ -31,8 +31,10 @@ __all__ = [
     "DOORBELLS",
     "IDLE_POLICIES",
     "above_zero",
+    "add_attach_option",
     "add_json_option",
     "add_machine_options",
+    "attached",
     "boot",
     "controller",
     "core_list",
@@ -280,6 +282,41 @@ def add_machine_options(
         metavar="LIST",
         help="cores for the CPUs, used in turn, such as 0-3 (default: auto)",
     )
+
+
+def add_attach_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--attach NAME``, which stands in the place of the machine's options."""
+    parser.add_argument(
+        "--attach",
+        metavar="NAME",
+        help="do not boot a machine: use the running one of this name, as it is",
+    )
+
+
+def attached(args: argparse.Namespace, *but: str) -> Cluster:
+    """Attach to the machine that ``--attach`` names; ``but``: options that it allows.
+
+    Raises ``CommandError`` with status 2 for options that only booting can obey, and
+    what ``Cluster.attach`` raises.
+    """
+    from shmipi.cluster import Cluster
+
+    parser = argparse.ArgumentParser()
+    add_machine_options(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(args, name, default) != default and name not in but:
+            option = f"--{name.replace('_', '-')}"
+            raise CommandError(
+                f"{option} is for a machine that is booted: --attach takes the one"
+                f" named {args.attach} as it is",
+                status=2,
+            )
+    try:
+        return Cluster.attach(args.attach)
+    except ShmipiError:
+        raise
+    except ValueError as error:
+        raise CommandError(str(error), status=2) from None
 
 
 def machine_kwargs(args: argparse.Namespace) -> dict[str, Any]:

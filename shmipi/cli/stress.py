@@ -12,8 +12,10 @@ from typing import Any
 
 from shmipi.cli.options import (
     above_zero,
+    add_attach_option,
     add_json_option,
     add_machine_options,
+    attached,
     document,
     duration,
     human_stream,
@@ -36,6 +38,7 @@ SIGKILL and booted anew, under fire. Exit status 1 when anything was wrong."""
 EXAMPLE = """\
 shmipi stress --cpus 4 --duration 10s
 shmipi stress --cpus 8 --onoff-interval 100ms --kill-interval 500ms --duration 1m
+shmipi stress --attach lab --duration 1m
 shmipi stress --weight-all-wait 1 --handler native --json result.json"""
 
 _SIGINT_STATUS = 130
@@ -44,6 +47,7 @@ _SIGINT_STATUS = 130
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_machine_options(parser)
+    add_attach_option(parser)
     group = parser.add_argument_group("the test")
     group.add_argument(
         "--duration",
@@ -147,7 +151,13 @@ def run(args: argparse.Namespace) -> int:
             line(text, stream)
 
         with usage_errors():  # no such machine here
-            report = stress(options, line=show, progress=progress)
+            if args.attach is None:
+                report = stress(options, line=show, progress=progress)
+            else:
+                with attached(args) as cluster:
+                    report = stress(
+                        options, cluster=cluster, line=show, progress=progress
+                    )
     for text in report.explain():
         print(f"shmipi-stress: {text}", file=stream)
     write_json(args.json, document("stress", **report.as_dict()))

@@ -15,7 +15,9 @@ from typing import Any, Final
 import numpy as np
 
 from shmipi.cluster import Cluster
+from shmipi.cpumask import CpuMask
 from shmipi.errors import (
+    ClusterStateError,
     CpuDiedError,
     CpuOfflineError,
     IpiTimeoutError,
@@ -30,6 +32,7 @@ from shmipi.stress.book import (
     H_BEAT,
     H_DOING,
     H_TARGET,
+    K_DRIVER,
     K_GO,
     K_LONGWAIT,
     K_PAUSE,
@@ -65,9 +68,35 @@ def torture(
 ) -> Report:
     """See ``shmipi.stress.run``."""
     if cluster is not None:
-        return _Driver(options, cluster, line, progress).run()
+        with _alone(cluster):
+            return _Driver(options, cluster, line, progress).run()
     with Cluster(**options.machine) as booted:
         return _Driver(options, booted, line, progress).run()
+
+
+@contextlib.contextmanager
+def _alone(cluster: Cluster) -> Iterator[None]:
+    """Take a machine that may have other hosts: one run at a time, on idle CPUs."""
+    machine = cluster._machine
+    if not machine.trylock("tool"):
+        raise ClusterStateError(
+            f"another host has the whole machine {cluster.name} for a stress run or a"
+            " measurement: wait until it has ended"
+        )
+    try:
+        # Invokers of a host that was killed end as soon as they notice.
+        deadline = time.monotonic() + 1.5 * STALL_S
+        while busy := [n for n in range(cluster.ncpus) if machine.slot(n)[9]]:
+            cluster._check()
+            if time.monotonic() > deadline:
+                raise ClusterStateError(
+                    f"CPUs {CpuMask(busy)} of machine {cluster.name} run tasks: a"
+                    " stress run needs them idle (`shmipi ps -v` shows what they run)"
+                )
+            time.sleep(_LOOK_S)
+        yield
+    finally:
+        machine.unlock("tool")
 
 
 class _Driver:
@@ -92,6 +121,9 @@ class _Driver:
         self.book.reset()
         self.book.control[K_LONGWAIT] = round(options.longwait * 1e3)
         self.book.control[K_SALT] = self.seed & 0xFFFFFFFF
+        driver = self.machine.id
+        generation = self.machine.slot(driver)[4]
+        self.book.control[K_DRIVER] = driver + 1 | generation << 32
         self.hotplug = Hotplug()
         self.more: dict[str, int] = {}
         self.complaints: list[str] = []

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from shmipi import atomic, smp
+from shmipi import _core, atomic, smp
 from shmipi.cpumask import CpuMask
 from shmipi.errors import (
     ArenaFullError,
@@ -25,6 +25,7 @@ from shmipi.errors import (
 from shmipi.machine import arrays
 from shmipi.stress.book import (
     H_INCARNATION,
+    K_DRIVER,
     K_GO,
     K_LONGWAIT,
     K_PAUSE,
@@ -43,6 +44,7 @@ __all__ = ["invoke"]
 #: The share of native handlers where both kinds are asked for.
 _NATIVE_SHARE: Final = 0.25
 _SPINS, _YIELDS = 20, 40
+_LOOK = 256  # calls between looks at whether the driver is still there
 _NAP_S, _MAX_NAP_S = 50e-6, 2e-3
 
 _book: Book | None = None
@@ -123,11 +125,20 @@ def invoke(seed: int, incarnation: int, weights: tuple[int, ...], handler: str) 
     # All begin at once: the first must not torture a machine that is still importing.
     atomic.fetch_add(book.control, K_READY, 1)
     while not (book.control[K_GO] or book.control[K_STOP]):
+        orphaned(book)
         time.sleep(0.002)
     # A string: it is hashed, so that neighbours' choices have nothing in common.
     Invoker(
         book, ledger, cpu, Random(f"{seed}/{cpu}/{incarnation}"), weights, handler
     ).loop()
+
+
+def orphaned(book: Book) -> None:
+    """Stop the run if the host that drives it is gone: nobody else ever would."""
+    driver = book.control[K_DRIVER]
+    slot, generation = (driver & 0xFFFFFFFF) - 1, driver >> 32
+    if _core.current_machine().slot(slot)[4] != generation:
+        book.control[K_STOP] = 1
 
 
 def pause(turn: int) -> None:
@@ -193,10 +204,14 @@ class Invoker:
     def loop(self) -> None:
         """Call until the stop word is set; then settle everything."""
         control, ledger, limits = self.book.control, self.ledger, self.limits
-        random, total = self.random.random, limits[-1]
+        random, total, turn = self.random.random, limits[-1], 0
         while not control[K_STOP]:
             ledger.beat()
+            turn += 1
+            if not turn % _LOOK:
+                orphaned(self.book)
             if control[K_PAUSE]:
+                orphaned(self.book)
                 smp.cond_resched()
                 time.sleep(0.001)
                 continue
