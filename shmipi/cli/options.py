@@ -311,12 +311,8 @@ def attached(args: argparse.Namespace, *but: str) -> Cluster:
                 f" named {args.attach} as it is",
                 status=2,
             )
-    try:
+    with usage_errors():
         return Cluster.attach(args.attach)
-    except ShmipiError:
-        raise
-    except ValueError as error:
-        raise CommandError(str(error), status=2) from None
 
 
 def machine_kwargs(args: argparse.Namespace) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import dis
 import hashlib
 import io
 import itertools
+import operator
 import os
 import pickle
 import sys
@@ -146,6 +147,9 @@ _received: weakref.WeakSet[type] = weakref.WeakSet()
 
 #: On a CPU: the globals of functions that came by value.
 _spaces: dict[_Space, dict[str, Any]] = {}
+_used: dict[_Space, int] = {}  # when; not the main program's own
+_USED_MOST = 1024  # hosts come and go: the spaces of the oldest are dropped
+_uses = itertools.count()
 _home = True  # this process is a host: what comes in changes nothing of it
 
 
@@ -525,6 +529,13 @@ def _space(which: _Space, base: dict[str, Any]) -> dict[str, Any]:
     space = spaces.setdefault(which, {"__builtins__": builtins})
     for key, value in base.items():
         space.setdefault(key, value)
+    if not _home and space is not vars(sys.modules["__main__"]):
+        _used[which] = next(_uses)
+        if len(_used) > _USED_MOST:
+            # Functions that are still there keep their globals; no others get them.
+            oldest = min(list(_used.items()), key=operator.itemgetter(1))[0]
+            for known in (_used, _spaces, _tables):
+                known.pop(oldest, None)
     return space
 
 

@@ -114,8 +114,8 @@ FAULTS: Final = ("wrong_cpu", "mb_in", "late")
 _WRONG_CPU, _MB_IN, _LATE = range(3)
 FAULT_WORDS: Final = 8
 
-# Words of the driver for everybody; K_LONGWAIT is in milliseconds, K_DRIVER the slot + 1
-# | generation << 32 of the host that drives the run.
+# Words of the driver for everybody; K_LONGWAIT is in milliseconds, K_DRIVER is slot + 1
+# and generation << 32 of the host that drives the run.
 K_STOP, K_PAUSE, K_LONGWAIT, K_SALT, K_READY, K_GO, K_DRIVER = range(7)
 CONTROL_WORDS: Final = 16
 

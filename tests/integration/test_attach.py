@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from shmipi import (
     LayoutError,
     MachineDiedError,
     _core,
+    cli,
     smp,
 )
 from shmipi.machine import segment
@@ -294,6 +296,39 @@ def test_the_owners_death_is_told_and_nobody_keeps_the_machine_alive(script):
 
 
 # ---- between hosts -------------------------------------------------------------------
+
+
+MAINS = """
+import sys
+from shmipi import Cluster
+
+SIZE = base = int(sys.argv[2])
+
+class Thing:
+    size = base
+
+def helper():
+    return SIZE
+
+def work():
+    return SIZE, helper(), Thing.size
+
+if __name__ == "__main__":
+    with Cluster.attach(sys.argv[1]) as here:
+        for turn in range(100):
+            SIZE = base + turn
+            assert here.call(0, work) == (SIZE, SIZE, base)
+            assert here.run(work, cpus=[1]) == [(SIZE, SIZE, base)]
+            assert here.submit(2, lambda: (SIZE, helper())).result(10) == (SIZE, SIZE)
+"""
+
+
+def test_hosts_are_programs_of_their_own(lab, script):
+    """Each has its own ``__main__`` on the CPUs, whatever names the others use."""
+    hosts = [script(MAINS, lab.name, str(n), wait=False) for n in (1000, 2000, 3000)]
+    for host in hosts:
+        text, _ = host.communicate(timeout=30)
+        assert (host.returncode, text) == (0, "")
 
 
 def test_hosts_make_arrays_at_once(lab, script):
@@ -643,3 +678,107 @@ def test_hosts_are_killed_and_replaced_while_the_owner_calls(boot, script):
 
 def echo(value, more):
     return value, more, smp.smp_processor_id()
+
+
+# ---- on the command line -------------------------------------------------------------
+
+PROGRAM = """
+import os
+
+FACTOR = 3
+
+def helper(x):
+    return x * FACTOR
+
+def go(*values):
+    return [helper(value) for value in values]
+
+def pid():
+    return os.getpid()
+
+def bad():
+    raise ValueError("on purpose")
+
+def odd():
+    return {1, 2}
+
+def nothing():
+    pass
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return str(path)
+
+
+def command(capsys, *arguments):
+    """Run `shmipi call` in this process: status, output, errors."""
+    path = list(sys.path)
+    try:
+        status = cli.main(["call", *arguments])
+    finally:
+        sys.path[:] = path
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_call_runs_functions_of_files_and_modules(lab, program, capsys):
+    def call(*arguments):
+        status, out, err = command(capsys, *arguments)
+        assert (status, err) == (0, "")
+        return out
+
+    pids = [str(cpu.pid) for cpu in lab.cpus]
+    assert call(lab.name, "1", "os:getpid") == pids[1] + "\n"
+    assert call(lab.name, "2", f"{program}:pid") == pids[2] + "\n"
+    out = call(lab.name, "0", f"{program}:go", "1", "-2.5", "x", "(4,)", "--y")
+    assert out == "[3, -7.5, 'xxx', (4, 4, 4), '--y--y--y']\n"
+    assert call(lab.name, "0", f"{program}:nothing") == ""
+    assert call("--json", lab.name, "0", f"{program}:nothing") == "null\n"
+    assert call("--json", lab.name, "0", f"{program}:go", "1") == "[3]\n"
+
+
+def test_call_says_what_is_wrong_in_words(lab, program, capsys):
+    name = lab.name
+    for status, words, *arguments in [
+        (1, "ValueError: on purpose", name, "1", f"{program}:bad"),
+        (1, "CPU 9 does not exist", name, "9", "os:getpid"),
+        (1, "no answer", "--timeout", "50ms", name, "1", "time:sleep", "0.3"),
+        (1, "is not for JSON", "--json", name, "1", f"{program}:odd"),
+        (1, "there is no machine", "there-is-none", "1", "os:getpid"),
+        (2, "letters", "no name", "1", "os:getpid"),
+        (2, "has no function", name, "1", f"{program}:missing"),
+        (2, "is not a function", name, "1", "os:environ"),
+        (2, "there is no module", name, "1", "nowhere.nothing:x"),
+        (2, "there is no file", name, "1", "nowhere.py:x"),
+        (2, "neither", name, "1", "os"),
+        (2, "not a whole number", name, "one", "os:getpid"),
+    ]:
+        got, out, err = command(capsys, *arguments)
+        assert (got, out) == (status, ""), (arguments, err)
+        assert words in err
+        assert err.startswith("shmipi call: ")
+
+
+def test_stress_attaches_and_a_killed_one_leaves_the_cpus_idle(lab, capsys, eventually):
+    arguments = ["stress", "--attach", lab.name, "--duration"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shmipi", *arguments, "30s"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        eventually(lambda: all(lab._machine.slot(cpu)[9] for cpu in range(3)), 20)
+        assert cli.main([*arguments, "1s"]) == 1
+        assert "another host has the whole machine" in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.communicate()
+    assert cli.main([*arguments, "1s"]) == 0
+    assert "SUCCESS" in capsys.readouterr().out
+    assert lab.run(smp.smp_processor_id) == [0, 1, 2]
+    assert cli.main([*arguments, "1s", "--cpus", "3"]) == 2
+    assert "--cpus is for a machine that is booted" in capsys.readouterr().err
