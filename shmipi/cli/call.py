@@ -9,10 +9,11 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
-from shmipi.cli.options import duration, integer
+from shmipi.cli.options import count, duration, integer
 from shmipi.errors import CommandError, RemoteCallError, ShmipiError
 
 HELP = """\
@@ -26,6 +27,7 @@ is gone; 2 when there is no such function."""
 EXAMPLE = """\
 shmipi call lab 1 os:getpid
 shmipi call lab 0 program.py:measure 1000 fast
+shmipi call --repeat 10k lab 1 builtins:int
 shmipi call --json --timeout 2s lab 1 platform:uname"""
 
 
@@ -40,6 +42,12 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         type=duration,
         metavar="TIME",
         help="give up after TIME (default: wait for as long as it takes)",
+    )
+    parser.add_argument(
+        "--repeat",
+        type=count,
+        metavar="N",
+        help="call it N times; print the last result and what a round trip took",
     )
     parser.add_argument("name", metavar="NAME", help="the machine")
     parser.add_argument("cpu", type=integer(0), metavar="CPU", help="its number")
@@ -58,9 +66,15 @@ def run(args: argparse.Namespace) -> int:
     target, *words = args.words
     function = _function(target)
     arguments = [_argument(word) for word in words]
+    took: list[int] = []  # ns
     try:
         with Cluster.attach(args.name) as cluster:
-            result = cluster.call(args.cpu, function, *arguments, timeout=args.timeout)
+            for _ in range(args.repeat or 1):
+                start = time.perf_counter_ns()
+                result = cluster.call(
+                    args.cpu, function, *arguments, timeout=args.timeout
+                )
+                took.append(time.perf_counter_ns() - start)
     except RemoteCallError as error:
         if isinstance(error.__cause__, ModuleNotFoundError):
             hint = (
@@ -78,12 +92,34 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"{type(error).__name__}: {error}") from None
     if args.json:
         try:
-            print(json.dumps(result))
+            print(json.dumps(result if args.repeat is None else _timed(result, took)))
         except (TypeError, ValueError) as error:
             raise CommandError(f"the result is not for JSON: {error}") from None
     elif result is not None:
         print(repr(result))
+    if args.repeat is not None and not args.json:
+        print(_account(took))
     return 0
+
+
+def _quantile(took: list[int], share: float) -> int:
+    return sorted(took)[min(len(took) - 1, int(share * len(took)))]
+
+
+def _timed(result: object, took: list[int]) -> dict[str, Any]:
+    quantiles = {"min": 0.0, "p50": 0.5, "p99": 0.99, "max": 1.0}
+    times = {name: _quantile(took, share) for name, share in quantiles.items()}
+    return {"result": result, "calls": len(took), "rtt_ns": times}
+
+
+def _account(took: list[int]) -> str:
+    least, half, most_of, most = (
+        f"{_quantile(took, share) / 1000:.1f}" for share in (0, 0.5, 0.99, 1)
+    )
+    return (
+        f"{len(took)} calls, round trips in us: least {least}, median {half}, 99 % up"
+        f" to {most_of}, most {most}"
+    )
 
 
 def _argument(word: str) -> object:

@@ -94,6 +94,7 @@ def _plain(
     )
     for name in fields.split():
         entry[name] = getattr(view, name, None)
+    entry["attached"] = [] if view is None else list(view.attached)
     entry["online"] = None if view is None else view.online
     entry["cpus"] = [] if view is None else [asdict(cpu) for cpu in view.cpus]
     return entry
@@ -114,6 +115,8 @@ def _print(entries: list[_Entry], verbose: bool, stream: TextIO) -> None:
     for _, view in known if verbose else ():
         print(file=stream)
         write(_cpus(view).lines(width), stream)
+        if view.attached:
+            print(f"attached: {', '.join(map(str, view.attached))}", file=stream)
 
 
 def _machines(known: list[tuple[str, MachineView]]) -> Listing:

@@ -49,6 +49,11 @@ class Guest(Orders):
     """
 
     def __init__(self, name: str) -> None:
+        if _core.cpu_context() == _core.CPU_HANDLER:
+            raise ClusterStateError(
+                "an interrupt handler cannot attach to a machine, which takes long and"
+                " sleeps: do it in a task (cluster.run)"
+            )
         super().__init__(segment.check_name(name))
         self.full = segment.full_name(name)
         self.owner = os.getpid()

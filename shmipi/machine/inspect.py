@@ -190,6 +190,7 @@ class MachineView:
     uptime_s: float
     memory_bytes: int
     cpus: tuple[CpuView, ...]
+    attached: tuple[int, ...] = ()  #: pids of the hosts that are attached to it
 
     @property
     def online(self) -> CpuMask:
@@ -251,6 +252,7 @@ class Inspector:
         header = self._header()
         slots = self._slots(header)
         ncpus = int(header["ncpus"])
+        guests = slots[len(slots) - _core.GUESTS :]
         status = os.fstat(self._fd)
         started = int(header["boot_time_ns"]) / 1e9
         return MachineView(
@@ -266,6 +268,7 @@ class Inspector:
             uptime_s=max(0.0, time.time() - started),
             memory_bytes=status.st_blocks * 512,
             cpus=tuple(_cpu(number, slots[number], header) for number in range(ncpus)),
+            attached=tuple(int(slot["pid"]) for slot in guests if slot["pid"]),
         )
 
     # What trace.counters needs of a machine.

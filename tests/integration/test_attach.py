@@ -1,6 +1,7 @@
 """Hosts that attach to a machine that another process has booted."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -739,6 +740,26 @@ def test_call_runs_functions_of_files_and_modules(lab, program, capsys):
     assert call(lab.name, "0", f"{program}:nothing") == ""
     assert call("--json", lab.name, "0", f"{program}:nothing") == "null\n"
     assert call("--json", lab.name, "0", f"{program}:go", "1") == "[3]\n"
+    out = call("--repeat", "200", lab.name, "0", f"{program}:go", "1")
+    assert out.startswith("[3]\n200 calls, round trips in us: least ")
+    timed = json.loads(call("--json", "--repeat", "20", lab.name, "0", "builtins:int"))
+    assert (timed["result"], timed["calls"]) == (0, 20)
+    assert (
+        0 < timed["rtt_ns"]["min"] <= timed["rtt_ns"]["p50"] <= timed["rtt_ns"]["max"]
+    )
+
+
+def test_ps_shows_who_is_attached(lab, capsys):
+    def shown():
+        assert cli.main(["ps", "--json", "-"]) == 0
+        machines = json.loads(capsys.readouterr().out)["machines"]
+        return next(m["attached"] for m in machines if m["name"] == lab.name)
+
+    assert shown() == []
+    with Cluster.attach(lab.name):
+        assert shown() == [os.getpid()]
+        assert cli.main(["ps", "-v"]) == 0
+        assert f"attached: {os.getpid()}\n" in capsys.readouterr().out
 
 
 def test_call_says_what_is_wrong_in_words(lab, program, capsys):

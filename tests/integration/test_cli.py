@@ -354,6 +354,7 @@ def test_ps_shows_a_machine_as_it_is(
         "controller": "apic",
         "kick_signal": signal.SIGRTMIN + 8,
         "host_pid": os.getpid(),
+        "attached": [],
         "online": "0-1",
     }
     row = next(line for line in text.splitlines() if line.startswith(name))
