@@ -72,7 +72,7 @@ static int table_grow(struct func_table *t)
         slots[j] = t->slots[i];
     }
     PyMem_Free(t->slots);
-    *t = (struct func_table){slots, size, live};
+    *t = (struct func_table){slots, size, live, 0};
     return 0;
 }
 
