@@ -12,6 +12,7 @@ import subprocess
 import time
 import warnings
 
+import psutil
 import pytest
 
 import shmipi
@@ -165,6 +166,27 @@ def test_run_with_a_lost_ring_behind_the_first_cpu(rig, eventually, background):
     finally:
         found.hits[3] = 1
     run.end(5)
+
+
+@pytest.mark.parametrize("doorbell", ["futex", "signal"])
+def test_who_waits_rings_when_the_watchdog_is_stopped(rig, eventually, doorbell):
+    """And after each progress of the target soon again, however long it has waited."""
+    found = rig(doorbell=doorbell)
+    firmware = psutil.Process(found.cluster.cpus[TARGET].pid).ppid()
+    os.kill(firmware, signal.SIGSTOP)
+    try:
+        for place in (1, 2):
+            found.strand("pushed", eventually)
+            start = time.monotonic()
+            found.cluster.call(TARGET, hit, 2, timeout=5)
+            print(f"{(time.monotonic() - start) * 1e3:.0f} ms")
+            assert found.hits[2] == place
+            eventually(lambda n=place: found.hits[1] == n)  # calls overtake the rest
+            os.kill(found.stopped, signal.SIGCONT)
+            found.stopped = None
+            found.machine.collect(*reversed(found.tasks.pop()), 5.0)
+    finally:
+        os.kill(firmware, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("doorbell", ["futex", "signal"])
