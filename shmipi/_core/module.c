@@ -102,8 +102,10 @@ PyObject *shi_raise_died(Machine *machine, int cpu, uint64_t lock)
     uint32_t end = (uint32_t)(lock >> SHI_CSD_END_SHIFT);
     if (state == SHI_M_DEAD || state == SHI_M_STOPPING)
         return shi_raise_errno(machine, -EOWNERDEAD, cpu);
-    if ((lock & SHI_CSD_TYPE) == SHI_CSD_TTWU && !(lock & SHI_CSD_BEGUN))
-        return raise_died(cpu, end, "with this task queued: it has not run");
+    if ((lock & SHI_CSD_TYPE) == SHI_CSD_TTWU)
+        return raise_died(cpu, end, lock & SHI_CSD_BEGUN
+                                        ? "while it ran this task"
+                                        : "with this task queued: it has not run");
     return raise_died(cpu, end, "with this call in hand: it may or may not have run");
 }
 

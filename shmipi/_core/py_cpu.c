@@ -741,6 +741,23 @@ static PyObject *on_task_cancel(PyObject *module, PyObject *function)
     Py_RETURN_NONE;
 }
 
+/* TaskInterrupt was raised where nothing can be (a __del__, a callback) and thrown away: again,
+ * when the task is out of there. */
+static PyObject *task_interrupt_lost(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine)
+        return NULL;
+    struct shi_self *self = &machine->self;
+    if (self->cancellable) {
+        shi_fetch_or_full(&self->cancellable->lock, SHI_CSD_CANCEL);
+        shi_remind(self);
+    }
+    Py_RETURN_NONE;
+}
+
 /* ---- becoming one ---------------------------------------------------------------- */
 
 /* Forked generators are alike: `random` reseeds itself, numpy's must be told. */
@@ -891,6 +908,8 @@ PyMethodDef shi_cpu_functions[] = {
     {"in_nmi", in_nmi, METH_NOARGS, DOC(in_nmi, "In an NMI handler.")},
     {"on_task_cancel", on_task_cancel, METH_O,
      "on_task_cancel(function)\n--\n\nCalled when this task is cancelled, instead of raising."},
+    {"task_interrupt_lost", task_interrupt_lost, METH_NOARGS,
+     DOC(task_interrupt_lost, "Raise TaskInterrupt once more: it was raised in vain.")},
     {"cond_resched", cond_resched, METH_NOARGS,
      DOC(cond_resched, "Take pending interrupts now: for tasks of a machine with kick=False.")},
     {NULL, NULL, 0, NULL},

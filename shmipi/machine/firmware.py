@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from shmipi import _core
-from shmipi.errors import ShmipiOSError
+from shmipi.errors import ShmipiOSError, TaskInterrupt
 from shmipi.machine import arrays, byvalue, controller, process, segment
 from shmipi.machine.ending import ending_number
 from shmipi.machine.guests import Guests
@@ -144,6 +144,7 @@ class Firmware:
             self.machine, pickle.loads(config["controller"])
         )
         os.register_at_fork(after_in_child=self.machine.forked)
+        sys.unraisablehook = _unraisable
         self.selector.register(self.host, selectors.EVENT_READ, self.host_died)
         self.selector.register(self.control, selectors.EVENT_READ, self.on_message)
         self.selector.register(self.signals, selectors.EVENT_READ, self.on_signal)
@@ -497,6 +498,14 @@ def wake_with(control: socket.socket) -> None:
     fcntl.fcntl(control, fcntl.F_SETSIG, signal.SIGCONT)
     flags = fcntl.fcntl(control, fcntl.F_GETFL)
     fcntl.fcntl(control, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+
+def _unraisable(lost: sys.UnraisableHookArgs) -> None:
+    """On a CPU: what a ``__del__`` or a callback raised; a cancel is not lost there."""
+    if isinstance(lost.exc_value, TaskInterrupt):
+        _core.task_interrupt_lost()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _restore(config: dict[str, Any]) -> None:

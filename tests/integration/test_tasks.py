@@ -259,6 +259,29 @@ def test_a_task_may_catch_it_and_end_well(cluster, eventually):
     assert not task.cancelled()
 
 
+def test_it_is_not_lost_where_exceptions_are(cluster, eventually):
+    """In a ``__del__``, which the interpreter ignores the exceptions of."""
+    inside = cluster.shared("in_del", "i8", 2)
+    inside[:] = 0
+
+    class Late:
+        def __del__(self):
+            inside[0] = 1
+            while True:
+                pass
+
+    def work():
+        Late()
+        inside[1] = 1
+        time.sleep(60)
+
+    task = cluster.start(work, cpus=[1])[0]
+    eventually(lambda: inside[0])
+    assert task.cancel()
+    assert task._settle(SOON_S)
+    assert task.cancelled()
+
+
 def test_not_while_interrupts_are_disabled(cluster, eventually):
     log = cluster.shared("masked_log", "i8", 2)
     log[:] = 0
@@ -650,7 +673,7 @@ def test_how_it_died_is_of_that_process_also_after_a_reboot(boot):
     while not second.done():
         time.sleep(0.001)
     cluster.online(1)
-    assert "exited with status 3" in str(first.exception())
+    assert "(exited with status 3) while it ran this task" in str(first.exception())
     assert "exited with status 3" in str(queued.exception())
     assert "it has not run" in str(queued.exception())
     assert "exited with status 4" in str(second.exception())
