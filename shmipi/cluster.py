@@ -751,6 +751,7 @@ def _choose_current() -> None:
     for cluster in clusters:
         cluster._machine.set_current(False)
         cluster._arrays.make_current(False)
+    _core.set_open(len(clusters))
     if len(clusters) == 1:
         clusters[0]._machine.set_current(True)
         clusters[0]._arrays.make_current()

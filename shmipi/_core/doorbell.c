@@ -161,6 +161,21 @@ void shi_doorbell_close(struct shi_machine *m)
     m->eventfds = NULL;
 }
 
+/*
+ * A task has closed every descriptor, and so the doorbells of its machine: its CPU can
+ * neither be woken nor wake another.  Its end is noticed at once, which no hang is.
+ */
+static void lost(const struct shi_self *self, int err)
+{
+    static const char text[] = "shmipi: a task closed the descriptors of its CPU's doorbells: "
+                               "the CPU ends\n";
+    if (err != EBADF || self->host)
+        return;
+    if (write(STDERR_FILENO, text, sizeof text - 1) < 0)
+        _exit(2); /* closed, too */
+    _exit(1);
+}
+
 int shi_doorbell_ring(struct shi_self *self, uint32_t dst)
 {
     struct shi_machine *m = self->m;
@@ -177,14 +192,18 @@ int shi_doorbell_ring(struct shi_self *self, uint32_t dst)
             shi_count(self, SHI_C_doorbells_retried); /* EOVERFLOW: it is rung */
         return 0;
     case SHI_DB_EVENTFD:
-        while (write(m->eventfds[dst], &one, sizeof one) < 0 && errno == EINTR)
-            ;
+        while (write(m->eventfds[dst], &one, sizeof one) < 0) {
+            lost(self, errno);
+            if (errno != EINTR)
+                break;
+        }
         return 0;
     case SHI_DB_MQUEUE:
         /* A full queue holds a token already: it will wake the target. */
         while (mq_timedsend(m->mqueues[dst], "", 0, 0, &past)) {
             if (errno == EINTR)
                 continue;
+            lost(self, errno);
             shi_count(self, SHI_C_doorbells_retried);
             break;
         }
@@ -227,7 +246,7 @@ static int wait_signal(struct shi_self *self, int64_t timeout_ns)
     return 0;
 }
 
-int shi_doorbell_wait(struct shi_self *self, uint32_t low, int64_t timeout_ns)
+static int wait_rung(struct shi_self *self, uint32_t low, int64_t timeout_ns)
 {
     struct shi_machine *m = self->m;
     struct timespec t;
@@ -267,6 +286,13 @@ int shi_doorbell_wait(struct shi_self *self, uint32_t low, int64_t timeout_ns)
         return wait_signal(self, timeout_ns);
     }
     return -EINVAL;
+}
+
+int shi_doorbell_wait(struct shi_self *self, uint32_t low, int64_t timeout_ns)
+{
+    int err = wait_rung(self, low, timeout_ns);
+    lost(self, -err);
+    return err;
 }
 
 /* ---- the kick signal ------------------------------------------------------------- */

@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -143,6 +145,14 @@ int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
     m->kick = h->kick != 0;
     m->oversubscribed = h->oversubscribed != 0;
     m->fd = fd;
+    struct stat file;
+    if (fd >= 0) {
+        if (fstat(fd, &file))
+            return -errno;
+        m->dev = file.st_dev;
+        m->ino = file.st_ino;
+        snprintf(m->path, sizeof m->path, "/dev/shm/shmipi.%u.%.32s", file.st_uid, h->name);
+    }
     m->chip = h->chip;
     if (m->doorbell > SHI_DB_MQUEUE || m->kick_signal > 64 || m->nmi_signal > 64 ||
         shi_chip_check(&m->chip, m->ncpus))
@@ -152,12 +162,44 @@ int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
     return 0;
 }
 
+static bool is_segment(const struct shi_machine *m, int fd)
+{
+    struct stat file;
+    return fd >= 0 && fstat(fd, &file) == 0 && file.st_dev == m->dev && file.st_ino == m->ino;
+}
+
+int shi_machine_fd(const struct shi_machine *m)
+{
+    int fd;
+    if (m->fd < 0 || is_segment(m, m->fd))
+        return m->fd;
+    /* Without the lock: others hold it, of the same open file as ours was. */
+    fd = open(m->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    if (!is_segment(m, fd)) {
+        if (fd >= 0)
+            close(fd); /* another machine has the name: ours is at its end */
+        return -1;
+    }
+    ((struct shi_machine *)m)->fd = fd; /* the one thing that changes while it is used */
+    return fd;
+}
+
+void shi_machine_close(struct shi_machine *m)
+{
+    if (is_segment(m, m->fd))
+        close(m->fd);
+    m->fd = -1;
+}
+
 int shi_machine_back(const struct shi_machine *m, uint64_t offset, uint64_t length)
 {
-    if (m->fd < 0)
+    int fd = shi_machine_fd(m);
+    if (!m->ino)
         return 0; /* a native test over anonymous memory */
+    if (fd < 0)
+        return -EBADF;
     for (;;) {
-        if (fallocate(m->fd, 0, (off_t)offset, (off_t)length) == 0)
+        if (fallocate(fd, 0, (off_t)offset, (off_t)length) == 0)
             return 0;
         if (errno != EINTR)
             return -errno;
@@ -166,8 +208,8 @@ int shi_machine_back(const struct shi_machine *m, uint64_t offset, uint64_t leng
 
 bool shi_machine_punch(const struct shi_machine *m, uint64_t offset, uint64_t length)
 {
-    return m->fd >= 0 && fallocate(m->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                                   (off_t)offset, (off_t)length) == 0;
+    /* By the mapping: whose file a descriptor is can change between two system calls. */
+    return m->fd >= 0 && madvise(m->base + offset, length, MADV_REMOVE) == 0;
 }
 
 uint64_t shi_checksum(const struct shi_machine *m, const void *data, uint64_t length)

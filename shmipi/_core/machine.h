@@ -27,7 +27,9 @@ struct shi_machine {
     enum shi_doorbell doorbell;
     bool kick;
     bool oversubscribed;
-    int fd; /* of the segment, for fallocate */
+    int fd; /* of the segment: only by shi_machine_fd and _close */
+    uint64_t dev, ino; /* of the file that it is, 0 for none (native tests) */
+    char path[64];     /* of that file, to open it again */
     struct shi_chip chip; /* checked */
     const struct shi_flow *flow;
     int *eventfds; /* per CPU, or NULL */
@@ -155,6 +157,11 @@ int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records
 uint64_t shi_layout_fixed(const struct shi_header *h);
 /* Check a mapped header against `mapped` bytes; -EINVAL, or -EPROTO for another ABI. */
 int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int fd);
+/* A descriptor of the segment's file, or -1.  A task may close every descriptor it finds,
+ * and open a file that then has our number: that one is never touched. */
+int shi_machine_fd(const struct shi_machine *m);
+/* Close the descriptor, if it is ours still. */
+void shi_machine_close(struct shi_machine *m);
 /* Allocate a range of the segment's file: 0, -ENOSPC, ... */
 int shi_machine_back(const struct shi_machine *m, uint64_t offset, uint64_t length);
 /* Give a range back: it reads as zeros.  False: the pages are kept as they are. */

@@ -328,8 +328,9 @@ static PyObject *read_arena(const struct shi_machine *m, const struct shi_ref *r
     uint64_t at = m->region_offset + ref->cpu * m->region_bytes + m->arena_offset + ref->offset;
     PyObject *copy = PyBytes_FromStringAndSize(NULL, ref->length);
     uint32_t done = 0;
+    int fd = shi_machine_fd(m);
     while (copy && done < ref->length) {
-        ssize_t n = pread(m->fd, PyBytes_AS_STRING(copy) + done, ref->length - done,
+        ssize_t n = pread(fd, PyBytes_AS_STRING(copy) + done, ref->length - done,
                           (off_t)(at + done));
         if (n > 0) {
             done += (uint32_t)n;

@@ -868,8 +868,8 @@ static PyObject *forked(PyObject *object, PyObject *unused)
         if (shi_current == machine)
             shi_current = NULL;
         shi_kick_remove();
-        close(machine->m.fd); /* its lock says that the machine lives */
-        machine->m.fd = -1;
+        shi_absence = SHI_CHILD;
+        shi_machine_close(&machine->m); /* its lock says that the machine lives */
     }
     Py_RETURN_NONE;
 }

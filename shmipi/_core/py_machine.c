@@ -23,6 +23,7 @@
 
 PyTypeObject *shi_machine_type;
 Machine *shi_current;
+const char *shi_absence = "no Cluster is open in this process";
 
 /* ---- the type -------------------------------------------------------------------- */
 
@@ -94,8 +95,7 @@ static void machine_dealloc(PyObject *object)
         shi_doorbell_close(&machine->m);
         shi_self_fini(&machine->self);
         munmap(machine->m.base, machine->m.total_bytes);
-        if (machine->m.fd >= 0)
-            close(machine->m.fd);
+        shi_machine_close(&machine->m);
         PyMem_Free(machine->late);
         PyMem_Free(machine->irq_held);
         PyMem_Free(machine->natives);
@@ -142,9 +142,8 @@ Machine *shi_use_current(void)
     if (shi_bound() < 0)
         return NULL;
     if (!shi_current || shi_current->foreign) {
-        shi_raise(shi_py.NoMachineError, 0, -1,
-                  "shmipi.smp and shmipi.irq need exactly one open Cluster in this process: use "
-                  "cluster.smp and cluster.irq, which are bound to its machine");
+        shi_raise(shi_py.NoMachineError, 0, -1, "shmipi.smp and shmipi.irq have no machine here: "
+                  "%s", shi_absence);
         return NULL;
     }
     return shi_use(shi_current) < 0 ? NULL : shi_current;
@@ -240,12 +239,24 @@ METHOD(disown)
 {
     (void)arg;
     MACHINE(object)->foreign = 1;
-    if (MACHINE(object)->m.fd >= 0)
-        close(MACHINE(object)->m.fd); /* and with it our hold on the lock */
-    MACHINE(object)->m.fd = -1;
+    shi_absence = SHI_CHILD;
+    shi_machine_close(&MACHINE(object)->m); /* and with it our hold on the lock */
     if (shi_current == MACHINE(object))
         shi_current = NULL;
     shi_kick_remove();
+    Py_RETURN_NONE;
+}
+
+/* set_open(count): Clusters of this process; what NoMachineError says of none, or several. */
+static PyObject *set_open(PyObject *module, PyObject *arg)
+{
+    unsigned long count = PyLong_AsUnsignedLong(arg);
+    (void)module;
+    if (PyErr_Occurred())
+        return NULL;
+    shi_absence = count ? "several Clusters are open in this process: use cluster.smp and "
+                          "cluster.irq, which are bound to the machine of one"
+                        : "no Cluster is open in this process";
     Py_RETURN_NONE;
 }
 
@@ -739,7 +750,7 @@ static uint64_t file_end(const struct shi_machine *m)
     struct stat file;
     if (m->fd < 0) /* a fork's child has closed it */
         return m->total_bytes;
-    return fstat(m->fd, &file) ? 0 : (uint64_t)file.st_size;
+    return fstat(shi_machine_fd(m), &file) ? 0 : (uint64_t)file.st_size;
 }
 
 /* Where the arrays end, as the header says, but not beyond the file: a look there is a
@@ -1013,6 +1024,7 @@ static PyObject *stamp_to_mono(PyObject *module, PyObject *arg)
 
 PyMethodDef shi_machine_functions[] = {
     {"stamp_to_mono", stamp_to_mono, METH_O, "stamp_to_mono(stamp) -> ns"},
+    {"set_open", set_open, METH_O, "set_open(count): so many Clusters are open here"},
     {"signal_fd", signal_fd, METH_O, "signal_fd(signals) -> fd"},
     {"kick_block", kick_block, METH_VARARGS, "kick_block(signo, block)"},
     {NULL, NULL, 0, NULL},

@@ -94,6 +94,9 @@ extern struct shi_python shi_py;
 extern PyTypeObject *shi_machine_type, *shi_native_type, *shi_csd_type;
 /* The machine module-level functions act on; borrowed. */
 extern Machine *shi_current;
+/* Why there is none, for people. */
+extern const char *shi_absence;
+#define SHI_CHILD "this process is a fork's child of a machine's, and part of none"
 
 typedef struct {
     PyObject_HEAD

@@ -182,10 +182,6 @@ class Host(Orders):
     def _start_firmware(self) -> None:
         plan = self.plan
         assert self._segment is not None
-        pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours, theirs = (_socket_above(end) for end in pair)
-        self._control = ours
-        reading, writing = (_keep(fd) for fd in os.pipe2(os.O_CLOEXEC))
         environment = dict(os.environ)
         saved = {key: environment.get(key) for key in _SINGLE_THREADED}
         environment.update(dict.fromkeys(_SINGLE_THREADED, "1"))
@@ -213,18 +209,19 @@ class Host(Orders):
             "import sys; sys.path.insert(0, sys.argv.pop(1));"
             " from shmipi.machine.firmware import main; main()"
         )
-        shared = [reading.fileno(), theirs.fileno(), self._segment.fileno()]
-        with reading, writing, theirs:
+        with contextlib.ExitStack() as stack:
+            pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours, theirs = map(stack.enter_context, pair)
+            self._control = _copy(ours)
+            theirs = stack.enter_context(_copy(theirs))
+            ends = zip(os.pipe2(os.O_CLOEXEC), ("rb", "wb"), strict=True)
+            pipe = [stack.enter_context(io.FileIO(fd, mode)) for fd, mode in ends]
+            reading = stack.enter_context(io.FileIO(_above(pipe[0].fileno()), "rb"))
+            shared = [reading.fileno(), theirs.fileno(), self._segment.fileno()]
+            command = [sys.executable, *_interpreter_flags(), "-c", start, home]
             try:
                 self._process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        *_interpreter_flags(),
-                        "-c",
-                        start,
-                        home,
-                        *map(str, shared),
-                    ],
+                    [*command, *map(str, shared)],
                     stdin=subprocess.DEVNULL,
                     stdout=_standard(sys.__stdout__, 1),
                     stderr=_standard(sys.__stderr__, 2),
@@ -238,12 +235,13 @@ class Host(Orders):
                     f" {limits.explain(error.errno)}",
                     errno=error.errno,
                 ) from None
-            reading.close()
             self._pidfd = _keep(os.pidfd_open(self._process.pid))
+            reading.close()
+            pipe[0].close()
             with contextlib.suppress(BrokenPipeError):  # it has ended: we hear of that
                 data = memoryview(pickle.dumps(config))
                 while data:
-                    data = data[writing.write(data) :]
+                    data = data[pipe[1].write(data) :]
 
     def _await_boot(self) -> None:
         assert self._control is not None
@@ -333,7 +331,11 @@ class Host(Orders):
             if self._process is not None:
                 self._end(0.0 if self._hurry else grace)
             watcher = self._watcher
-            if watcher is not None and watcher is not threading.current_thread():
+            if (
+                watcher is not None
+                and watcher.ident is not None  # it was started
+                and watcher is not threading.current_thread()
+            ):
                 watcher.join(5.0)
             self._remove()
             self._release()
@@ -442,9 +444,8 @@ def _writable(fd: int) -> bool:
     return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
 
-def _socket_above(end: socket.socket) -> socket.socket:
-    with end:
-        return socket.socket(fileno=_above(end.fileno()))
+def _copy(end: socket.socket) -> socket.socket:
+    return socket.socket(fileno=_above(end.fileno()))
 
 
 def _standard(stream: object, number: int) -> int | None:
