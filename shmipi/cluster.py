@@ -173,7 +173,7 @@ class Cluster:
         self._host = host
         # Both before there is anything to end: Ctrl-C can come at any step.
         self._ending = _Ending(host)
-        self._finalizer = weakref.finalize(self, self._ending)
+        self._finalizer = weakref.finalize(self, self._ending.last)
         try:
             if isinstance(host, Host):
                 host.open()
@@ -786,6 +786,14 @@ class _Ending:
             irqs.forget(machine)
             machine.close()
         self._done = True
+
+    def last(self) -> None:
+        """At the interpreter's end, or with the Cluster: nobody hears of errors."""
+        try:
+            self()
+        except KeyboardInterrupt:
+            self.host.hurry()
+            self()
 
     def _close_users(self) -> None:
         if self.futures is not None:

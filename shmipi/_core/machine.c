@@ -281,20 +281,28 @@ static bool holder_lives(const struct shi_machine *m, uint64_t held)
     return shi_word_state(w) != SHI_DEAD && shi_word_gen(w) == gen;
 }
 
+static uint64_t as_holder(const struct shi_self *self)
+{
+    return (uint64_t)(self->id + 1) | (uint64_t)self->gen << 32;
+}
+
+bool shi_lock_mine(const struct shi_self *self, const shi_a64 *lock)
+{
+    return shi_load_relaxed(lock) == as_holder(self);
+}
+
 int shi_lock_try(struct shi_self *self, shi_a64 *lock)
 {
     uint64_t held = shi_load_relaxed(lock);
     if (held && holder_lives(self->m, held))
         return -EAGAIN;
     /* Acquires what the unlock, or the dead holder, stored. */
-    return shi_cas_full(lock, &held, (uint64_t)(self->id + 1) | (uint64_t)self->gen << 32)
-               ? 0
-               : -EAGAIN;
+    return shi_cas_full(lock, &held, as_holder(self)) ? 0 : -EAGAIN;
 }
 
 void shi_lock_release(struct shi_self *self, shi_a64 *lock)
 {
-    uint64_t held = (uint64_t)(self->id + 1) | (uint64_t)self->gen << 32;
+    uint64_t held = as_holder(self);
     /* Releases what was changed under it.  Not if it was taken from us: then we are dead. */
     shi_cas_full(lock, &held, 0);
 }

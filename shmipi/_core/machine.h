@@ -288,6 +288,8 @@ void shi_hosts_ring(const struct shi_machine *m);
 /* A lock in the segment: 0, or slot + 1 | generation << 32 of its holder.  0 or -EAGAIN;
  * a holder that died loses it. */
 int shi_lock_try(struct shi_self *self, shi_a64 *lock);
+/* Does this process hold it? */
+bool shi_lock_mine(const struct shi_self *self, const shi_a64 *lock);
 void shi_lock_release(struct shi_self *self, shi_a64 *lock);
 
 /* Give the own slot up, for another to have: what this process still writes to it goes to

@@ -23,7 +23,7 @@
 
 PyTypeObject *shi_machine_type;
 Machine *shi_current;
-const char *shi_absence = "no Cluster is open in this process";
+const char *shi_absence = SHI_NO_CLUSTER;
 
 /* ---- the type -------------------------------------------------------------------- */
 
@@ -256,7 +256,7 @@ static PyObject *set_open(PyObject *module, PyObject *arg)
         return NULL;
     shi_absence = count ? "several Clusters are open in this process: use cluster.smp and "
                           "cluster.irq, which are bound to the machine of one"
-                        : "no Cluster is open in this process";
+                        : SHI_NO_CLUSTER;
     Py_RETURN_NONE;
 }
 
@@ -720,7 +720,13 @@ METHOD(trylock)
 {
     Machine *machine = MACHINE(object);
     shi_a64 *lock = shi_use(machine) < 0 ? NULL : lock_named(machine, arg);
-    return lock ? PyBool_FromLong(shi_lock_try(&machine->self, lock) == 0) : NULL;
+    if (!lock)
+        return NULL;
+    /* This host's already: its threads come here one at a time, so one of them left it,
+     * interrupted (Ctrl-C) between taking it and the block that gives it back. */
+    if (lock != &machine->m.header->tool_lock && shi_lock_mine(&machine->self, lock))
+        Py_RETURN_TRUE;
+    return PyBool_FromLong(shi_lock_try(&machine->self, lock) == 0);
 }
 
 METHOD(unlock)

@@ -96,6 +96,7 @@ extern PyTypeObject *shi_machine_type, *shi_native_type, *shi_csd_type;
 extern Machine *shi_current;
 /* Why there is none, for people. */
 extern const char *shi_absence;
+#define SHI_NO_CLUSTER "no Cluster is open in this process (with several, each has its cluster.smp)"
 #define SHI_CHILD "this process is a fork's child of a machine's, and part of none"
 
 typedef struct {

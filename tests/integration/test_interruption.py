@@ -104,8 +104,26 @@ print("lines", Interrupted.lines)
 """
 
 
+HOTPLUG = """
+cluster = Cluster(2, idle="halt", name=sys.argv[1])
+for at in map(int, sys.argv[2].split(",")):
+    with Interrupted(at):
+        cluster.offline(1)
+        cluster.online(1)
+    cluster.online(1, timeout=10)
+    if cluster.call(1, int, "7", timeout=10) != 7:
+        print("at", at)
+cluster.shutdown()
+del cluster
+look_for_rest(sys.argv[1], 0)
+print("lines", Interrupted.lines)
+"""
+
+
 @pytest.mark.parametrize(
-    ("program", "lines"), [(SHUTDOWN, 100), (BOOT, 6300)], ids=["shutdown", "boot"]
+    ("program", "lines"),
+    [(SHUTDOWN, 100), (BOOT, 6300), (HOTPLUG, 120)],
+    ids=["shutdown", "boot", "hotplug"],
 )
 def test_interrupted_at_any_line(script, program, lines):
     """Wholly closed, at once or by a second shutdown(); and nothing is left."""
