@@ -14,8 +14,9 @@ in interrupt context on the CPU that took it. A ``dev_id`` that is a per-CPU arr
 pointer is; a row of one number as an array of one. A ``NativeHandler`` gets ``dev_id``
 as its info: None, an int, a shared array, or that CPU's row of a per-CPU array.
 
-A Python handler belongs to the process that requested it. When that was a CPU and it
-dies, the irq stays requested but nobody handles it: interrupts are counted as
+A Python handler is the function as it was when it was requested, whatever becomes of
+the function object, and belongs to the process that requested it. When that was a CPU
+and it dies, the irq stays requested but nobody handles it: interrupts are counted as
 ``irq_other`` until somebody frees it and requests it anew. Native handlers have no
 owner.
 """

@@ -226,6 +226,18 @@ class _SpaceName:
         self.base = base
 
 
+class _Names:
+    """In a pickle, in place of the globals that a function uses.
+
+    They are bound where it is met, so that what unpickling runs (``__init_subclass__``,
+    ``__setstate__``) finds them.
+    """
+
+    def __init__(self, space: _Space, names: tuple[str, ...]) -> None:
+        self.space = space
+        self.names = names
+
+
 class _Changed(Exception):
     """A binding changed while it was pickled."""
 
@@ -280,10 +292,10 @@ class _Session:
             # gives the higher number.
             if not last and not self.unchanged():
                 raise _Changed
-            names = [
-                (*where, self.stamp(where, self.names[where], blob), blob)
+            names = {
+                where: (self.stamp(where, self.names[where], blob), blob)
                 for where, blob in named.items()
-            ]
+            }
             classes = {
                 known: (skeleton, self.stamp_class(known, state), state)
                 for known, (skeleton, state) in made.items()
@@ -388,6 +400,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self.reduce_class(obj)
         if kind is _SpaceName:
             return _space, (obj.space, obj.base)
+        if kind is _Names:
+            return _bind_names, (obj.space, obj.names)
         return NotImplemented
 
     def reduce_function(self, func: FunctionType) -> Any:
@@ -418,7 +432,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             if space not in self.space_names:
                 self.space_names[space] = _SpaceName(space, dict(base))
             base = self.space_names[space]
-            slots["__globals__"] = {}
+            slots["__globals__"] = _Names(space, tuple(names)) if names else {}
             self.need(space, globals_, code, names)
         return make, (code, base, *rest), (attributes, slots), *between, setstate
 
@@ -492,6 +506,7 @@ def publish(
 class _Opening:
     """A parcel that is being opened."""
 
+    names: dict[tuple[_Space, str], tuple[_Stamp, bytes | None]]
     classes: dict[str, tuple[bytes, dict[str, _Stamp], bytes]]
     spaces: dict[_Space, dict[str, Any]] = field(default_factory=dict)  # a host's
     done: set[str] = field(default_factory=set)
@@ -507,18 +522,30 @@ _stack = _Stack()
 
 def _open(
     root: bytes,
-    names: list[tuple[_Space, str, _Stamp, bytes | None]],
+    names: dict[tuple[_Space, str], tuple[_Stamp, bytes | None]],
     classes: dict[str, tuple[bytes, dict[str, _Stamp], bytes]],
 ) -> Any:
-    _stack.openings.append(_Opening(classes))
+    _stack.openings.append(_Opening(names, classes))
     try:
         for known in classes.keys() & _classes.keys():
             _class_of(known)  # what is there already; others when they are met
-        for binding in names:
-            _bind(*binding)
-        return pickle.loads(root)
+        value = pickle.loads(root)
+        while names:
+            (space, name), binding = names.popitem()
+            _bind(space, name, *binding)
+        return value
     finally:
         _stack.openings.pop()
+
+
+def _bind_names(space: _Space, names: tuple[str, ...]) -> dict[str, Any]:
+    """Bind what a function that is being unpickled uses; nothing is left for itself."""
+    waiting = _stack.openings[-1].names
+    for name in names:
+        binding = waiting.pop((space, name), None)  # before: it may lead back here
+        if binding is not None:
+            _bind(space, name, *binding)
+    return {}
 
 
 def _space(which: _Space, base: dict[str, Any]) -> dict[str, Any]:

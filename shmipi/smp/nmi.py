@@ -39,8 +39,9 @@ def register_nmi_handler(
     A ``NativeHandler`` runs at once, inside the signal handler, with ``info`` (None, an
     int or a shared array); a Python function, called with None, at the next bytecode
     boundary, also in the middle of an IPI handler or with interrupts disabled. There is
-    one handler; a new one takes the place of the old, None removes it: NMIs are only
-    counted then. Raises ``ClusterStateError`` in an interrupt handler.
+    one handler, as it was when it was registered; a new one takes the place of the old,
+    None removes it: NMIs are only counted then. Raises ``ClusterStateError`` in an
+    interrupt handler.
     """
     here = _machine(machine)
     with _locked(here):

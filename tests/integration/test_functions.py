@@ -234,6 +234,38 @@ def test_hosts_of_one_machine_have_a_main_module_each(script):
         assert host.wait(10) == 0
 
 
+def test_what_unpickling_runs_finds_its_globals(script):
+    """A class or an object may be made by code that uses them, in any order."""
+    done = script(
+        """
+        import pickle
+        from shmipi import Cluster
+
+        class Base:
+            names = []
+            def __init_subclass__(cls):
+                Base.names.append(PREFIX + cls.__name__)
+        class Made:
+            def __setstate__(self, state): self.tag = helper(state)
+            def __getstate__(self): return "state"
+        class Remade:
+            def __init__(self, x): self.x = helper(x), Made.__name__
+            def __reduce__(self): return Remade, (1,)
+        def helper(x): return PREFIX, x, Base.__name__
+        PREFIX = "a "
+        class Derived(Base): pass
+        a, b = Made(), Remade(1)
+        def f(): return Derived.__name__, "a Derived" in Base.names, a.tag, b.x
+        a.tag = helper("state")
+
+        with Cluster(2, idle="halt") as cluster:
+            print(cluster.call(1, f) == f(), cluster.call(0, lambda x: x.x, b) == b.x)
+            print(type(cluster.call(1, lambda: b)) is Remade)
+        """
+    )
+    assert done.text.splitlines() == ["True True", "True"]
+
+
 def test_functions_that_are_defined_anew_as_in_a_notebook(script):
     """Cells are run with exec in the dict of ``__main__``, or of no module at all."""
     done = script(
