@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 
 from shmipi import _core
 from shmipi.errors import ShmipiOSError, TaskInterrupt
-from shmipi.machine import arrays, byvalue, controller, process, segment
+from shmipi.machine import arrays, byvalue, controller, process, segment, title
 from shmipi.machine.ending import ending_number
 from shmipi.machine.guests import Guests
 
@@ -148,6 +148,7 @@ class Firmware:
         self.selector.register(self.host, selectors.EVENT_READ, self.host_died)
         self.selector.register(self.control, selectors.EVENT_READ, self.on_message)
         self.selector.register(self.signals, selectors.EVENT_READ, self.on_signal)
+        self.show("firmware")
         gc.collect()
         gc.freeze()  # a collection in a CPU must not copy every page of imports
 
@@ -156,17 +157,26 @@ class Firmware:
         self.before_fork()
         me = os.getpid()
         private = self.private()
-        for number in cpus:
-            self.check_host()
-            self.generations[number] = self.machine.reap_reset(number)
-            try:
-                # Not os.fork(): the child goes to its idle loop and touches no Python.
-                pid = self.machine.fork_cpu(number, me, private)
-            except OSError:
-                self.machine.reap_mark(number)  # dead as before, and not coming up
-                raise
-            self.pids[pid] = number
+        try:
+            for number in cpus:
+                self.check_host()
+                self.generations[number] = self.machine.reap_reset(number)
+                # Here, and the child has it: to change it there costs each its memory.
+                self.show(f"CPU {number}")
+                try:
+                    # Not os.fork(): the child goes to its idle loop, without Python.
+                    pid = self.machine.fork_cpu(number, me, private)
+                except OSError:
+                    self.machine.reap_mark(number)  # dead as before, not coming up
+                    raise
+                self.pids[pid] = number
+        finally:
+            self.show("firmware")
         self.await_online(cpus)
+
+    def show(self, role: str) -> None:
+        """Let ``ps`` show this process in that role."""
+        title.show(self.machine.name, role)
 
     def before_fork(self) -> None:
         """Check that a fork is safe; nothing is printed twice. ``OSError``."""
@@ -340,6 +350,7 @@ class Firmware:
         status = 1
         try:
             _core.die_with(firmware)
+            self.show(f"coprocessor {number}")
             process.enter()
             with os.fdopen(fd, "rb") as stream:
                 stream.seek(0)  # the position is the host's too

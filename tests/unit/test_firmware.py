@@ -31,6 +31,7 @@ def test_a_cpu_that_gets_no_process_stays_dead(monkeypatch):
     monkeypatch.setattr(firmware, "private", list)
     monkeypatch.setattr(firmware, "before_fork", lambda: None)
     monkeypatch.setattr(firmware, "check_host", lambda: None)
+    monkeypatch.setattr(firmware, "show", lambda role: None)
     with pytest.raises(OSError, match="too many processes"):
         firmware.boot([0, 1])
     assert firmware.machine.states == {0: "dead", 1: "dead"}
