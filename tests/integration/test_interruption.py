@@ -15,6 +15,8 @@ import contextlib, gc, linecache, os, sys, threading, time
 from shmipi import Cluster, smp
 import shmipi
 home = os.path.dirname(shmipi.__file__)
+# In a callback of a weak reference nobody gets it: Python says so, and drops it.
+sys.unraisablehook = lambda what: None
 
 class Interrupted:
     lines = 0
