@@ -154,8 +154,10 @@ class Cluster:
         online. ``shutdown()``, or the end of its ``with`` block, detaches, and the
         machine goes on; so it does when this process dies. When the machine ends, so
         does this: ``ClusterStateError`` if its owner shut it down,
-        ``MachineDiedError`` otherwise. Irq handlers that it requested in Python end
-        with it. Coprocessors are the owner's alone.
+        ``MachineDiedError`` otherwise. Calls that it had sent run; its tasks end with
+        it, whether it detaches or dies: one that has not begun never does, one that
+        runs gets ``TaskInterrupt``, as of ``Task.cancel()``. So do irq handlers that
+        it requested in Python. Coprocessors are the owner's alone.
 
         Raises ``AttachError`` (its errno: ENOENT there is no such machine, EAGAIN six
         hosts are attached already, EOWNERDEAD it is dead, ECONNREFUSED or EOPNOTSUPP

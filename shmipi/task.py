@@ -49,8 +49,8 @@ class Task(Generic[_Result_co]):
     """A function that runs on one CPU as a task; made by ``Cluster.start``.
 
     The methods mean what they do of ``concurrent.futures.Future``, but a task can be
-    cancelled while it runs. A task goes on when nobody holds its handle any more; all
-    methods may be called by several threads.
+    cancelled while it runs. A task goes on when nobody holds its handle any more, and
+    ends with the host that started it; all methods may be called by several threads.
     """
 
     __slots__ = (

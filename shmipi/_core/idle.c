@@ -139,6 +139,22 @@ static int halt(struct shi_self *self)
     return err;
 }
 
+/*
+ * Idle, this CPU has no csd in hand but what is on its queue.  Who ended before this looks
+ * at the queue has pushed what it ever will: a csd of his that is locked still, and not on
+ * the queue here, is nobody's (shi_reap_orphans).
+ */
+static void say_quiet(struct shi_self *self)
+{
+    struct shi_slot *slot = self->slot;
+    /* Acquire: before the look at the queue; the pushes of the dead stand before it. */
+    uint32_t departed = shi_load_acquire(&self->m->header->departed);
+    if (__builtin_expect(departed == shi_load_relaxed(&slot->quiet), 1))
+        return;
+    if (!self->unsent && !shi_word_head(shi_load_full(&slot->word)))
+        shi_store_release(&slot->quiet, departed);
+}
+
 enum shi_idle_why shi_idle(struct shi_self *self)
 {
     struct shi_slot *slot = self->slot;
@@ -158,6 +174,7 @@ enum shi_idle_why shi_idle(struct shi_self *self)
             return SHI_IDLE_OFFLINE;
         if (self->tasks.head)
             return SHI_IDLE_TASK;
+        say_quiet(self);
         if (poll(self))
             continue;
         if (shi_python_waits(self) || stopping(self) ||

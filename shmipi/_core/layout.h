@@ -509,6 +509,8 @@ struct shi_slot {
     char handler_name[SHI_HANDLER_NAME];
     shi_a32 starved; /* enum shi_starved: its senders write it too */
     shi_a32 lends;   /* 1 once a process of this slot has lent a result */
+    shi_a32 quiet;   /* `departed`, when it last had no csd of anybody's in hand */
+    shi_a32 ended;   /* `departed`, when the slot's last process had ended: the firmware's */
 
     /* Tests: stop or die at a labelled step. */
     _Alignas(SHI_PAIR) shi_a32 step;
@@ -585,6 +587,7 @@ struct shi_header {
     shi_a32 hotplug_event; /* futex: bumped at every CPU online, offline, dead */
     shi_a32 steps;         /* 1: labelled steps are looked at */
     shi_a32 shut_down;     /* 1: its owner ended it in order; set before the state says so */
+    shi_a32 departed;      /* counts the senders that have ended (shi_reap_orphans) */
     /* Between hosts; as the irq area's, taken from a holder that died (shi_lock_try). */
     shi_a64 array_lock;
     shi_a64 hotplug_lock;

@@ -567,6 +567,17 @@ CPU_METHOD(ended, return PyLong_FromUnsignedLong(shi_load_acquire(
                       &shi_slot(&machine->m, cpu)->end)))
 CPU_METHOD(reap_complete,
            return PyLong_FromUnsignedLong(shi_reap_complete(&machine->self, cpu)))
+METHOD(reap_orphans)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long id = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    if (id >= machine->m.nslots)
+        return PyErr_Format(PyExc_ValueError, "no slot %lu", id);
+    return PyLong_FromUnsignedLong(shi_reap_orphans(&machine->self, (uint32_t)id));
+}
+
 CPU_METHOD(reap_unguarded, return PyBool_FromLong(shi_reap_unguarded(&machine->self, cpu)))
 CPU_METHOD(reap_reset, return PyLong_FromUnsignedLong(shi_reap_reset(&machine->self, cpu)))
 
@@ -964,6 +975,7 @@ PyMethodDef shi_machine_methods[] = {
     ONE(ended, "ended(cpu) -> how its process ended: a signal, END_EXITED | status, or 0"),
     MANY(reap_mark, "reap_mark(cpu, end=0)"),
     ONE(reap_complete, "reap_complete(cpu) -> how many"),
+    ONE(reap_orphans, "reap_orphans(slot) -> csds of its earlier processes that are out"),
     ONE(reap_unguarded, "reap_unguarded(cpu) -> bool"),
     ONE(reap_reset, "reap_reset(cpu) -> generation"),
     MANY(guest_admit, "guest_admit(slot, pid)"),

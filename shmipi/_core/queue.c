@@ -34,8 +34,10 @@ int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct s
             return -ENXIO;
         shi_store_relaxed(&csd->next, shi_word_head(w));
         /* The generation comes from the very word that is swapped: this csd cannot
-         * end up with a CPU that took the slot over in between. */
-        shi_store_relaxed(&csd->lock, lock | (uint64_t)shi_word_gen(w) << SHI_CSD_GEN_SHIFT);
+         * end up with a CPU that took the slot over in between.  Release: who finds it
+         * (shi_reap_orphans) finds whose the csd is. */
+        shi_store_release(&csd->lock, lock | (uint64_t)shi_word_gen(w) << SHI_CSD_GEN_SHIFT);
+        SHI_STEP(self, aim);
         next = (w & SHI_W_LOW) | (uint64_t)(index + 1) << SHI_W_HEAD_SHIFT;
         /* Full: releases the csd's fields to the drain's read-modify-write. */
     } while (!shi_cas_weak_full(&target->word, &w, next));

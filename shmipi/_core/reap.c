@@ -8,6 +8,12 @@
 #include "irqdesc.h"
 #include "reap.h"
 
+/* Its process queues nothing any more. */
+static void depart(struct shi_self *self, struct shi_slot *slot)
+{
+    shi_store_relaxed(&slot->ended, shi_fetch_add_full(&self->m->header->departed, 1) + 1);
+}
+
 void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end)
 {
     struct shi_slot *slot = shi_slot(self->m, cpu);
@@ -21,6 +27,7 @@ void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end)
     shi_store_release(&slot->waiting_for, 0);
     shi_store_release(&slot->ringing, 0);
     shi_store_relaxed(&slot->pic.init, 0);
+    depart(self, slot);
     shi_event_ring(&self->m->header->hotplug_event);
 }
 
@@ -54,6 +61,50 @@ uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
     }
     shi_fetch_add_relaxed(&shi_slot(m, cpu)->counters[SHI_CTX_TASK][SHI_C_died], done);
     return done;
+}
+
+static uint32_t csds_of(const struct shi_machine *m, uint32_t id)
+{
+    uint32_t top = shi_load_acquire(&shi_slot(m, id)->csd_top);
+    return top < m->csds_per_slot ? top : m->csds_per_slot;
+}
+
+/* Is this csd of a process that ended, at `ended`, in nobody's hands?  `lock`: locked. */
+static bool orphan(struct shi_self *self, uint64_t lock, uint32_t ended)
+{
+    struct shi_slot *target = shi_slot(self->m, (uint16_t)(lock >> SHI_CSD_DST_SHIFT));
+    uint64_t w = shi_load_acquire(&target->word);
+    /* Of a process that is dead: shi_reap_complete has been through, and this one's
+     * generation was written after that. */
+    if ((uint16_t)(lock >> SHI_CSD_GEN_SHIFT) != shi_word_gen(w) || shi_word_state(w) == SHI_DEAD)
+        return true;
+    if ((int32_t)(shi_load_acquire(&target->quiet) - ended) >= 0)
+        return true;
+    /* It looks when it is idle next.  Asleep, or polling for good, it is so already. */
+    if (shi_word_state(w) == SHI_HALTED || shi_word_state(w) == SHI_POLLING)
+        shi_chip_prod(self, (uint16_t)(lock >> SHI_CSD_DST_SHIFT));
+    return false;
+}
+
+uint32_t shi_reap_orphans(struct shi_self *self, uint32_t id)
+{
+    const struct shi_machine *m = self->m;
+    struct shi_slot *slot = shi_slot(m, id);
+    struct shi_csd *csd = (struct shi_csd *)shi_region(m, id);
+    bool dead = id < m->ncpus && shi_word_state(shi_load_acquire(&slot->word)) == SHI_DEAD;
+    uint16_t gen = (uint16_t)shi_load_acquire(&slot->generation);
+    uint32_t ended = shi_load_relaxed(&slot->ended), i, n = csds_of(m, id), out = 0;
+    for (i = 0; i < n; i++, csd++) {
+        /* Acquire pairs with the push's store of the generation: src_gen is of this use, or
+         * the word has changed since and the swap fails. */
+        uint64_t lock = shi_load_acquire(&csd->lock);
+        if (!(lock & SHI_CSD_LOCK) || shi_csd_unqueued(csd) || (csd->src_gen == gen && !dead) ||
+            (uint16_t)(lock >> SHI_CSD_DST_SHIFT) >= m->ncpus)
+            continue;
+        if (!orphan(self, lock, ended) || !shi_cas_full(&csd->lock, &lock, lock & SHI_CSD_SEQ))
+            out++;
+    }
+    return out;
 }
 
 void shi_reap_ring_all(struct shi_self *self)
@@ -151,24 +202,30 @@ void shi_guest_admit(struct shi_self *self, uint32_t id, uint32_t pid)
     next_generation(slot);
 }
 
-static uint32_t csds_of(const struct shi_machine *m, uint32_t id)
-{
-    uint32_t top = shi_load_acquire(&shi_slot(m, id)->csd_top);
-    return top < m->csds_per_slot ? top : m->csds_per_slot;
-}
-
-/* Nobody waits for its calls any more, and nobody reads a result that a CPU lends. */
+/* Nobody waits for its calls any more, and nobody reads a result that a CPU lends.  Its tasks
+ * end with it: they would hold up everybody's, and none could cancel them. */
 static void leave_calls(struct shi_self *self, uint32_t id)
 {
     struct shi_csd *csd = (struct shi_csd *)shi_region(self->m, id);
     uint32_t i, n = csds_of(self->m, id);
     for (i = 0; i < n; i++) {
-        uint64_t lock = shi_load_acquire(&csd[i].lock);
-        /* As in shi_csd_abandon: the unlock finds LEFT, or this finds it unlocked. */
-        while (lock & SHI_CSD_LOCK && !shi_cas_full(&csd[i].lock, &lock, lock | SHI_CSD_LEFT))
-            ;
+        uint64_t lock = shi_load_acquire(&csd[i].lock), left;
+        do {
+            left = SHI_CSD_LEFT;
+            if ((lock & SHI_CSD_TYPE) == SHI_CSD_TTWU)
+                left |= SHI_CSD_CANCEL; /* see BEGUN in run_task */
+            /* As in shi_csd_abandon: the unlock finds LEFT, or this finds it unlocked. */
+        } while (lock & SHI_CSD_LOCK && !shi_cas_full(&csd[i].lock, &lock, lock | left));
         if (!(lock & SHI_CSD_LOCK) && shi_load_relaxed(&csd[i].status) & SHI_S_LENT)
             shi_lend_done(self, &csd[i]);
+    }
+    /* Now that no other of them can begin, those that run: their CPUs look for CANCEL. */
+    const uint64_t runs = SHI_CSD_LOCK | SHI_CSD_BEGUN | SHI_CSD_CANCEL;
+    for (i = 0; i < n; i++) {
+        uint64_t lock = shi_load_acquire(&csd[i].lock);
+        uint32_t dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
+        if ((lock & runs) == runs && (lock & SHI_CSD_TYPE) == SHI_CSD_TTWU && dst < self->m->ncpus)
+            shi_chip_prod(self, dst);
     }
 }
 
@@ -176,6 +233,7 @@ void shi_guest_bury(struct shi_self *self, uint32_t id)
 {
     struct shi_slot *slot = shi_slot(self->m, id);
     next_generation(slot); /* its locks are free, its irq handlers gone */
+    depart(self, slot);
     leave_calls(self, id);
     shi_store_release(&slot->pid, 0);
     shi_store_release(&slot->waiting_for, 0);
@@ -189,6 +247,7 @@ uint32_t shi_guest_clear(struct shi_self *self, uint32_t id)
     struct shi_slot *slot = shi_slot(m, id);
     struct shi_csd *csd = (struct shi_csd *)shi_region(m, id);
     uint32_t i, busy = 0, top = csds_of(m, id);
+    shi_reap_orphans(self, id);
     for (i = 0; i < top; i++)
         /* Acquire pairs with the unlock: who had it has done with its payload too. */
         if (shi_csd_locked(&csd[i]) && !shi_csd_unqueued(&csd[i]))

@@ -12,6 +12,13 @@ void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end);
 uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu);
 /* 3. Rings may have died with it: ring every CPU that has work. */
 void shi_reap_ring_all(struct shi_self *self);
+/*
+ * A sender that is killed between the lock word's generation and the swap that queues the csd
+ * leaves one that looks queued and that nobody will ever unlock.  Once its target has been idle
+ * since, it is unlocked here.  How many of the csds that the slot's earlier processes had
+ * locked are still out: on their way, or not known to be nobody's yet.
+ */
+uint32_t shi_reap_orphans(struct shi_self *self, uint32_t id);
 /* 4. May its pid be given up?  False while some live slot may still signal it. */
 bool shi_reap_unguarded(struct shi_self *self, uint32_t cpu);
 /* 5. Make the slot ready for a new process; its generation, never 0 in 16 bits. */
@@ -23,7 +30,8 @@ uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu);
  * lives (locks, irq handlers) compares only that.
  */
 void shi_guest_admit(struct shi_self *self, uint32_t id, uint32_t pid);
-/* It has gone, in order or not: its locks and hazards with it; what it left unrung, rings. */
+/* It has gone, in order or not: its locks, hazards and tasks with it; what it left unrung,
+ * rings. */
 void shi_guest_bury(struct shi_self *self, uint32_t id);
 /* How many of its csds others still have.  0: the slot's memory has been given back; else
  * what they refer to stays, and a next guest inherits it (shi_sender_init). */

@@ -12,6 +12,7 @@
 
 #define SHI_STEPS(X)                                                                      \
     X(push)        /* csd filled and locked, not yet on the queue */                      \
+    X(aim)         /* its lock word names the target's process, not yet on the queue */   \
     X(pushed)      /* on the queue, the word's state not yet acted upon */                \
     X(raise)       /* pending bit set, the target's word not yet changed */               \
     X(ring)        /* the word says RUNG or KICKED, nothing rung yet */                   \

@@ -232,7 +232,7 @@ class Guest(Orders):
     # ---- going ----------------------------------------------------------------------
 
     def close(self) -> None:
-        """Detach. What was started and not waited for goes on; its results are lost.
+        """Detach. Calls that were sent run, tasks are cancelled; results are lost.
 
         Called again after an interruption it does what is left.
         """

@@ -459,6 +459,7 @@ class Firmware:
         if not self.stopping:
             self.machine.reap_complete(number)
             self.machine.reap_ring_all()
+            self.guests.sender_ended(number)
 
     # ---- the end --------------------------------------------------------------------
 

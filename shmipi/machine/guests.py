@@ -3,8 +3,8 @@
 The firmware listens on an abstract socket, which leaves no file behind and is named
 after the machine and its object in /dev/shm. Who connects and is of the same user gets
 one of a few slots of its own, and what can not be opened by name any more: descriptors
-of doorbells. Its death, or its word that it has left, gives the slot back; whatever it
-had queued keeps its memory until the CPUs are done with it.
+of doorbells. Its death, or its word that it has left, gives the slot back: its tasks
+are cancelled, and what it had queued keeps its memory until the CPUs are done with it.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Guests:
         first = machine.nslots - _core.GUESTS
         self._free = list(range(first, machine.nslots))  # the one freed first, first
         self._unclear: set[int] = set()  # of those, with csds that others still have
+        self._heirs: set[int] = set()  # slots with csds of processes that ended
         self._next_look = 0.0
         self._listener: socket.socket | None = None
         self.closed = False
@@ -128,15 +129,21 @@ class Guests:
 
     def timeout(self) -> float | None:
         """Return how soon ``look`` has something to do, in seconds."""
-        if not self._unclear:
+        if not self._unclear and not self._heirs:
             return None
         return max(0.0, self._next_look - time.monotonic())
 
     def look(self) -> None:
-        """Give back the memory of slots whose last csds have come home."""
-        if self._unclear and time.monotonic() >= self._next_look:
+        """Give back csds that nobody has, and the memory of slots without any."""
+        if self.timeout() == 0.0:
             self._unclear = {s for s in self._unclear if self._machine.guest_clear(s)}
+            self._heirs = {s for s in self._heirs if self._machine.reap_orphans(s)}
             self._next_look = time.monotonic() + _CLEAR_S
+
+    def sender_ended(self, slot: int) -> None:
+        """Look after what it had begun to queue, also when another has the slot."""
+        self._heirs.add(slot)
+        self._next_look = 0.0
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send something to every attached host."""
@@ -264,7 +271,7 @@ class Guests:
             self._machine.guest_bury(guest.slot)
             self._free.append(guest.slot)
             self._unclear.add(guest.slot)
-            self._next_look = 0.0
+            self.sender_ended(guest.slot)
 
     def _hang_up(self, guest: _Guest) -> None:
         if guest.connection is not None:

@@ -415,6 +415,80 @@ def test_a_host_detaches_while_its_threads_call(lab, background):
     assert lab.counters()["corrupt"].sum() == 0
 
 
+LEAVES_TASKS = """
+import os, sys, time
+from shmipi import Cluster, atomic, shared, smp
+
+def spin():
+    atomic.fetch_add(shared("begun"), 0, 1)
+    while True:
+        pass
+
+def sleep():
+    atomic.fetch_add(shared("begun"), 0, 1)
+    time.sleep(100)
+
+def wait():
+    atomic.fetch_add(shared("begun"), 0, 1)
+    while True:
+        smp.wait_for_interrupt()
+
+def never():
+    atomic.fetch_add(shared("never"), 0, 1)
+
+if __name__ == "__main__":
+    here = Cluster.attach(sys.argv[1])
+    begun = here.shared("begun", "i8", 1)
+    here.shared("never", "i8", 1)
+    kept = [here.start(f, cpus=[n]) for n, f in enumerate((spin, sleep, wait))]
+    kept += [here.start(never), here.start(never)]
+    here.start(never)
+    while begun[0] < 3:
+        time.sleep(0.001)
+    print("left", flush=True)
+    if sys.argv[2] == "detach":
+        here.shutdown()
+        print("detached", flush=True)
+        sys.stdin.read()
+    elif sys.argv[2] == "exit":
+        sys.exit(0)
+    else:
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "doorbell"),
+    [("detach", "futex"), ("exit", "sem"), *(("kill", d) for d in DOORBELLS)],
+)
+def test_the_tasks_of_a_host_end_with_it(boot, script, end, doorbell):
+    """Those that run are cancelled, the others never begin."""
+    lab = boot(3, doorbell=doorbell)
+    generations = [cpu.generation for cpu in lab.cpus]
+    if end == "detach":
+        process = script(LEAVES_TASKS, lab.name, end, wait=False)
+        assert [process.stdout.readline() for _ in range(2)] == ["left\n", "detached\n"]
+    else:
+        script(LEAVES_TASKS, lab.name, end, status=-9 if end == "kill" else 0)
+    assert lab.run(smp.smp_processor_id, timeout=5) == [0, 1, 2]
+    assert lab.shared("begun", "i8", 1)[0] == 3
+    assert lab.shared("never", "i8", 1)[0] == 0
+    assert [cpu.generation for cpu in lab.cpus] == generations
+    assert lab.counters()["unraisable"].sum() == 0
+    if end == "detach":
+        process.communicate()
+
+
+def test_a_killed_hosts_tasks_on_cooperative_cpus(boot, script):
+    """There a task is cancelled where it yields, or waits."""
+    lab = boot(3, kick=False)
+    program = LEAVES_TASKS.replace("pass", "smp.cond_resched()")
+    program = program.replace("time.sleep(100)", "wait()")
+    script(program, lab.name, "kill", status=-9)
+    assert lab.run(smp.smp_processor_id, timeout=5) == [0, 1, 2]
+    assert lab.shared("never", "i8", 1)[0] == 0
+
+
 def test_a_forks_child_is_not_attached(lab):
     with Cluster.attach(lab.name) as here:
         pid = os.fork()
@@ -502,6 +576,7 @@ if __name__ == "__main__":
 """
 STEPS = [
     ("call", "push"),
+    ("call", "aim"),
     ("call", "pushed"),
     ("call", "raise"),
     ("call", "ring"),
@@ -511,7 +586,9 @@ STEPS = [
     ("slow", "parked"),
     ("slow", "wake"),
     ("submit", "push"),
+    ("submit", "aim"),
     ("submit", "pushed"),
+    ("run", "aim"),
     ("run", "ring"),
 ]
 

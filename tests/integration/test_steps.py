@@ -92,6 +92,7 @@ def task_on_target(rig):
 # (step, who passes it, what leads there, how often it is passed before)
 CASES = [
     ("push", SENDER, plain_call, 0),
+    ("aim", SENDER, plain_call, 0),
     ("pushed", SENDER, plain_call, 0),
     ("raise", SENDER, plain_call, 0),
     ("ring", SENDER, plain_call, 0),
@@ -307,6 +308,24 @@ def test_stopped_at(rig, step, who, leads_there, skip):
     assert cluster.run(smp.smp_processor_id) == [0, 1, 2]
     within(LIMIT_S, cluster.smp.on_each_cpu, id)
     assert rig.grown("corrupt") == rig.grown("died") == 0
+
+
+def test_a_csd_that_a_killed_cpu_never_queued_comes_home(boot):
+    """With its payload: a CPU's slot has the same arena again and again."""
+    with boot(2, idle="halt", steps=True) as cluster:
+        payload = bytes(cluster.payload_max // 2 + 1)
+
+        def send():
+            smp.smp_call_function_single(1, len, payload)
+
+        # More often than the arena has room for it.
+        for _ in range(9):
+            cluster._machine.arm_step(0, "aim", KILL)
+            with pytest.raises(CpuDiedError):
+                cluster.run(send, cpus=[0])
+            cluster.online(0)
+        cluster.run(send, cpus=[0])
+        assert cluster.counters()["corrupt"].sum() == 0
 
 
 @pytest.mark.parametrize("step", ["pushed", "raise", "ring"])

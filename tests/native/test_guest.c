@@ -83,29 +83,115 @@ static void what_was_never_pushed_is_free_again(void)
     rig_stop(&rig);
 }
 
+/* A function that the CPU is in until it is told otherwise. */
+static shi_a32 inside, go_on;
+
+static void held_up(struct shi_self *self, uint32_t index)
+{
+    shi_store_full(&inside, 1);
+    while (!shi_load_full(&go_on))
+        shi_cpu_relax();
+    shi_csd_unlock(self, shi_csd(self->m, index));
+}
+
+static int64_t queue_held_up(struct shi_self *self)
+{
+    shi_enter(self);
+    int64_t local = shi_csd_get(self);
+    CHECK(local >= 0);
+    shi_own_csd(self, (uint32_t)local)->func = 0;
+    CHECK(shi_call_single(self, (uint32_t)local, SHI_CSD_SYNC, 0) == 0);
+    shi_leave(self);
+    return local;
+}
+
 static void what_is_queued_stays_with_the_slot(void)
 {
     uint32_t slot;
+    rig_run = held_up;
+    shi_store_full(&inside, 0);
+    shi_store_full(&go_on, 0);
     rig_boot(&rig, 1, SHI_IDLE_HALT);
     slot = shi_first_guest(&rig.m);
     struct shi_self *self = admit(slot);
-    int64_t local = shi_csd_get(self);
-    CHECK(local >= 0);
+    int64_t local = queue_held_up(self), behind = queue_held_up(self);
     struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
-    CHECK(shi_csd_trylock(self, csd, SHI_CSD_SYNC, 0) == 0);
-    /* As the push leaves it, but nobody will ever run it. */
-    shi_fetch_or_full(&csd->lock, 1ull << SHI_CSD_GEN_SHIFT);
+    while (!shi_load_full(&inside))
+        shi_cpu_relax();
     die(self);
     CHECK(shi_load_acquire(&csd->lock) & SHI_CSD_LEFT); /* its result is not wanted */
-    CHECK(shi_guest_clear(&rig.firmware, slot) == 1);
+    CHECK(shi_guest_clear(&rig.firmware, slot) == 2);
     self = admit(slot);
-    CHECK(self->sender.flight_count == 1 && shi_csd_get(self) != local);
-    shi_xchg_full(&csd->lock, 0); /* now it has been run */
+    CHECK(self->sender.flight_count == 2 && shi_csd_get(self) != local &&
+          shi_csd_get(self) != behind);
+    CHECK(shi_reap_orphans(&rig.firmware, slot) == 2);
+    shi_store_full(&go_on, 1);
+    while (shi_csd_locked(csd) || shi_csd_locked(shi_own_csd(self, (uint32_t)behind)))
+        shi_cpu_relax();
+    CHECK(shi_reap_orphans(&rig.firmware, slot) == 0);
     shi_csd_collect(self);
     CHECK(!self->sender.flight_count);
     die(self);
     CHECK(shi_guest_clear(&rig.firmware, slot) == 0);
+    rig_run = NULL;
     rig_stop(&rig);
+}
+
+/* Killed between the lock word's generation and the swap of the queue's head. */
+static struct shi_csd *aim(struct shi_self *self)
+{
+    int64_t local = shi_csd_get(self);
+    CHECK(local >= 0);
+    struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
+    CHECK(shi_csd_trylock(self, csd, SHI_CSD_SYNC, 0) == 0);
+    uint64_t gen = shi_word_gen(shi_load_relaxed(&shi_slot(&rig.m, 0)->word));
+    shi_fetch_or_full(&csd->lock, gen << SHI_CSD_GEN_SHIFT);
+    return csd;
+}
+
+static void come_home(uint32_t slot)
+{
+    uint32_t looks;
+    for (looks = 0; shi_reap_orphans(&rig.firmware, slot); looks++) {
+        CHECK(looks < 5000);
+        usleep(1000);
+    }
+}
+
+static void what_was_aimed_and_never_queued_comes_home(enum shi_idle idle)
+{
+    uint32_t slot, heir;
+    for (heir = 0; heir < 2; heir++) {
+        rig_run = held_up;
+        shi_store_full(&inside, 0);
+        shi_store_full(&go_on, 0);
+        rig_boot(&rig, 1, idle);
+        slot = shi_first_guest(&rig.m);
+        struct shi_self *self = admit(slot);
+        queue_held_up(self);
+        while (!shi_load_full(&inside))
+            shi_cpu_relax();
+        struct shi_csd *csd = aim(self);
+        CHECK(shi_reap_orphans(&rig.firmware, slot) == 0 && shi_csd_locked(csd)); /* alive */
+        die(self);
+        /* The CPU could have it in hand. */
+        CHECK(shi_guest_clear(&rig.firmware, slot) == 2 && shi_csd_locked(csd));
+        if (heir) {
+            self = admit(slot);
+            CHECK(self->sender.flight_count == 2);
+        }
+        shi_store_full(&go_on, 1);
+        come_home(slot);
+        CHECK(!shi_csd_locked(csd));
+        if (heir) {
+            shi_csd_collect(self);
+            CHECK(!self->sender.flight_count && self->sender.nfree == self->sender.csd_top);
+            die(self);
+        }
+        CHECK(shi_guest_clear(&rig.firmware, slot) == 0);
+        rig_run = NULL;
+        rig_stop(&rig);
+    }
 }
 
 static void the_locks_of_the_dead_are_free(void)
@@ -128,6 +214,8 @@ int main(void)
     hosts_call_and_are_followed_by_others();
     what_was_never_pushed_is_free_again();
     what_is_queued_stays_with_the_slot();
+    what_was_aimed_and_never_queued_comes_home(SHI_IDLE_HALT);
+    what_was_aimed_and_never_queued_comes_home(SHI_IDLE_POLL);
     the_locks_of_the_dead_are_free();
     return 0;
 }
