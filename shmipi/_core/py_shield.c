@@ -9,7 +9,11 @@
  */
 #include "py_shi.h"
 
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
 #include <structmember.h>
+#include <unistd.h>
 
 /* The CPU that this thread is, or NULL. */
 static Machine *own_cpu(void)
@@ -37,7 +41,8 @@ typedef struct {
 } TaskSignal;
 
 static PyTypeObject *task_signal_type, *entry_type;
-static PyObject *original_signal, *original_getsignal, *original_find_and_load;
+static PyObject *original_signal, *original_getsignal, *original_set_wakeup_fd;
+static PyObject *original_find_and_load;
 
 static PyObject *task_signal_call(PyObject *object, PyObject *const *args, size_t nargsf,
                                   PyObject *kwnames)
@@ -112,6 +117,73 @@ static PyObject *unwrap(PyObject *installed)
     return handler;
 }
 
+/*
+ * Who has set a wakeup descriptor (asyncio) reads the numbers of his signals from it.  The
+ * interpreter writes there whatever it is asked for: also our kicks, which fill it while its
+ * reader is busy, so that a signal of the task's is lost, and a signal that was put off a
+ * second time.  So it has none, and this handler, over the interpreter's, writes what came.
+ */
+static shi_a32 wakeup_fd = UINT32_MAX; /* an int: -1 */
+static void (*python_handler)(int); /* the same for every signal */
+
+static void on_task_signal(int number)
+{
+    int saved = errno;
+    unsigned char byte = (unsigned char)number;
+    python_handler(number); /* first, as in the interpreter: who is woken finds it noted */
+    int fd = (int)shi_load_acquire(&wakeup_fd);
+    while (fd >= 0 && write(fd, &byte, 1) < 0 && errno == EINTR)
+        ;
+    errno = saved;
+}
+
+static PyObject *set_wakeup_fd(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    (void)module;
+    PyObject *none = PyObject_Call(original_set_wakeup_fd, args, kwargs); /* checks it all */
+    if (!none)
+        return NULL;
+    Py_DECREF(none);
+    PyObject *given = PyObject_CallFunction(original_set_wakeup_fd, "i", -1);
+    if (!given)
+        return NULL;
+    int fd = (int)PyLong_AsLong(given);
+    Py_DECREF(given);
+    return PyLong_FromLong((int)shi_xchg_full(&wakeup_fd, (uint32_t)fd));
+}
+
+/* The interpreter's handler of `number` is in place: ours over it.  The flags stay. */
+static void cover(int number)
+{
+    struct sigaction now;
+    if (sigaction(number, NULL, &now) || now.sa_flags & SA_SIGINFO || now.sa_handler == SIG_DFL ||
+        now.sa_handler == SIG_IGN || now.sa_handler == on_task_signal)
+        return;
+    python_handler = now.sa_handler;
+    now.sa_handler = on_task_signal;
+    sigaction(number, &now, NULL);
+}
+
+/* signal(number, wrapped).  Blocked meanwhile: one that comes between the interpreter's
+ * handler and ours would not be written. */
+static PyObject *install(PyObject *number, PyObject *wrapped)
+{
+    sigset_t one, mask;
+    long n = PyLong_Check(number) ? PyLong_AsLong(number) : -1;
+    if (n < 1 || n > 64)
+        PyErr_Clear(); /* the interpreter knows what to say */
+    sigemptyset(&one);
+    bool valid = n >= 1 && n <= 64 && sigaddset(&one, (int)n) == 0;
+    if (valid)
+        pthread_sigmask(SIG_BLOCK, &one, &mask);
+    PyObject *old = PyObject_CallFunctionObjArgs(original_signal, number, wrapped, NULL);
+    if (valid && old)
+        cover((int)n);
+    if (valid)
+        pthread_sigmask(SIG_SETMASK, &mask, NULL);
+    return old;
+}
+
 /* In the place of _signal.signal, in the firmware and so in every CPU. */
 static PyObject *set_signal(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -123,7 +195,7 @@ static PyObject *set_signal(PyObject *module, PyObject *const *args, Py_ssize_t 
         return NULL;
     wrapped->vectorcall = task_signal_call;
     wrapped->handler = Py_NewRef(args[1]);
-    PyObject *old = PyObject_CallFunctionObjArgs(original_signal, args[0], wrapped, NULL);
+    PyObject *old = install(args[0], (PyObject *)wrapped);
     Py_DECREF(wrapped);
     return unwrap(old);
 }
@@ -311,6 +383,9 @@ static PyMethodDef replacements[] = {
      "signal(signalnum, handler, /)\n--\n\nSet the handler of a signal: what it was."},
     {"getsignal", get_signal, METH_O,
      "getsignal(signalnum, /)\n--\n\nThe handler of a signal."},
+    {"set_wakeup_fd", (PyCFunction)(void (*)(void))set_wakeup_fd, METH_VARARGS | METH_KEYWORDS,
+     "set_wakeup_fd(fd, *, warn_on_full_buffer=True)\n--\n\n"
+     "Where the numbers of signals are written: what it was.  A full buffer is no error."},
     {"_find_and_load", (PyCFunction)(void (*)(void))find_and_load,
      METH_FASTCALL | METH_KEYWORDS, "_find_and_load(name, import_)"},
 };
@@ -322,8 +397,10 @@ static PyObject *shield(PyObject *module, PyObject *unused)
     (void)unused;
     if (replace("_signal", "signal", &original_signal, &replacements[0]) < 0 ||
         replace("_signal", "getsignal", &original_getsignal, &replacements[1]) < 0 ||
+        replace("_signal", "set_wakeup_fd", &original_set_wakeup_fd, &replacements[2]) < 0 ||
+        replace("signal", "set_wakeup_fd", &original_set_wakeup_fd, &replacements[2]) < 0 ||
         replace("_frozen_importlib", "_find_and_load", &original_find_and_load,
-                &replacements[2]) < 0)
+                &replacements[3]) < 0)
         return NULL;
     Py_RETURN_NONE;
 }

@@ -1,5 +1,6 @@
 """Handlers on top of a task: its signals, its imports and its depth are its own."""
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -7,6 +8,7 @@ import select
 import signal
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -142,6 +144,92 @@ def test_signal_and_getsignal_tell_what_was_installed(cluster):
     assert cluster.run(task, cpus=[1]) == [
         (True, True, True, True, [signal.SIGUSR1], True)
     ]
+
+
+def hears(state):
+    """An asyncio program that counts its alarms."""
+
+    async def main():
+        hits = []
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGALRM, hits.append, 1)
+        state[0] = 1
+        while not state[1]:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        return len(hits)
+
+    return asyncio.run(main())
+
+
+def test_asyncio_hears_of_a_signal_during_a_handler_once(cluster, eventually):
+    state = cluster.shared("state", "i8", 8)
+    state[:] = 0
+    call = cluster._machine.post(1, hears, (state,), None, True)
+    eventually(lambda: state[0])
+    try:
+        for n in range(5):
+            assert cluster.call(1, rings, n) == n
+            time.sleep(0.05)
+    finally:
+        state[1] = 1
+    assert cluster._machine.collect(call, 1, LOST_S) == 5
+
+
+def test_kicks_leave_a_task_s_wakeup_fd_alone(cluster, eventually):
+    """A loop that is busy while calls come still hears of its own signal."""
+    state = cluster.shared("state", "i8", 8)
+    state[:] = 0
+
+    def task():
+        r, w = os.pipe2(os.O_NONBLOCK)
+        hits = []
+        blocking = os.pipe()
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(blocking[1])
+            hits.append("a blocking one was taken")
+        first = signal.set_wakeup_fd(w, warn_on_full_buffer=False)
+        old = signal.signal(signal.SIGALRM, lambda *args: hits.append(args[0]))
+        state[0] = 1
+        while not state[1]:
+            pass
+        time.sleep(0.01)
+        signal.raise_signal(signal.SIGALRM)
+        signal.siginterrupt(signal.SIGALRM, False)
+        signal.raise_signal(signal.SIGALRM)
+        signal.signal(signal.SIGALRM, old)
+        second = signal.set_wakeup_fd(-1)
+        return first, second == w, list(os.read(r, 100)), hits
+
+    call = cluster._machine.post(1, task, (), None, True)
+    eventually(lambda: state[0])
+    for n in range(50):
+        assert cluster.call(1, triple, n) == [n] * 3
+    state[1] = 1
+    twice = [signal.SIGALRM] * 2
+    assert cluster._machine.collect(call, 1, LOST_S) == (-1, True, twice, twice)
+
+
+def test_only_the_main_thread_sets_handlers(cluster):
+    def task():
+        errors = []
+
+        def other():
+            for function, args in (
+                (signal.signal, (signal.SIGALRM, on_alarm)),
+                (signal.set_wakeup_fd, (-1,)),
+            ):
+                try:
+                    function(*args)
+                except ValueError as error:
+                    errors.append("main thread" in str(error))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return errors, signal.getsignal(signal.SIGALRM)
+
+    assert cluster.run(task, cpus=[1]) == [([True, True], signal.SIG_DFL)]
 
 
 # ---- imports -------------------------------------------------------------------------
