@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -193,17 +194,25 @@ void shi_machine_close(struct shi_machine *m)
 
 int shi_machine_back(const struct shi_machine *m, uint64_t offset, uint64_t length)
 {
+    sigset_t all, mask;
     int fd = shi_machine_fd(m);
     if (!m->ino)
         return 0; /* a native test over anonymous memory */
     if (fd < 0)
         return -EBADF;
-    for (;;) {
-        if (fallocate(fd, 0, (off_t)offset, (off_t)length) == 0)
-            return 0;
-        if (errno != EINTR)
-            return -errno;
-    }
+    int err = fallocate(fd, 0, (off_t)offset, (off_t)length) ? errno : 0;
+    if (err != EINTR)
+        return -err;
+    /* Many kernels undo a tmpfs fallocate that a signal interrupts.  One that takes longer
+     * than the period of a timer (remind.h, a profiler's) would begin anew for ever, and in
+     * a core section nobody stops that timer: so the second try is not interrupted. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &mask);
+    do
+        err = fallocate(fd, 0, (off_t)offset, (off_t)length) ? errno : 0;
+    while (err == EINTR); /* SIGSTOP cannot be blocked */
+    pthread_sigmask(SIG_SETMASK, &mask, NULL);
+    return -err;
 }
 
 bool shi_machine_punch(const struct shi_machine *m, uint64_t offset, uint64_t length)
