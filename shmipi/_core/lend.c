@@ -60,6 +60,10 @@ void shi_lend_forget(struct shi_self *self, const struct shi_csd *csd, uint64_t 
         if (s->loans[i].csd == index &&
             s->loans[i].seq == (uint16_t)(seq >> SHI_CSD_SEQ_SHIFT)) {
             take_back(s, i);
+            /* No sender says that there is room now: this CPU looks by itself, at the end
+             * of what it is doing. */
+            uint32_t waits = SHI_ST_WAITS;
+            shi_cas_full(&self->slot->starved, &waits, SHI_ST_LOOK);
             return;
         }
 }

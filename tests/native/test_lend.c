@@ -129,11 +129,62 @@ static void *sender(void *arg)
     return NULL;
 }
 
+/* A CPU has lent a result, another waits for room, and the sender of the first goes away
+ * before the unlock: nobody will tell the CPU that there is room, so it knows by itself. */
+static uint32_t stage, starved, loans;
+
+static void reach(uint32_t now, uint32_t next)
+{
+    __atomic_store_n(&stage, now, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&stage, __ATOMIC_SEQ_CST) != next)
+        sched_yield();
+}
+
+static void answer_too_late(struct shi_self *self, uint32_t index)
+{
+    struct shi_csd *csd = shi_csd(self->m, index);
+    CHECK(lend(self, csd) == 0);
+    shi_lend_starve(self, true);
+    reach(1, 2);
+    shi_csd_unlock(self, csd);
+    starved = shi_load_full(&self->slot->starved);
+    loans = self->sender.nloans;
+    shi_lend_starve(self, false);
+    reach(3, 4);
+}
+
+static void the_sender_left(void)
+{
+    rig_run = answer_too_late;
+    rig_boot(&rig, 1, SHI_IDLE_HALT);
+    struct shi_self *self = &rig.host;
+    shi_enter(self);
+    int64_t local = shi_csd_get(self);
+    CHECK(local >= 0);
+    struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
+    csd->func = 0;
+    csd->kind = SHI_K_INT;
+    csd->value.u = 7;
+    CHECK(shi_call_single(self, (uint32_t)local, SHI_CSD_SYNC, 0) == 0);
+    shi_leave(self);
+    while (__atomic_load_n(&stage, __ATOMIC_SEQ_CST) != 1)
+        sched_yield();
+    shi_enter(self);
+    shi_csd_abandon(self, (uint32_t)local);
+    shi_leave(self);
+    reach(2, 3);
+    CHECK(loans == 0);
+    CHECK(starved == SHI_ST_LOOK);
+    __atomic_store_n(&stage, 4, __ATOMIC_SEQ_CST);
+    rig_stop(&rig);
+}
+
 int main(void)
 {
     pthread_t thread[SENDERS];
     uintptr_t i;
     uint64_t whole = 3;
+    the_sender_left();
     rig_run = answer;
     rig_deferred = deferred;
     rig_boot(&rig, 2, SHI_IDLE_HALT);
