@@ -222,6 +222,7 @@ void shi_csd_put(struct shi_self *self, uint32_t index)
         shi_lend_done(self, own(self, index));
     s->nowait -= note->nowait;
     note->nowait = 0;
+    note->left = 0;
     if (note->func) {
         shi_func_drop(self, note->func - 1);
         note->func = 0;
@@ -251,10 +252,12 @@ void shi_csd_abandon(struct shi_self *self, uint32_t index)
      * or this swap finds it unlocked, and it is given back here. */
     while (lock & SHI_CSD_LOCK && !shi_cas_full(&csd->lock, &lock, lock | SHI_CSD_LEFT))
         ;
-    if (lock & SHI_CSD_LOCK)
+    if (lock & SHI_CSD_LOCK) {
+        self->sender.notes[index].left = 1;
         flight_push(self, index);
-    else
+    } else {
         shi_csd_put(self, index);
+    }
 }
 
 uint32_t shi_csd_oldest(const struct shi_self *self)

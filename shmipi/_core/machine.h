@@ -46,6 +46,7 @@ struct shi_csd_note {
     uint32_t users;  /* csds that share this one's block */
     uint8_t ending;  /* give this one back with the last of its users */
     uint8_t nowait;  /* counts against SHI_NOWAIT_POOL */
+    uint8_t left;    /* nobody will ask for its result */
 };
 
 struct shi_func_note {

@@ -377,7 +377,8 @@ void shi_read_early(Machine *machine, uint32_t dst)
         struct shi_csd *csd = shi_own_csd(self, i);
         if (shi_load_acquire(&csd->lock) & (SHI_CSD_LOCK | SHI_CSD_DIED) ||
             !(shi_load_relaxed(&csd->status) & SHI_S_LENT) || csd->kind != SHI_K_PICKLE ||
-            csd->value.ref.cpu != dst)
+            csd->value.ref.cpu != dst ||
+            self->sender.notes[i].left) /* unlocked since the look above: nobody would take it */
             continue;
         PyObject *bytes = lent(machine, dst, &csd->value.ref);
         PyObject *key = bytes ? PyLong_FromUnsignedLong(i) : NULL;
@@ -669,6 +670,7 @@ void shi_send_unsent(Machine *machine)
     if (__builtin_expect(!self->unsent, 1))
         return;
     self->in_core++; /* a handler must not add to the list meanwhile */
+    self->in_irq++;  /* a refusal is pickled: what a task's signal raises is not for that */
     shi_lend_starve(self, true); /* first: a block that comes back from now on is told of */
     while (n < self->unsent && send_one(machine, &machine->unsent[n])) {
         shi_csd_unlock(self, shi_csd(&machine->m, machine->unsent[n].csd));
@@ -679,9 +681,11 @@ void shi_send_unsent(Machine *machine)
         machine->unsent[i] = machine->unsent[n + i];
     if (!self->unsent)
         shi_lend_starve(self, false);
+    self->in_irq--;
     self->in_core--;
     if (self->happened)
         shi_leave_slow(self);
+    shi_signals_let_go(machine);
 }
 
 bool shi_outcome(Machine *machine, struct shi_csd *csd, PyObject *value, bool wanted)

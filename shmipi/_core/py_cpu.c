@@ -323,7 +323,10 @@ void shi_take_deferred(Machine *machine)
 {
     struct shi_self *self = &machine->self;
     bool offline = self->in_task && hotplug_asked(self);
-    if (!(shi_python_waits(self) || offline) || shi_masked(self))
+    /* ASKED with nothing there: what was asked for was an NMI's handler, which has run, and
+     * an import has kept everything else away.  It keeps senders from kicking. */
+    bool asked = self->in_task && shi_load_relaxed(&self->slot->word) & SHI_W_ASKED;
+    if (!(shi_python_waits(self) || offline || asked) || shi_masked(self))
         return;
     if (self->in_task)
         irq_window(machine); /* takes ASKED back, which keeps senders from kicking */
