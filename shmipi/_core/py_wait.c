@@ -225,13 +225,24 @@ METHOD(waitq_sleep)
     Py_RETURN_NONE;
 }
 
+/* waitq_finish(queue, ticket, exclusive): also of a machine that was closed meanwhile. */
 METHOD(waitq_finish)
 {
-    struct shi_waitq *q = queue_arg(machine, args, nargs, 1);
+    if (machine->closed || machine->foreign)
+        Py_RETURN_NONE;
+    struct shi_waitq *q = queue_arg(machine, args, nargs, 2);
     uint64_t ticket = q ? PyLong_AsUnsignedLongLong(args[1]) : 0;
-    return !q || PyErr_Occurred()
-               ? NULL
-               : PyBool_FromLong(shi_waitq_finish(&machine->self, q, ticket));
+    int exclusive = q && !PyErr_Occurred() ? PyObject_IsTrue(args[2]) : -1;
+    if (exclusive < 0)
+        return NULL;
+    /* A wake-up that came after its last look was for any one who waits: this one gives up,
+     * or found its condition true before, by what another was woken for.  (The kernel takes
+     * a completion under the queue's lock: nothing comes in between.) */
+    if (shi_waitq_finish(&machine->self, q, ticket) && exclusive) {
+        shi_fence_full(); /* as in waitq_wake */
+        shi_waitq_wake(&machine->self, q, 1);
+    }
+    Py_RETURN_NONE;
 }
 
 METHOD(waitq_wake)
@@ -308,7 +319,7 @@ PyMethodDef shi_wait_methods[] = {
      "ClusterStateError where a wait would be wrong."},
     FAST(waitq_prepare, "waitq_prepare(queue, ticket, exclusive) -> ticket"),
     FAST(waitq_sleep, "waitq_sleep(queue, ticket, seconds): once, also for nothing"),
-    FAST(waitq_finish, "waitq_finish(queue, ticket) -> a wake-up had taken it"),
+    FAST(waitq_finish, "waitq_finish(queue, ticket, exclusive): pass on what came too late"),
     FAST(waitq_wake, "waitq_wake(queue, nr) -> how many"),
     FAST(waitq_active, "waitq_active(queue) -> bool"),
     FAST(complete, "complete(queue, all)"),

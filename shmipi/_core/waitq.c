@@ -68,15 +68,18 @@ bool shi_waitq_finish(struct shi_self *self, struct shi_waitq *q, uint64_t ticke
     shi_a64 *entry = entry_of(self, q, self->id);
     uint64_t found = shi_load_full(entry);
     bool woken = true;
-    while (found >> TICKET_SHIFT == ticket)
+    /* Without a ticket, its own entry all the same: a CPU's is nobody else's, and threads of
+     * a host stand up again. */
+    while (found >> TICKET_SHIFT == ticket ||
+           (!ticket && found >> TICKET_SHIFT && (uint16_t)found == self->gen))
         if (shi_cas_full(entry, &found, 0)) {
-            woken = false;
+            woken = !ticket; /* or not, who knows */
             break;
         }
     if (self->host) {
         /* Other threads may have stood in this entry: they look, and make one again.  The
          * bit stays, as another thread may be setting it now. */
-        if (!woken)
+        if (!woken || !ticket)
             shi_irq_ring_waiter(self, self->id);
     } else {
         shi_fetch_and_full(&q->words[self->id / 64], ~(1ull << (self->id % 64)));

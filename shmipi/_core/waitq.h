@@ -31,7 +31,8 @@ uint64_t shi_waitq_prepare(struct shi_self *self, struct shi_waitq *q, uint64_t 
                            bool exclusive);
 /* Does the entry stand yet?  A wake-up takes it away. */
 bool shi_waitq_stands(const struct shi_self *self, const struct shi_waitq *q, uint64_t ticket);
-/* finish_wait.  True: a wake-up had taken the entry. */
+/* finish_wait; `ticket` 0: whatever entry it has.  True: a wake-up had taken the entry, or
+ * may have. */
 bool shi_waitq_finish(struct shi_self *self, struct shi_waitq *q, uint64_t ticket);
 /* wake_up_nr: everybody but exclusive waiters, and `nr` of those, who has waited longest
  * first.  How many were woken. */

@@ -15,13 +15,11 @@ at most.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from typing import Any, Final, Self
 
 from shmipi import _core
-from shmipi.errors import ClusterStateError
 from shmipi.machine import arrays
 from shmipi.machine.arrays import Arrays, SharedArray
 
@@ -82,12 +80,13 @@ class _Queue:
         began = time.monotonic()
         end = None if timeout is None else began + timeout
         first = _LOOK_EXCLUSIVE_S if exclusive else _LOOK_S
-        ticket, done = 0, False
+        ticket = 0
         try:
             while True:
-                ticket = machine.waitq_prepare(at, ticket, exclusive)
+                # 0 until it is known: an exception of a signal may come in between.
+                before, ticket = ticket, 0
+                ticket = machine.waitq_prepare(at, before, exclusive)
                 if ready():
-                    done = True
                     return _left(None if end is None else end - time.monotonic())
                 now = time.monotonic()
                 if end is not None and now >= end:
@@ -97,10 +96,8 @@ class _Queue:
                     at, ticket, look if end is None else min(look, end - now)
                 )
         finally:
-            with contextlib.suppress(ClusterStateError):  # closed meanwhile
-                # Given up, or interrupted, with a wake-up in hand that was for any one.
-                if machine.waitq_finish(at, ticket) and exclusive and not done:
-                    machine.waitq_wake(at, 1)
+            # One call of C, and nothing before it, where a signal's handler could run.
+            machine.waitq_finish(at, ticket, exclusive)
 
 
 def _left(seconds: float | None) -> float:

@@ -356,6 +356,75 @@ def test_given_up_with_a_wake_up_in_hand_it_is_passed_on(rig):
     assert not done.completion_done()
 
 
+def test_a_wake_up_after_the_last_look_is_passed_on(rig):
+    """It is for the next, when who is chosen has found its condition true before."""
+    found = rig(3)
+    n, queue = found.cluster.shared("n", "i8", 8), found.cluster.wait_queue("q")
+
+    def looks_long():
+        def condition():
+            if not n[0]:
+                n[0] = 1  # before it stands in the queue
+                return False
+            n[0] = 2
+            while not n[1]:
+                time.sleep(0.001)
+            return True
+
+        queue.wait_event_interruptible_exclusive(condition)
+
+    def waits():
+        be_patient()
+        queue.wait_event_interruptible_exclusive(lambda: n[2])
+
+    first = found.task(0, looks_long, halted=False)
+    found.eventually(lambda: n[0] == 2)
+    second = found.task(1, waits)
+    n[2] = 1
+    assert queue.wake_up() == 1
+    n[1] = 1
+    first.end()
+    second.end(LIMIT_S)
+    assert not queue.waitqueue_active()
+
+
+@pytest.mark.parametrize("step", ["waitq_prepare", "waitq_sleep"])
+def test_an_exception_between_two_bytecodes_leaves_nobody_in_the_queue(rig, step):
+    """As a signal's handler raises it: when C has returned and nothing is stored."""
+    found = rig(2)
+    queue = found.cluster.wait_queue("q")
+
+    class Interrupted:
+        def __init__(self, machine):
+            self.machine = machine
+
+        def __getattr__(self, name):
+            method = getattr(self.machine, name)
+            if name != step:
+                return method
+
+            def then_raise(*args):
+                method(*args)
+                raise KeyboardInterrupt
+
+            return then_raise
+
+    def wait():
+        queue._machine = Interrupted(queue._machine)
+        try:
+            queue.wait_event(lambda: False)
+        except KeyboardInterrupt:
+            return "interrupted"
+
+    assert found.cluster.run(wait, cpus=[1]) == ["interrupted"]
+    assert not queue.waitqueue_active()
+    assert queue.wake_up() == 0
+    machine = queue._machine
+    assert wait() == "interrupted"
+    queue._machine = machine
+    assert not queue.waitqueue_active()
+
+
 # ---- death, stops, hotplug -----------------------------------------------------------
 
 
