@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import functools
 import hashlib
 import io
 import itertools
@@ -29,6 +30,7 @@ import pickle
 import sys
 import threading
 import types
+import typing
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -398,6 +400,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self.reduce_function(obj)
         if issubclass(kind, type):
             return self.reduce_class(obj)
+        if kind in _NAMED:
+            return _reduce_named(obj)
         if kind is _SpaceName:
             return _space, (obj.space, obj.base)
         if kind is _Names:
@@ -463,6 +467,38 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self.session.types.append((cls, before))
         self.session.classes[known] = (cls, (make, args), attributes, setstate)
         return _class_of, (known,)
+
+
+def _cached(function: FunctionType, parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
+
+
+def _new_type(module: str, name: str, supertype: Any) -> Any:
+    made: Any = typing.NewType(name, supertype)  # type: ignore[misc]
+    made.__module__ = module
+    return made
+
+
+#: What pickles itself as a name, also where no import leads to that name.
+_NAMED = frozenset({functools._lru_cache_wrapper, typing.NewType})
+
+
+def _reduce_named(obj: Any) -> Any:
+    """Taken apart, unless it has an import path: each CPU has a cache of its own."""
+    kind: Any = type(obj)
+    module: Any = getattr(obj, "__module__", None)
+    try:
+        found = operator.attrgetter(obj.__qualname__)(sys.modules.get(module))
+        if found is obj and module != "__main__":
+            return NotImplemented
+    except AttributeError:
+        pass
+    try:
+        if kind is typing.NewType:
+            return _new_type, (module, obj.__qualname__, obj.__supertype__)
+        return _cached, (obj.__wrapped__, obj.cache_parameters())
+    except AttributeError:
+        return NotImplemented
 
 
 def _copy_cell(cell: CellType) -> CellType:

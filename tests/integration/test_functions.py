@@ -307,6 +307,46 @@ def test_functions_that_are_defined_anew_as_in_a_notebook(script):
     assert done.text == "True ((5, 'new'), 4)\n"
 
 
+def test_what_pickles_as_a_name_travels_where_no_import_leads_to_it(script):
+    """Each was looked up in the CPU's ``__main__``, which has no such thing."""
+    done = script(
+        """
+        import functools, typing
+        from shmipi import Cluster
+
+        Number = typing.NewType("Number", int)
+        OFFSET = 1
+
+        @functools.lru_cache
+        def fib(n: Number) -> Number:
+            return n if n < 2 else fib(n - 1) + fib(n - 2)
+
+        class Kind:
+            @functools.lru_cache(maxsize=3)
+            def get(self, x):
+                return x + OFFSET
+
+        def typed(n: Number) -> Number: return Number(n + 1)
+        def use(): return fib(30), Kind().get(4), Kind.get.cache_parameters()
+        def called(): return fib.cache_info().misses
+
+        with Cluster(1, idle="halt") as cluster:
+            print(cluster.call(0, typed, 1), cluster.call(0, fib, 20))
+            print(cluster.call(0, use), cluster.call(0, called))
+            OFFSET = 2
+            Kind.get = functools.cache(lambda self, x: x * OFFSET)
+            print(cluster.call(0, use), cluster.call(0, called))
+            print(cluster.call(0, functools.cache(len), "abc"))
+        """
+    )
+    assert done.text.splitlines() == [
+        "2 6765",
+        "(832040, 5, {'maxsize': 3, 'typed': False}) 31",
+        "(832040, 8, {'maxsize': None, 'typed': False}) 31",
+        "3",
+    ]
+
+
 def test_content_that_changes_in_place_travels_with_what_is_sent_next(script):
     """It is not noticed by itself; the remedies that the README names."""
     done = script(
