@@ -129,6 +129,9 @@ static PyObject *entry_call(PyObject *self, PyObject *args, PyObject *kwargs)
     (void)args;
     (void)kwargs;
     e->machine = NULL;
+    /* It holds the entry, as its callback: the collector, other than a last reference that
+     * goes, leaves that in place.  Who calls has a reference to it yet. */
+    Py_CLEAR(e->weak);
     if (machine && !machine->closed && !machine->foreign) {
         *table_slot(&machine->sent, e->key) = &tombstone;
         retire(machine, e->index);

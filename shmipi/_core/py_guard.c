@@ -18,8 +18,9 @@
 
 struct guard {
     PyObject *key;   /* of a dict; NULL for a cell or a field */
-    PyObject *value; /* owned, unless `weak` is there; NULL: not bound */
+    PyObject *value; /* owned, unless `weak` is there or `lent`; NULL: not bound */
     PyObject *weak;
+    bool lent; /* only compared, never followed */
 };
 
 #define FIELDS 7
@@ -144,12 +145,29 @@ static int take_function(struct taken *t, PyObject *item, PyObject *published)
     return 0;
 }
 
+/* `__dict__`, `__weakref__` and slots lead back to their class and know no weak references:
+ * held, they would keep every class for ever.  They are as good as part of it. */
+static void lend_own_slots(struct taken *t, PyObject *type)
+{
+    Py_ssize_t i;
+    for (i = 0; i < t->n; i++) {
+        struct guard *g = &t->guards[i];
+        if ((Py_IS_TYPE(g->value, &PyGetSetDescr_Type) ||
+             Py_IS_TYPE(g->value, &PyMemberDescr_Type)) &&
+            (PyObject *)PyDescr_TYPE(g->value) == type) {
+            g->lent = true;
+            Py_DECREF(g->value); /* the dict that was taken has it yet */
+        }
+    }
+}
+
 static int take_type(struct taken *t, PyObject *item, PyObject *published)
 {
     PyObject *type, *dict;
     if (!PyArg_ParseTuple(item, "O!O!", &PyType_Type, &type, &PyDict_Type, &dict) ||
         take(t, type, published, PyDict_GET_SIZE(dict)) < 0 || !hold_dict(t->guards, dict))
         return -1;
+    lend_own_slots(t, type);
     t->attributes = PyDict_GET_SIZE(dict);
     t->type = true;
     return 0;
@@ -214,7 +232,7 @@ static void release(struct guard *g, Py_ssize_t n)
     Py_ssize_t i;
     for (i = 0; i < n; i++) {
         Py_XDECREF(g[i].key);
-        if (!g[i].weak)
+        if (!g[i].weak && !g[i].lent)
             Py_XDECREF(g[i].value);
         Py_XDECREF(g[i].weak);
     }

@@ -832,6 +832,35 @@ def test_what_is_redefined_is_not_kept_by_what_was_sent(boot):
     assert [reference() for reference in ended] == [None] * 30
 
 
+def test_a_class_that_was_sent_ends_with_its_last_reference(boot):
+    """And all that was noted of it, also where only the collector can end it."""
+    cluster = boot(1, idle="halt")
+    ended = []
+    for _ in range(30):
+
+        class Kind:
+            __slots__ = ("__weakref__", "slot")
+
+            def get(self):
+                return __class__.__name__
+
+            value = property(lambda self: 1)
+
+        class Plain:
+            value = property(lambda self: 1)
+
+        for kind in (Kind, Plain):
+            cluster.call(0, lambda kind: kind().value, kind)
+            cluster.smp.smp_call_function_single(0, type, kind)
+            cluster.submit(0, kind, 1)  # it takes no argument: all the same
+            ended += [weakref.ref(kind), weakref.ref(kind.value.fget)]
+        assert cluster.call(0, Kind.get, None) == "Kind"
+        del kind, Kind, Plain
+    cluster.call(0, int)
+    gc.collect()
+    assert [reference() for reference in ended] == [None] * 120
+
+
 def test_too_many_functions_are_said_as_such(boot):
     cluster = boot(1, idle="halt")
     functions = [eval("lambda _: 0") for _ in range(16_384)]
