@@ -66,6 +66,15 @@ def test_every_program_of_the_readme_has_a_guard() -> None:
         assert all(lines[n].startswith("    ") for n in boots)
 
 
+def test_tests_that_the_readme_names_exist() -> None:
+    """A promise stands on its test: one that was renamed is named anew."""
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text()))
+    files = (ROOT / "tests").glob("*/test_*.py")
+    defined = set(re.findall(r"def (test_\w+)", "".join(f.read_text() for f in files)))
+    assert len(named) > 30
+    assert named <= defined, named - defined
+
+
 def test_tables_of_the_readme_render() -> None:
     """GitHub's: a header, a line of dashes, rows of as many cells, nothing between."""
     text = re.sub(
