@@ -104,18 +104,28 @@ static const char *name_of(PyObject *function, size_t *length)
     return name;
 }
 
+/* The name that stands in the slot, if it is a function's: a process is one CPU. */
+static PyObject *said;
+
 void shi_say_handler(struct shi_self *self, PyObject *function, enum shi_handler kind)
 {
     struct shi_slot *slot = self->slot;
-    size_t length;
-    const char *name = name_of(function, &length);
-    if (length >= sizeof slot->handler_name) { /* its end tells more than its begin */
-        name += length - (sizeof slot->handler_name - 1);
-        length = sizeof slot->handler_name - 1;
+    PyObject *text =
+        PyFunction_Check(function) ? ((PyFunctionObject *)function)->func_qualname : NULL;
+    /* The name is written when it is another one than the last time: what is held is alive,
+     * so the same object is the same name. */
+    if (!text || text != said) {
+        size_t length;
+        const char *name = name_of(function, &length);
+        if (length >= sizeof slot->handler_name) { /* its end tells more than its begin */
+            name += length - (sizeof slot->handler_name - 1);
+            length = sizeof slot->handler_name - 1;
+        }
+        memcpy(slot->handler_name, name, length);
+        slot->handler_name[length] = 0;
+        Py_XSETREF(said, Py_XNewRef(text));
     }
-    memcpy(slot->handler_name, name, length);
-    slot->handler_name[length] = 0;
-    shi_store_relaxed(&slot->since, shi_stamp());
+    shi_store_relaxed(&slot->since, shi_stamp_early());
     /* Release: who finds the kind finds name and time.  One that has been overtaken since
      * finds another time when it looks again. */
     shi_store_release(&slot->handler, kind);
@@ -135,6 +145,7 @@ void shi_say_outer(struct shi_self *self, const struct handler_said *outer)
     struct shi_slot *slot = self->slot;
     if (outer->kind) {
         memcpy(slot->handler_name, outer->name, sizeof outer->name);
+        Py_CLEAR(said);
         shi_store_relaxed(&slot->since, outer->since);
     }
     shi_store_release(&slot->handler, outer->kind);
