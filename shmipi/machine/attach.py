@@ -137,7 +137,7 @@ class Guest(Orders):
 
     def _connect(self, name: str) -> socket.socket:
         where = address(self.full, segment.identity(self._fd))
-        deadline = time.monotonic() + _YOUNG_S
+        begun = time.monotonic()
         while True:
             control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
@@ -146,14 +146,19 @@ class Guest(Orders):
                 return control
             except OSError as error:
                 control.close()
-                if error.errno not in (errno.ECONNREFUSED, errno.EAGAIN):
+                code = error.errno
+                if code not in (errno.ECONNREFUSED, errno.EAGAIN):
                     raise
-            with Inspector(name) as inspector:
-                view = inspector.view()
-            if view.state not in ("starting", "booting"):
+            waited = time.monotonic() - begun
+            if code == errno.EAGAIN:  # it listens, and others stand in line
+                if waited > BOOT_S:
+                    raise _no_answer(name)
+            elif code != errno.ECONNREFUSED or waited > _YOUNG_S:
                 break
-            if time.monotonic() > deadline:
-                break
+            else:
+                with Inspector(name) as inspector:
+                    if inspector.view().state not in ("starting", "booting"):
+                        break
             time.sleep(0.02)
         raise AttachError(
             f"the firmware of machine {name} cannot be reached: is it in another"
@@ -168,9 +173,7 @@ class Guest(Orders):
                 self._control, MESSAGE_MAX, FDS_AT_ONCE, socket.MSG_CMSG_CLOEXEC
             )
         except TimeoutError:
-            raise _refused(
-                self._name, f"no answer in {BOOT_S:.0f} s", errno.ETIMEDOUT
-            ) from None
+            raise _no_answer(self._name) from None
         if not data:
             raise _refused(self._name, "it has ended just now", errno.EOWNERDEAD)
         return json.loads(data), fds
@@ -286,3 +289,7 @@ def _plan(view: MachineView, machine: _core.Machine, controller: Any) -> Plan:
 
 def _refused(name: str, why: str, code: int) -> AttachError:
     return AttachError(f"machine {name} could not be attached to: {why}", errno=code)
+
+
+def _no_answer(name: str) -> AttachError:
+    return _refused(name, f"no answer in {BOOT_S:.0f} s", errno.ETIMEDOUT)

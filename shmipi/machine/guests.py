@@ -51,6 +51,16 @@ def peer(connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
+def _understood(data: bytes) -> dict[str, Any] | None:
+    """Return a message, None if it is none: whoever connects may send anything."""
+    # What is nested deeply is no message either, though it can be JSON.
+    with contextlib.suppress(ValueError, RecursionError):
+        message = json.loads(data)
+        if isinstance(message, dict) and isinstance(message.get("id", 0), int):
+            return message
+    return None
+
+
 class _Guest:
     """A connection; with a slot, an attached host."""
 
@@ -170,15 +180,21 @@ class Guests:
             return
         connection.setblocking(False)
         pid, uid = peer(connection)
-        waiting = [guest for guest in self._guests if guest.slot < 0]
-        if uid != os.geteuid() or len(waiting) >= _WAITING:
+        if uid != os.geteuid():
             connection.close()
             return
+        waiting = [guest for guest in self._guests if guest.slot < 0]
+        if len(waiting) >= _WAITING:  # who connects means to ask, and at once
+            self._release(waiting[0])
         guest = _Guest(connection, pid)
+        try:
+            self._selector.register(
+                connection, selectors.EVENT_READ, lambda: self._on_message(guest)
+            )
+        except OSError:  # no memory for it in the kernel, or no more of it for us
+            connection.close()
+            return
         self._guests.append(guest)
-        self._selector.register(
-            connection, selectors.EVENT_READ, lambda: self._on_message(guest)
-        )
 
     def _on_message(self, guest: _Guest) -> None:
         if guest.connection is None:
@@ -191,10 +207,8 @@ class Guests:
             data, fds = b"", []
         for fd in fds:
             os.close(fd)
-        message: Any = None
-        with contextlib.suppress(ValueError):
-            message = json.loads(data) if data else None
-        if not isinstance(message, dict):
+        message = _understood(data)
+        if message is None:
             self._hang_up(guest)
             if guest.slot < 0:
                 self._guests.remove(guest)
@@ -265,7 +279,8 @@ class Guests:
         self._guests.remove(guest)
         self._hang_up(guest)
         if guest.pidfd >= 0:
-            self._selector.unregister(guest.pidfd)
+            with contextlib.suppress(KeyError):  # there was no memory to watch it
+                self._selector.unregister(guest.pidfd)
             os.close(guest.pidfd)
         if guest.slot >= 0:
             self._machine.guest_bury(guest.slot)

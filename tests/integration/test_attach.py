@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from shmipi import (
     smp,
 )
 from shmipi.machine import segment
+from shmipi.machine.guests import address
 
 SOON_S = 2.0  # hard; what is meant is a second at most
 DOORBELLS = ["futex", "sem", "signal", "eventfd", "mqueue"]
@@ -295,6 +297,49 @@ def test_the_owners_death_is_told_and_nobody_keeps_the_machine_alive(script):
         segment.clean()
     finally:
         here.shutdown()
+
+
+@pytest.fixture
+def knock(lab):
+    """Connect to the firmware's socket as any program of this user can."""
+    full = segment.full_name(lab.name)
+    fd = os.open(segment.SHM / full, os.O_RDONLY)
+    where = address(full, segment.identity(fd))
+    os.close(fd)
+    made = []
+
+    def connect():
+        made.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        made[-1].connect(where)
+        made[-1].settimeout(10)
+        return made[-1]
+
+    yield connect
+    for connection in made:
+        connection.close()
+
+
+def test_nonsense_on_the_socket_hurts_nobody(lab, knock):
+    deep = "[" * 500 + "]" * 500
+    messages = ["", "x", "[]", "null", '{"op": 1}', '{"op": "detach"}', "[" * 60_000]
+    for message in messages:
+        knock().send(message.encode())
+        with Cluster.attach(lab.name) as here:
+            assert here.call(1, int, "3", timeout=5) == 3
+    guest = knock()
+    guest.send(b'{"op": "attach"}')
+    assert "slot" in json.loads(guest.recv(1000))
+    for rest in (f'"id": {deep}', '"generation": []', f'"cpu": {"9" * 4000}', ""):
+        guest.send(f'{{"op": "kill", "cpu": 1, {rest or chr(34)}}}'.encode())
+        guest.send(f'{{"op": "boot", "cpu": 1, {rest or chr(34)}}}'.encode())
+    assert lab.run(smp.smp_processor_id) == [0, 1, 2]
+
+
+def test_who_connects_and_says_nothing_keeps_nobody_out(lab, knock):
+    for _ in range(40):
+        knock()
+    with Cluster.attach(lab.name) as here:
+        assert here.call(1, int, "3", timeout=5) == 3
 
 
 # ---- between hosts -------------------------------------------------------------------
