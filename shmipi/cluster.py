@@ -485,6 +485,8 @@ class Cluster:
     def _targets(self, cpus: MaskLike | None) -> CpuMask:
         online = self.online_mask
         mask = online if cpus is None else CpuMask.of(cpus, self.ncpus)
+        if cpus is None and not mask:
+            self._machine.refuse(0)  # as every other is, it is offline
         if not mask:
             raise ValueError("cpus is empty: there is nothing to run on")
         for cpu in mask - online:

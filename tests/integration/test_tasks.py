@@ -750,6 +750,17 @@ def test_a_group_names_a_cpu_that_died_of_it(boot):
     assert "exited with status 7" in str(caught.value.exceptions[1])
 
 
+def test_without_an_online_cpu_there_is_nothing_to_run_on(boot):
+    with boot(2) as cluster:
+        cluster.offline(0)
+        cluster.offline(1)
+        for use in (cluster.run, cluster.start):
+            with pytest.raises(CpuOfflineError, match="CPU 0"):
+                use(int)
+            with pytest.raises(ValueError, match="cpus is empty"):
+                use(int, cpus=[])
+
+
 def test_an_unknown_cpu_is_the_same_error_everywhere(cluster):
     info = cluster.smp.CallSingleData(id)
     uses = [
