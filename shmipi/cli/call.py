@@ -50,7 +50,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         help="call it N times; print the last result and what a round trip took",
     )
     parser.add_argument("name", metavar="NAME", help="the machine")
-    parser.add_argument("cpu", type=integer(0), metavar="CPU", help="its number")
+    parser.add_argument(
+        "cpu", type=integer(0, (1 << 31) - 1), metavar="CPU", help="its number"
+    )
     parser.add_argument(
         "words",
         nargs=argparse.PARSER,
@@ -93,10 +95,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         try:
             print(json.dumps(result if args.repeat is None else _timed(result, took)))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise CommandError(f"the result is not for JSON: {error}") from None
     elif result is not None:
-        print(repr(result))
+        try:
+            text = repr(result)
+        except Exception as error:  # the user's
+            why = f"{type(error).__name__}: {error}"
+            raise CommandError(f"the result has no repr: {why}") from None
+        print(text)
     if args.repeat is not None and not args.json:
         print(_account(took))
     return 0
@@ -148,6 +155,8 @@ def _function(target: str) -> Any:
 
 def _module(name: str) -> ModuleType:
     sys.path.insert(0, os.getcwd())  # as for `python -m`
+    if name.startswith("."):
+        raise CommandError(f"{name!r} is no name of a module", status=2)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -156,7 +165,7 @@ def _module(name: str) -> ModuleType:
         raise CommandError(f"there is no module {name!r}", status=2) from None
     except ValueError:
         raise CommandError(f"{name!r} is no name of a module", status=2) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _broken(name, error) from None
 
 
@@ -173,7 +182,7 @@ def _file(path: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _broken(path, error) from None
     import cloudpickle
 
@@ -181,5 +190,5 @@ def _file(path: str) -> ModuleType:
     return module
 
 
-def _broken(what: str, error: Exception) -> CommandError:
+def _broken(what: str, error: BaseException) -> CommandError:
     return CommandError(f"{what} cannot be imported: {type(error).__name__}: {error}")

@@ -299,14 +299,12 @@ def test_the_owners_death_is_told_and_nobody_keeps_the_machine_alive(script):
         here.shutdown()
 
 
-@pytest.fixture
-def knock(lab):
+def knocker(lab, made):
     """Connect to the firmware's socket as any program of this user can."""
     full = segment.full_name(lab.name)
     fd = os.open(segment.SHM / full, os.O_RDONLY)
     where = address(full, segment.identity(fd))
     os.close(fd)
-    made = []
 
     def connect():
         made.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
@@ -314,12 +312,12 @@ def knock(lab):
         made[-1].settimeout(10)
         return made[-1]
 
-    yield connect
-    for connection in made:
-        connection.close()
+    return connect
 
 
-def test_nonsense_on_the_socket_hurts_nobody(lab, knock):
+def test_nonsense_on_the_socket_hurts_nobody(boot):
+    lab, made = boot(3), []
+    knock = knocker(lab, made)
     deep = "[" * 500 + "]" * 500
     messages = ["", "x", "[]", "null", '{"op": 1}', '{"op": "detach"}', "[" * 60_000]
     for message in messages:
@@ -333,13 +331,19 @@ def test_nonsense_on_the_socket_hurts_nobody(lab, knock):
         guest.send(f'{{"op": "kill", "cpu": 1, {rest or chr(34)}}}'.encode())
         guest.send(f'{{"op": "boot", "cpu": 1, {rest or chr(34)}}}'.encode())
     assert lab.run(smp.smp_processor_id) == [0, 1, 2]
+    for connection in made:
+        connection.close()
 
 
-def test_who_connects_and_says_nothing_keeps_nobody_out(lab, knock):
+def test_who_connects_and_says_nothing_keeps_nobody_out(boot):
+    lab, made = boot(2), []
+    knock = knocker(lab, made)
     for _ in range(40):
         knock()
     with Cluster.attach(lab.name) as here:
         assert here.call(1, int, "3", timeout=5) == 3
+    for connection in made:
+        connection.close()
 
 
 # ---- between hosts -------------------------------------------------------------------
@@ -821,6 +825,13 @@ def odd():
 
 def nothing():
     pass
+
+class Nameless:
+    def __repr__(self):
+        raise LookupError("no words")
+
+def nameless():
+    return Nameless()
 """
 
 
@@ -878,13 +889,18 @@ def test_ps_shows_who_is_attached(lab, capsys, eventually):
         assert f"attached: {os.getpid()}\n" in capsys.readouterr().out
 
 
-def test_call_says_what_is_wrong_in_words(lab, program, capsys):
+def test_call_says_what_is_wrong_in_words(lab, program, tmp_path, capsys):
     name = lab.name
+    leaves = tmp_path / "leaves.py"
+    leaves.write_text("raise SystemExit(5)")
     for status, words, *arguments in [
         (1, "ValueError: on purpose", name, "1", f"{program}:bad"),
         (1, "CPU 9 does not exist", name, "9", "os:getpid"),
         (1, "no answer", "--timeout", "50ms", name, "1", "time:sleep", "0.3"),
         (1, "is not for JSON", "--json", name, "1", f"{program}:odd"),
+        (1, "LookupError: no words", name, "1", f"{program}:nameless"),
+        (1, "imported: SystemExit: 5", name, "1", f"{leaves}:x"),
+        (2, "no name of a module", name, "1", "..os:x"),
         (1, "there is no machine", "there-is-none", "1", "os:getpid"),
         (2, "letters", "no name", "1", "os:getpid"),
         (2, "has no function", name, "1", f"{program}:missing"),
