@@ -562,9 +562,11 @@ def test_a_full_arena_is_an_error_and_passes(boot, eventually):
 def test_abandoned_large_results_do_not_pile_up(boot):
     """Results that nobody fetched after a time-out are dropped in the end."""
     cluster = boot(2, idle="halt")
+    given_up = cluster.shared("given_up", "i8", 1)
 
-    def slow():
-        time.sleep(0.004)
+    def slow(turn):
+        while given_up[0] < turn:  # however late the caller looks at its clock
+            time.sleep(0.0005)
         return bytes(1_000_000)
 
     def memory():
@@ -572,9 +574,10 @@ def test_abandoned_large_results_do_not_pile_up(boot):
         return int(status.partition("VmRSS:")[2].split()[0])
 
     before = cluster.call(1, memory)
-    for _ in range(150):
+    for turn in range(1, 151):
         with pytest.raises(IpiTimeoutError):
-            cluster.call(1, slow, timeout=0.001)
+            cluster.call(1, slow, turn, timeout=0.001)
+        given_up[0] = turn
     assert cluster.call(1, memory) - before < 100_000  # KiB; all: 150,000
 
 
