@@ -42,7 +42,6 @@ typedef struct {
 
 static PyTypeObject *task_signal_type, *entry_type;
 static PyObject *original_signal, *original_getsignal, *original_set_wakeup_fd;
-static PyObject *original_find_and_load;
 
 static PyObject *task_signal_call(PyObject *object, PyObject *const *args, size_t nargsf,
                                   PyObject *kwnames)
@@ -294,19 +293,20 @@ static int add_entry(PyObject *module, const char *name, vectorcallfunc function
 /* ---- imports --------------------------------------------------------------------- */
 
 /*
- * In the place of importlib's _find_and_load, which does the work of an import of what is
- * not there yet.  A handler in the middle of it would see modules that are half there, and
- * on 3.11 break importlib's own books when it imports itself.
+ * In the place of importlib's functions that take a module's lock: _find_and_load, which does
+ * the work of an import of what is not there yet, _lock_unlock_module, which waits for what
+ * another thread imports, and _exec, which is a reload.  A handler in the middle of one would
+ * see modules that are half there, and on 3.11 break importlib's own books when it imports
+ * itself.
  */
-static PyObject *find_and_load(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
-                               PyObject *kwnames)
+static PyObject *hold(PyObject *original, PyObject *const *args, Py_ssize_t nargs,
+                      PyObject *kwnames)
 {
     Machine *machine = own_cpu();
-    (void)module;
     if (!machine || !machine->self.in_task || machine->self.in_irq)
-        return PyObject_Vectorcall(original_find_and_load, args, (size_t)nargs, kwnames);
+        return PyObject_Vectorcall(original, args, (size_t)nargs, kwnames);
     machine->self.held++;
-    PyObject *result = PyObject_Vectorcall(original_find_and_load, args, (size_t)nargs, kwnames);
+    PyObject *result = PyObject_Vectorcall(original, args, (size_t)nargs, kwnames);
     if (--machine->self.held || machine->foreign)
         return result;
     PyObject *error = result ? NULL : shi_take_exception();
@@ -317,6 +317,19 @@ static PyObject *find_and_load(PyObject *module, PyObject *const *args, Py_ssize
     }
     return result;
 }
+
+#define HELD(name)                                                                               \
+    static PyObject *original_##name;                                                            \
+    static PyObject *name(PyObject *module, PyObject *const *args, Py_ssize_t nargs,             \
+                          PyObject *kwnames)                                                     \
+    {                                                                                            \
+        (void)module;                                                                            \
+        return hold(original_##name, args, nargs, kwnames);                                      \
+    }
+HELD(find_and_load)
+HELD(lock_unlock_module)
+HELD(exec)
+#undef HELD
 
 /* ---- recursion ------------------------------------------------------------------- */
 
@@ -386,8 +399,12 @@ static PyMethodDef replacements[] = {
     {"set_wakeup_fd", (PyCFunction)(void (*)(void))set_wakeup_fd, METH_VARARGS | METH_KEYWORDS,
      "set_wakeup_fd(fd, *, warn_on_full_buffer=True)\n--\n\n"
      "Where the numbers of signals are written: what it was.  A full buffer is no error."},
-    {"_find_and_load", (PyCFunction)(void (*)(void))find_and_load,
-     METH_FASTCALL | METH_KEYWORDS, "_find_and_load(name, import_)"},
+#define HELD(name, text)                                                                         \
+    {"_" #name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, text}
+    HELD(find_and_load, "_find_and_load(name, import_)"),
+    HELD(lock_unlock_module, "_lock_unlock_module(name)"),
+    HELD(exec, "_exec(spec, module)"),
+#undef HELD
 };
 
 /* shield(): from here on in this process and in those it forks.  The firmware calls it. */
@@ -400,7 +417,10 @@ static PyObject *shield(PyObject *module, PyObject *unused)
         replace("_signal", "set_wakeup_fd", &original_set_wakeup_fd, &replacements[2]) < 0 ||
         replace("signal", "set_wakeup_fd", &original_set_wakeup_fd, &replacements[2]) < 0 ||
         replace("_frozen_importlib", "_find_and_load", &original_find_and_load,
-                &replacements[3]) < 0)
+                &replacements[3]) < 0 ||
+        replace("_frozen_importlib", "_lock_unlock_module", &original_lock_unlock_module,
+                &replacements[4]) < 0 ||
+        replace("_frozen_importlib", "_exec", &original_exec, &replacements[5]) < 0)
         return NULL;
     Py_RETURN_NONE;
 }

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import importlib
 import os
 import select
 import signal
@@ -310,6 +311,69 @@ def test_an_offline_request_waits_for_the_import(module, eventually):
     assert cluster.cpus[1].state == "offline"
     cluster.online(1)
     cluster._machine.collect(task, 1, 5.0)
+
+
+SLOWER = """
+import time, shmipi
+shmipi.shared("state")[2] = 1
+time.sleep(0.1)
+shmipi.shared("state")[2] = 0
+x = 1
+"""
+
+
+@pytest.mark.parametrize("how", ["thread", "reload"])
+def test_handlers_that_import_leave_a_task_s_imports_whole(
+    boot, tmp_path, monkeypatch, how
+):
+    """Also of what another thread imports, and of what is there already."""
+    monkeypatch.syspath_prepend(tmp_path)
+    rounds, fresh = 10, 300
+    for n in range(rounds):
+        (tmp_path / f"slow{n}.py").write_text(SLOWER)
+    for n in range(fresh):
+        (tmp_path / f"fresh{n}.py").write_text("y = 1\n")
+
+    def in_thread():
+        failed = []
+        for n in range(rounds):
+            other = threading.Thread(target=importlib.import_module, args=[f"slow{n}"])
+            other.start()
+            while f"slow{n}" not in sys.modules:
+                time.sleep(0.001)
+            try:
+                exec(f"import slow{n}; assert slow{n}.x")  # not importlib's own way
+            except BaseException as error:
+                failed.append(repr(error))
+            other.join()
+        return failed
+
+    def reloads():
+        import slow0
+
+        seen = []
+        for _ in range(rounds):
+            importlib.reload(slow0)
+            seen += [repr(error) for error in ([] if slow0.x else [ValueError])]
+        return seen
+
+    def imports_too(n):
+        state[3] += state[2]
+        return importlib.import_module(f"fresh{n}").y
+
+    cluster = boot(2, idle="halt")
+    state = cluster.shared("state", "i8", 8)
+    function = in_thread if how == "thread" else reloads
+    task = cluster.start(function, cpus=[1])[0]
+    n = 0
+    while not task.done() and n < fresh:
+        assert cluster.call(1, imports_too, n, timeout=10) == 1
+        n += 1
+        time.sleep(0.003)
+    assert task.result(20) == []
+    assert n > 5
+    if how == "reload":
+        assert not state[3]  # none in the middle of one
 
 
 def test_what_handlers_need_is_there_from_boot(boot):
