@@ -54,6 +54,8 @@ class Guest(Orders):
                 "an interrupt handler cannot attach to a machine, which takes long and"
                 " sleeps: do it in a task (cluster.run)"
             )
+        if name is None:  # for a machine that is booted, that is a name of no matter
+            raise ValueError("name is None: give the name of a machine that is up")
         super().__init__(segment.check_name(name))
         self.full = segment.full_name(name)
         self.owner = os.getpid()
@@ -157,8 +159,11 @@ class Guest(Orders):
                 break
             else:
                 with Inspector(name) as inspector:
-                    if inspector.view().state not in ("starting", "booting"):
-                        break
+                    state = inspector.view().state
+                if state in ("stopping", "dead"):
+                    raise _refused(name, "it is being shut down", errno.ESHUTDOWN)
+                if state == "up":
+                    break
             time.sleep(0.02)
         raise AttachError(
             f"the firmware of machine {name} cannot be reached: is it in another"
@@ -174,9 +179,17 @@ class Guest(Orders):
             )
         except TimeoutError:
             raise _no_answer(self._name) from None
+        except ConnectionError:  # it stood in line, and nobody takes it any more
+            data = b""
         if not data:
-            raise _refused(self._name, "it has ended just now", errno.EOWNERDEAD)
+            raise self._hung_up()
         return json.loads(data), fds
+
+    def _hung_up(self) -> AttachError:
+        with contextlib.suppress(OSError, ShmipiError), Inspector(self._name) as found:
+            if found.view().state == "stopping":
+                return _refused(self._name, "it is being shut down", errno.ESHUTDOWN)
+        return _refused(self._name, "it has ended just now", errno.EOWNERDEAD)
 
     def _check_reply(self, name: str, reply: dict[str, Any]) -> None:
         if "error" in reply:
@@ -186,6 +199,8 @@ class Guest(Orders):
 
     def end_error(self) -> ShmipiError:
         """Return what says why there is no machine any more."""
+        if not hasattr(self, "machine"):
+            return self._hung_up()
         if self.machine.shut_down:
             return ClusterStateError(
                 f"the machine {self._name} was shut down by its owner"

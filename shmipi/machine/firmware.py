@@ -466,8 +466,8 @@ class Firmware:
     def stop(self, grace: float) -> None:
         """Ask every CPU to end; those that have not after ``grace`` s are killed."""
         self.machine.set_shut_down()
-        self.guests.close()
         self.machine.stop_all()
+        self.guests.close()  # who is refused now finds why
         self.guests.tell({"op": "shutdown"})
         self.stopping = True
         self.deadline = time.monotonic() + grace

@@ -223,7 +223,7 @@ class Guests:
     def _admit(self, guest: _Guest) -> None:
         try:
             if self.closed:
-                raise OSError(errno.ESHUTDOWN, "the machine is being shut down")
+                raise OSError(errno.ESHUTDOWN, "it is being shut down")
             if guest.pid <= 0:
                 raise OSError(errno.EOPNOTSUPP, "you are in another PID namespace")
             if not self._free:

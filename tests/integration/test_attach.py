@@ -171,6 +171,33 @@ def test_no_machine_and_a_dead_one(script, eventually):
         path.unlink()
 
 
+def test_a_machine_that_ends_just_now_says_so(boot, background, eventually):
+    owner = boot(1)
+
+    def busy():
+        smp.local_irq_disable()
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            pass
+
+    task = owner.start(busy)[0]
+    eventually(task.running)
+    time.sleep(0.05)
+    shutdown = background(owner.shutdown)
+    seen = {}
+    while shutdown.is_alive():
+        try:
+            Cluster.attach(owner.name).shutdown()
+        except AttachError as error:
+            seen[error.errno] = str(error)
+    shutdown.end()
+    assert "it is being shut down" in seen[errno.ESHUTDOWN]
+    assert seen.keys() <= {errno.ESHUTDOWN, errno.EOWNERDEAD, errno.ENOENT}
+    for name in (None, 5, "", "a/b"):
+        with pytest.raises(ValueError, match="name is"):
+            Cluster.attach(name)
+
+
 def test_another_network_namespace_is_said(lab, script):
     try:
         subprocess.run(["unshare", "-n", "true"], check=True, stderr=subprocess.DEVNULL)
