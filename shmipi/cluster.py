@@ -161,8 +161,9 @@ class Cluster:
 
         Raises ``AttachError`` (its errno: ENOENT there is no such machine, EAGAIN six
         hosts are attached already, EOWNERDEAD it is dead, ESHUTDOWN it ends just now,
-        ECONNREFUSED or EOPNOTSUPP it runs in another container), ``LayoutError`` for
-        one that another version of shmipi booted, ``ValueError`` for what is no name.
+        ECONNREFUSED or EOPNOTSUPP it runs in another container, ENOPKG its controller
+        is of a module that is not here), ``LayoutError`` for one that another version
+        of shmipi booted, ``ValueError`` for what is no name.
         """
         cluster = cls.__new__(cls)
         cluster._hold(Guest(name))

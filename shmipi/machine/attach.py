@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 import selectors
 import socket
 import threading
@@ -64,7 +65,7 @@ class Guest(Orders):
         try:
             self._attach(name)
         except BaseException as error:
-            self._release()
+            self._give_back()
             if isinstance(error, OSError) and not isinstance(error, ShmipiOSError):
                 raise AttachError(
                     f"machine {name} could not be attached to: {error.strerror}",
@@ -77,7 +78,7 @@ class Guest(Orders):
         try:
             start_thread(self._watcher)
         except BootError as error:
-            self._release()
+            self._give_back()
             raise _refused(name, str(error), errno.EAGAIN) from None
 
     # ---- coming ---------------------------------------------------------------------
@@ -135,7 +136,17 @@ class Guest(Orders):
         self.machine.map_natives([_core.native_name(n) for n in about["natives"]])
         with Inspector(name) as inspector:
             view = inspector.view()
-        self.plan = _plan(view, self.machine, pickle.loads(about["controller"]))
+        try:
+            controller = pickle.loads(about["controller"])
+        except Exception as error:  # a class of the owner's own, whose module runs
+            why = f"{type(error).__name__}: {error}"
+            raise _refused(
+                name,
+                f"its interrupt controller cannot be loaded here: {why} (the module is"
+                " looked for on sys.path, $PYTHONPATH)",
+                errno.ENOPKG,
+            ) from None
+        self.plan = _plan(view, self.machine, controller)
 
     def _connect(self, name: str) -> socket.socket:
         where = address(self.full, segment.identity(self._fd))
@@ -174,13 +185,21 @@ class Guest(Orders):
     def _receive(self) -> tuple[dict[str, Any], list[int]]:
         assert self._control is not None
         try:
-            data, fds, *_ = socket.recv_fds(
+            data, fds, flags, _ = socket.recv_fds(
                 self._control, MESSAGE_MAX, FDS_AT_ONCE, socket.MSG_CMSG_CLOEXEC
             )
         except TimeoutError:
             raise _no_answer(self._name) from None
         except ConnectionError:  # it stood in line, and nobody takes it any more
-            data = b""
+            raise self._hung_up() from None
+        if flags & socket.MSG_CTRUNC:  # the kernel could not give us all of them
+            self._fds += fds
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise _refused(
+                self._name,
+                f"ulimit -n ({limit}) has no room for its CPUs' doorbells: raise it",
+                errno.EMFILE,
+            )
         if not data:
             raise self._hung_up()
         return json.loads(data), fds
@@ -266,6 +285,15 @@ class Guest(Orders):
             self._control.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
         if self._watcher is not threading.current_thread():
             self._watcher.join(5.0)
+        self._release()
+
+    def _give_back(self) -> None:
+        """Of an attach that came to nothing: it may have had a slot already."""
+        if self._control is not None and (
+            not hasattr(self, "machine") or self.machine.leave(0.0)
+        ):
+            with contextlib.suppress(ShmipiError):
+                self._order({"op": "detach"})
         self._release()
 
     def _release(self) -> None:

@@ -198,6 +198,65 @@ def test_a_machine_that_ends_just_now_says_so(boot, background, eventually):
             Cluster.attach(name)
 
 
+def test_a_controller_of_a_module_that_is_not_here(tmp_path, script, capsys):
+    (tmp_path / "ownchip.py").write_text(
+        "from shmipi.irq.chips.apic import Apic\nclass Own(Apic):\n    name = 'own'\n"
+    )
+    name = f"own{os.getpid()}"
+    program = f"""
+    import sys
+    sys.path.insert(0, {str(tmp_path)!r})
+    import ownchip
+    from shmipi import Cluster
+    if __name__ == "__main__":
+        with Cluster(1, name={name!r}, controller=ownchip.Own):
+            print("up", flush=True)
+            sys.stdin.read()
+    """
+    owner = script(program, wait=False, stdin=subprocess.PIPE)
+    assert owner.stdout.readline() == "up\n"
+    with pytest.raises(AttachError, match=r"ModuleNotFoundError.*ownchip.*PYTHONPATH"):
+        Cluster.attach(name)
+    assert cli.main(["call", name, "0", "os:getpid"]) == 1
+    assert capsys.readouterr().err.startswith("shmipi call: machine ")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with Cluster.attach(name) as here:
+            assert here.controller == "own"
+            assert here.call(0, int, "3") == 3
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("ownchip")
+    owner.communicate()
+
+
+@pytest.mark.parametrize("doorbell", ["eventfd", "sem"])
+def test_no_room_for_the_doorbells_is_said_at_once(boot, script, doorbell):
+    program = """
+    import os, resource, sys, time
+    from shmipi import AttachError, Cluster
+    if __name__ == "__main__":
+        Cluster.attach(sys.argv[1]).shutdown()
+        before = os.listdir("/proc/self/fd")
+        for room in (5, 7, 9, 11):
+            begun = time.monotonic()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + room, 4096))
+            try:
+                Cluster.attach(sys.argv[1])
+            except AttachError as error:
+                assert "ulimit -n" in str(error) or "open files" in str(error), error
+            else:
+                raise AssertionError
+            assert time.monotonic() - begun < 10
+            resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+            assert os.listdir("/proc/self/fd") == before
+        print("said")
+    """
+    lab = boot(16, doorbell=doorbell)
+    assert script(program, lab.name).text == "said\n"
+    assert lab.call(15, int, "3") == 3
+
+
 def test_another_network_namespace_is_said(lab, script):
     try:
         subprocess.run(["unshare", "-n", "true"], check=True, stderr=subprocess.DEVNULL)
