@@ -37,6 +37,7 @@ DOORBELLS = ("futex", "sem", "signal", "eventfd", "mqueue")
 IDLE = ("poll", "haltpoll", "halt")
 
 _STOP_GRACE_S = 2.0
+_PATH_MAX = 64 << 10
 _TRACE_RECORDS = 8192
 
 # One thread each, in the firmware and so in the CPUs: a library's thread pool makes
@@ -203,10 +204,11 @@ class Host(Orders):
             "filters": _pickled_filters(),
             "environment": saved,
         }
-        # Found as it was found here, whatever the working directory holds.
+        # All is found as it was found here, whatever the working directory holds, and
+        # also if the program itself said where (a PEX file, a folder of its own).
         home = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
         start = (
-            "import sys; sys.path.insert(0, sys.argv.pop(1));"
+            f"import sys; sys.path[:] = {_path_text(home)};"
             " from shmipi.machine.firmware import main; main()"
         )
         with contextlib.ExitStack() as stack:
@@ -218,7 +220,7 @@ class Host(Orders):
             pipe = [stack.enter_context(io.FileIO(fd, mode)) for fd, mode in ends]
             reading = stack.enter_context(io.FileIO(_above(pipe[0].fileno()), "rb"))
             shared = [reading.fileno(), theirs.fileno(), self._segment.fileno()]
-            command = [sys.executable, *_interpreter_flags(), "-c", start, home]
+            command = [sys.executable, *_interpreter_flags(), "-c", start]
             try:
                 self._process = subprocess.Popen(
                     [*command, *map(str, shared)],
@@ -446,6 +448,22 @@ def _writable(fd: int) -> bool:
 
 def _copy(end: socket.socket) -> socket.socket:
     return socket.socket(fileno=_above(end.fileno()))
+
+
+def _path_text(first: str) -> str:
+    """Return sys.path, behind ``first``, as what stands in an argument of a program.
+
+    The kernel takes no argument of more than 128 KiB. A path that is cut is made whole
+    with the rest of what the firmware is told.
+    """
+    entries, room = [first], _PATH_MAX
+    for entry in sys.path:
+        if isinstance(entry, str):
+            room -= len(ascii(entry))
+            if room < 0:
+                break
+            entries.append(entry)
+    return ascii(entries)
 
 
 def _standard(stream: object, number: int) -> int | None:

@@ -201,3 +201,34 @@ with open("answers", "w") as file:
         )
     if 2 not in closed:
         assert sorted(done.stderr.split()) == sorted(text.split())
+
+
+# ---- where modules are found ---------------------------------------------------------
+
+
+def test_what_a_program_added_to_its_path_is_there_for_the_machine_too(tmp_path):
+    """As in a PEX file: no module is where the interpreter looks by itself."""
+    long = [str(tmp_path / ("x" * 200 + str(n))) for n in range(1000)]
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+    program = f"""
+import sys
+sys.path[:] = {sys.path!r} + {long!r}
+import os
+from shmipi import Cluster
+with Cluster(2, idle="halt") as cluster:
+    print(cluster.call(1, os.getpid) == cluster.cpus[1].pid)
+    print(cluster.call(1, lambda: sys.path[-1]) == {long[-1]!r})
+"""
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-S", str(file)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("True\nTrue\n", "")
