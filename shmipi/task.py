@@ -338,10 +338,13 @@ class Tasks(Sequence[Task[_Result_co]]):
         Raises what one task failed with, or a ``CpusFailedError`` of several, after all
         have ended; its ``results`` has what the others returned, by CPU.
         ``IpiTimeoutError`` when some have not ended in ``timeout`` seconds, with the
-        ``results`` of the others: those go on, until ``cancel()``.
+        ``results`` of the others, and what others raised as its cause: those that have
+        not ended go on, until ``cancel()``.
         """
         if not self.wait(timeout):
-            raise _late(self._tasks, f"in {timeout:g} s: it goes on, until cancel()")
+            late = _late(self._tasks, f"in {timeout:g} s: it goes on, until cancel()")
+            if late is not None:
+                raise late
         results, failures = _outcomes(self._tasks)
         if failures:
             raise _failure(failures, results)
@@ -358,10 +361,13 @@ class Tasks(Sequence[Task[_Result_co]]):
     # ---- for Cluster.run -------------------------------------------------------------
 
     def _run(self, timeout: float | None) -> list[_Result_co]:
-        if self.wait(timeout):
+        late = None
+        if not self.wait(timeout):
+            # First: one that has not begun has ended as soon as it is cancelled.
+            late = _late(self._tasks, f"in {timeout:g} s and was cancelled")
+        if late is None:
             return self.results()
         _cancel(self._tasks, False, 0.0)
-        late = _late(self._tasks, f"in {timeout:g} s and was cancelled")
         if not _settle(self._tasks, _GRACE_S):
             late.add_note(_still(self._tasks))
         raise late
@@ -449,12 +455,20 @@ def _failure(failures: list[Any], results: dict[int, Any]) -> Any:
     return error
 
 
-def _late(tasks: Sequence[Task[Any]], what: str) -> IpiTimeoutError:
+def _late(tasks: Sequence[Task[Any]], what: str) -> IpiTimeoutError | None:
+    """Make the error of those that have not ended; its cause is what others raised.
+
+    None: all have, the last of them taken by another thread just now.
+    """
     late = [task.cpu for task in tasks if task._state != "ended"]
+    if not late:
+        return None
     error = IpiTimeoutError(
         f"the task on {_cpus(late)} has not ended {what}", cpu=late[0]
     )
-    error.results, _ = _outcomes(tasks)
+    error.results, failures = _outcomes(tasks)
+    if failures:
+        error.__cause__ = _failure(failures, error.results)
     return error
 
 

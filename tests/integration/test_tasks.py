@@ -483,6 +483,36 @@ def test_run_with_a_timeout_cancels_and_keeps_what_there_is(cluster):
             cluster.run(int, timeout=wrong)
 
 
+def test_run_gives_up_behind_a_task_that_goes_on(cluster, eventually):
+    """Cancelled before they began: that they are late is said all the same."""
+    first = cluster.start(time.sleep, 30, cpus=[1])
+    eventually(running(first))
+    with pytest.raises(IpiTimeoutError, match="CPU 1 has not ended") as caught:
+        cluster.run(smp.smp_processor_id, cpus="0-1", timeout=0.5)
+    assert caught.value.results == {0: 0}
+    with pytest.raises(IpiTimeoutError, match="CPU 1 has not ended") as caught:
+        cluster.run(smp.smp_processor_id, cpus=[1], timeout=0.1)
+    assert caught.value.results == {}
+    first.cancel()
+    assert first.wait(SOON_S)
+    assert cluster.run(smp.smp_processor_id, cpus=[1], timeout=SOON_S) == [1]
+
+
+def test_late_tasks_do_not_hide_what_others_failed_with(cluster):
+    def work():
+        cpu = smp.smp_processor_id()
+        if cpu == 0:
+            raise ValueError("of CPU 0")
+        time.sleep(30 if cpu == 1 else 0)
+        return cpu
+
+    with pytest.raises(IpiTimeoutError, match="CPU 1 has") as caught:
+        cluster.run(work, cpus="0-2", timeout=1.0)
+    assert caught.value.results == {2: 2}
+    assert isinstance(caught.value.__cause__, RemoteCallError)
+    assert isinstance(caught.value.__cause__.__cause__, ValueError)
+
+
 def test_ctrl_c_in_run_cancels_its_tasks(script):
     """`interrupted_run`: the next run() runs, and nothing goes on behind its back."""
     done = script(
