@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shmipi.cli import Parser
 from shmipi.cli.options import above_zero, add_machine_options, boot
-from shmipi.cli.tagged import Tagger, redirect
+from shmipi.cli.tagged import Tagger
 from shmipi.cpumask import CpuMask
 from shmipi.errors import (
     CommandError,
@@ -49,6 +49,7 @@ shmipi run program.py:measure --idle halt -- 1000 fast
 shmipi run os:getpid"""
 
 _LATE_STATUS: Final = 124  # as timeout(1)
+_JOIN_S: Final = 60.0
 _SCRIPT: Final = "__shmipi_script__"  # for a file whose own name is another module's
 
 
@@ -86,7 +87,6 @@ class Target:
     """What to run: a file by its ``path``, or a ``module``, and the function's name.
 
     ``folder`` and ``argv`` are what sys.path begins with and sys.argv is for it.
-    ``tags`` is where the pipes of ``--tag`` are.
     """
 
     path: str | None
@@ -94,7 +94,6 @@ class Target:
     func: str
     folder: str
     argv: list[str]
-    tags: str | None = None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,13 +103,10 @@ def run(args: argparse.Namespace) -> int:
     target = _target(word, arguments)
     if not args.tag:
         return _report(_outcomes(args, target))
-    from shmipi.machine import topology
-
-    ncpus = args.cpus or topology.default_ncpus()
-    with Tagger(range(ncpus)) as tagger:
+    with Tagger() as tagger:
         try:
             # The machine ends first: all that its CPUs printed is in their pipes then.
-            outcomes = _outcomes(args, replace(target, tags=tagger.folder))
+            outcomes = _outcomes(args, target, tagger)
         except KeyboardInterrupt:
             if tagger.error is None:
                 raise
@@ -120,9 +116,13 @@ def run(args: argparse.Namespace) -> int:
     return _report(outcomes)
 
 
-def _outcomes(args: argparse.Namespace, target: Target) -> dict[int, Outcome]:
+def _outcomes(
+    args: argparse.Namespace, target: Target, tagger: Tagger | None = None
+) -> dict[int, Outcome]:
     with boot(args) as cluster:
         cpus = cluster.online_mask
+        if tagger is not None:
+            tagger.join(cluster, cpus, _JOIN_S)
         begun, left = time.monotonic(), args.timeout
         outcomes = _each(cluster, _load, target, cpus, left)
         if all(outcome.good for outcome in outcomes.values()):
@@ -220,10 +220,6 @@ def _load(target: Target) -> Outcome:
         global _loaded
         # Only here, on the CPUs: what lies beside a file, its `random.py` say, must
         # not be taken for a module that the host or the firmware wants.
-        from shmipi import smp
-
-        if target.tags is not None:
-            redirect(target.tags, smp.smp_processor_id())
         sys.path.insert(0, target.folder)
         sys.argv[:] = target.argv
         _loaded = _module(target)
@@ -374,18 +370,24 @@ def _each(
         return dict(zip(cpus, results, strict=True))
     except IpiTimeoutError as error:
         outcomes = dict.fromkeys(cpus, Outcome("late", "", _LATE_STATUS))
+        if error.__cause__ is not None:
+            outcomes |= _deaths(cluster, error.__cause__)
         return outcomes | dict(error.results or {})
     except (ShmipiError, CpusFailedError) as error:
-        failures: tuple[Any, ...] = (error,)
-        if isinstance(error, CpusFailedError):
-            failures = error.exceptions
-        strange = [each for each in failures if not isinstance(each, CpuDiedError)]
-        if strange:
-            words = sorted({str(each) for each in strange})
-            raise CommandError("; ".join(words)) from None
-        died = {each.cpu: _death(cluster, each) for each in failures}
-        outcomes = died | dict(error.results or {})
+        outcomes = _deaths(cluster, error) | dict(error.results or {})
         return {cpu: outcomes[cpu] for cpu in cpus}
+
+
+def _deaths(cluster: Cluster, error: Any) -> dict[int, Outcome]:
+    """Return what became of the CPUs that died of it. ``CommandError`` for the rest."""
+    failures: tuple[Any, ...] = (error,)
+    if isinstance(error, CpusFailedError):
+        failures = error.exceptions
+    strange = [each for each in failures if not isinstance(each, CpuDiedError)]
+    if strange:
+        words = sorted({str(each) for each in strange})
+        raise CommandError("; ".join(words)) from None
+    return {each.cpu: _death(cluster, each) for each in failures}
 
 
 def _death(cluster: Cluster, error: Any) -> Outcome:

@@ -2,7 +2,8 @@
 
 Each CPU gets two pipes in the place of its standard output and standard error, so that
 native code and programs that a task starts are tagged too. They are named pipes: a CPU
-opens its own by their names. The host reads them all and writes whole lines.
+opens its own by their names, which are gone as soon as all have, so that a host that is
+killed leaves none. The host reads them all and writes whole lines.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Self, TextIO
+from typing import TYPE_CHECKING, Final, Self, TextIO
 
 from shmipi.errors import CommandError
 
-__all__ = ["Tagger", "redirect"]
+if TYPE_CHECKING:
+    from shmipi.cluster import Cluster
+    from shmipi.cpumask import CpuMask
+
+__all__ = ["Tagger"]
 
 _STREAMS: Final = ("out", "err")
 _READ: Final = 1 << 16
@@ -31,8 +35,11 @@ _LINE_MAX: Final = 1 << 20  # what has no end of line after that is a line
 _SPARE_FILES: Final = 64
 
 
-def redirect(folder: str, cpu: int) -> None:
-    """On a CPU: let its standard output and standard error go to the host's pipes."""
+def redirect(folder: str) -> None:
+    """Task: let a CPU's standard output and standard error go to the host's pipes."""
+    from shmipi import smp
+
+    cpu = smp.smp_processor_id()
     for number, (name, stream) in enumerate(
         zip(_STREAMS, (sys.stdout, sys.stderr), strict=True), start=1
     ):
@@ -54,36 +61,42 @@ class _Pipe:
 class Tagger:
     """Reads the CPUs' pipes in a thread of its own; a context manager.
 
-    ``folder`` is what ``redirect`` wants. When the output cannot be written, what comes
-    is thrown away, so that no task waits for room in its pipe, the main thread gets a
-    SIGINT, and ``error`` says why.
+    ``join`` has the CPUs of a machine write into them. When the output cannot be
+    written, what comes is thrown away, so that no task waits for room in its pipe, the
+    main thread gets a SIGINT, and ``error`` says why.
     """
 
-    def __init__(self, cpus: Iterable[int]) -> None:
+    def __init__(self) -> None:
         self.error: OSError | None = None
         self._selector = selectors.DefaultSelector()
         self._wake_r, self._wake_w = os.pipe()
         self._selector.register(self._wake_r, selectors.EVENT_READ)
         self._pipes: list[int] = []
-        self.folder = tempfile.mkdtemp(prefix="shmipi-run-")
         self._lock = threading.Lock()
         self._ending = False
         self._thread = threading.Thread(
             target=self._serve, name="shmipi-tag", daemon=True
         )
-        try:
-            self._open(list(cpus))
-        except BaseException:
-            self._close()
-            raise
-        self._thread.start()
 
-    def _open(self, cpus: list[int]) -> None:
+    def join(self, cluster: Cluster, cpus: CpuMask, timeout: float | None) -> None:
+        """Make the pipes of these CPUs and have them opened there; what ``run`` raises.
+
+        Once, before anything of the user's runs.
+        """
+        folder = tempfile.mkdtemp(prefix="shmipi-run-")
+        try:
+            self._open(folder, list(cpus))
+            self._thread.start()
+            cluster.run(redirect, folder, cpus=cpus, timeout=timeout)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _open(self, folder: str, cpus: list[int]) -> None:
         _allow_files(len(_STREAMS) * len(cpus) + _SPARE_FILES)
         digits = len(str(max(cpus, default=0)))
         for cpu in cpus:
             for name in _STREAMS:
-                path = os.path.join(self.folder, f"{cpu}.{name}")
+                path = os.path.join(folder, f"{cpu}.{name}")
                 os.mkfifo(path, 0o600)
                 try:
                     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -110,14 +123,14 @@ class Tagger:
         with self._lock:
             self._ending = True  # no SIGINT from now on
         os.write(self._wake_w, b"\0")
-        self._thread.join()
+        if self._thread.ident is not None:  # it was started
+            self._thread.join()
         self._close()
 
     def _close(self) -> None:
         self._selector.close()
         for fd in (*self._pipes, self._wake_r, self._wake_w):
             os.close(fd)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     # ---- the thread ------------------------------------------------------------------
 

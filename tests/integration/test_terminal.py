@@ -327,6 +327,11 @@ def program(tmp_path: Path) -> str:
                 while True:
                     print("x" * 100)
 
+            def one_dies():
+                if not smp.smp_processor_id():
+                    os.kill(os.getpid(), 9)
+                time.sleep(60)
+
             def chip():
                 return type(irq.chip()).__name__
             """
@@ -353,6 +358,43 @@ def test_tagged_lines_are_whole_and_in_order(program: str) -> None:
     assert len(lines) == 3 * 402 + 3
     assert sorted(messages.splitlines()) == [
         f"CPU {cpu}| to stderr" for cpu in range(3)
+    ]
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_tagged_run_that_is_killed_leaves_no_pipes(
+    program: str, tmp_path: Path, end: signal.Signals
+) -> None:
+    folder = tmp_path / "pipes"
+    folder.mkdir()
+    with subprocess.Popen(
+        [*SHMIPI, "run", "--tag", "--cpus", "2", f"{program}:flood"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**ENVIRONMENT, "TMPDIR": str(folder)},
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(end)
+        process.communicate(timeout=20.0)
+    assert process.returncode == -end
+    assert list(folder.iterdir()) == []
+
+
+def test_a_tagged_run_of_too_many_cpus_is_wrong_usage() -> None:
+    """Before a pipe is made for each of them."""
+    words = shmipi("run", "--tag", "--cpus", "9" * 12, "os:getpid", status=2)
+    assert "a machine has 1 to 4096 CPUs" in words
+
+
+def test_a_timeout_does_not_hide_that_a_cpu_died(program: str) -> None:
+    with started("run", "--timeout", "2s", "--cpus", "2", f"{program}:one_dies") as run:
+        _, messages = run.communicate(timeout=40.0)
+    assert run.returncode == 124
+    assert messages.splitlines() == [
+        "shmipi run: CPU 0 died: killed by SIGKILL",
+        "shmipi run: CPU 1 did not end in time",
     ]
 
 
