@@ -509,6 +509,7 @@ struct shi_slot {
     char handler_name[SHI_HANDLER_NAME];
     shi_a32 starved; /* enum shi_starved: its senders write it too */
     shi_a32 lends;   /* 1 once a process of this slot has lent a result */
+    shi_a64 rerung;  /* by who waits for it: see shi_watch_ring */
     shi_a32 quiet;   /* `departed`, when it last had no csd of anybody's in hand */
     shi_a32 ended;   /* `departed`, when the slot's last process had ended: the firmware's */
 

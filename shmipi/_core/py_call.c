@@ -8,6 +8,7 @@
 #include "clock.h"
 #include "doorbell.h"
 #include "native.h"
+#include "watch.h"
 
 static bool warned_irqs_off, warned_in_interrupt;
 
@@ -172,7 +173,7 @@ int shi_wait_for_room(Machine *machine)
         if (++machine->room_looks % ROOM_LOOKS == 0) {
             /* Each look is too short to notice that a ring was lost: ring again. */
             shi_enter(&machine->self);
-            shi_irq_rering(&machine->self, dst);
+            shi_watch_ring(&machine->self, dst);
             shi_leave(&machine->self);
         }
         return 0;

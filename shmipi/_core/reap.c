@@ -156,6 +156,7 @@ uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu)
     shi_store_relaxed(&slot->handler, SHI_H_NONE);
     shi_store_relaxed(&slot->damaged, 0);
     shi_store_relaxed(&slot->starved, SHI_ST_NO);
+    shi_store_relaxed(&slot->rerung, 0);
     shi_store_relaxed(&slot->step, 0);
     shi_store_relaxed(&slot->generation, gen);
     shi_store_full(&slot->word, (uint64_t)(uint16_t)gen << SHI_W_GEN_SHIFT | SHI_OFFLINE);

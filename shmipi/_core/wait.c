@@ -15,7 +15,6 @@
 
 #define TICK_NS 10000000u      /* no progress for so long: ring again */
 #define DEADLOCK_TICK_NS 1000000u
-#define SLOWEST 13             /* at most TICK_NS << 13, 80 s, between two rings */
 #define SPIN_ROUND 64          /* looks between two readings of the clock */
 
 /* Interrupts off: the waiter may not serve its own queue (kernel: that is the reason
@@ -34,7 +33,6 @@ void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index
     wait->deadline_ns = deadline_ns;
     wait->tick_ns = 0;
     wait->seen = 0;
-    wait->rekicks = 0;
     wait->published = false;
     if (may_serve(self) &&
         shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING)
@@ -160,14 +158,12 @@ static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t no
         if (wait->tick_ns && lost(target, w) && lost(target, wait->seen))
             return -EBADMSG;
         uint64_t progress = shi_watch_progress(target);
-        if (progress != wait->progress)
-            wait->rekicks = 0;
         /* A ring may have died with its ringer: the firmware's watchdog makes it good, and
          * if that is stopped itself, who waits.  The head may have moved: others queue
          * behind the stranded one and do not ring. */
-        else if (wait->tick_ns && shi_word_work(w) && shi_word_work(wait->seen) &&
-                 shi_irq_rering(self, wait->dst) > 0 && wait->rekicks < SLOWEST)
-            wait->rekicks++; /* back off: a stopped target's signals pile up */
+        if (wait->tick_ns && progress == wait->progress && shi_word_work(w) &&
+            shi_word_work(wait->seen))
+            shi_watch_ring(self, wait->dst);
         if (wait->tick_ns && shi_load_acquire(&target->starved) == SHI_ST_LOOK) {
             /* The same of who made room for a result there. */
             shi_enter(self);
@@ -176,7 +172,7 @@ static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t no
         }
         wait->progress = progress;
         wait->seen = w;
-        wait->tick_ns = now + ((uint64_t)TICK_NS << wait->rekicks);
+        wait->tick_ns = now + TICK_NS;
     }
     return 0;
 }

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "chip.h"
+#include "clock.h"
 #include "doorbell.h"
 #include "irq.h"
 #include "watch.h"
@@ -116,6 +117,31 @@ static void look_at_coprocessors(const struct shi_self *self, struct shi_watch *
         watch->coproc_pending[i] = pending;
         watch->coproc_event[i] = event;
     }
+}
+
+int shi_watch_ring(struct shi_self *self, uint32_t dst)
+{
+    struct shi_slot *slot = shi_slot(self->m, dst);
+    /* One word: what it had done, 24 bits | milliseconds, 32 | how often it was rung, 8. */
+    uint64_t done = shi_watch_progress(slot) & 0xffffff;
+    uint32_t now = (uint32_t)(shi_now_ns() / 1000000);
+    uint64_t was = shi_load_relaxed(&slot->rerung), n;
+    do {
+        n = was & 0xff;
+        if (!n || was >> 40 != done) {
+            n = 1;
+            continue;
+        }
+        if (n > SLOWEST)
+            n = SLOWEST;
+        if (now - (uint32_t)(was >> 8) < (SHI_WATCH_NS / 1000000) << n)
+            return 0;
+        if (n < SLOWEST)
+            n++;
+        /* Compare-and-swap: of those who look at the same time, one rings.  If it dies before
+         * that, the next does; what it rings for is in the target's word. */
+    } while (!shi_cas_full(&slot->rerung, &was, done << 40 | (uint64_t)now << 8 | n));
+    return shi_irq_rering(self, dst);
 }
 
 bool shi_watch_look(struct shi_self *self, struct shi_watch *watch)

@@ -24,6 +24,13 @@ struct shi_watch *shi_watch_new(const struct shi_machine *m);
  * or to start one (STARTUP). */
 bool shi_watch_look(struct shi_self *self, struct shi_watch *watch);
 
+/*
+ * Who waits for `dst` has seen no progress for a while: shi_irq_rering, for when the watchdog
+ * is stopped itself.  Of all who wait, and of all who give up and wait anew, ever fewer ring
+ * until `dst` does something: a stopped CPU has each signal queued.
+ */
+int shi_watch_ring(struct shi_self *self, uint32_t dst);
+
 /* A number that moves whenever the owner of `slot` has taken something that was sent. */
 uint64_t shi_watch_progress(const struct shi_slot *slot);
 

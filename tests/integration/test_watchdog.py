@@ -316,3 +316,21 @@ def test_a_circle_is_seen_after_a_wait_within_the_wait(boot, eventually):
     state[3] = 1  # and CPU 1 for CPU 0
     told = [cluster._machine.collect(task, n, 10.0) for n, task in enumerate(tasks)]
     assert any(told)
+
+
+def test_those_who_wait_for_a_stopped_cpu_do_not_pile_signals_up_there(rig, eventually):
+    """Neither the many, nor who gives up and calls anew: ever fewer ring."""
+    found = rig()
+    found.running_target(eventually)
+    pid = found.cluster.cpus[TARGET].pid
+    before = found.cluster.host_counters()["rekicked"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for _ in range(60):
+            with pytest.raises(shmipi.IpiTimeoutError):
+                found.cluster.call(TARGET, hit, 1, timeout=0.025)
+        rung = found.cluster.host_counters()["rekicked"] - before
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert rung < 30  # by those who wait, and by the watchdog
+    eventually(lambda: found.hits[1] == 60)
