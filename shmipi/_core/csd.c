@@ -67,7 +67,9 @@ static int inherit(struct shi_self *self)
             s->free_csds[s->nfree++] = i;
             continue;
         }
-        if (csd->kind == SHI_K_PICKLE || csd->room) {
+        /* LENT, and about to be unlocked: it has been taken, and `ref` is not of this arena. */
+        if (!(shi_load_acquire(&csd->status) & SHI_S_LENT) &&
+            (csd->kind == SHI_K_PICKLE || csd->room)) {
             uint64_t offset = csd->room ? csd->reply : csd->value.ref.offset;
             uint64_t length = csd->room ? csd->room : csd->value.ref.length;
             if (shi_sender_arena(self) == 0) {
