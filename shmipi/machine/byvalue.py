@@ -480,7 +480,15 @@ def _new_type(module: str, name: str, supertype: Any) -> Any:
 
 
 #: What pickles itself as a name, also where no import leads to that name.
-_NAMED = frozenset({functools._lru_cache_wrapper, typing.NewType})
+_NAMED = frozenset(
+    {
+        functools._lru_cache_wrapper,
+        typing.NewType,
+        typing.ParamSpec,
+        typing.TypeVarTuple,
+        getattr(typing, "TypeAliasType", typing.NewType),  # of Python 3.12
+    }
+)
 
 
 def _reduce_named(obj: Any) -> Any:
@@ -488,7 +496,8 @@ def _reduce_named(obj: Any) -> Any:
     kind: Any = type(obj)
     module: Any = getattr(obj, "__module__", None)
     try:
-        found = operator.attrgetter(obj.__qualname__)(sys.modules.get(module))
+        name = getattr(obj, "__qualname__", None) or obj.__name__
+        found = operator.attrgetter(name)(sys.modules.get(module))
         if found is obj and module != "__main__":
             return NotImplemented
     except AttributeError:
@@ -496,8 +505,12 @@ def _reduce_named(obj: Any) -> Any:
     try:
         if kind is typing.NewType:
             return _new_type, (module, obj.__qualname__, obj.__supertype__)
+        if kind in (typing.ParamSpec, typing.TypeVarTuple):
+            return kind, (obj.__name__,)
+        if kind is not functools._lru_cache_wrapper:
+            return kind, (obj.__name__, obj.__value__)
         return _cached, (obj.__wrapped__, obj.cache_parameters())
-    except AttributeError:
+    except (AttributeError, NameError):  # a raw one; an alias of what is not there
         return NotImplemented
 
 

@@ -311,11 +311,29 @@ def test_what_pickles_as_a_name_travels_where_no_import_leads_to_it(script):
     """Each was looked up in the CPU's ``__main__``, which has no such thing."""
     done = script(
         """
-        import functools, typing
+        import functools, sys, typing
         from shmipi import Cluster
 
         Number = typing.NewType("Number", int)
+        P = typing.ParamSpec("P")
+        Ts = typing.TypeVarTuple("Ts")
         OFFSET = 1
+
+        def decorator(function: typing.Callable[P, int]) -> typing.Callable[P, int]:
+            @functools.wraps(function)
+            def inner(*args: P.args, **kwargs: P.kwargs) -> int:
+                return function(*args, **kwargs)
+            inner.__annotations__ = {"args": P.args, "kwargs": P.kwargs}
+            return inner
+
+        @decorator
+        def several(*args: typing.Unpack[Ts]) -> int:
+            return len(args) + OFFSET
+
+        if sys.version_info >= (3, 12):
+            exec("type Alias = int | None\\ndef aliased(x: Alias) -> Alias: return x")
+        else:
+            aliased = int
 
         @functools.lru_cache
         def fib(n: Number) -> Number:
@@ -332,6 +350,7 @@ def test_what_pickles_as_a_name_travels_where_no_import_leads_to_it(script):
 
         with Cluster(1, idle="halt") as cluster:
             print(cluster.call(0, typed, 1), cluster.call(0, fib, 20))
+            print(cluster.call(0, several, 1, 2), cluster.call(0, aliased, 3))
             print(cluster.call(0, use), cluster.call(0, called))
             OFFSET = 2
             Kind.get = functools.cache(lambda self, x: x * OFFSET)
@@ -341,6 +360,7 @@ def test_what_pickles_as_a_name_travels_where_no_import_leads_to_it(script):
     )
     assert done.text.splitlines() == [
         "2 6765",
+        "3 3",
         "(832040, 5, {'maxsize': 3, 'typed': False}) 31",
         "(832040, 8, {'maxsize': None, 'typed': False}) 31",
         "3",
