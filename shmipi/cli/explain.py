@@ -19,6 +19,7 @@ from shmipi.cli.options import (
     write_json,
 )
 from shmipi.errors import CommandError, RemoteCallError, ShmipiError
+from shmipi.report.table import columns_of, folded
 
 if TYPE_CHECKING:
     from shmipi.cluster import Cluster
@@ -390,30 +391,57 @@ def _print(
     stream = human_stream(args)
     targets = " and ".join(f"CPU {cpu}" for cpu in about["targets"])
     handler = f", {about['handler']} handler" if about["handler"] else ""
-    print(
+    width = columns_of(stream)
+    for line in (
         f"{about['function']}() from CPU {_SENDER} to {targets}, {about['state']}"
-        f"{handler}{', behind another call' if args.coalesce else ''}\n"
-        f"controller {about['controller']}: {about['description']}\n"
-        + "; ".join(
+        f"{handler}{', behind another call' if args.coalesce else ''}",
+        f"controller {about['controller']}: {about['description']}",
+        "; ".join(
             f"CPU {cpu['cpu']} is process {cpu['pid']} on core {cpu['core']}"
             for cpu in about["cpus"]
-        )
-        + "\n",
-        file=stream,
-    )
+        ),
+    ):
+        print(folded(line, width), file=stream)
+    print(file=stream)
     rows = [("at", "stage", "CPU", "function in the kernel", "here")]
     for step in explained.steps:
         rows += _rows(step)
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for at, stage, cpu, function, here in rows:
-        line = (
-            f"{at:>{widths[0]}}  {stage:>{widths[1]}}  {cpu:{widths[2]}}"
-            f"  {function:{widths[3]}}  {here}"
-        )
-        print(line.rstrip(), file=stream)
+    for line in _table(rows, width):
+        print(line, file=stream)
     print(file=stream)
     for words in explained.words:
-        print(textwrap.fill(words, 88, break_on_hyphens=False), file=stream)
+        shown = textwrap.fill(words, min(width or 88, 88), break_on_hyphens=False)
+        print(shown, file=stream)
+
+
+def _table(rows: list[tuple[str, str, str, str, str]], width: int | None) -> list[str]:
+    """Lines of at most ``width``: where one is too short, what is here goes below."""
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    heads = [
+        f"{at:>{widths[0]}}  {stage:>{widths[1]}}  {cpu:{widths[2]}}  "
+        for at, stage, cpu, _, _ in rows
+    ]
+    lines = [
+        f"{head}{row[3]:{widths[3]}}  {row[4]}".rstrip()
+        for head, row in zip(heads, rows, strict=True)
+    ]
+    if width is None or max(map(len, lines)) <= width:
+        return lines
+    lines = []
+    for head, (*_, function, here) in zip(heads, rows, strict=True):
+        margin = " " * min(len(head), width // 2)
+        parts = [part for part in (function, here) if part] or [""]
+        for number, part in enumerate(parts):
+            begin = margin + "    " if number else head
+            end = margin + "    "
+            lines += textwrap.wrap(
+                part,
+                width,
+                initial_indent=begin,
+                subsequent_indent=end,
+                break_on_hyphens=False,
+            ) or [begin.rstrip()]
+    return lines
 
 
 def _rows(step: Step) -> list[tuple[str, str, str, str, str]]:

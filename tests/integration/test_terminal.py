@@ -300,6 +300,27 @@ def test_deltas_are_what_came_meanwhile(boot: Any) -> None:
     assert rows["CAL"][1] + rows["ELI"][0] <= 20
 
 
+# ---- explain -------------------------------------------------------------------------
+
+
+def test_explain_fits_the_terminal() -> None:
+    """What a step is in shmipi goes below the kernel's function, and nothing is cut."""
+    options = ("explain", "--controller", "xive")
+    wide = shmipi(*options, columns=400)
+    assert max(map(len, wide.splitlines())) > 80
+    for columns in (80, 50):
+        narrow = shmipi(*options, columns=columns).splitlines()
+        assert max(map(len, narrow)) <= columns
+        text = "".join("".join(narrow).split())
+        for words in (
+            "smp_muxed_ipi_set_message(1, PPC_MSG_CALL_FUNCTION)",
+            "a call_single_data is filled",
+            "func has returned",
+            "in the kernel",
+        ):
+            assert "".join(words.split()) in text
+
+
 # ---- run -----------------------------------------------------------------------------
 
 
