@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"{type(error).__name__}: {error}") from None
     if args.json:
         try:
-            print(json.dumps(result if args.repeat is None else _timed(result, took)))
+            shown = result if args.repeat is None else _timed(result, took)
+            print(json.dumps(shown, allow_nan=False))  # NaN is no JSON
         except (TypeError, ValueError, RecursionError) as error:
             raise CommandError(f"the result is not for JSON: {error}") from None
     elif result is not None:

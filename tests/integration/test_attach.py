@@ -984,6 +984,7 @@ def test_call_says_what_is_wrong_in_words(lab, program, tmp_path, capsys):
         (1, "CPU 9 does not exist", name, "9", "os:getpid"),
         (1, "no answer", "--timeout", "50ms", name, "1", "time:sleep", "0.3"),
         (1, "is not for JSON", "--json", name, "1", f"{program}:odd"),
+        (1, "is not for JSON", "--json", name, "1", "builtins:float", "nan"),
         (1, "LookupError: no words", name, "1", f"{program}:nameless"),
         (1, "imported: SystemExit: 5", name, "1", f"{leaves}:x"),
         (2, "no name of a module", name, "1", "..os:x"),
