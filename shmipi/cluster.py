@@ -178,8 +178,7 @@ class Cluster:
         self._ending = _Ending(host)
         self._finalizer = weakref.finalize(self, self._ending.last)
         try:
-            if isinstance(host, Host):
-                host.open()
+            host.open()
             self._bind(host)
             if isinstance(host, Host):
                 self.irq.set_up(cast(tuple[DomainNode, ...], host.plan.domains))

@@ -42,8 +42,8 @@ _LEAVE_S = 5.0
 class Guest(Orders):
     """A machine of this user, attached to: what ``Host`` is to the process that booted.
 
-    ``close()`` detaches; the machine goes on. In a fork's child nothing here does
-    anything: the parent is attached.
+    ``open()`` attaches, ``close()`` detaches; the machine goes on. In a fork's child
+    nothing here does anything: the parent is attached.
 
     Raises ``AttachError``, whose errno says why, and ``LayoutError`` for a machine of
     another version of shmipi.
@@ -62,23 +62,26 @@ class Guest(Orders):
         self.owner = os.getpid()
         self._fds: list[int] = []
         self._fd = self._pidfd = -1
+        self._watcher: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Attach. Whatever it raises, and Ctrl-C at any step: ``close()`` is next."""
+        name = self._name
         try:
             self._attach(name)
-        except BaseException as error:
-            self._give_back()
-            if isinstance(error, OSError) and not isinstance(error, ShmipiOSError):
-                raise AttachError(
-                    f"machine {name} could not be attached to: {error.strerror}",
-                    errno=error.errno,
-                ) from None
+        except ShmipiOSError:
             raise
+        except OSError as error:
+            raise AttachError(
+                f"machine {name} could not be attached to: {error.strerror}",
+                errno=error.errno,
+            ) from None
         self._watcher = threading.Thread(
             target=self._watch, name=f"shmipi-{name}-watch", daemon=True
         )
         try:
             start_thread(self._watcher)
         except BootError as error:
-            self._give_back()
             raise _refused(name, str(error), errno.EAGAIN) from None
 
     # ---- coming ---------------------------------------------------------------------
@@ -231,6 +234,8 @@ class Guest(Orders):
     def _watch(self) -> None:
         """Thread: notices the machine's end, and hands out the firmware's answers."""
         assert self._control is not None
+        if self._pidfd < 0:  # closed already: it was interrupted as this thread began
+            return
         self._control.settimeout(None)
         with selectors.DefaultSelector() as selector:
             selector.register(self._pidfd, selectors.EVENT_READ)
@@ -276,24 +281,18 @@ class Guest(Orders):
         if os.getpid() != self.owner:
             return
         self.closing = True
-        # Only a slot that no thread of this process can write to is anybody else's.
-        if self.machine.leave(_LEAVE_S) and not self.died:
-            with contextlib.suppress(ShmipiError):
-                self._order({"op": "detach"})
-        assert self._control is not None
-        with contextlib.suppress(OSError):
-            self._control.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
-        if self._watcher is not threading.current_thread():
-            self._watcher.join(5.0)
-        self._release()
-
-    def _give_back(self) -> None:
-        """Of an attach that came to nothing: it may have had a slot already."""
-        if self._control is not None and (
-            not hasattr(self, "machine") or self.machine.leave(0.0)
-        ):
-            with contextlib.suppress(ShmipiError):
-                self._order({"op": "detach"})
+        # Only a slot that no thread of this process can write to is anybody else's. One
+        # that was asked for, and perhaps given, is given back too.
+        unused = not hasattr(self, "machine") or self.machine.leave(_LEAVE_S)
+        if self._control is not None:
+            if unused and not self.died:
+                with contextlib.suppress(ShmipiError):
+                    self._order({"op": "detach"})
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
+        watcher = self._watcher
+        if watcher not in (None, threading.current_thread()) and watcher.ident:
+            watcher.join(5.0)
         self._release()
 
     def _release(self) -> None:
