@@ -122,14 +122,50 @@ print("lines", Interrupted.lines)
 """
 
 
+ATTACH = """
+def all_slots():
+    held = []
+    try:
+        for _ in range(6):
+            held.append(Cluster.attach(sys.argv[1]))
+        return True
+    except shmipi.AttachError:
+        return False
+    finally:
+        for cluster in held:
+            cluster.shutdown()
+
+owner = Cluster(2, idle="halt", name=sys.argv[1])
+all_slots()  # and what is imported for it
+for at in map(int, sys.argv[2].split(",")):
+    cluster = None
+    with Interrupted(at):
+        cluster = Cluster.attach(sys.argv[1])
+    if cluster is not None:
+        cluster.call(1, int)
+        cluster.shutdown()
+        del cluster
+    for _ in range(100):
+        gc.collect()
+        if all_slots():
+            break
+        time.sleep(0.05)
+    else:
+        print("a slot is taken", at)
+owner.shutdown()
+del owner
+print("lines", Interrupted.lines)
+"""
+
+
 @pytest.mark.parametrize(
-    ("program", "lines"),
-    [(SHUTDOWN, 100), (BOOT, 6300), (HOTPLUG, 120)],
-    ids=["shutdown", "boot", "hotplug"],
+    ("program", "lines", "tries"),
+    [(SHUTDOWN, 100, 9), (BOOT, 6300, 9), (HOTPLUG, 120, 9), (ATTACH, 1000, 100)],
+    ids=["shutdown", "boot", "hotplug", "attach"],
 )
-def test_interrupted_at_any_line(script, program, lines):
+def test_interrupted_at_any_line(script, program, lines, tries):
     """Wholly closed, at once or by a second shutdown(); and nothing is left."""
-    chosen = ",".join(["5", *(str(random.randrange(1, lines)) for _ in range(9))])
+    chosen = ",".join(["5", *(str(random.randrange(1, lines)) for _ in range(tries))])
     done = script(INTERRUPT + program, f"ir{os.getpid()}", chosen, timeout=100)
     assert done.text.startswith("lines "), (chosen, done.text)
 
