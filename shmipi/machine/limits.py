@@ -85,10 +85,12 @@ def start_thread(thread: threading.Thread) -> None:
     """Start a thread. ``BootError`` (EAGAIN) when the system gives none."""
     try:
         thread.start()
-    except RuntimeError:  # "can't start new thread", and no errno
+    except RuntimeError as error:  # "can't start new thread", and no errno
+        why = explain(errno.EAGAIN)
+        if "shutdown" in str(error):  # Python 3.12: "... at interpreter shutdown"
+            why = "the interpreter is shutting down; do it before the main thread ends"
         raise BootError(
-            f"no thread can be started: {explain(errno.EAGAIN)}",
-            errno=errno.EAGAIN,
+            f"no thread can be started: {why}", errno=errno.EAGAIN
         ) from None
 
 

@@ -2,8 +2,12 @@
 
 import errno
 import os
+import threading
 
 import pytest
+
+from shmipi import BootError
+from shmipi.machine.limits import start_thread
 
 BOOT = """
 import os, resource, sys, threading, time
@@ -106,6 +110,18 @@ with Cluster(2, idle="halt") as cluster:
         assert "thread" in line
         for word in ("RLIMIT_NPROC", "ulimit -u", "pids.max"):
             assert word in line
+
+
+def test_no_thread_while_the_interpreter_ends(monkeypatch):
+    """Python 3.12 refuses threads then: no limit of the system is in the way."""
+    thread = threading.Thread(target=int)
+    words = "can't create new thread at interpreter shutdown"
+    monkeypatch.setattr(
+        thread, "start", lambda: (_ for _ in ()).throw(RuntimeError(words))
+    )
+    with pytest.raises(BootError, match="the interpreter is shutting down") as caught:
+        start_thread(thread)
+    assert "RLIMIT" not in str(caught.value)
 
 
 def test_why_there_is_no_machine_here(script):
