@@ -44,5 +44,5 @@ def test_stress(controller: str, interval: str) -> None:
     if interval == "kill_interval":
         assert report.hotplug.kills >= 1
     else:
-        assert report.hotplug.offline > 1
-        assert report.hotplug.online > 1
+        assert report.hotplug.offline >= 1  # a busy computer manages few
+        assert report.hotplug.online >= 1
