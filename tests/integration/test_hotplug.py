@@ -141,7 +141,7 @@ def test_all_cpus_offline(boot):
     cluster.offline(0)
     cluster.offline(1)
     assert not cluster.online_mask
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(CpuOfflineError, match="CPU 0 is offline"):
         cluster.run(int)
     cluster.smp.on_each_cpu(id)  # nobody
     cluster.online(1)
