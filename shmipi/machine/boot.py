@@ -220,6 +220,10 @@ class Host(Orders):
             pipe = [stack.enter_context(io.FileIO(fd, mode)) for fd, mode in ends]
             reading = stack.enter_context(io.FileIO(_above(pipe[0].fileno()), "rb"))
             shared = [reading.fileno(), theirs.fileno(), self._segment.fileno()]
+            here = _folder_that_is_gone()
+            if here is not None:
+                stack.callback(os.close, here)
+                shared.append(here)
             command = [sys.executable, *_interpreter_flags(), "-c", start]
             try:
                 self._process = subprocess.Popen(
@@ -228,6 +232,7 @@ class Host(Orders):
                     stdout=_standard(sys.__stdout__, 1),
                     stderr=_standard(sys.__stderr__, 2),
                     pass_fds=[*shared, *eventfds],
+                    cwd=None if here is None else "/",
                     env=environment,
                     start_new_session=True,  # a terminal's signals are the host's
                 )
@@ -481,6 +486,23 @@ def _readable(file: socket.socket | io.FileIO, seconds: float) -> bool:
     poll = select.poll()
     poll.register(file, select.POLLIN)
     return bool(poll.poll(1000 * seconds))
+
+
+def _folder_that_is_gone() -> int | None:
+    """Return a descriptor of the working directory if it has no name any more.
+
+    Python 3.13.0 cannot import its own modules there, so the firmware starts elsewhere
+    and comes back when it has what it needs.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        fd = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return _above(fd)
+        finally:
+            os.close(fd)
+    return None
 
 
 def _pickled_filters() -> bytes:

@@ -552,12 +552,15 @@ def _reply(error: BaseException) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry of the process; its arguments are descriptors: config, control, memory."""
+    """Entry of the process; its arguments are descriptors: config, control, memory.
+
+    And the working directory, if that has no name any more.
+    """
     # A host that ignores SIGCHLD, as daemons do, hands that on: the dead would be
     # waited for by the kernel and never be seen here, nor a task's child by the task.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     process.enter()
-    config_fd, control_fd, memory = (int(word) for word in sys.argv[1:4])
+    config_fd, control_fd, memory, *here = (int(word) for word in sys.argv[1:])
     try:
         config = _read_config(config_fd)
     except EOFError:
@@ -572,6 +575,9 @@ def main() -> None:
         # stand in the middle of a task's import.
         for name in _PRELOAD:
             importlib.import_module(name)
+        for folder in here:
+            os.fchdir(folder)
+            os.close(folder)
 
         # numpy's libraries have read these by now: CPUs see the host's environment.
         for key, value in config["environment"].items():
