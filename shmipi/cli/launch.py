@@ -98,10 +98,11 @@ def _table(cluster: Cluster, limit: int | None = None) -> Listing:
 
 def _show_plain(cluster: Cluster) -> None:
     """Print one table, then a line for each CPU that leaves or comes back."""
+    # Before the table: who dies while it is printed is told of.
+    gone = {cpu.id: cpu.state in ("offline", "dead") for cpu in cluster.cpus}
     print(_title(cluster))
     write(_table(cluster).lines(columns_of(sys.stdout)), sys.stdout)
     print("Ctrl-C ends it", flush=True)
-    gone = {cpu.id: cpu.state in ("offline", "dead") for cpu in cluster.cpus}
     for cpus in _looks(cluster):
         for cpu in cpus:
             if (cpu.state in ("offline", "dead")) != gone[cpu.id]:

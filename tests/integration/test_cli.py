@@ -141,7 +141,8 @@ class Launched:
         """Kill host and firmware at once: neither can tidy up behind the other."""
         machine = entry(self.name)
         assert machine is not None
-        both = (machine["host_pid"], machine["firmware_pid"])
+        # The firmware first: the host's death lets a stopped one go on.
+        both = (machine["firmware_pid"], machine["host_pid"])
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in both:
                 os.kill(pid, number)
