@@ -408,14 +408,15 @@ def test_nonsense_on_the_socket_hurts_nobody(boot):
     deep = "[" * 500 + "]" * 500
     messages = ["", "x", "[]", "null", '{"op": 1}', '{"op": "detach"}', "[" * 60_000]
     for message in messages:
-        knock().send(message.encode())
+        with contextlib.suppress(ConnectionError):
+            knock().send(message.encode())
         with Cluster.attach(lab.name) as here:
             assert here.call(1, int, "3", timeout=5) == 3
     guest = knock()
     guest.send(b'{"op": "attach"}')
     assert "slot" in json.loads(guest.recv(1000))
     for rest in (f'"id": {deep}', '"generation": []', f'"cpu": {"9" * 4000}', ""):
-        with contextlib.suppress(BrokenPipeError):  # it has heard enough
+        with contextlib.suppress(ConnectionError):  # it has heard enough
             guest.send(f'{{"op": "kill", "cpu": 1, {rest or chr(34)}}}'.encode())
             guest.send(f'{{"op": "boot", "cpu": 1, {rest or chr(34)}}}'.encode())
     assert lab.run(smp.smp_processor_id) == [0, 1, 2]

@@ -143,10 +143,23 @@ class Launched:
         assert machine is not None
         # The firmware first: the host's death lets a stopped one go on.
         both = (machine["firmware_pid"], machine["host_pid"])
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in both:
-                os.kill(pid, number)
+        for pid in both:
+            os.kill(pid, signal.SIGSTOP)
+        deadline = time.monotonic() + 5.0
+        while not all(map(stopped, both)) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        for pid in both:
+            os.kill(pid, signal.SIGKILL)
         self.process.wait(5.0)
+
+
+def stopped(pid: int) -> bool:
+    """Do all its threads stand still? The signal alone does not say so."""
+    states = [
+        (task / "stat").read_text().rpartition(")")[2].split()[0]
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    ]
+    return all(state in "TtZ" for state in states)
 
 
 def read_until(fd: int, words: str, seconds: float, text: str = "") -> str:
