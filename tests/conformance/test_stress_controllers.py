@@ -26,7 +26,7 @@ def time_enough(request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("controller", CHIPS)
 def test_stress(controller: str, interval: str) -> None:
     said: list[str] = []
-    seconds = {"onoff_interval": 0.6, "kill_interval": 0.8}[interval]
+    seconds = {"onoff_interval": 1.2, "kill_interval": 1.2}[interval]
     report = run(
         Options(
             duration=SECONDS or seconds,
@@ -42,7 +42,7 @@ def test_stress(controller: str, interval: str) -> None:
     assert report.calls == sum(report.by_primitive.values())
     assert all(report.by_primitive[name] for name in PRIMITIVES), report.by_primitive
     if interval == "kill_interval":
-        assert report.hotplug.kills >= 1
+        assert report.hotplug.kills > 1
     else:
-        assert report.hotplug.offline >= 1  # a busy computer manages few
-        assert report.hotplug.online >= 1
+        assert report.hotplug.offline > 1
+        assert report.hotplug.online > 1

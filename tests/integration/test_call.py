@@ -891,5 +891,5 @@ def test_the_interpreter_is_free_while_a_call_waits(cluster, background):
         longest, last = max(longest, now - last), now
         turns += 1
     assert turns > 1000
-    assert longest < 0.5  # other work on this computer may take the core for a while
+    assert longest < 0.1
     thread.end()

@@ -235,8 +235,7 @@ def test_launch_stays_up_until_a_signal_and_leaves_nothing(
     assert machine is not None
     everyone = processes(machine)
     assert all(map(running, everyone))
-    row = r"^ +(\d+) +(\d+) +\d+  (?:halted|polling) +1 "
-    rows = re.findall(row, launched.text, re.M)
+    rows = re.findall(r"^ +(\d+) +(\d+) +\d+  halted +1 ", launched.text, re.M)
     assert rows == [(str(cpu["id"]), str(cpu["pid"])) for cpu in machine["cpus"]]
     launched.process.send_signal(number)
     status, text, messages = launched.end()
