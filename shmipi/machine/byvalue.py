@@ -11,7 +11,7 @@ they are sent one by one, and when to send them again.
   takes what is newer than all that it had from the same origin. So an assignment on the
   host wins, and what the host left alone does not undo what the CPU has made of it.
 - Whatever was taken by value is noted, by identity, for the core to compare at each
-  call (``py_guard.c``): the function is sent anew when one of it has changed.
+  call (``py/guard.c``): the function is sent anew when one of it has changed.
 
 The host's own globals and classes are never changed by what comes in.
 """
@@ -261,7 +261,7 @@ class _Session:
         self.spaces: dict[_Space, dict[str, Any]] = {}
         self.names: dict[tuple[_Space, str], Any] = {}
         self.classes: dict[str, tuple[type, Any, dict[str, Any], Any]] = {}
-        #: For py_guard.c: functions, classes, and what the tables then said.
+        #: For py/guard.c: functions, classes, and what the tables then said.
         self.functions: list[tuple[Any, ...]] = []
         self.types: list[tuple[type, dict[str, Any]]] = []
         self.tables: list[tuple[dict[str, _Binding], dict[str, _Binding]]] = []
@@ -539,7 +539,7 @@ def dumps(value: object) -> bytes:
 def publish(
     function: object,
 ) -> tuple[bytes, list[tuple[Any, ...]], list[Any], list[Any]]:
-    """Pickle ``function``; also what went by value, as py_guard.c takes it.
+    """Pickle ``function``; also what went by value, as py/guard.c takes it.
 
     These are lists of functions, classes and tables; all are empty for a function that
     has an import path.

@@ -4,7 +4,7 @@
 #ifndef RIG_H
 #define RIG_H
 
-#include "sys.h"
+#include "base/sys.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -15,16 +15,16 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "call.h"
-#include "chip.h"
-#include "clock.h"
-#include "csd.h"
-#include "idle.h"
-#include "irq.h"
-#include "machine.h"
-#include "native.h"
-#include "reap.h"
-#include "wait.h"
+#include "smp/call.h"
+#include "irq/chip.h"
+#include "base/clock.h"
+#include "smp/csd.h"
+#include "smp/idle.h"
+#include "irq/irq.h"
+#include "base/machine.h"
+#include "base/native.h"
+#include "smp/reap.h"
+#include "smp/wait.h"
 
 #define CHECK(what)                                                                       \
     do {                                                                                  \

@@ -3,8 +3,8 @@
  * is always seen, and so is what its sender stored before it. */
 #include "rig.h"
 
-#include "chip.h"
-#include "irqdesc.h"
+#include "irq/chip.h"
+#include "irq/irqdesc.h"
 
 #define CPUS 3
 #define SENDERS 2

@@ -10,8 +10,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "atomics.h"
-#include "clock.h"
+#include "base/atomics.h"
+#include "base/clock.h"
 
 static int failures;
 

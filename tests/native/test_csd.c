@@ -4,8 +4,8 @@
 
 #include <errno.h>
 
-#include "doorbell.h"
-#include "queue.h"
+#include "irq/doorbell.h"
+#include "smp/queue.h"
 
 static struct rig rig;
 

@@ -2,7 +2,7 @@
 /* Results that CPUs lend: read whole, each by its own sender, and given back. */
 #include "rig.h"
 
-#include "queue.h"
+#include "smp/queue.h"
 
 #define SENDERS 6
 #define ROUNDS 1500

@@ -22,8 +22,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "clock.h"
-#include "limit.h"
+#include "base/clock.h"
+#include "measure/limit.h"
 
 static int failures;
 

@@ -4,7 +4,7 @@
 
 #include <errno.h>
 
-#include "queue.h"
+#include "smp/queue.h"
 
 static struct rig rig;
 

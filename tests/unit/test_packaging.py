@@ -16,11 +16,11 @@ def in_core(pattern: str) -> list[str]:
 
 
 def test_every_c_file_is_built() -> None:
-    assert EXTENSION["sources"] == in_core("*.c")
+    assert EXTENSION["sources"] == in_core("*/*.c")
 
 
 def test_every_header_is_depended_on() -> None:
-    assert EXTENSION["depends"] == in_core("*.h")
+    assert EXTENSION["depends"] == in_core("*/*.h")
 
 
 def test_versions_agree() -> None:

@@ -1,0 +1,601 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The shared segment, byte by byte.
+ *
+ *   header | array directory | slots | irq area | per-slot regions | arrays
+ *
+ * A per-slot region is what one sender owns: its call_single_data, its function
+ * table and its payload arena.  Everything is named by offset or index, never by
+ * pointer, and every index read from here is checked before use: a damaged segment
+ * gives errors, not crashes.
+ *
+ * Regions and arrays are sparse.  What is used is allocated first (fallocate), so a
+ * full /dev/shm is -ENOSPC at that moment and never a SIGBUS later.
+ */
+#ifndef SHI_LAYOUT_H
+#define SHI_LAYOUT_H
+
+#include <stddef.h>
+
+#include "base/atomics.h"
+#include "base/clock.h"
+
+#define SHI_MAGIC "shmipi\n\x1a"
+#define SHI_ABI 3u
+
+#define SHI_LINE 64u
+#define SHI_PAIR 128u /* two lines: the adjacent-line prefetcher moves pairs */
+#define SHI_PAGE 4096u
+
+#define SHI_MAX_CPUS 4096u
+#define SHI_GUESTS 6u /* attached hosts: processes that came to a machine that runs */
+#define SHI_EXTRA_SLOTS (2u + SHI_GUESTS) /* the host, the firmware which reaps, guests */
+#define SHI_NAME_MAX 64u
+#define SHI_INLINE 24u          /* bytes of an argument or result inside a csd */
+#define SHI_NOWAIT_POOL 64u     /* wait=0 calls in flight, per sender */
+#define SHI_CSD_SPARE 4096u     /* csds per slot beyond two for every CPU, at least */
+#define SHI_FUNCS 16384u        /* functions one sender can have registered at a time */
+#define SHI_NLINES 256u         /* interrupt lines (x86: vectors) of a chip */
+#define SHI_NO_LINE UINT32_MAX
+#define SHI_NROWS 32u           /* rows of /proc/interrupts that a chip may have */
+#define SHI_NR_IRQS 1024u       /* irq descriptors; virq 0 is none */
+#define SHI_NDOMAINS 64u        /* irq domains: what gives hwirqs out */
+#define SHI_NCOPROC 8u          /* processes that take interrupts and are no CPUs */
+#define SHI_EQ 64u              /* entries of an event queue: a power of two */
+#define SHI_ESB_LINES 28u       /* esb: 8 for messages, then one for each source */
+#define SHI_PPC_MSGS 5u         /* esb: PPC_MSG_*, lines from 0 */
+#define SHI_PPC_MSG_RM_HOST_ACTION 4u
+#define SHI_MAX_ARRAYS 4096u
+
+/* ---- the word: queue head and CPU state in one atomic unit ----------------------- */
+
+enum shi_state {
+    SHI_OFFLINE = 0,
+    SHI_RUNNING = 1, /* a task runs: ring with the kick signal */
+    SHI_POLLING = 2, /* will look at this word before it does anything else: no ring */
+    SHI_HALTED = 3,  /* asleep on the doorbell */
+    SHI_RUNG = 4,    /* was halted; somebody undertook to ring the doorbell */
+    SHI_DEAD = 5,
+};
+
+#define SHI_W_STATE 0x7ull
+#define SHI_W_KICKED 0x10ull       /* a kick signal is outstanding */
+#define SHI_W_PENDING 0x20ull      /* the chip has something for this CPU */
+#define SHI_W_NEED_RESCHED 0x40ull /* set instead of a reschedule IPI while polling */
+#define SHI_W_ASKED 0x80ull /* running: the interpreter was asked to run Python csds */
+#define SHI_W_GEN_SHIFT 16
+#define SHI_W_GEN 0xffff0000ull
+#define SHI_W_LOW 0xffffffffull
+#define SHI_W_HEAD_SHIFT 32
+
+static inline enum shi_state shi_word_state(uint64_t w)
+{
+    return (enum shi_state)(w & SHI_W_STATE);
+}
+
+static inline uint32_t shi_word_head(uint64_t w)
+{
+    return (uint32_t)(w >> SHI_W_HEAD_SHIFT);
+}
+
+static inline uint16_t shi_word_gen(uint64_t w)
+{
+    return (uint16_t)((w & SHI_W_GEN) >> SHI_W_GEN_SHIFT);
+}
+
+static inline uint64_t shi_word_with(uint64_t w, enum shi_state state)
+{
+    return (w & ~SHI_W_STATE) | (uint64_t)state;
+}
+
+/* Is there something that the owner has to look at? */
+static inline bool shi_word_work(uint64_t w)
+{
+    return (w >> SHI_W_HEAD_SHIFT) != 0 || (w & SHI_W_PENDING) != 0;
+}
+
+static inline bool shi_word_online(uint64_t w)
+{
+    enum shi_state s = shi_word_state(w);
+    return s != SHI_OFFLINE && s < SHI_DEAD;
+}
+
+/* ---- call_single_data ------------------------------------------------------------ */
+
+/* The kernel's values (include/linux/smp_types.h); PARKED, DIED and LEFT are ours. */
+#define SHI_CSD_LOCK 0x01ull
+#define SHI_CSD_PARKED 0x02ull /* the waiter sleeps: unlock rings its doorbell */
+#define SHI_CSD_DIED 0x04ull   /* unlocked by the reaper: the target died with it */
+#define SHI_CSD_LEFT 0x08ull   /* nobody waits for it any more: its result is not kept */
+#define SHI_CSD_ASYNC 0x00ull
+#define SHI_CSD_SYNC 0x10ull
+#define SHI_CSD_IRQ_WORK 0x20ull
+#define SHI_CSD_TTWU 0x30ull
+#define SHI_CSD_TYPE 0xf0ull
+#define SHI_CSD_BEGUN 0x100ull  /* TTWU: the target runs the task, or has */
+#define SHI_CSD_CANCEL 0x200ull /* TTWU: before BEGUN: never run it; after: interrupt it */
+#define SHI_CSD_DST_SHIFT 16
+#define SHI_CSD_GEN_SHIFT 32
+#define SHI_CSD_SEQ_SHIFT 48
+#define SHI_CSD_SEQ (0xffffull << SHI_CSD_SEQ_SHIFT)
+#define SHI_CSD_END_SHIFT 16 /* DIED: 32 bits, how the target ended, instead of dst and gen */
+
+/* How a CPU's process ended, as the firmware was told: a signal's number, or this and an
+ * exit status; 0: not known. */
+#define SHI_END_EXITED 0x100u
+
+/* What `value` of a csd holds, as argument and again as result. */
+enum shi_kind {
+    SHI_K_NONE = 0,
+    SHI_K_INT = 1,   /* int64_t in value.i */
+    SHI_K_FLOAT = 2, /* double in value.f */
+    SHI_K_BOOL = 3,
+    SHI_K_BYTES = 4, /* len bytes in value.bytes */
+    SHI_K_PICKLE = 5,  /* value.ref: a block of the sender's arena; SHI_S_LENT: the target's */
+    SHI_K_POINTER = 6, /* value.u: an offset into the segment (native handlers) */
+    SHI_K_EARLY = 7,   /* a result that its sender has read already, to make room */
+};
+
+/* How a Python function is applied to its argument. */
+enum shi_apply {
+    SHI_A_INFO = 0, /* func(info), result dropped: the smp_call_function family */
+    SHI_A_ONE = 1,  /* func(arg), result wanted */
+    SHI_A_VOID = 2, /* func(), result wanted */
+    SHI_A_ARGS = 3, /* func(*args, **kwargs) from a pickle, result wanted */
+    SHI_A_INLINE_FUNC = 8, /* flag: the pickle holds the function too */
+};
+
+enum shi_status {
+    SHI_S_DONE = 0, /* as the sender left it: success costs the target no store */
+    SHI_S_RAISED = 1, /* the result is a pickled exception */
+    SHI_S_BROKEN = 2, /* the target could not decode it: damaged segment */
+    SHI_S_NOFUNC = 3, /* the function id is not known any more */
+    SHI_S_UNSENT = 4, /* it has run, and there is no memory to send its result in */
+    SHI_S_NOMEM = 6, /* the target had no memory to take it, or to say what came of it */
+    SHI_S_CANCELLED = 5, /* a task that was cancelled: it never ran, or was interrupted */
+    /* Flag: the result lies in a block of the target's arena, which is the sender's to
+     * read until it clears this. */
+    SHI_S_LENT = 0x80,
+};
+
+struct shi_ref {
+    uint64_t offset; /* in the sender's arena, or (SHI_S_LENT) that of `cpu` */
+    uint64_t sum;    /* keyed checksum of the payload */
+    uint32_t length;
+    uint16_t cpu, gen; /* who lends it */
+};
+
+union shi_value {
+    int64_t i;
+    uint64_t u;
+    double f;
+    uint8_t bytes[SHI_INLINE];
+    struct shi_ref ref;
+};
+
+struct shi_csd {
+    shi_a64 lock;  /* flags | dst | dst generation | sequence */
+    shi_a32 next;  /* index + 1 of the csd pushed before this one */
+    uint16_t src;  /* slot of the sender */
+    uint16_t src_gen;
+    uint32_t func; /* bit 31: native handler; else an index of src's function table */
+    uint32_t serial; /* of the function: the index may be used again */
+    uint8_t kind;    /* enum shi_kind of value */
+    uint8_t length;  /* for SHI_K_BYTES */
+    uint8_t apply;   /* enum shi_apply */
+    shi_a8 status;   /* enum shi_status */
+    uint32_t room;   /* bytes a result may use at `reply`, 0: no such block */
+    union shi_value value;
+    uint64_t reply; /* offset in the sender's arena; the argument's block, if it has one */
+};
+
+#define SHI_FUNC_NATIVE 0x80000000u
+_Static_assert(sizeof(struct shi_csd) == SHI_LINE, "a csd is one cache line");
+_Static_assert(offsetof(struct shi_csd, value) == 32, "the value fills the line but for `reply`");
+
+/* A published function: where its pickle lies in the owner's arena. */
+struct shi_func {
+    shi_a32 serial; /* 0: free */
+    uint32_t length;
+    uint64_t offset;
+    uint64_t sum;
+    uint64_t reserved;
+};
+_Static_assert(sizeof(struct shi_func) == 32, "function table entry");
+
+/* ---- counters -------------------------------------------------------------------- */
+
+#define SHI_COUNTERS(X)                                                                   \
+    X(calls_single)       /* smp_call_function_single, call, submit */                    \
+    X(calls_many)         /* smp_call_function_many and everything over it */             \
+    X(calls_self)         /* run inline on the calling CPU */                             \
+    X(csd_queued)         /* call_single_data pushed on a queue */                        \
+    X(csd_sync)           /* call_single_data run, unlocked after the function */         \
+    X(csd_async)          /* call_single_data run, unlocked before the function */        \
+    X(native_run)         /* native handlers run */                                       \
+    X(python_run)         /* Python handlers run */                                       \
+    X(tasks_run)          /* tasks run */                                                 \
+    X(unraisable)         /* exceptions of handlers nobody waited for */                  \
+    X(elided)             /* rings not needed: the target was polling */                  \
+    X(coalesced)          /* rings not needed: the queue was not empty */                 \
+    X(doorbells_sent)                                                                     \
+    X(doorbells_received)                                                                 \
+    X(doorbells_spurious) /* woken with nothing to do */                                  \
+    X(doorbells_retried)  /* the doorbell was full for a moment */                        \
+    X(kicks_sent)                                                                         \
+    X(kicks_received)                                                                     \
+    X(kicks_spurious)     /* not from this machine */                                     \
+    X(kicks_empty)        /* from this machine, found nothing left to do */               \
+    X(kicks_coalesced)    /* one was outstanding already */                               \
+    X(kicks_retried)      /* EAGAIN: the signal queue was full */                         \
+    X(kicks_timed)        /* the interpreter was asked again: it had not looked for 1 ms */ \
+    X(rekicked)           /* rung again after 10 ms without progress */                   \
+    X(halts)              /* times the CPU went to sleep */                               \
+    X(resched_sent)                                                                       \
+    X(resched_elided)                                                                     \
+    X(irq_resched)        /* RES: reschedule interrupts taken */                          \
+    X(irq_call_single)    /* CAL: function call interrupts taken */                       \
+    X(irq_call)           /* CAL: function call interrupts taken (many) */                \
+    X(irq_other)          /* lines nobody claimed */                                      \
+    X(irq_handled)        /* lines that a requested irq's handler took */                 \
+    X(irq_spurious)       /* the chip had nothing when it was asked */                    \
+    X(chip_writes)        /* stores to the chip's registers that sent an IPI */           \
+    X(nmi)                /* NMIs taken */                                                \
+    X(nmi_sent)                                                                           \
+    X(nmi_collapsed)      /* as many as can be were pending already */                    \
+    X(died)               /* call_single_data completed by the reaper for this CPU */     \
+    X(corrupt)            /* damaged entries found and dropped */
+
+enum shi_counter {
+#define X(name) SHI_C_##name,
+    SHI_COUNTERS(X)
+#undef X
+        SHI_NCOUNTERS
+};
+#define SHI_COUNTER_ROOM 48u
+_Static_assert(SHI_NCOUNTERS <= SHI_COUNTER_ROOM, "counter row is full");
+
+/* One copy per context: an interrupt never writes the word its task was adding to. */
+enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 };
+
+/* ---- tracepoints ----------------------------------------------------------------- */
+
+#define SHI_TRACE_EVENTS(X)                                                               \
+    X(csd_queue_cpu)                                                                      \
+    X(csd_function_entry)                                                                 \
+    X(csd_function_exit)                                                                  \
+    X(ipi_send_cpu)                                                                       \
+    X(ipi_entry)                                                                          \
+    X(ipi_exit)                                                                           \
+    X(wake_idle_without_ipi)                                                              \
+    X(cpu_halt)                                                                           \
+    X(cpu_wake)                                                                           \
+    X(call_entry)    /* arg: enum shi_call_entry; cpu: the (first) target */              \
+    X(call_begin)    /* a sender has a csd filled and goes for the queue */               \
+    X(queue_push)    /* the csd is locked and goes to the target's queue */               \
+    X(csd_coalesced) /* not rung: the queue was not empty, somebody has */                \
+    X(call_ipi)      /* the chip is asked to interrupt one CPU for its queue; arg: line */ \
+    X(ipi_send_cpumask) /* the same for several: cpu: how many, func: register writes */  \
+    X(call_end)      /* a waiting sender has seen its csd unlocked */                     \
+    X(csd_unlock)                                                                         \
+    X(call_interrupt) /* a function call interrupt; arg: its line */                       \
+    X(flush)         /* the whole queue was taken */                                      \
+    X(scheduler_ipi) /* a reschedule interrupt; arg: its line */                          \
+    X(resched_idle)  /* the idle loop found NEED_RESCHED */                               \
+    X(irq_entry)     /* the kick signal's handler acknowledged */                         \
+    X(irq_exit)                                                                           \
+    X(irq_masked)    /* it found interrupts off: replayed later */                        \
+    X(line_set)      /* arg: line made pending */                                         \
+    X(line_kept)     /* arg: line that needed no ring: pending already, or masked */      \
+    X(chip_message)  /* arg: message stored behind a muxed line */                        \
+    X(chip_trigger)  /* arg: P and Q of the source before | line << 8 */                  \
+    X(rung)          /* arg: enum shi_rung */                                             \
+    X(chip_demux)    /* arg: messages taken from behind a line, a bit each */             \
+    X(chip_eoi)      /* arg: 1 if the source was triggered again | line << 8 */           \
+    X(line_ack)      /* arg: line taken from the chip */                                  \
+    X(line_eoi)      /* arg: line given back to the chip */                               \
+    X(nmi_send)                                                                           \
+    X(nmi_entry)                                                                          \
+    X(nmi_handler)   /* its handler begins */                                             \
+    X(nmi_exit)
+
+/* Which function a caller has called. */
+enum shi_call_entry { SHI_E_SINGLE = 0, SHI_E_MANY = 1, SHI_E_RESCHEDULE = 2 };
+
+enum shi_trace_event {
+    SHI_T_none = 0,
+#define X(name) SHI_T_##name,
+    SHI_TRACE_EVENTS(X)
+#undef X
+        SHI_T_COUNT
+};
+
+struct shi_trace_record {
+    uint64_t stamp;
+    uint16_t event;
+    uint16_t cpu; /* the CPU the event is about */
+    uint32_t csd; /* index + 1, or 0 */
+    uint32_t func;
+    uint32_t arg;
+    uint64_t seq; /* position in the ring, written last */
+};
+_Static_assert(sizeof(struct shi_trace_record) == 32, "trace record");
+
+/* ---- interrupt controllers ------------------------------------------------------- */
+
+/* How lines become pending, are taken and are ended: what differs between chips. */
+enum shi_flow_kind {
+    SHI_FLOW_VECTOR = 0,  /* bits by priority class, in-service bits, EOI (local APIC) */
+    SHI_FLOW_MAILBOX = 1, /* bits, read and cleared all at once, least first (mailbox) */
+    SHI_FLOW_MUX = 2,     /* the same, a ring for each bit that goes 0 to 1 (ipi-mux) */
+    SHI_FLOW_SGI = 3,     /* by priority, active until deactivated (GIC) */
+    SHI_FLOW_SHARED = 4,  /* one register for all, each bit routed to a CPU (MIPS GIC) */
+    SHI_FLOW_ESB = 5,     /* messages behind one source with P and Q (XIVE) */
+    SHI_NFLOWS
+};
+
+/* What taking a line means. */
+enum shi_line_use {
+    SHI_USE_NONE = 0,
+    SHI_USE_RESCHEDULE = 1,
+    SHI_USE_CALL = 2,
+    SHI_USE_CALL_SINGLE = 3,
+    SHI_USE_NMI = 4, /* chips without one: a line that can be masked stands in */
+    SHI_USE_IRQ = 5, /* of an IPI domain: whoever requested the irq */
+    SHI_USE_COUNT = 6, /* counted and nothing else */
+};
+
+/* A chip, as its class in shmipi/irq/chips/ describes it. */
+struct shi_chip {
+    char name[16];
+    uint32_t flow; /* enum shi_flow_kind */
+    uint32_t nlines;
+    uint32_t call_single, call, reschedule;
+    uint32_t nmi;       /* SHI_NO_LINE: a real one, that nothing masks */
+    uint32_t per_cpu;   /* 1: of a system IPI's lines, CPU n has line + n */
+    uint32_t group;     /* CPUs that one register write reaches in one go; 0: any mask */
+    uint32_t shorthand; /* 1: all but self is one register write */
+    uint32_t startup;   /* 1: secondary CPUs wait for a STARTUP IPI */
+    uint32_t banked;    /* sgi: 1: pending for each source apart (GICv2) */
+    uint32_t siblings;  /* esb: CPUs in a core, that ring each other's doorbells */
+    uint32_t nrows;
+    uint8_t use[SHI_NLINES]; /* enum shi_line_use */
+    uint8_t row[SHI_NLINES]; /* where a line is counted; SHI_NROWS and over: nowhere */
+    struct {
+        char label[8];
+        char text[52];
+        uint32_t counter; /* enum shi_counter, or SHI_NO_LINE: counted in shi_pic.rows */
+    } rows[SHI_NROWS];
+};
+
+/* What a CPU's part of the controller holds, beside irr[]. */
+struct shi_pic {
+    _Alignas(SHI_PAIR) shi_a64 enable[SHI_NLINES / 64]; /* lines that are not masked */
+    shi_a64 messages; /* esb: one byte each, PPC_MSG_* */
+    shi_a32 nmi;      /* pending | SHI_NMI_IN_SERVICE */
+    shi_a32 startup;  /* enum shi_startup: futex of a CPU that waits for STARTUP */
+    shi_a32 sipi;     /* vector of the STARTUP that it took */
+    shi_a32 init;     /* generation of the process that INIT ends: the firmware's order */
+    shi_a64 routed[SHI_NLINES / 64]; /* shared: lines mapped to this CPU (pcpu_masks) */
+    shi_a64 bank[2];  /* sgi: 8 bits a line, the CPUs that sent it (GICD_SPENDSGIRn) */
+    /* Written by the owner only. */
+    _Alignas(SHI_PAIR) shi_a64 isr[SHI_NLINES / 64]; /* in service, or active */
+    shi_a32 nmi_entered; /* NMIs whose handler has begun */
+    shi_a32 threshold;  /* TPR, CPPR, PMR */
+    shi_a32 spurious;   /* 1: asserted, and masked before it was taken */
+    shi_a32 happened;   /* esb: paca->irq_happened */
+    shi_a32 iar;        /* sgi: what the last acknowledge read; esb: priority in service */
+    shi_a64 senders;    /* sgi: 4 bits a line, who sent what was acknowledged last */
+    shi_a8 priority[32]; /* sgi: of each line, 0 is the highest */
+    shi_a32 eq_at;      /* esb: how many entries were read */
+    shi_a32 eq_put;     /* and how many were written */
+    shi_a32 eq[SHI_EQ]; /* generation << 31 | line */
+    _Alignas(SHI_PAIR) shi_a64 rows[SHI_NROWS]; /* interrupts taken */
+};
+
+#define SHI_NMI_PENDING 0xfu
+#define SHI_NMI_IN_SERVICE 0x10u
+
+enum shi_startup {
+    SHI_SU_NONE = 0,    /* no process yet, or it comes up */
+    SHI_SU_WAITING = 1, /* its process waits for STARTUP */
+    SHI_SU_STARTED = 2,
+    SHI_SU_ASKED = 3, /* STARTUP has reached a CPU without a process: make one */
+    SHI_SU_RESET = 4, /* INIT: its process ends, and none is made before STARTUP */
+};
+
+/* ---- irq descriptors ------------------------------------------------------------- */
+
+/* LINE: what taking another line means (smp_request_message_ipi). */
+enum shi_irq_action { SHI_IA_NONE = 0, SHI_IA_NATIVE = 1, SHI_IA_PYTHON = 2, SHI_IA_LINE = 3 };
+
+/* struct irq_desc and irq_data of the kernel in one; filled under the irq area's lock. */
+struct shi_irqdesc {
+    shi_a32 used;  /* 1: allocated */
+    uint32_t flags; /* shmipi/irq/desc.py */
+    uint32_t domain; /* 1 + its place in the machine's list of domains */
+    uint32_t hwirq;
+    uint32_t ipi_base;   /* first virq of the block that was reserved with it: its head */
+    uint32_t ipi_nr;     /* virqs in the block */
+    uint32_t ipi_offset; /* first CPU of the block */
+    shi_a32 action;      /* enum shi_irq_action: published last */
+    uint32_t func;       /* native, line: its number; Python: of the requester's table */
+    uint32_t serial;
+    uint16_t src, src_gen; /* the requester */
+    uint32_t kind;         /* native: enum shi_kind of info */
+    uint64_t info;
+    char name[32];
+    uint32_t epoch;  /* counts its reservations: a descriptor held for longer is stale */
+    uint32_t stride; /* native, info in a per-CPU array: bytes from a CPU's row to the next */
+    uint32_t reserved[8];
+};
+_Static_assert(sizeof(struct shi_irqdesc) == 128, "an irq descriptor is a line pair");
+
+/* What gives hardware irq numbers out: the controller itself, or a child of it. */
+struct shi_irqdomain {
+    shi_a32 used;    /* 1: there; stored last */
+    uint32_t flags;  /* shmipi/irq/domain.py */
+    uint32_t parent; /* 1 + its place in the list; 0: a root */
+    uint32_t coproc; /* 1 + the coprocessor whose domain it is; 0: the CPUs' */
+    char name[32];
+    uint64_t lines[SHI_NLINES / 64]; /* that are its own; none: what its parent has left */
+    uint32_t reserved[12];
+};
+_Static_assert(sizeof(struct shi_irqdomain) == 128, "an irq domain is a line pair");
+
+struct shi_coproc {
+    _Alignas(SHI_PAIR) shi_a32 pending; /* one bit: a SINGLE domain has one hwirq */
+    shi_a32 event;                      /* its doorbell */
+    shi_a32 pid;
+    shi_a32 virq;
+    char name[32];
+};
+
+/* What the CPUs' parts of the controller have in common. */
+struct shi_irq_area {
+    _Alignas(SHI_PAIR) shi_a64 shared[SHI_NLINES / 64]; /* shared: pending */
+    _Alignas(SHI_PAIR) shi_a64 mask[SHI_NLINES / 64];   /* shared: enabled */
+    shi_a32 route[SHI_NLINES];     /* shared: 1 + the CPU a line is mapped to */
+    shi_a32 line_virq[SHI_NLINES]; /* descriptor (head) of a SHI_USE_IRQ line, 0: none */
+    _Alignas(SHI_PAIR) shi_a64 lock; /* 0, or slot + 1 | generation << 32 */
+    /* Descriptors that a change is about, first | how many << 32: who takes the lock from
+     * a dead holder finds here what to free. */
+    shi_a64 undo;
+    struct shi_coproc coproc[SHI_NCOPROC];
+    struct shi_irqdomain domain[SHI_NDOMAINS];
+    struct shi_irqdesc desc[SHI_NR_IRQS]; /* desc[0] is the NMI's */
+    /* then a row for each CPU: how often it took each line, SHI_NLINES 64-bit words */
+    /* then the affinity mask of each descriptor: 64-bit words, as many as ncpus needs */
+};
+_Static_assert(sizeof(struct shi_irq_area) % SHI_PAIR == 0, "counts start on a line pair");
+
+/* ---- a slot: one per CPU, then the host's, the firmware's, and those of guests ---- */
+
+#define SHI_WAITS_IRQS_OFF 0x10000ull
+#define SHI_HANDLER_NAME 64u /* of what is longer, the end */
+
+enum shi_handler { SHI_H_NONE = 0, SHI_H_IRQ = 1, SHI_H_NMI = 2 };
+
+struct shi_slot {
+    /* What every sender writes.  Pending lines share the line of the queue head: what
+     * a bit means is the chip's flow's. */
+    _Alignas(SHI_PAIR) shi_a64 word;
+    shi_a64 irr[SHI_NLINES / 64];
+
+    /* Identity: written at boot, read by senders. */
+    _Alignas(SHI_PAIR) shi_a32 pid;
+    shi_a32 tid;
+    shi_a32 generation;
+    shi_a32 core;
+    shi_a64 start_time; /* field 22 of /proc/PID/stat */
+    shi_a32 idle;       /* enum shi_idle */
+    shi_a32 hotplug;    /* enum shi_hotplug: futex of a parked CPU */
+    shi_a32 csd_top;    /* csds below this may be in use: what the reaper scans */
+    shi_a32 func_top;   /* functions below this may be published */
+    shi_a32 registered; /* 1 once the process has taken the slot */
+    shi_a32 boot_error; /* errno of a process that could not become this CPU */
+    shi_a32 event;      /* a host's doorbell: an event count */
+    shi_a32 end;        /* dead: how its process ended, see SHI_END_EXITED */
+
+    /* Published by the owner for others to read. */
+    /* 0, or cpu + 1 | SHI_WAITS_IRQS_OFF | (csd index + 1) << 32 */
+    _Alignas(SHI_PAIR) shi_a64 waiting_for;
+    shi_a32 ringing;                        /* 0, or target + 1: pid hazard */
+    shi_a32 cur_csd;                        /* index + 1 of what it executes, 0: nothing */
+    shi_a32 task;                           /* 1 while a task runs */
+    shi_a32 damaged; /* 1 once it dropped csds it could not believe */
+    shi_a32 handler; /* enum shi_handler: of Python; a native one is in cur_csd alone */
+    shi_a64 since;   /* stamp of its begin */
+    char handler_name[SHI_HANDLER_NAME];
+    shi_a32 starved; /* enum shi_starved: its senders write it too */
+    shi_a32 lends;   /* 1 once a process of this slot has lent a result */
+    shi_a64 rerung;  /* by who waits for it: see shi_watch_ring */
+    shi_a32 quiet;   /* `departed`, when it last had no csd of anybody's in hand */
+    shi_a32 ended;   /* `departed`, when the slot's last process had ended: the firmware's */
+
+    /* Tests: stop or die at a labelled step. */
+    _Alignas(SHI_PAIR) shi_a32 step;
+    shi_a32 step_action;
+    shi_a32 step_skip;
+    shi_a32 step_hit;
+
+    _Alignas(SHI_PAIR) shi_a64 counters[SHI_NCTX][SHI_COUNTER_ROOM];
+    _Alignas(SHI_PAIR) shi_a64 trace_head;
+    char task_name[120];
+
+    struct shi_pic pic;
+};
+_Static_assert(sizeof(struct shi_slot) <= SHI_PAGE, "a slot fits a page");
+#define SHI_SLOT_BYTES 4096u
+_Static_assert(sizeof(struct shi_slot) <= SHI_SLOT_BYTES, "slot stride");
+
+/* ---- the header ------------------------------------------------------------------ */
+
+enum shi_machine_state {
+    SHI_M_NEW = 0,
+    SHI_M_BOOTING = 1,
+    SHI_M_UP = 2,
+    SHI_M_STOPPING = 3,
+    SHI_M_DEAD = 4, /* the firmware is gone */
+};
+
+/* Has a CPU results that wait for room in its arena? */
+enum shi_starved {
+    SHI_ST_NO = 0,
+    SHI_ST_WAITS = 1, /* until a sender has read one that is there */
+    SHI_ST_LOOK = 2,  /* one has */
+};
+
+enum shi_hotplug { SHI_HP_ONLINE = 0, SHI_HP_OFFLINE = 1, SHI_HP_STOP = 2 };
+enum shi_idle { SHI_IDLE_POLL = 0, SHI_IDLE_HALTPOLL = 1, SHI_IDLE_HALT = 2 };
+enum shi_doorbell { SHI_DB_FUTEX, SHI_DB_SEM, SHI_DB_SIGNAL, SHI_DB_EVENTFD, SHI_DB_MQUEUE };
+
+struct shi_header {
+    /* These 80 bytes keep their place for ever: ps and clean read other versions. */
+    char magic[8];
+    uint32_t abi;
+    uint32_t header_bytes;
+    char name[SHI_NAME_MAX];
+
+    uint64_t total_bytes; /* of the mapping; the file may be shorter at its end */
+    uint64_t slot_offset;
+    uint64_t irq_offset;
+    uint64_t region_offset;
+    uint64_t region_bytes; /* per slot: csds, function table, arena */
+    uint64_t func_offset;  /* in a region */
+    uint64_t arena_offset; /* in a region */
+    uint64_t arena_bytes;
+    uint64_t trace_offset;
+    uint64_t array_offset;
+    uint64_t array_bytes;
+    uint32_t ncpus;
+    uint32_t csd_shift; /* 1 << this many csds per slot */
+    uint32_t trace_records; /* per slot; 0: off */
+    uint32_t doorbell;
+    uint32_t kick_signal;
+    uint32_t kick; /* 0: cooperative */
+    uint32_t cookie;
+    uint32_t oversubscribed;
+    uint64_t sum_key;
+    uint64_t boot_time_ns; /* CLOCK_REALTIME */
+    uint32_t nmi_signal;
+    struct shi_chip chip;
+    struct shi_clock clock;
+
+    _Alignas(SHI_PAIR) shi_a32 machine_state; /* enum shi_machine_state */
+    shi_a32 firmware_pid;
+    shi_a32 host_pid;
+    shi_a32 hotplug_event; /* futex: bumped at every CPU online, offline, dead */
+    shi_a32 steps;         /* 1: labelled steps are looked at */
+    shi_a32 shut_down;     /* 1: its owner ended it in order; set before the state says so */
+    shi_a32 departed;      /* counts the senders that have ended (shi_reap_orphans) */
+    /* Between hosts; as the irq area's, taken from a holder that died (shi_lock_try). */
+    shi_a64 array_lock;
+    shi_a64 hotplug_lock;
+    shi_a64 tool_lock; /* stress and bench take the whole machine */
+    shi_a64 array_used;
+    shi_a32 narrays;
+    shi_a64 arrays[SHI_MAX_ARRAYS]; /* offset of a descriptor each */
+};
+
+#endif

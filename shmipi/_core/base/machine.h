@@ -1,0 +1,311 @@
+/* SPDX-License-Identifier: MIT */
+/* A process's own view of a machine: the mapping, and who it is in it. */
+#ifndef SHI_MACHINE_H
+#define SHI_MACHINE_H
+
+#include "base/sys.h"
+
+#include <pthread.h>
+#include <time.h>
+
+#include "smp/arena.h"
+#include "base/layout.h"
+
+struct shi_self;
+struct shi_flow;
+
+/* Geometry, copied out of the header once and checked: never read from there again. */
+struct shi_machine {
+    uint8_t *base;
+    struct shi_header *header;
+    uint64_t total_bytes;
+    uint64_t slot_offset, irq_offset, region_offset, region_bytes, func_offset, arena_offset;
+    uint64_t arena_bytes, trace_offset, array_offset, array_bytes, sum_key;
+    uint64_t payload_max; /* the largest single payload */
+    uint32_t ncpus, nslots, csd_shift, csds_per_slot, ncsds, trace_records;
+    uint32_t cookie, kick_signal, nmi_signal;
+    enum shi_doorbell doorbell;
+    bool kick;
+    bool oversubscribed;
+    int fd; /* of the segment: only by shi_machine_fd and _close */
+    uint64_t dev, ino; /* of the file that it is, 0 for none (native tests) */
+    char path[64];     /* of that file, to open it again */
+    struct shi_chip chip; /* checked */
+    const struct shi_flow *flow;
+    int *eventfds; /* per CPU, or NULL */
+    void **sems;   /* sem_t *, per CPU, or NULL */
+    int *mqueues;  /* mqd_t, per CPU, or NULL */
+    bool adopted;  /* of a guest: semaphores are mapped here, not opened by name */
+};
+
+/* What a sender knows about each of its csds and functions, in private memory. */
+struct shi_csd_note {
+    uint64_t block;  /* arena block + 1, or 0 */
+    uint32_t func;   /* function index + 1, or 0 */
+    uint32_t shared; /* index + 1 of the csd that owns the block with this one */
+    uint32_t users;  /* csds that share this one's block */
+    uint8_t ending;  /* give this one back with the last of its users */
+    uint8_t nowait;  /* counts against SHI_NOWAIT_POOL */
+    uint8_t left;    /* nobody will ask for its result */
+};
+
+struct shi_func_note {
+    uint64_t block; /* arena block + 1, or 0 */
+    uint32_t in_flight;
+    uint8_t dead; /* the function object is gone: free when in_flight is 0 */
+};
+
+struct shi_sender {
+    struct shi_arena arena;
+    struct shi_csd_note *notes;
+    uint32_t *free_csds; /* stack */
+    uint32_t nfree, csd_top;
+    uint32_t *flight; /* ring of csds sent without waiting, oldest first */
+    uint32_t flight_head, flight_count;
+    uint32_t nowait; /* of those, how many came from wait=0 calls */
+    struct shi_func_note *funcs;
+    uint32_t *free_funcs;
+    uint32_t nfree_funcs, func_top, next_serial;
+    struct shi_loan *loans; /* oldest first but for gaps that were filled */
+    uint32_t nloans, loan_room, loan_next;
+    uint64_t lent; /* bytes of their blocks */
+};
+
+/* A block with a result, which its caller may read: lend.h. */
+struct shi_loan {
+    uint64_t block; /* in the arena */
+    uint32_t csd;   /* index through all slots */
+    uint16_t seq;   /* which use of it */
+    uint16_t src_gen;
+};
+
+/* A list of csds the owner has taken off its queue, linked by csd.next. */
+struct shi_list {
+    uint32_t head, tail, count; /* index + 1 */
+};
+
+/* What the layer above (Python, or a native test) plugs in. */
+struct shi_hooks {
+    void *arg;
+    /* Run one Python csd now.  Soft-masked.  NULL: always defer. */
+    void (*run)(struct shi_self *, uint32_t csd);
+    /* About to spin for longer than 20 us, or to sleep: give the interpreter up. */
+    void (*release)(struct shi_self *);
+    /* Called in the kick handler when Python work was deferred: async-signal-safe. */
+    void (*interrupt)(struct shi_self *);
+    /* Run the Python handler of a requested irq's line now, and end it.  Soft-masked. */
+    void (*irq)(struct shi_self *, uint32_t line);
+    /* An NMI's handler is Python's.  In the NMI's signal handler: async-signal-safe. */
+    void (*nmi)(struct shi_self *);
+};
+
+struct shi_self {
+    struct shi_machine *m;
+    struct shi_slot *slot;
+    uint32_t id;
+    uint16_t gen;
+    bool host;  /* or firmware, or guest: sends and waits, but is no CPU */
+    bool guest; /* a host that is attached: the machine is another's */
+    /* A guest detaches: its waits end; and then its slot is not its own any more. */
+    volatile uint8_t leaving, left;
+    pid_t pid, tid;
+    pthread_t thread;
+    shi_a64 *counts; /* of the context it is in */
+
+    /* Read by the kick handler of the same thread. */
+    volatile uint8_t irqs_off; /* local_irq_disable, or a handler is running */
+    volatile uint8_t in_core;  /* depth of core sections in task context */
+    volatile uint8_t happened; /* a kick came while masked */
+    volatile uint8_t in_irq;   /* depth of hard-irq context */
+    volatile uint8_t ctx;      /* enum shi_ctx for counters */
+    volatile uint8_t in_nmi;
+    volatile uint8_t nmi_waits; /* an NMI is in service, and Python has to handle it */
+    volatile uint8_t reminding; /* the timer is set (remind.h) */
+    volatile uint32_t held;     /* depth of imports: kicks leave Python handlers waiting */
+    bool has_timer;
+    bool inline_python;        /* the idle loop or a waiter: run Python csds at once */
+    bool in_task;
+    struct shi_csd *volatile cancellable; /* of the task, while its function runs */
+    uint32_t served; /* changes with every interrupt that was taken */
+    bool pausing;    /* a task waits for one: a native NMI has to be noticed too */
+    uint32_t preempt;
+    bool trace;
+    bool steps;
+
+    uint32_t unsent; /* results for which there was no room yet: the layer above has them */
+    struct shi_list deferred; /* Python csds waiting for the interpreter */
+    struct shi_list tasks;
+    uint16_t later[SHI_NLINES]; /* lines of requested irqs waiting for the interpreter */
+    uint64_t later_for[SHI_NLINES]; /* by line: of which irq, and which of its reservations */
+    uint32_t handling; /* 1 + the line whose Python handler runs, 0: none does */
+    uint32_t nlater;
+    uint64_t taken[SHI_NLINES / 64]; /* read from the chip, and not dispatched yet */
+    uint8_t demuxing;                /* esb: in smp_ipi_demux, and how it came there */
+    uint64_t storm_ns; /* when the kick handler last returned */
+    uint64_t poll_ns;  /* haltpoll's window */
+    uint64_t spin_ns;  /* measuring: a waiter spins so long less one; 0: shi_wait_budget knows */
+    struct shi_sender sender;
+    struct shi_hooks hooks;
+    pthread_mutex_t lock; /* host only: its threads share one sender */
+    pthread_mutex_t kick_lock;
+    timer_t timer; /* of the CPU's own thread: asks the interpreter again */
+};
+
+/* Geometry for a machine of this shape; fills everything of `h` but the name. */
+int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records,
+                    uint64_t arena_bytes, uint64_t array_bytes);
+/* Bytes that must be allocated at boot: header, directory, slots. */
+uint64_t shi_layout_fixed(const struct shi_header *h);
+/* Check a mapped header against `mapped` bytes; -EINVAL, or -EPROTO for another ABI. */
+int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int fd);
+/* A descriptor of the segment's file, or -1.  A task may close every descriptor it finds,
+ * and open a file that then has our number: that one is never touched. */
+int shi_machine_fd(const struct shi_machine *m);
+/* Close the descriptor, if it is ours still. */
+void shi_machine_close(struct shi_machine *m);
+/* Allocate a range of the segment's file: 0, -ENOSPC, ... */
+int shi_machine_back(const struct shi_machine *m, uint64_t offset, uint64_t length);
+/* Give a range back: it reads as zeros.  False: the pages are kept as they are. */
+bool shi_machine_punch(const struct shi_machine *m, uint64_t offset, uint64_t length);
+
+/* Become slot `id`.  `gen` is 0 for the host and the firmware. */
+int shi_self_init(struct shi_self *self, struct shi_machine *m, uint32_t id);
+void shi_self_fini(struct shi_self *self);
+/* CPU: take the slot (pid, start time, thread) and go online, polling. */
+int shi_self_online(struct shi_self *self);
+
+/* Where the arrays made so far end. */
+static inline uint64_t shi_array_end(const struct shi_machine *m)
+{
+    uint64_t used = shi_load_acquire(&m->header->array_used);
+    return m->array_offset + (used < m->array_bytes ? used : m->array_bytes);
+}
+
+static inline struct shi_slot *shi_slot(const struct shi_machine *m, uint32_t id)
+{
+    return (struct shi_slot *)(m->base + m->slot_offset + (uint64_t)id * SHI_SLOT_BYTES);
+}
+
+static inline uint8_t *shi_region(const struct shi_machine *m, uint32_t id)
+{
+    return m->base + m->region_offset + (uint64_t)id * m->region_bytes;
+}
+
+/* `index` counts through all slots; the caller has checked it. */
+static inline struct shi_csd *shi_csd(const struct shi_machine *m, uint32_t index)
+{
+    return (struct shi_csd *)shi_region(m, index >> m->csd_shift) +
+           (index & (m->csds_per_slot - 1));
+}
+
+static inline struct shi_func *shi_func_entry(const struct shi_machine *m, uint32_t id,
+                                              uint32_t index)
+{
+    return (struct shi_func *)(shi_region(m, id) + m->func_offset) + index;
+}
+
+static inline uint8_t *shi_arena_base(const struct shi_machine *m, uint32_t id)
+{
+    return shi_region(m, id) + m->arena_offset;
+}
+
+static inline void shi_count_n(struct shi_self *self, enum shi_counter c, uint64_t n)
+{
+    shi_a64 *p = &self->counts[c];
+    if (self->host)
+        shi_fetch_add_relaxed(p, n); /* its threads share the row */
+    else
+        shi_store_relaxed(p, shi_load_relaxed(p) + n);
+}
+
+static inline void shi_count(struct shi_self *self, enum shi_counter c)
+{
+    shi_count_n(self, c, 1);
+}
+
+/*
+ * A core section: between these the kick handler only notes that it was called, so
+ * the sender's private lists never change under it.  On the host, whose threads share
+ * one sender and which takes no interrupts, it is a mutex.
+ */
+static inline void shi_enter(struct shi_self *self)
+{
+    if (self->host) {
+        pthread_mutex_lock(&self->lock);
+        return;
+    }
+    self->in_core++;
+    shi_signal_fence();
+}
+
+void shi_leave_slow(struct shi_self *self);
+
+static inline void shi_leave(struct shi_self *self)
+{
+    if (self->host) {
+        pthread_mutex_unlock(&self->lock);
+        return;
+    }
+    shi_signal_fence();
+    self->in_core--;
+    shi_signal_fence();
+    if (__builtin_expect(self->happened, 0))
+        shi_leave_slow(self);
+}
+
+static inline bool shi_masked(const struct shi_self *self)
+{
+    return self->irqs_off || self->in_core;
+}
+
+/* Does anything wait for the interpreter that interrupts off hold back? */
+static inline bool shi_irqs_wait(const struct shi_self *self)
+{
+    return self->deferred.head || self->nlater ||
+           (self->unsent && shi_load_relaxed(&self->slot->starved) != SHI_ST_WAITS);
+}
+
+/* Does anything wait for the interpreter? */
+static inline bool shi_python_waits(const struct shi_self *self)
+{
+    return self->nmi_waits || shi_irqs_wait(self);
+}
+
+static inline uint32_t shi_first_guest(const struct shi_machine *m)
+{
+    return m->ncpus + 2;
+}
+
+/* Has the machine ended for this process?  A guest is told when its end has begun. */
+static inline bool shi_ended(const struct shi_self *self)
+{
+    uint32_t state = shi_load_acquire(&self->m->header->machine_state);
+    return state >= SHI_M_STOPPING && (state == SHI_M_DEAD || self->guest);
+}
+
+/* Wake every host that waits: the machine's owner and its guests. */
+void shi_hosts_ring(const struct shi_machine *m);
+
+/* A lock in the segment: 0, or slot + 1 | generation << 32 of its holder.  0 or -EAGAIN;
+ * a holder that died loses it. */
+int shi_lock_try(struct shi_self *self, shi_a64 *lock);
+/* Does this process hold it? */
+bool shi_lock_mine(const struct shi_self *self, const shi_a64 *lock);
+void shi_lock_release(struct shi_self *self, shi_a64 *lock);
+
+/* Give the own slot up, for another to have: what this process still writes to it goes to
+ * private memory from here on.  The caller is the only thread in the core.  0 or -errno. */
+int shi_self_leave(struct shi_self *self);
+
+/* Is the task that runs here to be interrupted?  The flag is in its own csd, so that it is
+ * never the next task's. */
+static inline bool shi_cancel_asked(const struct shi_self *self)
+{
+    const struct shi_csd *csd = self->cancellable;
+    return csd && (shi_load_acquire(&csd->lock) & SHI_CSD_CANCEL) != 0;
+}
+
+/* Keyed checksum of a payload: guards against damage, not against an attacker. */
+uint64_t shi_checksum(const struct shi_machine *m, const void *data, uint64_t length);
+
+#endif

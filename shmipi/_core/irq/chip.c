@@ -1,0 +1,408 @@
+/* SPDX-License-Identifier: MIT */
+#include "base/sys.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "irq/chip.h"
+#include "irq/doorbell.h"
+#include "irq/irq.h"
+#include "irq/irqdesc.h"
+#include "irq/nmi.h"
+#include "base/step.h"
+#include "base/trace.h"
+
+#define STARTUP_LOOK_NS 100000000
+
+static const struct shi_flow *const flows[SHI_NFLOWS] = {
+    [SHI_FLOW_VECTOR] = &shi_flow_vector, [SHI_FLOW_MAILBOX] = &shi_flow_mailbox,
+    [SHI_FLOW_MUX] = &shi_flow_mux,       [SHI_FLOW_SGI] = &shi_flow_sgi,
+    [SHI_FLOW_SHARED] = &shi_flow_shared, [SHI_FLOW_ESB] = &shi_flow_esb,
+};
+
+const struct shi_flow *shi_flow_of(uint32_t kind)
+{
+    return kind < SHI_NFLOWS ? flows[kind] : NULL;
+}
+
+int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus)
+{
+    uint32_t span = chip->per_cpu ? ncpus : 1;
+    const uint32_t lines[] = {chip->call_single, chip->call, chip->reschedule};
+    size_t i;
+    if (!shi_flow_of(chip->flow) || !chip->name[0] ||
+        !memchr(chip->name, 0, sizeof chip->name) || chip->nlines > SHI_NLINES ||
+        chip->nrows > SHI_NROWS || span > SHI_NLINES)
+        return -EINVAL;
+    for (i = 0; i < sizeof lines / sizeof *lines; i++)
+        if (lines[i] >= chip->nlines || lines[i] + span > chip->nlines)
+            return -EINVAL;
+    if (chip->nmi != SHI_NO_LINE && (chip->nmi >= chip->nlines || chip->nmi + span > chip->nlines))
+        return -EINVAL;
+    /* What each flow keeps per line. */
+    if ((chip->flow == SHI_FLOW_SGI && chip->nlines > 16) ||
+        (chip->flow == SHI_FLOW_ESB && chip->nlines > SHI_ESB_LINES) ||
+        (chip->banked && (chip->flow != SHI_FLOW_SGI || ncpus > 8)))
+        return -EINVAL;
+    return 0;
+}
+
+/* ---- sending --------------------------------------------------------------------- */
+
+void shi_irq_raise(struct shi_self *self, uint32_t dst, uint32_t line)
+{
+    SHI_TRACE(self, ipi_send_cpu, dst, 0, 0, line);
+    bool ring = self->m->flow->set(self, dst, line);
+    SHI_STEP(self, raise);
+    if (ring) {
+        SHI_TRACE(self, line_set, dst, 0, 0, line);
+        shi_irq_ring(self, dst);
+    } else {
+        SHI_TRACE(self, line_kept, dst, 0, 0, line);
+    }
+}
+
+/* Are these (ascending), and this CPU, all that are online? */
+static bool all_online(const struct shi_self *self, const uint32_t *cpus, uint32_t n)
+{
+    const struct shi_machine *m = self->m;
+    uint32_t cpu, i = 0;
+    for (cpu = 0; cpu < m->ncpus; cpu++) {
+        if (i < n && cpus[i] == cpu)
+            i++;
+        else if (cpu != self->id && shi_word_online(shi_load_relaxed(&shi_slot(m, cpu)->word)))
+            return false; /* soon, as a rule: the first that is left out */
+    }
+    return true;
+}
+
+uint32_t shi_chip_writes(const struct shi_self *self, const uint32_t *cpus, uint32_t n)
+{
+    const struct shi_chip *chip = &self->m->chip;
+    uint32_t i, writes = 0, last = UINT32_MAX;
+    if (chip->shorthand && n > 1 && all_online(self, cpus, n))
+        return 1; /* all but self */
+    if (!chip->group)
+        return 1;
+    for (i = 0; i < n; i++)
+        if (cpus[i] / chip->group != last) {
+            last = cpus[i] / chip->group;
+            writes++;
+        }
+    return writes;
+}
+
+void shi_chip_send_call_single(struct shi_self *self, uint32_t dst)
+{
+    const struct shi_machine *m = self->m;
+    SHI_TRACE(self, call_ipi, dst, 0, 0, m->chip.call_single);
+    shi_count(self, SHI_C_chip_writes);
+    shi_irq_raise(self, dst, shi_line_of(m, m->chip.call_single, dst));
+}
+
+void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n)
+{
+    const struct shi_machine *m = self->m;
+    uint32_t i, writes = shi_chip_writes(self, cpus, n);
+    SHI_TRACE(self, ipi_send_cpumask, n, 0, writes, m->chip.call);
+    shi_count_n(self, SHI_C_chip_writes, writes);
+    for (i = 0; i < n; i++)
+        shi_irq_raise(self, cpus[i], shi_line_of(m, m->chip.call, cpus[i]));
+}
+
+void shi_chip_send_reschedule(struct shi_self *self, uint32_t dst)
+{
+    const struct shi_machine *m = self->m;
+    shi_count(self, SHI_C_chip_writes);
+    shi_irq_raise(self, dst, shi_line_of(m, m->chip.reschedule, dst));
+}
+
+void shi_chip_prod(struct shi_self *self, uint32_t dst)
+{
+    shi_chip_send_reschedule(self, dst);
+    /* Taken already, or held back: then nobody rang.  Nor has who made the line pending
+     * before us, where that is who rings (ipi-mux), if he is stopped on the way to it. */
+    if (!self->m->flow->pending(self->m, dst) ||
+        !(shi_load_full(&shi_slot(self->m, dst)->word) & SHI_W_PENDING))
+        shi_irq_ring(self, dst);
+}
+
+/* ---- receiving ------------------------------------------------------------------- */
+
+void shi_chip_count_row(struct shi_self *self, uint32_t line)
+{
+    uint32_t row = self->m->chip.row[line];
+    if (row >= SHI_NROWS)
+        return;
+    shi_a64 *p = &self->slot->pic.rows[row];
+    shi_store_relaxed(p, shi_load_relaxed(p) + 1); /* the owner alone, soft-masked */
+}
+
+/* The kernel's sysvec handlers and handle_percpu_irq: false when Python has it now. */
+bool shi_chip_act(struct shi_self *self, uint32_t line)
+{
+    switch ((enum shi_line_use)self->m->chip.use[line]) {
+    case SHI_USE_RESCHEDULE:
+        SHI_TRACE(self, scheduler_ipi, self->id, 0, 0, line);
+        shi_count(self, SHI_C_irq_resched); /* the nudge is all there is to it */
+        return true;
+    case SHI_USE_CALL:
+        SHI_TRACE(self, call_interrupt, self->id, 0, 0, line);
+        shi_count(self, SHI_C_irq_call);
+        shi_flush_queue(self);
+        return true;
+    case SHI_USE_CALL_SINGLE:
+        SHI_TRACE(self, call_interrupt, self->id, 0, 0, line);
+        shi_count(self, SHI_C_irq_call_single);
+        shi_flush_queue(self);
+        return true;
+    case SHI_USE_NMI:
+        shi_nmi_by_line(self);
+        return true;
+    case SHI_USE_COUNT:
+        return true;
+    case SHI_USE_IRQ:
+        return shi_irqdesc_handle(self, line);
+    case SHI_USE_NONE:
+        break;
+    }
+    shi_count(self, SHI_C_irq_other); /* reported: `shmipi interrupts` has a row of them */
+    return true;
+}
+
+/* Say that a line was ended where it was: before or after its work. */
+static inline void trace_eoi(struct shi_self *self, uint32_t line, bool before)
+{
+    if (__builtin_expect(self->trace, 0) &&
+        before == (self->m->flow->eoi_first && self->m->chip.use[line] != SHI_USE_IRQ))
+        SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
+}
+
+void shi_chip_take(struct shi_self *self)
+{
+    const struct shi_flow *flow = self->m->flow;
+    uint32_t line;
+    while ((line = flow->next(self)) != SHI_NO_LINE) {
+        SHI_TRACE(self, line_ack, self->id, 0, 0, line);
+        trace_eoi(self, line, true);
+        SHI_STEP(self, line);
+        shi_chip_count_row(self, line);
+        if (!shi_chip_act(self, line))
+            continue;
+        if (flow->end)
+            flow->end(self, line);
+        trace_eoi(self, line, false);
+    }
+}
+
+void shi_chip_handle(struct shi_self *self)
+{
+    /* The summary first, the lines second: a line set in between sets it again. */
+    shi_fetch_and_full(&self->slot->word, ~SHI_W_PENDING);
+    SHI_TRACE(self, ipi_entry, self->id, 0, 0, 0);
+    shi_chip_take(self);
+    if (shi_load_relaxed(&self->slot->pic.spurious)) {
+        /* Asserted when the mask went up, and gone by the acknowledge: x86 has a vector
+         * for it, a GIC reads 1023. */
+        shi_store_relaxed(&self->slot->pic.spurious, 0);
+        shi_count(self, SHI_C_irq_spurious);
+    }
+    SHI_TRACE(self, ipi_exit, self->id, 0, 0, 0);
+}
+
+void shi_chip_recheck(struct shi_self *self)
+{
+    if (!self->m->flow->pending(self->m, self->id))
+        return;
+    shi_fetch_or_full(&self->slot->word, SHI_W_PENDING);
+    self->happened = 1; /* served by shi_leave, or by local_irq_enable */
+}
+
+void shi_chip_end(struct shi_self *self, uint32_t line)
+{
+    if (self->m->flow->end)
+        self->m->flow->end(self, line);
+    SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
+    shi_chip_recheck(self); /* what its end lets through, or what came while it was in service */
+}
+
+void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on)
+{
+    const struct shi_machine *m = self->m;
+    shi_a64 *word = &shi_pic(m, cpu)->enable[line / 64];
+    uint64_t bit = 1ull << (line % 64);
+    if (m->flow->enable)
+        m->flow->enable(self, cpu, line, on);
+    else if (on)
+        shi_fetch_or_full(word, bit);
+    else
+        shi_fetch_and_full(word, ~bit);
+    if (!on)
+        return;
+    /* Enabled first (the full read-modify-write above), pending looked at second; a
+     * sender sets pending first and looks at enabled second: one sees the other. */
+    if (cpu == self->id)
+        shi_chip_recheck(self);
+    else
+        shi_chip_look(self, cpu, false);
+}
+
+void shi_chip_clear(struct shi_self *self, uint32_t cpu, uint32_t line)
+{
+    if (self->m->flow->clear)
+        self->m->flow->clear(self, cpu, line);
+    else
+        shi_fetch_and_full(&shi_slot(self->m, cpu)->irr[line / 64], ~(1ull << (line % 64)));
+}
+
+void shi_chip_threshold(struct shi_self *self, uint32_t value)
+{
+    const struct shi_machine *m = self->m;
+    struct shi_pic *pic = &self->slot->pic;
+    bool asserted = m->flow->pending(m, self->id);
+    shi_store_full(&pic->threshold, value);
+    if (asserted && !m->flow->pending(m, self->id)) {
+        /* INTR was up already: by the time it is acknowledged there is nothing left. */
+        shi_store_relaxed(&pic->spurious, 1);
+        shi_fetch_or_full(&self->slot->word, SHI_W_PENDING);
+        self->happened = 1;
+    }
+    shi_chip_recheck(self);
+}
+
+void shi_chip_look(struct shi_self *self, uint32_t cpu, bool again)
+{
+    if (self->m->flow->pending(self->m, cpu))
+        shi_irq_ring_pending(self, cpu, again);
+}
+
+static void reset(const struct shi_machine *m, uint32_t cpu)
+{
+    struct shi_pic *pic = shi_pic(m, cpu);
+    struct shi_slot *slot = shi_slot(m, cpu);
+    uint32_t i;
+    for (i = 0; i < SHI_NLINES / 64; i++) {
+        shi_store_relaxed(&slot->irr[i], 0);
+        shi_store_relaxed(&pic->isr[i], 0);
+    }
+    for (i = 0; i < m->chip.nlines; i++) /* those of requested irqs stay as they are */
+        if (m->chip.use[i] != SHI_USE_IRQ)
+            shi_fetch_or_full(&pic->enable[i / 64], 1ull << (i % 64));
+    shi_store_relaxed(&pic->messages, 0);
+    shi_store_relaxed(&pic->nmi, 0);
+    shi_store_relaxed(&pic->threshold, 0);
+    shi_store_relaxed(&pic->spurious, 0);
+    shi_store_relaxed(&pic->happened, 0);
+    for (i = 0; i < sizeof pic->bank / sizeof *pic->bank; i++)
+        shi_store_relaxed(&pic->bank[i], 0);
+    if (m->flow->reset)
+        m->flow->reset(m, cpu);
+}
+
+void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
+{
+    shi_a32 *startup = &shi_pic(m, cpu)->startup;
+    uint32_t was = shi_load_relaxed(startup);
+    reset(m, cpu);
+    /* INIT, or a STARTUP that asked for the process that takes the slot, still stands. */
+    while ((was == SHI_SU_WAITING || was == SHI_SU_STARTED) &&
+           !shi_cas_full(startup, &was, SHI_SU_NONE))
+        ;
+}
+
+void shi_chip_reset_own(struct shi_self *self)
+{
+    memset(self->taken, 0, sizeof self->taken);
+    self->demuxing = 0;
+    reset(self->m, self->id); /* its process stays, and so has started */
+}
+
+void shi_chip_note_masked(struct shi_self *self)
+{
+    SHI_TRACE(self, irq_masked, self->id, 0, 0, 0);
+    if (self->m->flow->masked)
+        self->m->flow->masked(self);
+}
+
+void shi_chip_replayed(struct shi_self *self)
+{
+    if (self->m->flow->masked)
+        shi_store_relaxed(&self->slot->pic.happened, 0);
+}
+
+/* ---- bringing secondary CPUs up -------------------------------------------------- */
+
+int shi_chip_wait_startup(struct shi_self *self)
+{
+    shi_a32 *startup = &self->slot->pic.startup;
+    uint32_t was = shi_load_relaxed(startup), next;
+    if (!self->m->chip.startup)
+        return 0;
+    /* INIT has ended this process: a STARTUP since is for the next one. */
+    while (shi_load_full(&self->slot->pic.init) == self->gen && self->gen)
+        shi_event_wait(&self->slot->pic.init, self->gen, STARTUP_LOOK_NS);
+    do {
+        /* The bootstrap processor does not wait; nor does a process that was made
+         * because a STARTUP asked for it. */
+        next = self->id == 0 || was == SHI_SU_ASKED ? SHI_SU_STARTED : SHI_SU_WAITING;
+    } while (!shi_cas_full(startup, &was, next));
+    if (next == SHI_SU_STARTED)
+        return 0;
+    shi_event_ring(&self->m->header->hotplug_event);
+    while (shi_load_acquire(startup) == SHI_SU_WAITING) {
+        if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING)
+            return -ECANCELED;
+        shi_event_wait(startup, SHI_SU_WAITING, STARTUP_LOOK_NS);
+    }
+    return 0;
+}
+
+int shi_chip_let_start(struct shi_self *self, uint32_t cpu)
+{
+    shi_a32 *startup = &shi_pic(self->m, cpu)->startup;
+    uint32_t was = SHI_SU_WAITING;
+    if (!shi_cas_full(startup, &was, SHI_SU_STARTED))
+        return 0;
+    shi_event_wake(startup);
+    return 1;
+}
+
+static bool is_dead(const struct shi_machine *m, uint32_t cpu)
+{
+    return shi_word_state(shi_load_full(&shi_slot(m, cpu)->word)) == SHI_DEAD;
+}
+
+int shi_chip_startup(struct shi_self *self, uint32_t cpu, uint32_t vector)
+{
+    struct shi_pic *pic = shi_pic(self->m, cpu);
+    uint32_t was = shi_load_acquire(&pic->startup), next;
+    do {
+        if (was == SHI_SU_WAITING)
+            next = SHI_SU_STARTED;
+        else if (was == SHI_SU_RESET || (was != SHI_SU_ASKED && is_dead(self->m, cpu)))
+            next = SHI_SU_ASKED;
+        else
+            return 0; /* SDM: a STARTUP IPI that finds no waiting processor is dropped */
+        shi_store_relaxed(&pic->sipi, vector);
+    } while (!shi_cas_full(&pic->startup, &was, next));
+    if (next == SHI_SU_STARTED)
+        shi_event_wake(&pic->startup);
+    else
+        shi_firmware_look(self);
+    return 1;
+}
+
+int shi_chip_init(struct shi_self *self, uint32_t cpu)
+{
+    shi_a32 *startup = &shi_pic(self->m, cpu)->startup;
+    uint32_t was = shi_load_acquire(startup);
+    do {
+        /* What waits, or comes up to wait, or is about to be made, is in reset. */
+        if (was != SHI_SU_STARTED)
+            return 0;
+        /* The state first, the end second: a STARTUP that follows at once finds it. */
+    } while (!shi_cas_full(startup, &was, cpu ? SHI_SU_RESET : SHI_SU_ASKED));
+    shi_irq_end(self, cpu);
+    shi_firmware_look(self); /* it ends the process; and CPU 0's, dead before, is made anew */
+    return 1;
+}

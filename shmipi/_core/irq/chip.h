@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Interrupt controllers: how a line becomes pending at another CPU, in which order
+ * pending lines are taken, and how they are ended.
+ *
+ * What a controller is made of (its lines, what they mean, how they are counted) comes
+ * from its class in shmipi/irq/chips/ and is in the machine's header.  How it behaves is
+ * one of a few flows; a flow is one file, flow_*.c.
+ */
+#ifndef SHI_CHIP_H
+#define SHI_CHIP_H
+
+#include "base/machine.h"
+
+struct shi_flow {
+    const char *name;
+    bool eoi_first; /* system lines are ended as they are taken, before their work */
+    /* Make `line` of `dst` pending.  True: the target has to be rung. */
+    bool (*set)(struct shi_self *, uint32_t dst, uint32_t line);
+    /* Take the line that is next in the chip's order, or SHI_NO_LINE.  By the owner. */
+    uint32_t (*next)(struct shi_self *);
+    /* The line's work is done (EOI, deactivate).  NULL: nothing to do. */
+    void (*end)(struct shi_self *, uint32_t line);
+    /* Is there a line that `next` would give to `cpu`?  By anybody: a look. */
+    bool (*pending)(const struct shi_machine *, uint32_t cpu);
+    /* Mask or unmask a line of a CPU.  NULL: by the CPU's enable bits. */
+    void (*enable)(struct shi_self *, uint32_t cpu, uint32_t line, bool on);
+    /* Take back what is pending and not taken yet.  NULL: the CPU's pending bit. */
+    void (*clear)(struct shi_self *, uint32_t cpu, uint32_t line);
+    /* The CPU's part as after power-on; masks of requested irqs stay. */
+    void (*reset)(const struct shi_machine *, uint32_t cpu);
+    /* A kick found interrupts off.  NULL: nothing to note. */
+    void (*masked)(struct shi_self *);
+};
+
+extern const struct shi_flow shi_flow_vector, shi_flow_mailbox, shi_flow_mux, shi_flow_sgi,
+    shi_flow_shared, shi_flow_esb;
+
+/* esb: smp_muxed_ipi_set_message. */
+void shi_esb_message(struct shi_self *self, uint32_t dst, uint32_t message);
+/* esb: smp_ipi_demux called by hand.  In a core section of the owner's. */
+void shi_esb_demux(struct shi_self *self);
+/* esb: a load from (0x400: a store to) the ESB page of a source; what it gives, or
+ * -EINVAL.  Between shi_enter and shi_leave. */
+int shi_esb_access(struct shi_self *self, uint32_t cpu, uint32_t line, uint32_t offset);
+
+/* Check a description and find its flow: -EINVAL for one that cannot be. */
+int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus);
+const struct shi_flow *shi_flow_of(uint32_t kind);
+
+/* ---- sending: between shi_enter and shi_leave ------------------------------------ */
+
+/* Set a line of `dst` pending and ring it the way its state asks for. */
+void shi_irq_raise(struct shi_self *self, uint32_t dst, uint32_t line);
+/* mailbox: make all of `bits` of `dst` pending in one store. */
+void shi_mailbox_write(struct shi_self *self, uint32_t dst, uint64_t bits);
+void shi_chip_send_call_single(struct shi_self *self, uint32_t dst);
+void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n);
+void shi_chip_send_reschedule(struct shi_self *self, uint32_t dst);
+/* Make `dst` look at what is wanted of it, whatever its chip masks. */
+void shi_chip_prod(struct shi_self *self, uint32_t dst);
+/* Register writes that an IPI to these CPUs takes (ascending). */
+uint32_t shi_chip_writes(const struct shi_self *self, const uint32_t *cpus, uint32_t n);
+
+/* ---- receiving ------------------------------------------------------------------- */
+
+/* Take and dispatch what is pending here.  Soft-masked. */
+void shi_chip_handle(struct shi_self *self);
+/* Take what `next` gives until there is nothing. */
+void shi_chip_take(struct shi_self *self);
+/* Do what taking `line` means; false: its handler was put off. */
+bool shi_chip_act(struct shi_self *self, uint32_t line);
+/* Count it in its row of /proc/interrupts. */
+void shi_chip_count_row(struct shi_self *self, uint32_t line);
+/* A kick came while interrupts were off: powerpc notes of which kind ... */
+void shi_chip_note_masked(struct shi_self *self);
+/* ... until they are on again and everything was replayed. */
+void shi_chip_replayed(struct shi_self *self);
+/* The own CPU's chip may have something now: taken when the core section ends, or when
+ * interrupts are on. */
+void shi_chip_recheck(struct shi_self *self);
+/* The handler of a requested irq that was put off has run. */
+void shi_chip_end(struct shi_self *self, uint32_t line);
+/* Mask or unmask; a line that was pending while masked is taken on unmask. */
+void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on);
+/* Take back a line that is pending at `cpu`. */
+void shi_chip_clear(struct shi_self *self, uint32_t cpu, uint32_t line);
+/* shared: from now on `line` interrupts `cpu` (SHI_NO_LINE: nobody).  One at a time. */
+void shi_chip_route(struct shi_self *self, uint32_t line, uint32_t cpu);
+/* TPR, CPPR or PMR of this CPU; what it lets through is taken when interrupts are on. */
+void shi_chip_threshold(struct shi_self *self, uint32_t value);
+/* Set the summary bit of `cpu` if its chip has anything, and ring it. */
+void shi_chip_look(struct shi_self *self, uint32_t cpu, bool again);
+/* As after power-on: at boot, and before a process takes the slot again. */
+void shi_chip_reset(const struct shi_machine *m, uint32_t cpu);
+/* The own CPU's, with what its process has read from the chip and not dispatched. */
+void shi_chip_reset_own(struct shi_self *self);
+
+/* A secondary CPU of a chip that starts them by IPI: wait for STARTUP.  0, -ECANCELED. */
+int shi_chip_wait_startup(struct shi_self *self);
+/* Let a process that waits for STARTUP go on.  1; 0: none does, and nothing happens. */
+int shi_chip_let_start(struct shi_self *self, uint32_t cpu);
+/* The STARTUP IPI, which has a CPU without a process made one.  1: the CPU waited for
+ * it; 0: it did not, and nothing happens. */
+int shi_chip_startup(struct shi_self *self, uint32_t cpu, uint32_t vector);
+/* The INIT IPI: end the CPU's process.  A secondary CPU then waits for STARTUP; CPU 0,
+ * the bootstrap processor, starts again by itself.  1; 0: it was waiting already. */
+int shi_chip_init(struct shi_self *self, uint32_t cpu);
+
+static inline struct shi_pic *shi_pic(const struct shi_machine *m, uint32_t cpu)
+{
+    return &shi_slot(m, cpu)->pic;
+}
+
+static inline struct shi_irq_area *shi_irq_area(const struct shi_machine *m)
+{
+    return (struct shi_irq_area *)(m->base + m->irq_offset);
+}
+
+/*
+ * Chips that have no in-service bits: the core keeps one for a line that has a handler.
+ * A Python handler may be put off, and on hardware it would run before the line is read
+ * again; so until the handler has returned, the line stays pending and is not taken.
+ */
+static inline bool shi_kept_in_service(const struct shi_machine *m, uint32_t line)
+{
+    return m->chip.use[line] == SHI_USE_IRQ;
+}
+
+static inline void shi_set_in_service(struct shi_self *self, uint32_t line, bool on)
+{
+    shi_a64 *isr = &self->slot->pic.isr[line / 64]; /* written by the owner alone */
+    uint64_t bit = 1ull << (line % 64), was = shi_load_relaxed(isr);
+    shi_store_relaxed(isr, on ? was | bit : was & ~bit);
+}
+
+/* Where a CPU's lines of one kind lie. */
+static inline uint32_t shi_line_of(const struct shi_machine *m, uint32_t line, uint32_t cpu)
+{
+    return m->chip.per_cpu ? line + cpu : line;
+}
+
+#endif

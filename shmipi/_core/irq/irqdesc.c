@@ -1,0 +1,187 @@
+/* SPDX-License-Identifier: MIT */
+#include "base/sys.h"
+
+#include <errno.h>
+
+#include "irq/chip.h"
+#include "irq/doorbell.h"
+#include "irq/irqdesc.h"
+#include "base/native.h"
+
+struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq)
+{
+    return virq < SHI_NR_IRQS ? &shi_irq_area(m)->desc[virq] : NULL;
+}
+
+/* ---- the lock -------------------------------------------------------------------- */
+
+int shi_irq_trylock(struct shi_self *self)
+{
+    return shi_lock_try(self, &shi_irq_area(self->m)->lock);
+}
+
+void shi_irq_unlock(struct shi_self *self)
+{
+    shi_lock_release(self, &shi_irq_area(self->m)->lock);
+}
+
+/* ---- handlers -------------------------------------------------------------------- */
+
+void shi_irqdesc_set_native(struct shi_irqdesc *desc, uint32_t native, uint32_t kind,
+                            uint64_t info)
+{
+    desc->func = native;
+    desc->kind = kind;
+    desc->info = info;
+    shi_store_release(&desc->action, SHI_IA_NATIVE); /* read with acquire by handle */
+}
+
+void shi_irqdesc_set_python(struct shi_self *self, struct shi_irqdesc *desc, uint32_t func,
+                            uint32_t serial)
+{
+    desc->func = func;
+    desc->serial = serial;
+    desc->src = (uint16_t)self->id;
+    desc->src_gen = self->gen;
+    shi_store_release(&desc->action, SHI_IA_PYTHON);
+}
+
+void shi_irqdesc_set_line(struct shi_irqdesc *desc, uint32_t line)
+{
+    desc->func = line;
+    shi_store_release(&desc->action, SHI_IA_LINE);
+}
+
+void shi_irqdesc_clear(struct shi_irqdesc *desc)
+{
+    shi_store_full(&desc->action, SHI_IA_NONE);
+}
+
+bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *desc)
+{
+    shi_native_handler *function = shi_native_get(desc->func);
+    void *info = NULL;
+    if (!function)
+        return false;
+    if (desc->kind == SHI_K_INT)
+        info = (void *)(uintptr_t)desc->info;
+    else if (desc->kind == SHI_K_POINTER) {
+        uint64_t info_at = *(const volatile uint64_t *)&desc->info; /* once: it is checked */
+        uint64_t at = info_at + (uint64_t)desc->stride * self->id; /* this_cpu_ptr() */
+        if (info_at >= shi_array_end(self->m) || at >= shi_array_end(self->m))
+            return false;
+        info = self->m->base + at;
+    }
+    function(info);
+    return true;
+}
+
+bool shi_irqdesc_requester_lives(const struct shi_machine *m, const struct shi_irqdesc *desc)
+{
+    if (desc->src >= m->nslots)
+        return false; /* damaged */
+    if (desc->src >= m->ncpus) /* the host's end is the machine's: its generation stays 0 */
+        return (uint16_t)shi_load_acquire(&shi_slot(m, desc->src)->generation) ==
+               desc->src_gen;
+    uint64_t w = shi_load_acquire(&shi_slot(m, desc->src)->word);
+    return shi_word_state(w) != SHI_DEAD && shi_word_gen(w) == desc->src_gen;
+}
+
+static shi_a64 *line_count(const struct shi_machine *m, uint32_t cpu, uint32_t line)
+{
+    return (shi_a64 *)(m->base + shi_line_count_offset(m)) + (uint64_t)cpu * SHI_NLINES + line;
+}
+
+void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line)
+{
+    uint32_t cpu;
+    for (cpu = 0; cpu < self->m->ncpus; cpu++) {
+        /* Masked first: what is set after that stays where it is until it is unmasked. */
+        shi_chip_enable(self, cpu, line, false);
+        shi_chip_clear(self, cpu, line);
+        shi_store_relaxed(line_count(self->m, cpu, line), 0);
+    }
+}
+
+static uint64_t reservation(uint32_t virq, const struct shi_irqdesc *desc)
+{
+    return virq | (uint64_t)desc->epoch << 32;
+}
+
+bool shi_irqdesc_still(const struct shi_self *self, uint32_t line)
+{
+    uint32_t virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
+    const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
+    return virq && desc && self->later_for[line] == reservation(virq, desc);
+}
+
+bool shi_irqdesc_handle(struct shi_self *self, uint32_t line)
+{
+    uint32_t i, virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
+    const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
+    uint32_t action = virq && desc ? shi_load_acquire(&desc->action) : SHI_IA_NONE;
+    shi_a64 *count = line_count(self->m, self->id, line); /* kstat_irqs: the owner's alone */
+    shi_store_relaxed(count, shi_load_relaxed(count) + 1);
+    if (action == SHI_IA_NATIVE && shi_irqdesc_run_native(self, desc)) {
+        shi_count(self, SHI_C_irq_handled);
+        return true;
+    }
+    if (action == SHI_IA_LINE) {
+        uint32_t as = *(const volatile uint32_t *)&desc->func; /* once: it is checked */
+        if (as < self->m->chip.nlines && self->m->chip.use[as] != SHI_USE_IRQ) {
+            shi_count(self, SHI_C_irq_handled);
+            shi_chip_count_row(self, as);
+            return shi_chip_act(self, as);
+        }
+    }
+    if (action != SHI_IA_PYTHON) {
+        shi_count(self, SHI_C_irq_other); /* freed meanwhile, or never requested */
+        return true;
+    }
+    if (self->inline_python && self->hooks.irq && !shi_python_waits(self)) {
+        self->hooks.irq(self, line);
+        return true;
+    }
+    self->later_for[line] = reservation(virq, desc);
+    for (i = 0; i < self->nlater; i++)
+        if (self->later[i] == line)
+            return false; /* once more before it was handled at all */
+    if (self->nlater < SHI_NLINES)
+        self->later[self->nlater++] = (uint16_t)line;
+    return false;
+}
+
+uint32_t shi_irqdesc_pop(struct shi_self *self)
+{
+    uint32_t line, i;
+    if (!self->nlater)
+        return SHI_NO_LINE;
+    line = self->later[0];
+    self->nlater--;
+    for (i = 0; i < self->nlater; i++)
+        self->later[i] = self->later[i + 1];
+    return line;
+}
+
+/* ---- coprocessors ---------------------------------------------------------------- */
+
+int shi_coproc_raise(struct shi_self *self, uint32_t number, uint32_t virq)
+{
+    struct shi_coproc *coproc;
+    if (number >= SHI_NCOPROC)
+        return -ENXIO;
+    coproc = &shi_irq_area(self->m)->coproc[number];
+    if (!virq || shi_load_acquire(&coproc->virq) != virq)
+        return -ENXIO; /* it has ended, and the place may be another's by now */
+    shi_count(self, SHI_C_chip_writes);
+    shi_fetch_or_full(&coproc->pending, 1);
+    shi_event_ring(&coproc->event);
+    return 0;
+}
+
+void shi_coproc_ring_all(const struct shi_machine *m)
+{
+    uint32_t i;
+    for (i = 0; i < SHI_NCOPROC; i++)
+        shi_event_ring(&shi_irq_area(m)->coproc[i].event);
+}

@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * irq descriptors: who handles a line that an IPI domain gave out.  The table lies in
+ * the segment and is the machine's; it is changed under a lock that outlives nobody: who
+ * finds its holder dead takes it over.
+ */
+#ifndef SHI_IRQDESC_H
+#define SHI_IRQDESC_H
+
+#include "base/machine.h"
+
+/* Bytes of the counts of lines taken, all CPUs together. */
+static inline uint64_t shi_line_count_bytes(uint32_t ncpus)
+{
+    return (uint64_t)ncpus * SHI_NLINES * sizeof(uint64_t);
+}
+
+static inline uint32_t shi_affinity_words(uint32_t ncpus)
+{
+    return (ncpus + 63) / 64;
+}
+
+static inline uint64_t shi_line_count_offset(const struct shi_machine *m)
+{
+    return m->irq_offset + sizeof(struct shi_irq_area);
+}
+
+static inline uint64_t shi_affinity_offset(const struct shi_machine *m)
+{
+    return shi_line_count_offset(m) + shi_line_count_bytes(m->ncpus);
+}
+
+struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq);
+
+/* Take the lock of the table: 0, -EAGAIN when a live process holds it. */
+int shi_irq_trylock(struct shi_self *self);
+void shi_irq_unlock(struct shi_self *self);
+
+/* Publish or withdraw the handler.  The table's lock is held. */
+void shi_irqdesc_set_native(struct shi_irqdesc *desc, uint32_t native, uint32_t kind,
+                            uint64_t info);
+void shi_irqdesc_set_python(struct shi_self *self, struct shi_irqdesc *desc, uint32_t func,
+                            uint32_t serial);
+/* Whoever it comes to does what taking `line` means there. */
+void shi_irqdesc_set_line(struct shi_irqdesc *desc, uint32_t line);
+void shi_irqdesc_clear(struct shi_irqdesc *desc);
+
+/* Does the process that requested it with a Python handler live? */
+bool shi_irqdesc_requester_lives(const struct shi_machine *m, const struct shi_irqdesc *desc);
+/* Before a line is given out, and when it is given back: masked and not pending at any CPU,
+ * and counted from zero. */
+void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line);
+
+/* A line of an irq was taken.  Native: run; Python: run, or put off.  False: the line is
+ * ended later, by shi_chip_end. */
+bool shi_irqdesc_handle(struct shi_self *self, uint32_t line);
+/* Run the native handler of `desc`: false when it has none. */
+bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *desc);
+/* The next line whose Python handler was put off, or SHI_NO_LINE. */
+uint32_t shi_irqdesc_pop(struct shi_self *self);
+/* Is that line the same irq's as when its handler was put off? */
+bool shi_irqdesc_still(const struct shi_self *self, uint32_t line);
+
+/* Interrupt the coprocessor whose irq is `virq`: 0, or -ENXIO when it is not there. */
+int shi_coproc_raise(struct shi_self *self, uint32_t coproc, uint32_t virq);
+/* The machine stops: let each of them look. */
+void shi_coproc_ring_all(const struct shi_machine *m);
+
+#endif

@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: MIT */
+#include "base/sys.h"
+
+#include <errno.h>
+
+#include "irq/chip.h"
+#include "irq/doorbell.h"
+#include "irq/irq.h"
+#include "irq/irqdesc.h"
+#include "irq/nmi.h"
+#include "base/step.h"
+#include "base/trace.h"
+
+#define NMI_DESC 0u
+
+int shi_nmi_send(struct shi_self *self, uint32_t dst)
+{
+    struct shi_machine *m = self->m;
+    struct shi_pic *pic = shi_pic(m, dst);
+    uint32_t was, pending;
+    if (!shi_word_online(shi_load_acquire(&shi_slot(m, dst)->word)))
+        return -ENXIO;
+    SHI_TRACE(self, nmi_send, dst, 0, 0, 0);
+    shi_count(self, SHI_C_nmi_sent);
+    if (m->chip.nmi != SHI_NO_LINE) {
+        shi_irq_raise(self, dst, shi_line_of(m, m->chip.nmi, dst));
+        return 1;
+    }
+    was = shi_load_relaxed(&pic->nmi);
+    do {
+        pending = was & SHI_NMI_PENDING;
+        if (pending >= (was & SHI_NMI_IN_SERVICE ? 1u : 2u)) {
+            shi_count(self, SHI_C_nmi_collapsed);
+            return 0;
+        }
+        /* Full: releases what the sender stored before to the handler's exchange. */
+    } while (!shi_cas_full(&pic->nmi, &was, was + 1));
+    SHI_STEP(self, nmi);
+    shi_irq_signal_nmi(self, dst);
+    return 1;
+}
+
+int shi_nmi_resend(struct shi_self *self, uint32_t dst)
+{
+    uint32_t nmi = shi_load_full(&shi_pic(self->m, dst)->nmi);
+    /* One in service looks for more itself when it ends. */
+    if (!(nmi & SHI_NMI_PENDING) || nmi & SHI_NMI_IN_SERVICE)
+        return 0;
+    int err = shi_irq_signal_nmi(self, dst);
+    return err ? err : 1;
+}
+
+/* Pending becomes in service: false when none is pending, or one is in service. */
+static bool accept_nmi(struct shi_self *self)
+{
+    shi_a32 *nmi = &self->slot->pic.nmi;
+    uint32_t was = shi_load_relaxed(nmi);
+    do {
+        if (!(was & SHI_NMI_PENDING) || was & SHI_NMI_IN_SERVICE)
+            return false;
+    } while (!shi_cas_full(nmi, &was, (was - 1) | SHI_NMI_IN_SERVICE));
+    /* By read-modify-write: a Python handler counts in another context of this CPU. */
+    shi_fetch_add_relaxed(&self->slot->counters[SHI_CTX_NMI][SHI_C_nmi], 1);
+    return true;
+}
+
+void shi_nmi_entered(struct shi_self *self)
+{
+    SHI_TRACE(self, nmi_handler, self->id, 0, 0, 0);
+    shi_fetch_add_full(&self->slot->pic.nmi_entered, 1);
+}
+
+void shi_nmi_done(struct shi_self *self)
+{
+    SHI_TRACE(self, nmi_exit, self->id, 0, 0, 0);
+    shi_fetch_and_full(&self->slot->pic.nmi, ~SHI_NMI_IN_SERVICE);
+}
+
+/* Run it here if it is native: true.  False: Python has to. */
+static bool run(struct shi_self *self)
+{
+    const struct shi_irqdesc *desc = shi_irqdesc(self->m, NMI_DESC);
+    uint32_t action = shi_load_acquire(&desc->action);
+    if (action == SHI_IA_PYTHON)
+        return false;
+    if (action == SHI_IA_NATIVE) {
+        shi_nmi_entered(self);
+        shi_irqdesc_run_native(self, desc);
+    }
+    return true; /* nobody's: counted, as the kernel's "NMI received for unknown reason" */
+}
+
+void shi_nmi_entry(struct shi_self *self)
+{
+    while (accept_nmi(self)) {
+        uint8_t depth = self->in_nmi;
+        SHI_TRACE(self, nmi_entry, self->id, 0, 0, 0);
+        self->in_nmi = 1;
+        if (!run(self)) {
+            self->in_nmi = depth;
+            self->nmi_waits = 1;
+            shi_signal_fence();
+            shi_irq_call_python_for_nmi(self);
+            return; /* in service until its handler has returned */
+        }
+        self->in_nmi = depth;
+        shi_nmi_done(self);
+        if (self->pausing)
+            shi_irq_look_after_nmi(self); /* the task that halted here goes on */
+    }
+}
+
+void shi_nmi_by_line(struct shi_self *self)
+{
+    uint32_t was = shi_load_relaxed(&self->slot->pic.nmi);
+    /* One line, one NMI: whatever is pending is what the line stands for. */
+    while (!(was & SHI_NMI_PENDING) && !shi_cas_full(&self->slot->pic.nmi, &was, was + 1))
+        ;
+    shi_nmi_entry(self);
+}

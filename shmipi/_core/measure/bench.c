@@ -1,0 +1,480 @@
+/* SPDX-License-Identifier: MIT */
+#include "base/sys.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+
+#include "measure/bench.h"
+#include "smp/call.h"
+#include "irq/chip.h"
+#include "base/clock.h"
+#include "smp/csd.h"
+#include "irq/doorbell.h"
+#include "irq/irq.h"
+#include "base/native.h"
+#include "smp/wait.h"
+
+/* A spinning sender that got no answer for so long goes on as users' calls do: asleep,
+ * ringing again every 10 ms. */
+#define SPIN_NS 20000000u
+#define RELAXED_TRIES 100
+#define YIELD_NS 20000u
+#define LOOK_ROUND 4096u
+
+static uint32_t native(const char *name)
+{
+    return (uint32_t)shi_native_find(name) | SHI_FUNC_NATIVE;
+}
+
+/* What the layer above writes into a csd for func(None), or for func(8 bytes). */
+static void fill(struct shi_csd *csd, uint32_t func, bool bytes)
+{
+    csd->func = func;
+    csd->serial = 0;
+    csd->kind = bytes ? SHI_K_BYTES : SHI_K_NONE;
+    csd->length = bytes ? sizeof(uint64_t) : 0;
+    csd->apply = SHI_A_INFO;
+    csd->room = 0;
+    if (bytes)
+        csd->value.u = 0;
+}
+
+static int wait_for(struct shi_self *self, uint32_t local, uint32_t dst, bool park,
+                    uint64_t deadline_ns)
+{
+    struct shi_wait wait;
+    int rc;
+    shi_wait_begin(self, &wait, shi_own_index(self, local), dst, deadline_ns);
+    do {
+        rc = park ? shi_wait_sleep(self, &wait) : shi_wait_spin(self, &wait, SPIN_NS);
+        park |= rc == SHI_WAIT_MORE;
+    } while (rc > 0);
+    shi_wait_end(self, &wait);
+    return rc;
+}
+
+static void leave_behind(struct shi_self *self, uint32_t local)
+{
+    shi_enter(self);
+    shi_csd_leave(self, local);
+    shi_leave(self);
+}
+
+/* What an unlocked csd says: it ran, or its CPU died with it. */
+static int outcome(const struct shi_csd *csd)
+{
+    if (shi_load_relaxed(&csd->lock) & SHI_CSD_DIED)
+        return -EOWNERDEAD;
+    return shi_load_relaxed(&csd->status) == SHI_S_DONE ? 0 : -EIO;
+}
+
+static int look(const struct shi_self *self, uint64_t deadline_ns)
+{
+    if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING)
+        return -ECANCELED;
+    return shi_now_ns() >= deadline_ns ? -ETIMEDOUT : 0;
+}
+
+/* A line is raised, and its handler has run: no queue, no csd, and nothing is elided. */
+static int raise_line(struct shi_self *self, const struct shi_bench_calls *b)
+{
+    uint64_t seen = shi_load_relaxed(b->count);
+    uint32_t i;
+    shi_enter(self);
+    shi_count(self, SHI_C_chip_writes);
+    shi_irq_raise(self, b->dst, b->line);
+    shi_leave(self);
+    for (;;) {
+        for (i = 0; i < LOOK_ROUND; i++)
+            if (shi_load_acquire(b->count) != seen)
+                return 0;
+        int err = look(self, b->deadline_ns);
+        if (err)
+            return err;
+    }
+}
+
+/* smp_call_function_single(dst, func, info, wait=1), step by step as py/call.c has it. */
+static inline int call(struct shi_self *self, const struct shi_bench_calls *b, uint32_t func,
+                       uint64_t *arrived)
+{
+    if (__builtin_expect(b->count != NULL, 0))
+        return raise_line(self, b);
+    shi_count(self, SHI_C_calls_single);
+    shi_enter(self);
+    int64_t got = shi_csd_get(self);
+    if (got >= 0)
+        fill(shi_own_csd(self, (uint32_t)got), func, b->stamp);
+    shi_leave(self);
+    if (got < 0)
+        return (int)got;
+    uint32_t local = (uint32_t)got;
+    shi_enter(self);
+    int err = shi_call_single(self, local, SHI_CSD_SYNC, b->dst);
+    if (err)
+        shi_csd_put(self, local);
+    shi_leave(self);
+    if (err)
+        return err;
+    err = wait_for(self, local, b->dst, b->park, b->deadline_ns);
+    if (err) {
+        leave_behind(self, local);
+        return err;
+    }
+    const struct shi_csd *csd = shi_own_csd(self, local);
+    err = outcome(csd);
+    if (b->stamp)
+        *arrived = csd->value.u;
+    shi_enter(self);
+    shi_csd_put(self, local);
+    shi_leave(self);
+    return err;
+}
+
+static void pause_for(uint32_t gap_ns)
+{
+    uint64_t from = shi_stamp();
+    while (shi_stamp_to_ns(shi_stamp() - from) < gap_ns)
+        shi_cpu_relax();
+}
+
+static bool in_state(const struct shi_self *self, uint32_t dst, int state)
+{
+    uint64_t w = shi_load_relaxed(&shi_slot(self->m, dst)->word);
+    return state < 0 || shi_word_state(w) == (enum shi_state)state;
+}
+
+int64_t shi_bench_await(struct shi_self *self, uint32_t dst, int state, uint32_t gap_ns,
+                        uint64_t deadline_ns)
+{
+    int64_t missed;
+    for (missed = 0;; missed++) {
+        pause_for(gap_ns);
+        if (in_state(self, dst, state))
+            return missed;
+        int err = look(self, deadline_ns);
+        if (err)
+            return err;
+        if (missed > RELAXED_TRIES)
+            sched_yield(); /* it may need this very core to get there */
+    }
+}
+
+static int await(struct shi_self *self, struct shi_bench_calls *b)
+{
+    int err = look(self, b->deadline_ns);
+    if (err)
+        return err;
+    int64_t missed = shi_bench_await(self, b->dst, b->state, b->gap_ns, b->deadline_ns);
+    if (missed < 0)
+        return (int)missed;
+    b->missed += missed > 0;
+    return 0;
+}
+
+static int warm_up(struct shi_self *self, struct shi_bench_calls *b, uint32_t func)
+{
+    uint64_t arrived;
+    uint32_t i;
+    int err = 0;
+    for (i = 0; i < b->warmup && !err; i++) {
+        if (!b->batch || !i)
+            err = await(self, b);
+        if (!err)
+            err = call(self, b, func, &arrived);
+    }
+    b->missed = 0;
+    return err;
+}
+
+static int batches(struct shi_self *self, struct shi_bench_calls *b, uint32_t func)
+{
+    uint64_t arrived;
+    uint32_t n = b->calls / b->batch, i, k;
+    for (i = 0; i < n; i++) {
+        int err = await(self, b);
+        if (err)
+            return err;
+        uint64_t from = shi_stamp();
+        for (k = 0; k < b->batch && !err; k++)
+            err = call(self, b, func, &arrived);
+        uint64_t took = shi_stamp() - from;
+        if (err)
+            return err;
+        b->batches[b->nbatches++] = (double)shi_stamp_to_ns(took) / b->batch;
+    }
+    return 0;
+}
+
+static int each(struct shi_self *self, struct shi_bench_calls *b, uint32_t func)
+{
+    uint64_t arrived = 0;
+    uint32_t i;
+    for (i = 0; i < b->calls; i++) {
+        int err = await(self, b);
+        if (err)
+            return err;
+        uint64_t from = shi_stamp();
+        err = call(self, b, func, &arrived);
+        uint64_t took = shi_stamp() - from;
+        if (err)
+            return err;
+        if (b->rtt)
+            shi_hist_record(b->rtt, shi_stamp_to_ns(took));
+        if (b->stamp && b->one_way)
+            shi_hist_record(b->one_way, arrived > from ? shi_stamp_to_ns(arrived - from) : 0);
+    }
+    return 0;
+}
+
+int shi_bench_calls(struct shi_self *self, struct shi_bench_calls *b)
+{
+    uint32_t func = native(b->stamp ? "stamp" : "noop"), aside = 0, *kept = NULL;
+    struct rusage before, after;
+    int core = sched_getcpu(), err = 0;
+    b->nbatches = 0;
+    b->missed = 0;
+    if (b->dst >= self->m->ncpus || b->dst == self->id)
+        return -ENXIO;
+    if (b->count && b->line >= self->m->chip.nlines)
+        return -EINVAL;
+    if (b->skip && !(kept = calloc(b->skip, sizeof *kept)))
+        return -ENOMEM;
+    shi_enter(self);
+    while (aside < b->skip && !err) {
+        int64_t got = shi_csd_get(self);
+        if (got < 0)
+            err = (int)got;
+        else
+            kept[aside++] = (uint32_t)got;
+    }
+    shi_leave(self);
+    bool task = self->in_task;
+    getrusage(RUSAGE_THREAD, &before);
+    self->in_task = false; /* polling from call to call: it serves its queue in each wait */
+    if (!err)
+        err = warm_up(self, b, func);
+    if (!err)
+        err = b->batch ? batches(self, b, func) : each(self, b, func);
+    self->in_task = task;
+    if (task) {
+        /* A wait that slept for a signal left it blocked: it found no task to go back to. */
+        if (self->m->doorbell == SHI_DB_SIGNAL)
+            shi_kick_block(self, false);
+        shi_set_running(self);
+    }
+    getrusage(RUSAGE_THREAD, &after);
+    b->preempted = (uint64_t)(after.ru_nivcsw - before.ru_nivcsw);
+    b->moved = sched_getcpu() != core;
+    shi_enter(self);
+    while (aside)
+        shi_csd_put(self, kept[--aside]);
+    shi_leave(self);
+    free(kept);
+    return err;
+}
+
+/* ---- calls nobody waits for ------------------------------------------------------------- */
+
+static uint64_t counted(const struct shi_self *self, uint32_t dst, enum shi_counter counter)
+{
+    struct shi_slot *slot = shi_slot(self->m, dst);
+    uint64_t sum = 0;
+    int ctx;
+    for (ctx = 0; ctx < SHI_NCTX; ctx++)
+        sum += shi_load_relaxed(&slot->counters[ctx][counter]);
+    return sum;
+}
+
+int shi_bench_until(struct shi_self *self, uint32_t dst, enum shi_counter counter,
+                    uint64_t until, uint64_t deadline_ns)
+{
+    uint64_t from = shi_now_ns();
+    while (counted(self, dst, counter) < until) {
+        int err = look(self, deadline_ns);
+        if (err)
+            return err;
+        if (shi_now_ns() - from > YIELD_NS)
+            sched_yield(); /* another sender may share this core */
+    }
+    return 0;
+}
+
+/* Every csd of the pool is in flight: wait for the oldest, as users' calls do. */
+static int make_room(struct shi_self *self, uint64_t deadline_ns)
+{
+    shi_enter(self);
+    uint32_t oldest = shi_csd_oldest(self);
+    shi_leave(self);
+    if (oldest == UINT32_MAX)
+        return 0;
+    uint64_t lock = shi_load_relaxed(&shi_own_csd(self, oldest)->lock);
+    uint32_t dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
+    if (dst >= self->m->ncpus)
+        return 0;
+    struct shi_wait wait;
+    shi_wait_begin(self, &wait, shi_own_index(self, oldest), dst, deadline_ns);
+    int rc = shi_wait_spin(self, &wait, shi_wait_budget(self, dst));
+    while (rc > 0)
+        rc = shi_wait_sleep(self, &wait);
+    shi_wait_end(self, &wait);
+    return rc;
+}
+
+/* smp_call_function_single(dst, noop, NULL, wait=0). */
+static inline int post(struct shi_self *self, uint32_t dst, uint32_t func, uint64_t deadline_ns)
+{
+    int64_t local;
+    shi_count(self, SHI_C_calls_single);
+    for (;;) {
+        shi_enter(self);
+        local = shi_nowait_get(self);
+        if (local >= 0)
+            fill(shi_own_csd(self, (uint32_t)local), func, false);
+        shi_leave(self);
+        if (local != -EAGAIN)
+            break;
+        int err = make_room(self, deadline_ns);
+        if (err)
+            return err;
+    }
+    if (local < 0)
+        return (int)local;
+    shi_enter(self);
+    int err = shi_call_single(self, (uint32_t)local, SHI_CSD_ASYNC, dst);
+    if (err)
+        shi_csd_put(self, (uint32_t)local);
+    else
+        shi_csd_leave(self, (uint32_t)local);
+    shi_leave(self);
+    return err;
+}
+
+int shi_bench_flood(struct shi_self *self, struct shi_bench_flood *f)
+{
+    const struct shi_bench_calls last = {.dst = f->dst, .deadline_ns = f->deadline_ns};
+    uint32_t func = native("noop"), i;
+    int err = 0;
+    if (f->dst >= self->m->ncpus || f->dst == self->id)
+        return -ENXIO;
+    f->from_stamp = shi_stamp();
+    for (i = 0; i < f->calls && !err; i++) {
+        err = post(self, f->dst, func, f->deadline_ns);
+        if (!err && i % 4096 == 4095)
+            err = look(self, f->deadline_ns);
+    }
+    if (!err)
+        err = shi_bench_until(self, f->dst, SHI_C_native_run, f->until, f->deadline_ns);
+    /* All have been entered.  This one is served when the last of them has returned. */
+    if (!err)
+        err = call(self, &last, func, NULL);
+    f->to_stamp = shi_stamp();
+    return err;
+}
+
+/* ---- on_each_cpu ------------------------------------------------------------------------- */
+
+/* smp_call_function_many_cond with every online CPU in its mask. */
+static int broadcast(struct shi_self *self, uint32_t func, uint32_t *locals, uint32_t *cpus,
+                     uint32_t *ipis, uint64_t deadline_ns)
+{
+    uint32_t n = 0, nipis = 0, cpu, i;
+    int err = 0, first = 0;
+    shi_count(self, SHI_C_calls_many);
+    for (cpu = 0; cpu < self->m->ncpus && !err; cpu++) {
+        uint64_t w = shi_load_relaxed(&shi_slot(self->m, cpu)->word);
+        if (cpu == self->id || !shi_word_online(w))
+            continue;
+        shi_enter(self);
+        int64_t local = shi_csd_get(self);
+        if (local >= 0) {
+            fill(shi_own_csd(self, (uint32_t)local), func, false);
+            err = shi_call_queue(self, (uint32_t)local, SHI_CSD_SYNC, cpu);
+            if (err < 0) {
+                shi_csd_put(self, (uint32_t)local);
+            } else {
+                if (err > 0)
+                    ipis[nipis++] = cpu;
+                cpus[n] = cpu;
+                locals[n++] = (uint32_t)local;
+            }
+        } else {
+            err = (int)local;
+        }
+        shi_leave(self);
+        err = err < 0 && err != -ENXIO ? err : 0; /* offline since: skipped */
+    }
+    shi_enter(self);
+    shi_call_ipi_mask(self, ipis, nipis);
+    shi_leave(self);
+    if (!err) { /* the local part, between the doorbells and the wait */
+        uint8_t flags = shi_irq_save(self);
+        shi_count(self, SHI_C_calls_self);
+        shi_native_get(func & ~SHI_FUNC_NATIVE)(NULL);
+        shi_irq_restore(self, flags);
+    }
+    first = err;
+    for (i = 0; i < n; i++) {
+        struct shi_wait wait;
+        shi_wait_begin(self, &wait, shi_own_index(self, locals[i]), cpus[i], deadline_ns);
+        int rc = shi_wait_spin(self, &wait, shi_wait_budget(self, cpus[i]));
+        while (rc > 0)
+            rc = shi_wait_sleep(self, &wait);
+        shi_wait_end(self, &wait);
+        if (rc) {
+            leave_behind(self, locals[i]);
+        } else {
+            rc = outcome(shi_own_csd(self, locals[i]));
+            shi_enter(self);
+            shi_csd_put(self, locals[i]);
+            shi_leave(self);
+        }
+        first = first ? first : rc;
+    }
+    return first;
+}
+
+static int all_in_state(struct shi_self *self, struct shi_bench_broadcast *b)
+{
+    uint32_t cpu;
+    pause_for(b->gap_ns);
+    for (cpu = 0; cpu < self->m->ncpus; cpu++) {
+        if (cpu == self->id || in_state(self, cpu, b->state))
+            continue;
+        b->missed++;
+        while (!in_state(self, cpu, b->state)) {
+            int err = look(self, b->deadline_ns);
+            if (err)
+                return err;
+            sched_yield(); /* CPUs of this core cannot halt before they run */
+        }
+        pause_for(b->gap_ns);
+        cpu = UINT32_MAX; /* from the start: one may have woken */
+    }
+    return 0;
+}
+
+int shi_bench_broadcast(struct shi_self *self, struct shi_bench_broadcast *b)
+{
+    uint32_t func = native("noop"), n = self->m->ncpus, i;
+    uint32_t *room = calloc(3 * (size_t)n, sizeof *room);
+    int err = 0;
+    if (!room)
+        return -ENOMEM;
+    b->missed = 0;
+    for (i = 0; i < b->warmup + b->calls && !err; i++) {
+        err = all_in_state(self, b);
+        if (err)
+            break;
+        uint64_t from = shi_stamp();
+        err = broadcast(self, func, room, room + n, room + 2 * n, b->deadline_ns);
+        uint64_t took = shi_stamp() - from;
+        if (!err && i >= b->warmup)
+            b->ns[i - b->warmup] = (double)shi_stamp_to_ns(took);
+    }
+    free(room);
+    return err;
+}

@@ -1,0 +1,1008 @@
+/* SPDX-License-Identifier: MIT */
+/* Raw round trips between two processes: see limit.h for what is measured. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "measure/limit.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <linux/membarrier.h>
+#include <mqueue.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+
+#ifndef sigev_notify_thread_id
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
+
+/* Phases in area->ping and area->pong; larger ones are failures. */
+#define PHASE_READY 1u
+#define PHASE_DONE 2u
+#define PHASE_FAILED 0x80000000u
+
+/* Polls between two looks at clock and peer: tens of microseconds, so that a round trip
+ * between two spinning sides never contains one. */
+#define POLLS_PER_LOOK 65536u
+
+#define WATCH_PERIOD_NS 20000000
+#define MESSAGE_SIZE 1u
+#define CORES_MAX 65536
+
+static const char *const kind_names[SHI_LIMIT_KINDS] = {
+    [SHI_LIMIT_CACHELINE] = "cacheline",   [SHI_LIMIT_FUTEX] = "futex",
+    [SHI_LIMIT_SEM] = "sem",               [SHI_LIMIT_EVENTFD] = "eventfd",
+    [SHI_LIMIT_MQUEUE] = "mqueue",         [SHI_LIMIT_SIGWAIT] = "sigwait",
+    [SHI_LIMIT_FUTEX_PARK] = "futex_park", [SHI_LIMIT_SIGNAL] = "signal",
+    [SHI_LIMIT_MEMBARRIER] = "membarrier",
+};
+
+/* One role in one process. */
+struct run {
+    struct shi_limit_area *area;
+    const struct shi_limit_params *p;
+    shi_a64 *mine;
+    shi_a64 *theirs;
+    uint64_t deadline;
+    int mqd;
+    int own_mqd;
+    int name_made;
+    int watching;
+    int signo_changed;
+    int mask_changed;
+    int timer;
+    struct sigaction old_watch;
+    struct sigaction old_signo;
+    sigset_t old_mask;
+};
+
+/* Signal handlers are the process's: one role at a time may install them. */
+static shi_a32 handlers_taken;
+
+/* Set by the deadline timer, for the loop that makes no system call. */
+static shi_a32 watch_fired;
+
+/* What the handler of the `signal` kind works on. */
+static struct {
+    struct shi_limit_area *area;
+    int32_t sender;
+    uint32_t stamp;
+    shi_a32 count;
+    shi_a32 active;
+} on_signal;
+
+/* ---- Small things ---------------------------------------------------------------- */
+
+static long futex(shi_a32 *word, int op, uint32_t value, const struct timespec *when)
+{
+    return syscall(SYS_futex, word, op, value, when, NULL, FUTEX_BITSET_MATCH_ANY);
+}
+
+static struct timespec to_timespec(uint64_t ns)
+{
+    struct timespec ts = { .tv_sec = (time_t)(ns / 1000000000u),
+                           .tv_nsec = (long)(ns % 1000000000u) };
+
+    return ts;
+}
+
+static int sleeps(uint32_t kind)
+{
+    return kind == SHI_LIMIT_FUTEX || kind == SHI_LIMIT_SEM || kind == SHI_LIMIT_EVENTFD ||
+           kind == SHI_LIMIT_MQUEUE || kind == SHI_LIMIT_SIGWAIT ||
+           kind == SHI_LIMIT_FUTEX_PARK;
+}
+
+static uint64_t word(const struct run *r, uint32_t phase)
+{
+    return (uint64_t)r->p->session << 32 | phase;
+}
+
+/* The other side's phase in this session; 0 while it has not come. */
+static uint32_t their_phase(const struct run *r)
+{
+    uint64_t w = shi_load_acquire(r->theirs); /* pairs with the releases in announce() */
+
+    return (uint32_t)(w >> 32) == r->p->session ? (uint32_t)w : 0;
+}
+
+static void announce(const struct run *r, uint32_t phase)
+{
+    shi_store_release(r->mine, word(r, phase));
+}
+
+/* Look up from a wait: 0 to go on, else why not. */
+static int look(const struct run *r)
+{
+    uint32_t phase = their_phase(r);
+
+    if (phase & PHASE_FAILED)
+        return -(int)(phase & ~PHASE_FAILED);
+    return shi_now_ns() >= r->deadline ? -ETIMEDOUT : 0;
+}
+
+/* Wait for the other side to reach a phase.  Spins a little, then naps: the other side
+ * may still have to be scheduled, perhaps on this very core. */
+static int meet(const struct run *r, uint32_t phase)
+{
+    const struct timespec nap = { .tv_sec = 0, .tv_nsec = 50000 };
+    uint32_t looks = 0;
+
+    for (;;) {
+        uint32_t seen = their_phase(r);
+        int err;
+
+        if (!(seen & PHASE_FAILED) && seen >= phase)
+            return 0;
+        err = look(r);
+        if (err != 0)
+            return err;
+        if (++looks > 1000)
+            nanosleep(&nap, NULL);
+        else
+            shi_cpu_relax();
+    }
+}
+
+/* Spin until *at is `want`.  No system call and no clock, except after very many polls. */
+static inline int spin_for(const struct run *r, shi_a32 *at, uint32_t want)
+{
+    for (;;) {
+        /* No pause instruction: it delays the poll that finds the answer (on some
+         * processors by 140 cycles, more than the whole transfer takes). */
+        for (uint32_t i = 0; i < POLLS_PER_LOOK; i++)
+            if (__builtin_expect(shi_load_acquire(at) == want, 0))
+                return 0;
+
+        int err = look(r);
+
+        if (err != 0)
+            return err;
+    }
+}
+
+/*
+ * Spin until *at is `want`, and make it `answer` in the same instruction.
+ *
+ * This is the fastest way a line goes there and back.  A poll by load gets the line for
+ * reading; the answer then asks for it once more, for writing: two transactions each way.
+ * A compare-and-swap that polls gets it for writing at once: one each way.  (Two loads and
+ * stores 210 ns, compare-and-swap 100 ns on the same cores of a Cascade Lake.)
+ */
+static inline int swap_for(const struct run *r, shi_a32 *at, uint32_t want, uint32_t answer)
+{
+    for (;;) {
+        for (uint32_t i = 0; i < POLLS_PER_LOOK; i++) {
+            uint32_t seen = want;
+
+            if (shi_cas_full(at, &seen, answer))
+                return 0;
+        }
+
+        int err = look(r);
+
+        if (err != 0)
+            return err;
+    }
+}
+
+static void wait_gap(uint32_t gap_ns)
+{
+    uint64_t from = shi_stamp();
+
+    while (shi_stamp_to_ns(shi_stamp() - from) < gap_ns)
+        shi_cpu_relax();
+}
+
+/* ---- Deadline timer -------------------------------------------------------------- */
+
+/*
+ * A sleeping side sleeps without a time-out: eventfd reads have none, and where there is
+ * one it costs a timer per call, which would make the limit slower than it is.  Instead
+ * one timer per run signals this thread at the deadline, and again every 20 ms, so that a
+ * signal that comes between the check of the clock and the system call is not the last.
+ */
+static void watch_handler(int signo)
+{
+    (void)signo;
+    shi_store_relaxed(&watch_fired, 1);
+}
+
+static int watch_start(struct run *r)
+{
+    struct sigaction act = { .sa_handler = watch_handler, .sa_flags = SA_ONSTACK };
+    struct sigevent ev;
+    struct itimerspec when;
+    sigset_t set;
+
+    shi_store_relaxed(&watch_fired, 0);
+    sigemptyset(&act.sa_mask); /* without SA_RESTART: it must end the system call */
+    if (sigaction(r->p->watch_signo, &act, &r->old_watch) != 0)
+        return -errno;
+    r->watching = 1;
+    sigemptyset(&set);
+    sigaddset(&set, r->p->watch_signo);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL); /* the old mask is kept by take_signals() */
+
+    memset(&ev, 0, sizeof ev);
+    ev.sigev_notify = SIGEV_THREAD_ID;
+    ev.sigev_signo = r->p->watch_signo;
+    ev.sigev_notify_thread_id = (pid_t)syscall(SYS_gettid);
+    /* The system call itself: before glibc 2.34 the wrapper is in a library of its own. */
+    if (syscall(SYS_timer_create, CLOCK_MONOTONIC, &ev, &r->timer) != 0) {
+        r->timer = -1;
+        return -errno;
+    }
+    when.it_value = to_timespec(r->deadline);
+    when.it_interval = to_timespec(WATCH_PERIOD_NS);
+    if (syscall(SYS_timer_settime, r->timer, TIMER_ABSTIME, &when, NULL) != 0)
+        return -errno;
+    return 0;
+}
+
+/* ---- The target's side of a signal ----------------------------------------------- */
+
+static void signal_handler(int signo, siginfo_t *info, void *context)
+{
+    (void)signo;
+    (void)context;
+    /* A signal from anybody else is not a call. */
+    if (!shi_load_relaxed(&on_signal.active) || info->si_pid != on_signal.sender)
+        return;
+
+    uint32_t n = shi_load_relaxed(&on_signal.count) + 1;
+
+    if (on_signal.stamp)
+        shi_store_relaxed(&on_signal.area->arrived, shi_stamp());
+    shi_store_relaxed(&on_signal.count, n);
+    shi_store_release(&on_signal.area->answer, n);
+}
+
+/* Keep the old mask, install what the kind needs.  Undone by give_back(). */
+static int take_signals(struct run *r, int is_pong)
+{
+    uint32_t kind = r->p->kind;
+    int needs_watch = (is_pong && (sleeps(kind) || kind == SHI_LIMIT_SIGNAL)) ||
+                      kind == SHI_LIMIT_FUTEX_PARK;
+    uint32_t free_mark = 0;
+    sigset_t set;
+    int err;
+
+    if (!needs_watch)
+        return 0;
+    if (!shi_cas_full(&handlers_taken, &free_mark, 1))
+        return -EBUSY;
+    pthread_sigmask(SIG_SETMASK, NULL, &r->old_mask);
+    r->mask_changed = 1;
+    err = watch_start(r);
+    if (err != 0)
+        return err;
+
+    sigemptyset(&set);
+    sigaddset(&set, r->p->signo);
+    if (is_pong && kind == SHI_LIMIT_SIGWAIT) {
+        const struct timespec now = { 0, 0 };
+
+        pthread_sigmask(SIG_BLOCK, &set, NULL);
+        /* What is pending from before is not a call. */
+        while (sigtimedwait(&set, NULL, &now) > 0)
+            ;
+    } else if (is_pong && kind == SHI_LIMIT_SIGNAL) {
+        struct sigaction act = { .sa_sigaction = signal_handler,
+                                 .sa_flags = SA_SIGINFO | SA_ONSTACK };
+
+        sigemptyset(&act.sa_mask);
+        on_signal.area = r->area;
+        on_signal.sender = r->p->peer_pid;
+        on_signal.stamp = r->p->flags & SHI_LIMIT_ONE_WAY;
+        shi_store_relaxed(&on_signal.count, 0);
+        shi_store_relaxed(&on_signal.active, 0);
+        shi_signal_fence();
+        if (sigaction(r->p->signo, &act, &r->old_signo) != 0)
+            return -errno;
+        r->signo_changed = 1;
+        pthread_sigmask(SIG_UNBLOCK, &set, NULL); /* left-overs arrive here, ignored */
+        shi_signal_fence();
+        shi_store_relaxed(&on_signal.active, 1);
+        shi_signal_fence();
+    }
+    return 0;
+}
+
+/* Everything back as it was found: timer, handlers, mask, descriptors, names. */
+static void give_back(struct run *r)
+{
+    if (r->name_made)
+        syscall(SYS_mq_unlink, r->p->mq_name + 1);
+    if (r->own_mqd)
+        close(r->mqd);
+    if (r->timer >= 0)
+        syscall(SYS_timer_delete, r->timer);
+    shi_store_relaxed(&on_signal.active, 0);
+    shi_signal_fence();
+    if (r->mask_changed) {
+        const struct timespec now = { 0, 0 };
+        sigset_t set;
+
+        /* Still pending signals of ours would meet the old handlers: take them out. */
+        sigemptyset(&set);
+        if (r->watching)
+            sigaddset(&set, r->p->watch_signo);
+        if (r->signo_changed || r->p->kind == SHI_LIMIT_SIGWAIT)
+            sigaddset(&set, r->p->signo);
+        pthread_sigmask(SIG_BLOCK, &set, NULL);
+        while (sigtimedwait(&set, NULL, &now) > 0)
+            ;
+    }
+    if (r->signo_changed)
+        sigaction(r->p->signo, &r->old_signo, NULL);
+    if (r->watching)
+        sigaction(r->p->watch_signo, &r->old_watch, NULL);
+    if (r->mask_changed) {
+        pthread_sigmask(SIG_SETMASK, &r->old_mask, NULL);
+        shi_store_release(&handlers_taken, 0);
+    }
+}
+
+/* ---- Beginning and end ----------------------------------------------------------- */
+
+static int check(const struct shi_limit_area *area, const struct shi_limit_params *p)
+{
+    if (area == NULL || p == NULL || (uintptr_t)area % alignof(struct shi_limit_area) != 0)
+        return -EINVAL;
+    if (p->kind >= SHI_LIMIT_KINDS || p->session == 0 || p->calls == 0 ||
+        p->calls > SHI_LIMIT_CALLS_MAX || p->warmup > SHI_LIMIT_CALLS_MAX || p->batch == 0 ||
+        p->placement >= SHI_LIMIT_PLACEMENTS || p->gap_ns > 1000000000u)
+        return -EINVAL;
+    if (p->watch_signo <= 0 || p->watch_signo > SIGRTMAX || p->signo <= 0 ||
+        p->signo > SIGRTMAX || p->signo == p->watch_signo)
+        return -EINVAL;
+    if ((p->kind == SHI_LIMIT_SIGWAIT || p->kind == SHI_LIMIT_SIGNAL) &&
+        (p->peer_pid <= 0 || p->peer_tid <= 0))
+        return -EINVAL;
+    if (p->kind == SHI_LIMIT_MQUEUE && p->mqd < 0 &&
+        (p->mq_name[0] != '/' || p->mq_name[1] == '\0' ||
+         memchr(p->mq_name, '\0', sizeof p->mq_name) == NULL))
+        return -EINVAL;
+    if (p->kind == SHI_LIMIT_MEMBARRIER && (p->core < 0 || p->core >= CORES_MAX))
+        return -EINVAL;
+    return 0;
+}
+
+/* A descriptor that does not block would make the target spin instead of sleep. */
+static int check_blocks(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+
+    if (flags < 0)
+        return -errno;
+    return flags & O_NONBLOCK ? -EINVAL : 0;
+}
+
+/* By the system calls: before glibc 2.34 the wrappers are in a library of their own. */
+static int open_queue(struct run *r, int flags)
+{
+    struct mq_attr attr;
+    long fd;
+
+    memset(&attr, 0, sizeof attr);
+    attr.mq_maxmsg = 2;
+    attr.mq_msgsize = MESSAGE_SIZE;
+    fd = syscall(SYS_mq_open, r->p->mq_name + 1, flags | O_CLOEXEC, 0600, &attr);
+    if (fd < 0)
+        return -errno;
+    r->mqd = (int)fd;
+    r->own_mqd = 1;
+    r->name_made = (flags & O_CREAT) != 0;
+    return 0;
+}
+
+static int prepare_ping(struct run *r)
+{
+    const struct shi_limit_params *p = r->p;
+
+    switch (p->kind) {
+    case SHI_LIMIT_SEM:
+        return sem_init(&r->area->sem, 1, 0) != 0 ? -errno : 0;
+    case SHI_LIMIT_EVENTFD:
+        return check_blocks(p->eventfd);
+    case SHI_LIMIT_MQUEUE:
+        return r->own_mqd || p->mqd >= 0 ? check_blocks(r->mqd)
+                                         : open_queue(r, O_WRONLY | O_CREAT | O_EXCL);
+    case SHI_LIMIT_SIGWAIT:
+    case SHI_LIMIT_SIGNAL:
+        /* Signal 0: may we, and is it there? */
+        return syscall(SYS_tgkill, p->peer_pid, p->peer_tid, 0) != 0 ? -errno : 0;
+    case SHI_LIMIT_MEMBARRIER:
+        if (syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0) != 0)
+            return errno == EINVAL ? -ENOSYS : -errno;
+        return 0;
+    default:
+        return 0;
+    }
+}
+
+/* Also throws away what a run before this one left in a descriptor. */
+static int prepare_pong(struct run *r)
+{
+    const struct shi_limit_params *p = r->p;
+    struct pollfd fd = { .fd = -1, .events = POLLIN };
+    char message[256];
+    uint64_t value;
+    int err = 0;
+
+    if (p->kind == SHI_LIMIT_EVENTFD) {
+        err = check_blocks(p->eventfd);
+        fd.fd = p->eventfd;
+    } else if (p->kind == SHI_LIMIT_MQUEUE) {
+        struct mq_attr attr;
+
+        err = p->mqd >= 0 ? check_blocks(p->mqd) : open_queue(r, O_RDONLY);
+        if (err == 0 && syscall(SYS_mq_getsetattr, r->mqd, NULL, &attr) != 0)
+            err = -errno;
+        if (err == 0 && attr.mq_msgsize > (long)sizeof message)
+            err = -EMSGSIZE;
+        fd.fd = r->mqd;
+    }
+    while (err == 0 && fd.fd >= 0 && poll(&fd, 1, 0) > 0) {
+        long n = p->kind == SHI_LIMIT_EVENTFD
+                     ? read(fd.fd, &value, sizeof value)
+                     : syscall(SYS_mq_timedreceive, fd.fd, message, sizeof message, NULL, NULL);
+
+        if (n < 0 && errno != EINTR)
+            err = -errno;
+    }
+    return err;
+}
+
+/*
+ * Meet.  Ping prepares everything that both use, then comes; pong waits for that,
+ * prepares its own side and comes; so nothing of a run before can be taken for this one.
+ */
+static int begin(struct run *r, struct shi_limit_area *area, const struct shi_limit_params *p,
+                 int is_pong)
+{
+    int err;
+
+    memset(r, 0, sizeof *r);
+    r->area = area;
+    r->p = p;
+    r->mine = is_pong ? &area->pong : &area->ping;
+    r->theirs = is_pong ? &area->ping : &area->pong;
+    r->deadline = p->deadline_ns + (is_pong ? SHI_LIMIT_GRACE_NS : 0);
+    r->mqd = p->mqd;
+    r->timer = -1;
+
+    if (is_pong) {
+        err = meet(r, PHASE_READY);
+        if (err == 0)
+            err = take_signals(r, 1);
+        if (err == 0)
+            err = prepare_pong(r);
+    } else {
+        shi_store_relaxed(&area->request, 0);
+        shi_store_relaxed(&area->answer, 0);
+        shi_store_relaxed(&area->arrived, 0);
+        shi_store_relaxed(&area->slept, 0);
+        shi_store_relaxed(&area->preempted, 0);
+        for (uint32_t i = 0; i < SHI_LIMIT_PLACEMENTS; i++)
+            shi_store_relaxed(&area->lines[i].value, 0);
+        err = take_signals(r, 0);
+        if (err == 0)
+            err = prepare_ping(r);
+    }
+    if (err == 0)
+        announce(r, PHASE_READY);
+    if (err == 0 && !is_pong)
+        err = meet(r, PHASE_READY);
+    if (err == 0 && r->name_made) {
+        syscall(SYS_mq_unlink, p->mq_name + 1); /* both have it open: leave no name behind */
+        r->name_made = 0;
+    }
+    return err;
+}
+
+/* Part.  A failure is told to the other side. */
+static int end(struct run *r, int err)
+{
+    announce(r, err == 0 ? PHASE_DONE : PHASE_FAILED | (uint32_t)-err);
+    if (r->p->kind == SHI_LIMIT_MEMBARRIER && r->mine == &r->area->ping) {
+        shi_store_release(&r->area->finished, r->p->session);
+        futex(&r->area->finished, FUTEX_WAKE, INT_MAX, NULL);
+    }
+    give_back(r);
+    return err;
+}
+
+/* ---- One call -------------------------------------------------------------------- */
+
+/* Sleep until ping has rung for the n-th time.  0, or why the wait ended. */
+static inline int sleep_for_ring(struct run *r, uint32_t n, const sigset_t *set)
+{
+    const struct shi_limit_params *p = r->p;
+    char message[256];
+    siginfo_t info;
+    uint64_t value;
+    long rc;
+
+    for (;;) {
+        switch (p->kind) {
+        case SHI_LIMIT_FUTEX:
+        case SHI_LIMIT_FUTEX_PARK:
+            /* Pairs with the release in ring(). */
+            if (shi_load_acquire(&r->area->request) == n)
+                return 0;
+            rc = futex(&r->area->request, FUTEX_WAIT, n - 1, NULL);
+            if (rc == 0 || errno == EAGAIN)
+                continue;
+            break;
+        case SHI_LIMIT_SEM:
+            rc = sem_wait(&r->area->sem);
+            break;
+        case SHI_LIMIT_EVENTFD:
+            rc = read(p->eventfd, &value, sizeof value);
+            break;
+        case SHI_LIMIT_MQUEUE:
+            rc = syscall(SYS_mq_timedreceive, r->mqd, message, sizeof message, NULL, NULL);
+            break;
+        default: /* SHI_LIMIT_SIGWAIT */
+            rc = sigwaitinfo(set, &info);
+            if (rc >= 0 && info.si_pid != p->peer_pid)
+                continue; /* from somebody else: not a call */
+            break;
+        }
+        if (rc >= 0)
+            return 0;
+        if (errno != EINTR)
+            return -errno;
+
+        int err = look(r);
+
+        if (err != 0)
+            return err;
+    }
+}
+
+/* Make the target run: the one operation that is measured. */
+static inline int ring(struct run *r, uint32_t n)
+{
+    static const uint64_t one = 1;
+    const struct shi_limit_params *p = r->p;
+    long rc;
+
+    switch (p->kind) {
+    case SHI_LIMIT_FUTEX:
+    case SHI_LIMIT_FUTEX_PARK:
+        shi_store_release(&r->area->request, n);
+        rc = futex(&r->area->request, FUTEX_WAKE, 1, NULL);
+        break;
+    case SHI_LIMIT_SEM:
+        rc = sem_post(&r->area->sem);
+        break;
+    case SHI_LIMIT_EVENTFD:
+        rc = write(p->eventfd, &one, sizeof one);
+        break;
+    case SHI_LIMIT_MQUEUE:
+        rc = syscall(SYS_mq_timedsend, r->mqd, "", 1, 0, NULL);
+        break;
+    case SHI_LIMIT_SIGWAIT:
+    case SHI_LIMIT_SIGNAL:
+        rc = syscall(SYS_tgkill, p->peer_pid, p->peer_tid, p->signo);
+        break;
+    default: /* SHI_LIMIT_MEMBARRIER: returns when the other core has answered */
+        rc = syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0);
+        break;
+    }
+    return rc < 0 ? -errno : 0;
+}
+
+/* Wait for the n-th answer the way the kind says. */
+static inline int take_answer(struct run *r, uint32_t n)
+{
+    if (r->p->kind == SHI_LIMIT_MEMBARRIER)
+        return 0;
+    if (r->p->kind != SHI_LIMIT_FUTEX_PARK)
+        return spin_for(r, &r->area->answer, n);
+    /* Pairs with the release in pong's answer. */
+    while (shi_load_acquire(&r->area->answer) != n) {
+        if (futex(&r->area->answer, FUTEX_WAIT, n - 1, NULL) == 0 || errno == EAGAIN)
+            continue;
+        if (errno != EINTR)
+            return -errno;
+
+        int err = look(r);
+
+        if (err != 0)
+            return err;
+    }
+    return 0;
+}
+
+/* How often this thread slept and was pushed off its core since `before`. */
+static void tell_switches(struct shi_limit_area *area, const struct rusage *before)
+{
+    struct rusage now;
+
+    getrusage(RUSAGE_THREAD, &now);
+    shi_store_relaxed(&area->slept, (uint32_t)(now.ru_nvcsw - before->ru_nvcsw));
+    shi_store_relaxed(&area->preempted, (uint32_t)(now.ru_nivcsw - before->ru_nivcsw));
+}
+
+/* ---- The busy thread of membarrier ----------------------------------------------- */
+
+struct busy {
+    pthread_t thread;
+    struct shi_limit_area *area;
+    int32_t core;
+    shi_a32 state; /* 0 starting, 1 running on its core, else PHASE_FAILED | errno */
+    shi_a32 stop;
+};
+
+static void *busy_main(void *arg)
+{
+    struct busy *b = arg;
+    struct rusage before;
+    size_t ncores = (size_t)b->core + 1;
+    cpu_set_t *set = CPU_ALLOC(ncores);
+    int err = ENOMEM;
+
+    if (set != NULL) {
+        CPU_ZERO_S(CPU_ALLOC_SIZE(ncores), set);
+        CPU_SET_S((size_t)b->core, CPU_ALLOC_SIZE(ncores), set);
+        err = sched_setaffinity(0, CPU_ALLOC_SIZE(ncores), set) != 0 ? errno : 0;
+        CPU_FREE(set);
+    }
+    getrusage(RUSAGE_THREAD, &before);
+    shi_store_release(&b->state, err == 0 ? 1 : PHASE_FAILED | (uint32_t)err);
+    /* User code that never enters the kernel, so that only an IPI reaches it. */
+    while (err == 0 && shi_load_relaxed(&b->stop) == 0)
+        ;
+    if (err == 0)
+        tell_switches(b->area, &before);
+    return NULL;
+}
+
+static void busy_stop(struct busy *b)
+{
+    shi_store_release(&b->stop, 1);
+    pthread_join(b->thread, NULL);
+}
+
+static int busy_start(struct run *r, struct busy *b)
+{
+    sigset_t all, old;
+    uint32_t state;
+    int err;
+
+    memset(b, 0, sizeof *b);
+    b->core = r->p->core;
+    b->area = r->area;
+    /* Signals of the process are for its own threads, not for this one. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    err = -pthread_create(&b->thread, NULL, busy_main, b);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (err != 0)
+        return err;
+    while ((state = shi_load_acquire(&b->state)) == 0 && err == 0) {
+        sched_yield();
+        err = look(r);
+    }
+    if (state & PHASE_FAILED)
+        err = -(int)(state & ~PHASE_FAILED);
+    if (err != 0)
+        busy_stop(b);
+    return err;
+}
+
+/* ---- The two roles --------------------------------------------------------------- */
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, uint32_t n)
+{
+    qsort(values, n, sizeof values[0], by_value);
+    return n % 2 != 0 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
+}
+
+/* Neighbouring indices lie on different pages: what varies with the place (the slice of
+ * the last-level cache a line belongs to) varies more. 421 is odd, so all are visited. */
+static struct shi_limit_line *placed(struct shi_limit_area *area, uint32_t placement)
+{
+    return &area->lines[placement * 421u % SHI_LIMIT_PLACEMENTS];
+}
+
+/*
+ * n round trips on one line: ping makes it odd, pong even, and it comes back as at + 2n.
+ * The next one begins with the poll that sees the last one's answer, so a batch ends with a
+ * swap that changes nothing.
+ */
+static inline int ping_line(struct run *r, shi_a32 *line, uint32_t at, uint32_t n)
+{
+    int err = 0;
+
+    if (r->p->flags & SHI_LIMIT_PLAIN) {
+        for (uint32_t i = 0; i < n && err == 0; i++, at += 2) {
+            shi_store_release(line, at + 1);
+            err = spin_for(r, line, at + 2);
+        }
+        return err;
+    }
+    for (uint32_t i = 0; i < n && err == 0; i++, at += 2)
+        err = swap_for(r, line, at, at + 1);
+    return err != 0 ? err : swap_for(r, line, at, at);
+}
+
+static int ping_cacheline(struct run *r, struct shi_hist *hist, double *values,
+                          uint32_t *nvalues)
+{
+    const struct shi_limit_params *p = r->p;
+    struct shi_limit_line *place = placed(r->area, p->placement);
+    shi_a32 *line = &place->value;
+    uint32_t left = p->calls, at = 2 * p->warmup;
+    /* With a histogram every round trip is a batch of its own. */
+    uint32_t batch = hist != NULL ? 1 : p->batch;
+    int err = ping_line(r, line, 0, p->warmup);
+
+    while (err == 0 && left > 0) {
+        uint32_t n = left < batch ? left : batch;
+        uint64_t from = shi_stamp();
+
+        err = ping_line(r, line, at, n);
+
+        uint64_t took = shi_stamp() - from;
+
+        if (err != 0)
+            break;
+        if (hist != NULL)
+            shi_hist_record(hist, shi_stamp_to_ns(took));
+        if (hist != NULL && p->one_way != NULL && (p->flags & SHI_LIMIT_ONE_WAY)) {
+            uint64_t there = shi_load_relaxed(&place->arrived);
+
+            shi_hist_record(p->one_way, there > from ? shi_stamp_to_ns(there - from) : 0);
+        }
+        /* A shorter last batch counts only where there is no other. */
+        if (n == batch || *nvalues == 0)
+            values[(*nvalues)++] = (double)shi_stamp_to_ns(took) / n;
+        at += 2 * n;
+        left -= n;
+    }
+    return err;
+}
+
+static int ping_calls(struct run *r, struct shi_hist *hist, double *values, uint32_t *nvalues)
+{
+    const struct shi_limit_params *p = r->p;
+    int one_way = p->one_way != NULL && (p->flags & SHI_LIMIT_ONE_WAY) &&
+                  p->kind != SHI_LIMIT_MEMBARRIER;
+    uint32_t total = p->warmup + p->calls;
+    int err = 0;
+
+    for (uint32_t n = 1; n <= total && err == 0; n++) {
+        wait_gap(p->gap_ns);
+
+        /* No call begins after the deadline: the target may be gone by its own. */
+        err = look(r);
+        if (err != 0)
+            break;
+
+        uint64_t from = shi_stamp();
+
+        err = ring(r, n);
+        if (err == 0)
+            err = take_answer(r, n);
+
+        uint64_t took = shi_stamp_to_ns(shi_stamp() - from);
+
+        if (err != 0 || n <= p->warmup)
+            continue;
+        if (hist != NULL)
+            shi_hist_record(hist, took);
+        if (one_way) {
+            uint64_t there = shi_load_relaxed(&r->area->arrived);
+
+            shi_hist_record(p->one_way, there > from ? shi_stamp_to_ns(there - from) : 0);
+        }
+        values[(*nvalues)++] = (double)took;
+    }
+    return err;
+}
+
+int shi_limit_ping(struct shi_limit_area *area, const struct shi_limit_params *p,
+                   struct shi_hist *hist, double *batch_ns)
+{
+    struct busy busy;
+    struct run r;
+    uint32_t nvalues = 0;
+    size_t max_values;
+    double *values;
+    int is_busy = 0;
+    int err = check(area, p);
+
+    if (err != 0)
+        return err;
+    max_values = p->kind == SHI_LIMIT_CACHELINE && hist == NULL ? p->calls / p->batch + 1
+                                                                : p->calls;
+    values = malloc(sizeof values[0] * max_values);
+    if (values == NULL)
+        return -ENOMEM;
+    memset(values, 0, sizeof values[0] * max_values); /* no page fault later on */
+
+    err = begin(&r, area, p, 0);
+    if (err == 0 && p->kind == SHI_LIMIT_MEMBARRIER) {
+        err = busy_start(&r, &busy);
+        is_busy = err == 0;
+    }
+    if (err == 0)
+        err = p->kind == SHI_LIMIT_CACHELINE ? ping_cacheline(&r, hist, values, &nvalues)
+                                             : ping_calls(&r, hist, values, &nvalues);
+    if (is_busy)
+        busy_stop(&busy);
+    /* The area is the caller's again only when the target has left it. */
+    if (err == 0 && p->kind != SHI_LIMIT_MEMBARRIER)
+        err = meet(&r, PHASE_DONE);
+    if (err == 0 && batch_ns != NULL)
+        *batch_ns = median(values, nvalues);
+    free(values);
+    return end(&r, err);
+}
+
+static int pong_cacheline(struct run *r)
+{
+    const struct shi_limit_params *p = r->p;
+    struct shi_limit_line *place = placed(r->area, p->placement);
+    shi_a32 *line = &place->value;
+    uint32_t total = p->warmup + p->calls;
+    int err = 0;
+
+    if (!(p->flags & (SHI_LIMIT_PLAIN | SHI_LIMIT_ONE_WAY))) {
+        for (uint32_t n = 0; n < total && err == 0; n++)
+            err = swap_for(r, line, 2 * n + 1, 2 * n + 2);
+        return err;
+    }
+    for (uint32_t n = 0; n < total && err == 0; n++) {
+        if (p->flags & SHI_LIMIT_PLAIN)
+            err = spin_for(r, line, 2 * n + 1);
+        else /* fetch it for writing, but the stamp comes before the answer */
+            err = swap_for(r, line, 2 * n + 1, 2 * n + 1);
+        if (err != 0)
+            break;
+        if (p->flags & SHI_LIMIT_ONE_WAY)
+            shi_store_relaxed(&place->arrived, shi_stamp());
+        shi_store_release(line, 2 * n + 2);
+    }
+    return err;
+}
+
+static int pong_sleeping(struct run *r)
+{
+    const struct shi_limit_params *p = r->p;
+    uint32_t total = p->warmup + p->calls;
+    sigset_t set;
+    int err = 0;
+
+    sigemptyset(&set);
+    sigaddset(&set, p->signo);
+    for (uint32_t n = 1; n <= total && err == 0; n++) {
+        err = sleep_for_ring(r, n, &set);
+        if (err != 0)
+            break;
+        if (p->flags & SHI_LIMIT_ONE_WAY)
+            shi_store_relaxed(&r->area->arrived, shi_stamp());
+        shi_store_release(&r->area->answer, n); /* pairs with take_answer() */
+        if (p->kind == SHI_LIMIT_FUTEX_PARK &&
+            futex(&r->area->answer, FUTEX_WAKE, 1, NULL) < 0)
+            err = -errno;
+    }
+    return err;
+}
+
+static int pong_signal(struct run *r)
+{
+    uint32_t total = r->p->warmup + r->p->calls;
+
+    /* User code: two loads from its own memory, no system call, until told to stop. */
+    for (;;) {
+        if (shi_load_relaxed(&on_signal.count) >= total)
+            return 0;
+        if (shi_load_relaxed(&watch_fired)) {
+            int err = look(r);
+
+            if (err != 0)
+                return err;
+            shi_store_relaxed(&watch_fired, 0);
+        }
+    }
+}
+
+/* The core belongs to ping's busy thread meanwhile: sleep. */
+static int pong_membarrier(struct run *r)
+{
+    struct timespec when = to_timespec(r->deadline);
+    uint32_t seen;
+
+    while ((seen = shi_load_acquire(&r->area->finished)) != r->p->session) {
+        if (futex(&r->area->finished, FUTEX_WAIT_BITSET, seen, &when) != 0 &&
+            errno != EINTR && errno != EAGAIN)
+            return -errno;
+    }
+    return their_phase(r) & PHASE_FAILED ? look(r) : 0;
+}
+
+int shi_limit_pong(struct shi_limit_area *area, const struct shi_limit_params *p)
+{
+    struct rusage before;
+    struct run r;
+    int err = check(area, p);
+
+    if (err != 0)
+        return err;
+    err = begin(&r, area, p, 1);
+    if (err == 0) {
+        getrusage(RUSAGE_THREAD, &before);
+        switch (p->kind) {
+        case SHI_LIMIT_CACHELINE:
+            err = pong_cacheline(&r);
+            break;
+        case SHI_LIMIT_SIGNAL:
+            err = pong_signal(&r);
+            break;
+        case SHI_LIMIT_MEMBARRIER:
+            err = pong_membarrier(&r);
+            break;
+        default:
+            err = pong_sleeping(&r);
+            break;
+        }
+        if (p->kind != SHI_LIMIT_MEMBARRIER)
+            tell_switches(area, &before);
+    }
+    return end(&r, err);
+}
+
+/* ---- Names and defaults ---------------------------------------------------------- */
+
+const char *shi_limit_name(int kind)
+{
+    return kind >= 0 && kind < SHI_LIMIT_KINDS ? kind_names[kind] : NULL;
+}
+
+int shi_limit_kind(const char *name)
+{
+    for (int i = 0; name != NULL && i < SHI_LIMIT_KINDS; i++)
+        if (strcmp(name, kind_names[i]) == 0)
+            return i;
+    return -EINVAL;
+}
+
+void shi_limit_params_init(struct shi_limit_params *p, int kind)
+{
+    memset(p, 0, sizeof *p);
+    p->kind = (uint32_t)kind;
+    p->calls = 1000;
+    p->warmup = 100;
+    p->batch = 1000;
+    p->gap_ns = SHI_LIMIT_GAP_NS;
+    p->deadline_ns = shi_now_ns() + 30000000000u;
+    p->signo = SIGRTMAX - 1;
+    p->watch_signo = SIGRTMAX - 2;
+    p->eventfd = -1;
+    p->mqd = -1;
+}

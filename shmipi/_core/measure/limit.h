@@ -1,0 +1,138 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The physical limits of the box: round trips between two processes with nothing of
+ * shmipi's protocol in between.  Each figure of the machine is printed beside one of them.
+ *
+ * Two processes, each already pinned to its core, map one struct shi_limit_area and run
+ * shi_limit_ping() (the sender) and shi_limit_pong() (the target) with the same
+ * parameters.  They meet, do warmup + calls round trips, and part.
+ *
+ * What is true of every kind in which the target sleeps: it sleeps without a time-out,
+ * in exactly the one system call; the sender spins for the answer in shared memory
+ * without system calls (except futex_park, where it sleeps too); and before each call the
+ * sender lets gap_ns pass, so that the target's core is asleep.  area->slept says how often
+ * the target really did.  Every wait ends at the deadline all the same: a timer of the
+ * process, armed once per run, interrupts the system call.
+ *
+ * (Not called limits.h: with this directory on the include path that name would stand in
+ * for the C library's.)
+ */
+#ifndef SHI_LIMIT_H
+#define SHI_LIMIT_H
+
+#include <semaphore.h>
+#include <stdalign.h>
+#include <stdint.h>
+
+#include "base/atomics.h"
+#include "base/hist.h"
+
+/* In the order of the report. */
+enum shi_limit_kind {
+    SHI_LIMIT_CACHELINE,
+    SHI_LIMIT_FUTEX,
+    SHI_LIMIT_SEM,
+    SHI_LIMIT_EVENTFD,
+    SHI_LIMIT_MQUEUE,
+    SHI_LIMIT_SIGWAIT,
+    SHI_LIMIT_FUTEX_PARK,
+    SHI_LIMIT_SIGNAL,
+    SHI_LIMIT_MEMBARRIER,
+    SHI_LIMIT_KINDS
+};
+
+#define SHI_LIMIT_PLACEMENTS 1024u /* lines in the area: 64 KiB */
+#define SHI_LIMIT_GAP_NS 30000u
+#define SHI_LIMIT_CALLS_MAX (1u << 30)
+
+/* The target gives up this much later than the sender: a signal sent at the last moment
+ * still finds a handler. */
+#define SHI_LIMIT_GRACE_NS 50000000u
+
+/* The target stamps its arrival.  Both sides must set it; ping then fills one_way. */
+#define SHI_LIMIT_ONE_WAY 1u
+
+/* cacheline by plain loads and stores instead of compare-and-swap.  Slower on most
+ * processors (see swap_for() in limit.c).  Both sides must set it. */
+#define SHI_LIMIT_PLAIN 2u
+
+struct shi_limit_line {
+    alignas(64) shi_a32 value;
+    shi_a64 arrived; /* the target's stamp travels with its answer */
+};
+_Static_assert(sizeof(struct shi_limit_line) == 64, "one line there and back");
+
+/*
+ * Shared memory, aligned to 128 bytes; contents need no initialisation and nothing needs
+ * to be cleared between runs.  Fields that are written by different sides or at different
+ * moments keep 128 bytes apart: the prefetcher of x86 fetches lines in pairs.
+ */
+struct shi_limit_area {
+    alignas(128) shi_a64 ping; /* session << 32 | phase or 0x80000000 + errno */
+    alignas(128) shi_a64 pong;
+    shi_a32 slept;     /* in the run, the target slept so often (voluntary switches) */
+    shi_a32 preempted; /* and was pushed off its core: then the figures are not the box's
+                        * (membarrier, both: the busy thread; off its core gets no IPI) */
+    alignas(128) shi_a32 request;
+    alignas(128) shi_a32 answer;
+    shi_a64 arrived;           /* the target's stamp; same line as answer on purpose */
+    alignas(128) shi_a32 finished; /* session; membarrier's target sleeps on it */
+    alignas(128) sem_t sem;
+    alignas(128) struct shi_limit_line lines[SHI_LIMIT_PLACEMENTS];
+};
+
+struct shi_limit_params {
+    uint32_t kind;         /* enum shi_limit_kind */
+    uint32_t session;      /* a number not used before in this area, the same on both sides */
+    uint32_t calls;        /* measured round trips */
+    uint32_t warmup;       /* round trips before them */
+    uint32_t batch;        /* cacheline: round trips between two looks at the clock */
+    uint32_t placement;    /* cacheline: which line, 0 .. SHI_LIMIT_PLACEMENTS - 1 */
+    uint32_t flags;        /* SHI_LIMIT_ONE_WAY | SHI_LIMIT_PLAIN */
+    uint32_t gap_ns;       /* pause before each call, for all kinds but cacheline */
+    uint64_t deadline_ns;  /* CLOCK_MONOTONIC time at which everybody gives up */
+    int32_t peer_pid;      /* sigwait, signal: the other process, as this one sees it */
+    int32_t peer_tid;      /*   and its thread that runs the other role */
+    int32_t signo;         /* sigwait, signal: the signal that is the doorbell */
+    int32_t watch_signo;   /* the signal of this process's own deadline timer */
+    int32_t eventfd;       /* eventfd: the same eventfd in both processes, blocking */
+    int32_t mqd;           /* mqueue: descriptor, blocking; ping writes, pong reads. Or -1: */
+    char mq_name[64];      /*   an unused name ("/x"): ping makes it, pong opens it, gone
+                            *   when ping returns (the name as soon as both have it) */
+    int32_t core;          /* membarrier: the target's core, for the busy thread */
+    int32_t reserved;
+    struct shi_hist *one_way; /* ping only, with SHI_LIMIT_ONE_WAY: send to arrival, or NULL */
+};
+
+/* The JSON name of a kind, NULL for none; and back, -EINVAL for none. */
+const char *shi_limit_name(int kind);
+int shi_limit_kind(const char *name);
+
+/*
+ * Usable defaults for a kind: 1,000 calls, 100 warm-up, batch 1,000, gap 30 us, signals
+ * SIGRTMAX - 1 and SIGRTMAX - 2, no descriptors, deadline 30 s from now (a hypervisor that
+ * stops the guest for some seconds shall not end a run).  The caller sets session, and
+ * where the kind needs them peer_pid, peer_tid, eventfd, mqd or mq_name, core.
+ */
+void shi_limit_params_init(struct shi_limit_params *p, int kind);
+
+/*
+ * The sender.  With hist, every measured call is clocked and recorded (ns).  Without,
+ * cacheline runs in batches with no clock inside.  *batch_ns (if not NULL): the median over
+ * the batches of ns per round trip where there are batches, else over the calls.
+ *
+ * The target.  Leaves signal mask and handlers as they were.
+ *
+ * Both return 0 or the same kinds of failure:
+ *   -EINVAL            parameters that make no sense (also where a descriptor does not block)
+ *   -ETIMEDOUT         the deadline passed: the other side did not come, or vanished
+ *   -EBUSY             this process runs a limit already (handlers are per process)
+ *   -ENOSYS, -EPERM, -EMFILE, -ENOSPC, -EBADF, -ESRCH, ...   what the system said no with
+ * A failure of one side before the first call reaches the other side at once, as the same
+ * number.
+ */
+int shi_limit_ping(struct shi_limit_area *area, const struct shi_limit_params *p,
+                   struct shi_hist *hist, double *batch_ns);
+int shi_limit_pong(struct shi_limit_area *area, const struct shi_limit_params *p);
+
+#endif

@@ -1,0 +1,413 @@
+/* SPDX-License-Identifier: MIT */
+/* irq descriptors, their handlers, and coprocessors as Python drives them. */
+#include "py/shi.h"
+
+#include <signal.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "irq/chip.h"
+#include "irq/doorbell.h"
+#include "irq/irqdesc.h"
+#include "irq/nmi.h"
+#include "base/trace.h"
+
+#define HANDLER_TRIES 4
+
+/* ---- handlers -------------------------------------------------------------------- */
+
+static bool same_handler(const struct shi_irqdesc *a, const struct shi_irqdesc *b)
+{
+    return a->func == b->func && a->serial == b->serial && a->src == b->src &&
+           a->src_gen == b->src_gen;
+}
+
+/* The Python handler of `desc`: a new reference, or NULL (with or without an exception). */
+static PyObject *handler_of(Machine *machine, const struct shi_irqdesc *desc)
+{
+    int tries;
+    for (tries = 0; tries < HANDLER_TRIES; tries++) {
+        /* A handler dies with the process that requested it: its table may be another's
+         * now. */
+        if (shi_load_acquire(&desc->action) != SHI_IA_PYTHON ||
+            !shi_irqdesc_requester_lives(&machine->m, desc))
+            return NULL;
+        const struct shi_irqdesc seen = *(const volatile struct shi_irqdesc *)desc;
+        PyObject *function =
+            shi_function_received(machine, seen.src, seen.src_gen, seen.func, seen.serial);
+        /* Another one may have taken its place just then, and its number be freed. */
+        if (function || (shi_load_acquire(&desc->action) == SHI_IA_PYTHON &&
+                         same_handler(&seen, desc)))
+            return function;
+        PyErr_Clear();
+    }
+    return NULL;
+}
+
+/* Call the Python handler of `desc` with `argument`; what it raises is unraisable. */
+static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *argument,
+                  bool is_nmi)
+{
+    struct shi_self *self = &machine->self;
+    PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
+    PyObject *function, *result = NULL;
+    struct handler_said outer; /* an NMI's may stand on top of another */
+    uint8_t flags = self->irqs_off;
+    int limit = shi_headroom_begin(machine);
+    self->irqs_off = 1;
+    self->in_irq++;
+    function = handler_of(machine, desc);
+    if (function) {
+        shi_count(self, SHI_C_python_run);
+        if (is_nmi)
+            shi_nmi_entered(self);
+        else
+            shi_count(self, SHI_C_irq_handled);
+        shi_handler_outer(self, &outer);
+        shi_say_handler(self, function, is_nmi ? SHI_H_NMI : SHI_H_IRQ);
+        result = PyObject_CallOneArg(function, argument);
+        shi_leave_if_forked(machine, result);
+        shi_say_outer(self, &outer);
+    } else {
+        shi_count(self, SHI_C_irq_other); /* freed meanwhile, or its requester is gone */
+    }
+    if (PyErr_Occurred()) {
+        shi_count(self, SHI_C_unraisable);
+        PyErr_WriteUnraisable(function);
+    }
+    Py_XDECREF(result);
+    Py_XDECREF(function);
+    shi_headroom_end(limit);
+    self->in_irq--;
+    self->irqs_off = flags;
+    shi_signals_let_go(machine);
+    if (pending) {
+        PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
+        Py_DECREF(pending);
+    }
+}
+
+void shi_run_line(Machine *machine, uint32_t line)
+{
+    struct shi_self *self = &machine->self;
+    uint32_t outer = self->handling;
+    uint32_t virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
+    const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
+    PyObject *number = virq && desc ? PyLong_FromUnsignedLong(virq) : NULL;
+    if (number) {
+        self->handling = line + 1;
+        apply(machine, desc, number, false);
+        self->handling = outer;
+        Py_DECREF(number);
+    }
+    shi_chip_end(self, line);
+}
+
+void shi_run_nmi(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    while (self->nmi_waits && !self->in_nmi) {
+        self->in_nmi = 1;
+        apply(machine, shi_irqdesc(self->m, 0), Py_None, true);
+        self->in_nmi = 0;
+        self->nmi_waits = 0;
+        shi_signal_fence();
+        shi_nmi_done(self);
+        shi_nmi_entry(self); /* one more may have come while it was in service */
+    }
+    shi_signals_let_go(machine);
+}
+
+#define METHOD(name) static PyObject *irq_##name(PyObject *object, PyObject *arg)
+#define MACHINE(object) ((Machine *)(object))
+
+/* ---- descriptors ----------------------------------------------------------------- */
+
+METHOD(trylock)
+{
+    (void)arg;
+    return shi_use(MACHINE(object)) < 0
+               ? NULL
+               : PyBool_FromLong(shi_irq_trylock(&MACHINE(object)->self) == 0);
+}
+
+METHOD(unlock)
+{
+    (void)arg;
+    shi_irq_unlock(&MACHINE(object)->self);
+    Py_RETURN_NONE;
+}
+
+static int request_native(Machine *machine, struct shi_irqdesc *desc, PyObject *handler,
+                          PyObject *info, uint32_t stride)
+{
+    int64_t number = shi_native_number(machine, handler);
+    uint32_t native = (uint32_t)number;
+    struct outgoing out;
+    if (number < 0)
+        return -1;
+    desc->stride = stride;
+    if (info == Py_None) {
+        shi_irqdesc_set_native(desc, native, SHI_K_NONE, 0);
+        return 0;
+    }
+    if (shi_outgoing_info(machine, &out, handler, info) < 0)
+        return -1;
+    int err = 0;
+    if (out.kind == SHI_K_INT || out.kind == SHI_K_POINTER) {
+        shi_irqdesc_set_native(desc, native, out.kind, out.value.u);
+    } else {
+        PyErr_SetString(PyExc_TypeError, "a native irq handler takes None, an int, or a shared "
+                                         "array");
+        err = -1;
+    }
+    shi_outgoing_clear(&out);
+    return err;
+}
+
+/* Numbers of functions are held for the irqs that this process has requested, whatever
+ * becomes of the function object.  Give back those of irqs that others have freed, or have
+ * requested since.  The table is locked. */
+static void let_go_of_handlers(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    uint32_t virq;
+    for (virq = 0; machine->irq_held && virq < SHI_NR_IRQS; virq++) {
+        uint32_t held = machine->irq_held[virq];
+        const struct shi_irqdesc *desc = shi_irqdesc(&machine->m, virq);
+        if (!held)
+            continue;
+        uint32_t serial = shi_load_relaxed(&shi_func_entry(&machine->m, self->id, held - 1)->serial);
+        const struct shi_irqdesc mine = {.func = held - 1, .serial = serial,
+                                         .src = (uint16_t)self->id, .src_gen = self->gen};
+        if (shi_load_acquire(&desc->action) == SHI_IA_PYTHON && same_handler(desc, &mine))
+            continue;
+        machine->irq_held[virq] = 0;
+        shi_enter(self);
+        shi_func_drop(self, held - 1);
+        shi_leave(self);
+    }
+}
+
+/* Publish a Python handler and hold its number.  0, or -1. */
+static int request_python(Machine *machine, uint32_t virq, PyObject *handler)
+{
+    struct shi_self *self = &machine->self;
+    if (!machine->irq_held) {
+        machine->irq_held = PyMem_Calloc(SHI_NR_IRQS, sizeof *machine->irq_held);
+        if (!machine->irq_held) {
+            PyErr_NoMemory();
+            return -1;
+        }
+    }
+    int64_t index = shi_function_number(machine, handler);
+    if (index == -1)
+        PyErr_SetString(PyExc_TypeError, "an irq handler is a function or a NativeHandler");
+    if (index < 0)
+        return -1;
+    struct shi_irqdesc *desc = shi_irqdesc(&machine->m, virq);
+    uint32_t old = machine->irq_held[virq];
+    shi_enter(self);
+    shi_func_hold(self, (uint32_t)index);
+    desc->stride = 0;
+    shi_irqdesc_set_python(self, desc, (uint32_t)index,
+                           shi_load_relaxed(&shi_func_entry(&machine->m, self->id,
+                                                            (uint32_t)index)->serial));
+    machine->irq_held[virq] = (uint32_t)index + 1;
+    if (old)
+        shi_func_drop(self, old - 1); /* after: whoever takes the irq now finds the new one */
+    shi_leave(self);
+    return 0;
+}
+
+/* irq_request(virq, handler, info, stride=0): publish the handler; a number: do what taking
+ * that line of the chip means.  With a stride, the native handler of CPU n gets what lies n
+ * strides after `info`.  The table is locked. */
+METHOD(request)
+{
+    Machine *machine = MACHINE(object);
+    unsigned virq, stride = 0;
+    PyObject *handler, *info;
+    if (!PyArg_ParseTuple(arg, "IOO|I", &virq, &handler, &info, &stride) ||
+        shi_use(machine) < 0)
+        return NULL;
+    struct shi_irqdesc *desc = shi_irqdesc(&machine->m, virq);
+    if (!desc) {
+        PyErr_Format(PyExc_ValueError, "no virq %u", virq);
+        return NULL;
+    }
+    if (Py_IS_TYPE(handler, shi_native_type)) {
+        if (request_native(machine, desc, handler, info, stride) < 0)
+            return NULL;
+        let_go_of_handlers(machine);
+        Py_RETURN_NONE;
+    }
+    if (PyLong_Check(handler)) {
+        unsigned long line = PyLong_AsUnsignedLong(handler);
+        if (PyErr_Occurred() || shi_check_line(machine, (unsigned)line) < 0)
+            return NULL;
+        shi_irqdesc_set_line(desc, (uint32_t)line);
+        let_go_of_handlers(machine);
+        Py_RETURN_NONE;
+    }
+    if (request_python(machine, virq, handler) < 0)
+        return NULL;
+    let_go_of_handlers(machine);
+    Py_RETURN_NONE;
+}
+
+/* irq_free(virq): withdraw it. */
+METHOD(free)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long virq = PyLong_AsUnsignedLong(arg);
+    struct shi_irqdesc *desc = PyErr_Occurred() ? NULL
+                                                : shi_irqdesc(&machine->m, (uint32_t)virq);
+    if (PyErr_Occurred())
+        return NULL;
+    if (desc)
+        shi_irqdesc_clear(desc);
+    if (!machine->closed && !machine->foreign)
+        let_go_of_handlers(machine);
+    Py_RETURN_NONE;
+}
+
+/* irq_reset_line(line): masked everywhere, not pending anywhere, counted from zero. */
+METHOD(reset_line)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long line = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred() || shi_use(machine) < 0 || shi_check_line(machine, (unsigned)line) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    shi_irqdesc_reset_line(&machine->self, (uint32_t)line);
+    shi_leave(&machine->self);
+    Py_RETURN_NONE;
+}
+
+/* ---- coprocessors ---------------------------------------------------------------- */
+
+static struct shi_coproc *coproc_arg(Machine *machine, unsigned number)
+{
+    if (number < SHI_NCOPROC)
+        return &shi_irq_area(&machine->m)->coproc[number];
+    PyErr_Format(PyExc_ValueError, "no coprocessor %u", number);
+    return NULL;
+}
+
+/* coproc_raise(number, virq): OSError ENXIO when it is not there (any more). */
+METHOD(coproc_raise)
+{
+    Machine *machine = MACHINE(object);
+    unsigned which, virq;
+    if (!PyArg_ParseTuple(arg, "II", &which, &virq) || shi_use(machine) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    int err = shi_coproc_raise(&machine->self, which, virq);
+    shi_leave(&machine->self);
+    if (err)
+        return shi_os_error(-err, "coprocessor");
+    Py_RETURN_NONE;
+}
+
+/* coproc_take(number) -> bool: was its line pending?  It is not any more. */
+METHOD(coproc_take)
+{
+    unsigned long which = PyLong_AsUnsignedLong(arg);
+    struct shi_coproc *c = PyErr_Occurred() ? NULL : coproc_arg(MACHINE(object), (unsigned)which);
+    return c ? PyBool_FromLong(shi_xchg_full(&c->pending, 0)) : NULL;
+}
+
+/* coproc_wait(number, seen, seconds) -> count of its doorbell. */
+METHOD(coproc_wait)
+{
+    unsigned which;
+    unsigned long seen;
+    double seconds;
+    if (!PyArg_ParseTuple(arg, "Ikd", &which, &seen, &seconds))
+        return NULL;
+    struct shi_coproc *c = coproc_arg(MACHINE(object), which);
+    if (!c)
+        return NULL;
+    int err = 0;
+    Py_BEGIN_ALLOW_THREADS
+    if (seconds != 0 && shi_load_acquire(&c->event) == (uint32_t)seen)
+        err = shi_event_wait(&c->event, (uint32_t)seen,
+                             seconds < 0 ? -1 : (int64_t)(seconds * 1e9));
+    Py_END_ALLOW_THREADS
+    if (err == -EINTR && PyErr_CheckSignals() < 0)
+        return NULL;
+    return PyLong_FromUnsignedLong(shi_load_acquire(&c->event));
+}
+
+/* coproc_set(number, pid, virq): it is there (virq 0: gone). */
+METHOD(coproc_set)
+{
+    unsigned which, pid, virq;
+    if (!PyArg_ParseTuple(arg, "III", &which, &pid, &virq))
+        return NULL;
+    struct shi_coproc *c = coproc_arg(MACHINE(object), which);
+    if (!c)
+        return NULL;
+    shi_store_relaxed(&c->pid, pid);
+    if (!virq)
+        shi_store_relaxed(&c->pending, 0);
+    shi_store_release(&c->virq, virq);
+    shi_event_ring(&MACHINE(object)->m.header->hotplug_event); /* whoever waits for its end */
+    Py_RETURN_NONE;
+}
+
+/* coproc(number) -> (pid, virq, pending) */
+METHOD(coproc)
+{
+    unsigned long which = PyLong_AsUnsignedLong(arg);
+    struct shi_coproc *c = PyErr_Occurred() ? NULL : coproc_arg(MACHINE(object), (unsigned)which);
+    return c ? Py_BuildValue("(III)", shi_load_relaxed(&c->pid), shi_load_acquire(&c->virq),
+                             shi_load_acquire(&c->pending))
+             : NULL;
+}
+
+PyMethodDef shi_irq_methods[] = {
+    {"irq_trylock", irq_trylock, METH_NOARGS, "irq_trylock() -> bool: of the descriptors"},
+    {"irq_unlock", irq_unlock, METH_NOARGS, "irq_unlock()"},
+    {"irq_request", irq_request, METH_VARARGS, "irq_request(virq, handler, info, stride=0)"},
+    {"irq_free", irq_free, METH_O, "irq_free(virq)"},
+    {"irq_reset_line", irq_reset_line, METH_O,
+     "irq_reset_line(line): masked and not pending at any CPU"},
+    {"coproc_raise", irq_coproc_raise, METH_VARARGS, "coproc_raise(number, virq)"},
+    {"coproc_take", irq_coproc_take, METH_O, "coproc_take(number) -> bool"},
+    {"coproc_wait", irq_coproc_wait, METH_VARARGS, "coproc_wait(number, seen, seconds) -> count"},
+    {"coproc_set", irq_coproc_set, METH_VARARGS, "coproc_set(number, pid, virq)"},
+    {"coproc", irq_coproc, METH_O, "coproc(number) -> (pid, virq, pending)"},
+    {NULL, NULL, 0, NULL},
+};
+
+/* The machine of this process, or the only one open here. */
+static PyObject *current(PyObject *module, PyObject *unused)
+{
+    Machine *machine = shi_use_current();
+    (void)module;
+    (void)unused;
+    return machine ? Py_NewRef((PyObject *)machine) : NULL;
+}
+
+/* die_with(parent): be killed when `parent`, which forked this process, ends. */
+static PyObject *die_with(PyObject *module, PyObject *arg)
+{
+    long parent = PyLong_AsLong(arg);
+    (void)module;
+    if (PyErr_Occurred())
+        return NULL;
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
+        return PyErr_SetFromErrno(PyExc_OSError);
+    if (getppid() != (pid_t)parent)
+        _exit(1); /* it ended before the request was in force */
+    Py_RETURN_NONE;
+}
+
+PyMethodDef shi_irq_functions[] = {
+    {"die_with", die_with, METH_O, "die_with(parent): end when the parent does"},
+    {"current_machine", current, METH_NOARGS,
+     "current_machine()\n--\n\nThe Machine that module-level functions act on."},
+    {NULL, NULL, 0, NULL},
+};

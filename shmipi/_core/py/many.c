@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: MIT */
+/* smp_call_function_many_cond and everything over it. */
+#include "py/shi.h"
+
+#include "base/native.h"
+
+struct many {
+    uint32_t *cpus, *locals, *ipis;
+    uint32_t n, queued, nipis;
+    int64_t owner; /* csd that owns the payload, or -1 */
+};
+
+static int many_queue(Machine *machine, const struct outgoing *out, struct many *many,
+                      uint32_t cpu, bool wait)
+{
+    struct shi_self *self = &machine->self;
+    for (;;) {
+        shi_enter(self);
+        int64_t local = wait ? shi_csd_get(self) : shi_nowait_get(self);
+        int err = 0;
+        if (local >= 0) {
+            if (many->owner < 0)
+                err = shi_outgoing_fill(machine, out, (uint32_t)local);
+            else
+                shi_outgoing_share(machine, out, (uint32_t)local, (uint32_t)many->owner);
+            if (!err)
+                err = shi_call_queue(self, (uint32_t)local,
+                                     wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC, cpu);
+            if (err < 0) {
+                shi_csd_put(self, (uint32_t)local);
+            } else {
+                if (err > 0)
+                    many->ipis[many->nipis++] = cpu;
+                if (!wait)
+                    shi_csd_leave(self, (uint32_t)local);
+                many->cpus[many->queued] = cpu;
+                many->locals[many->queued++] = (uint32_t)local;
+            }
+        } else {
+            err = (int)local;
+            /* About to wait: nobody must wait for doorbells not yet rung. */
+            shi_call_ipi_mask(self, many->ipis, many->nipis);
+            many->nipis = 0;
+        }
+        shi_leave(self);
+        if (err == -EAGAIN) {
+            if (shi_wait_for_room(machine) < 0)
+                return -1;
+            continue;
+        }
+        if (err < 0 && err != -ENXIO) { /* offline since: skipped, as the kernel does */
+            shi_raise_errno(machine, err, (int)cpu);
+            return -1;
+        }
+        return 0;
+    }
+}
+
+/* The payload's own csd: it is in nobody's queue, and goes with the last that shares. */
+static int many_payload(Machine *machine, const struct outgoing *out, struct many *many)
+{
+    if (!out->pickle)
+        return 0;
+    many->owner = shi_get_filled(machine, out, false);
+    return many->owner < 0 ? -1 : 0;
+}
+
+static void many_drop_payload(Machine *machine, const struct many *many)
+{
+    if (many->owner < 0)
+        return;
+    shi_enter(&machine->self);
+    shi_csd_end_sharing(&machine->self, (uint32_t)many->owner);
+    shi_leave(&machine->self);
+}
+
+static int add_failure(PyObject **failures, PyObject *error)
+{
+    if (!*failures && !(*failures = PyList_New(0)))
+        return -1;
+    return PyList_Append(*failures, error);
+}
+
+/* Wait for all; what they failed with goes to a list, by CPU.  `own` (a reference that is
+ * taken over, or NULL) is what failed here.  0, or -1 with an exception: the wait was
+ * interrupted. */
+static int many_wait(Machine *machine, struct many *many, PyObject **failures, PyObject *own)
+{
+    uint32_t i;
+    int err = 0;
+    for (i = 0; i < many->queued; i++) {
+        uint32_t local = many->locals[i], cpu = many->cpus[i];
+        if (err) { /* interrupted: leave the rest behind, safely */
+            shi_leave_behind(machine, local);
+            continue;
+        }
+        if (shi_wait_csd(machine, local, cpu, 0) < 0) {
+            err = -1;
+            continue;
+        }
+        PyObject *none = shi_result(machine, local, cpu, SHI_A_INFO);
+        shi_give_back(machine, local);
+        PyObject *error = none ? NULL : shi_take_exception();
+        Py_XDECREF(none);
+        if (error && own && cpu > machine->self.id) {
+            err = add_failure(failures, own);
+            Py_CLEAR(own);
+        }
+        if (error && !err)
+            err = add_failure(failures, error);
+        Py_XDECREF(error);
+    }
+    if (own && !err)
+        err = add_failure(failures, own);
+    Py_XDECREF(own);
+    return err;
+}
+
+/* What one CPU failed with is raised as it is, of several a group.  All have run. */
+static void raise_failures(PyObject *failures)
+{
+    PyObject *error = Py_NewRef(PyList_GET_ITEM(failures, 0));
+    if (PyList_GET_SIZE(failures) > 1) {
+        PyObject *group =
+            PyObject_CallFunction(shi_py.GroupError, "sO", "several CPUs failed", failures);
+        if (group)
+            Py_SETREF(error, group);
+        else
+            PyErr_Clear(); /* an error among them that is no Exception */
+    }
+    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_DECREF(error);
+}
+
+static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *function,
+                     PyObject *info, bool wait, bool run_self, PyObject *cond)
+{
+    struct shi_self *self = &machine->self;
+    struct outgoing out;
+    struct many many = {.n = n, .owner = -1};
+    PyObject *failures = NULL;
+    bool self_in_mask = false;
+    int err = -1;
+    uint32_t i;
+    if (shi_check_context(machine) < 0)
+        return -1;
+    shi_count(self, SHI_C_calls_many);
+    SHI_TRACE(self, call_entry, n ? mask[0] : self->id, 0, 0, SHI_E_MANY);
+    if (shi_outgoing_info(machine, &out, function, info) < 0)
+        return -1;
+    many.cpus = PyMem_Malloc(sizeof(uint32_t) * (3 * (size_t)n + 1));
+    if (!many.cpus) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    many.locals = many.cpus + n;
+    many.ipis = many.locals + n;
+    if (many_payload(machine, &out, &many) < 0)
+        goto done;
+    err = 0;
+    for (i = 0; i < n && !err; i++) {
+        if (!self->host && mask[i] == self->id) {
+            self_in_mask = true;
+            continue;
+        }
+        if (!shi_word_online(shi_load_relaxed(&shi_slot(&machine->m, mask[i])->word)))
+            continue;
+        if (cond) {
+            PyObject *yes = PyObject_CallFunction(cond, "IO", (unsigned)mask[i], info);
+            int truth = yes ? PyObject_IsTrue(yes) : -1;
+            Py_XDECREF(yes);
+            if (truth < 0)
+                err = -1;
+            if (truth <= 0)
+                continue;
+        }
+        err = many_queue(machine, &out, &many, mask[i], wait);
+    }
+    /* The doorbells once, after everything is queued. */
+    shi_enter(self);
+    shi_call_ipi_mask(self, many.ipis, many.nipis);
+    shi_leave(self);
+    PyObject *failure = NULL, *own = NULL;
+    if (!err && run_self && self_in_mask) {
+        int truth = 1;
+        if (cond) {
+            PyObject *yes = PyObject_CallFunction(cond, "IO", (unsigned)self->id, info);
+            truth = yes ? PyObject_IsTrue(yes) : -1;
+            Py_XDECREF(yes);
+        }
+        /* Runs while the others do: after the doorbells, before the wait. */
+        if (truth < 0)
+            failure = shi_take_exception();
+        else if (truth && shi_run_local(machine, function, info, wait) < 0)
+            own = shi_take_exception();
+    } else if (err) {
+        failure = shi_take_exception();
+    }
+    if (!wait)
+        many.queued = 0;
+    err = many_wait(machine, &many, &failures, own);
+    if (failure) { /* of sending, not of the function: it did not go to all */
+        PyErr_Clear();
+        PyErr_SetObject((PyObject *)Py_TYPE(failure), failure);
+        Py_DECREF(failure);
+        err = -1;
+    } else if (!err && failures) {
+        raise_failures(failures);
+        err = -1;
+    }
+    many_drop_payload(machine, &many);
+done:
+    Py_XDECREF(failures);
+    PyMem_Free(many.cpus);
+    shi_outgoing_clear(&out);
+    return err;
+}
+
+static PyObject *run_many(Machine *machine, PyObject *mask, PyObject *function, PyObject *info,
+                          PyObject *wait_arg, bool run_self, PyObject *cond)
+{
+    uint32_t *cpus, n;
+    int wait = shi_as_bool(wait_arg, 1);
+    if (wait < 0)
+        return NULL;
+    if (!PyCallable_Check(function) && Py_TYPE(function) != shi_native_type)
+        return PyErr_Format(PyExc_TypeError, "%R is not callable", function);
+    if (cond && !PyCallable_Check(cond))
+        return PyErr_Format(PyExc_TypeError, "cond_func: %R is not callable", cond);
+    if (shi_as_mask(machine, mask, &cpus, &n) < 0)
+        return NULL;
+    int err = call_many(machine, cpus, n, function, info ? info : Py_None, wait, run_self, cond);
+    PyMem_Free(cpus);
+    if (err < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+PyObject *shi_call_mask(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
+                           PyObject *kwnames)
+{
+    static const char *const names[] = {"mask", "func", "info", "wait"};
+    PyObject *a[4];
+    if (shi_parse("smp_call_function_many", names, 2, 4, args, nargs, kwnames, a) < 0)
+        return NULL;
+    return run_many(machine, a[0], a[1], a[2], a[3], false, NULL);
+}
+
+PyObject *shi_call_others(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
+                             PyObject *kwnames)
+{
+    static const char *const names[] = {"func", "info", "wait"};
+    PyObject *a[3];
+    if (shi_parse("smp_call_function", names, 1, 3, args, nargs, kwnames, a) < 0)
+        return NULL;
+    return run_many(machine, NULL, a[0], a[1], a[2], false, NULL);
+}
+
+PyObject *shi_each_cpu(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
+                          PyObject *kwnames)
+{
+    static const char *const names[] = {"func", "info", "wait"};
+    PyObject *a[3];
+    if (shi_parse("on_each_cpu", names, 1, 3, args, nargs, kwnames, a) < 0)
+        return NULL;
+    return run_many(machine, NULL, a[0], a[1], a[2], true, NULL);
+}
+
+PyObject *shi_each_cpu_mask(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
+                               PyObject *kwnames)
+{
+    static const char *const names[] = {"mask", "func", "info", "wait"};
+    PyObject *a[4];
+    if (shi_parse("on_each_cpu_mask", names, 2, 4, args, nargs, kwnames, a) < 0)
+        return NULL;
+    return run_many(machine, a[0], a[1], a[2], a[3], true, NULL);
+}
+
+PyObject *shi_each_cpu_cond_mask(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
+                                    PyObject *kwnames)
+{
+    static const char *const names[] = {"cond_func", "func", "info", "wait", "mask"};
+    PyObject *a[5];
+    if (shi_parse("on_each_cpu_cond_mask", names, 2, 5, args, nargs, kwnames, a) < 0)
+        return NULL;
+    return run_many(machine, a[4] == Py_None ? NULL : a[4], a[1], a[2], a[3], true, a[0]);
+}

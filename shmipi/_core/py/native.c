@@ -1,0 +1,154 @@
+/* SPDX-License-Identifier: MIT */
+/* NativeHandler: a C function in the place of a Python one. */
+#include "py/shi.h"
+
+#include "base/native.h"
+
+PyTypeObject *shi_native_type;
+
+static PyObject *native_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"name", NULL};
+    PyObject *name;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U:NativeHandler", names, &name))
+        return NULL;
+    const char *utf8 = PyUnicode_AsUTF8(name);
+    if (!utf8)
+        return NULL;
+    int index = shi_native_find(utf8);
+    if (index < 0 && strchr(utf8, ':')) {
+        /* As given to Cluster, which keeps the absolute path. */
+        PyObject *path = PyImport_ImportModule("os.path");
+        PyObject *full = path ? PyObject_CallMethod(path, "abspath", "O", name) : NULL;
+        const char *text = full ? PyUnicode_AsUTF8(full) : NULL;
+        if (text)
+            index = shi_native_find(text);
+        Py_XDECREF(full);
+        Py_XDECREF(path);
+        if (!text)
+            return NULL;
+    }
+    if (index < 0)
+        return PyErr_Format(PyExc_LookupError,
+                            "no native handler %R: built-in ones are noop, count and stamp; "
+                            "others are named in Cluster(handlers=...)", name);
+    NativeHandler *handler = (NativeHandler *)type->tp_alloc(type, 0);
+    if (!handler)
+        return NULL;
+    handler->index = (uint32_t)index;
+    handler->name = Py_NewRef(name);
+    return (PyObject *)handler;
+}
+
+static void native_dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    Py_XDECREF(((NativeHandler *)object)->name);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+static PyObject *native_repr(PyObject *object)
+{
+    return PyUnicode_FromFormat("NativeHandler(%R)", ((NativeHandler *)object)->name);
+}
+
+static PyObject *native_reduce(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return Py_BuildValue("O(O)", Py_TYPE(object), ((NativeHandler *)object)->name);
+}
+
+int64_t shi_native_number(const Machine *machine, PyObject *handler)
+{
+    uint32_t index = ((NativeHandler *)handler)->index;
+    if (!machine->natives)
+        return index;
+    if (index < SHI_NATIVE_MAX && machine->natives[index])
+        return machine->natives[index] - 1;
+    PyErr_Format(PyExc_LookupError,
+                 "%R: the machine %s was not booted with this native handler (its owner names "
+                 "them in Cluster(handlers=...))", handler, machine->m.header->name);
+    return -1;
+}
+
+static PyMethodDef native_methods[] = {
+    {"__reduce__", native_reduce, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+static PyType_Slot native_slots[] = {
+    {Py_tp_new, native_new},
+    {Py_tp_dealloc, native_dealloc},
+    {Py_tp_repr, native_repr},
+    {Py_tp_methods, native_methods},
+    {Py_tp_doc, "NativeHandler(name)\n--\n\n"
+                "A C function in the role of an IPI handler: give it where a function goes.\n\n"
+                "`name`: noop, count (adds 1 to a 64-bit word), stamp, or `FILE.so:symbol` as "
+                "given to\nCluster(handlers=...)."},
+    {0, NULL},
+};
+static PyType_Spec native_spec = {
+    .name = "shmipi._core.NativeHandler",
+    .basicsize = sizeof(NativeHandler),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = native_slots,
+};
+
+static PyObject *native_load(PyObject *module, PyObject *arg)
+{
+    char why[512];
+    const char *spec = PyUnicode_AsUTF8(arg);
+    (void)module;
+    if (!spec || shi_bound() < 0)
+        return NULL;
+    int err = shi_native_load(spec, why, sizeof why);
+    if (err < 0)
+        return shi_raise(shi_py.OSError, -err, -1, "native handler %s: %s", spec, why);
+    return PyLong_FromLong(err);
+}
+
+static PyObject *native_name(PyObject *module, PyObject *arg)
+{
+    const char *name = PyUnicode_AsUTF8(arg);
+    (void)module;
+    if (!name || shi_bound() < 0)
+        return NULL;
+    int err = shi_native_name(name);
+    if (err < 0)
+        return shi_raise(shi_py.OSError, -err, -1, "native handler %s: too many handlers", name);
+    return PyLong_FromLong(err);
+}
+
+/* Every name this process has numbered, in order: a firmware numbers them alike. */
+static PyObject *native_names(PyObject *module, PyObject *unused)
+{
+    uint32_t i;
+    const char *name;
+    (void)module;
+    (void)unused;
+    PyObject *list = PyList_New(0);
+    for (i = 0; list && (name = shi_native_name_of(i)); i++) {
+        PyObject *text = PyUnicode_FromString(name);
+        if (!text || PyList_Append(list, text) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(text);
+    }
+    return list;
+}
+
+PyMethodDef shi_native_functions[] = {
+    {"native_names", native_names, METH_NOARGS, "native_names() -> list"},
+    {"native_load", native_load, METH_O, "native_load(spec) -> index"},
+    {"native_name", native_name, METH_O, "native_name(spec) -> index, without loading it"},
+    {NULL, NULL, 0, NULL},
+};
+
+int shi_native_types(PyObject *module)
+{
+    shi_native_init();
+    if (!shi_native_type)
+        shi_native_type = (PyTypeObject *)PyType_FromSpec(&native_spec);
+    return shi_native_type ? PyModule_AddObjectRef(module, "NativeHandler",
+                                                   (PyObject *)shi_native_type)
+                           : -1;
+}

@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * kernel/smp.c's sending half: lock a csd, queue it, send the interrupt.
+ *
+ * `local` counts a sender's own csds; everything here runs between shi_enter and
+ * shi_leave, and the caller has filled the csd (func, kind, value, apply) before.
+ */
+#ifndef SHI_CALL_H
+#define SHI_CALL_H
+
+#include "base/machine.h"
+
+static inline struct shi_csd *shi_own_csd(const struct shi_self *self, uint32_t local)
+{
+    return (struct shi_csd *)shi_region(self->m, self->id) + local;
+}
+
+static inline uint32_t shi_own_index(const struct shi_self *self, uint32_t local)
+{
+    return (self->id << self->m->csd_shift) + local;
+}
+
+/* generic_exec_single for a remote CPU.  0, -EBUSY (locked), -ENXIO (unlocked again). */
+int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst);
+/* The enqueue half of smp_call_function_many: 1 when `dst` must be sent an IPI, else 0
+ * or -EBUSY, -ENXIO.  Then one shi_call_ipi_mask for all of them. */
+int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst);
+void shi_call_ipi_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n);
+
+/* A csd for a call nobody waits for: at most SHI_NOWAIT_POOL are in flight.  Its local
+ * index, -EAGAIN when one has to be waited for (shi_csd_oldest), -ENOSPC. */
+int64_t shi_nowait_get(struct shi_self *self);
+
+#endif

@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: MIT */
+/* The idle loop of a CPU: poll, poll for a while, or halt. */
+#ifndef SHI_IDLE_H
+#define SHI_IDLE_H
+
+#include "base/machine.h"
+#include "smp/wait.h"
+
+enum shi_idle_why {
+    SHI_IDLE_TASK = 1,    /* self->tasks is not empty */
+    SHI_IDLE_STOP = 2,    /* the machine is stopping */
+    SHI_IDLE_OFFLINE = 3, /* asked to go offline */
+    SHI_IDLE_SIGNAL = 4,  /* a signal came: let the interpreter look */
+    SHI_IDLE_PYTHON = 5,  /* self->deferred is not empty */
+};
+
+/* Idle until something is to be done that is not an interrupt handler's work. */
+enum shi_idle_why shi_idle(struct shi_self *self);
+
+/*
+ * Idle once in the middle of a task, which has made the CPU POLLING and served all there
+ * was: poll as the idle policy says, then halt, until there is work, `ready` (NULL: never),
+ * or `until_ns` (0: no limit).  Gives the interpreter up by the hook.  0, -EINTR, -ETIMEDOUT;
+ * it may come back for nothing.
+ */
+int shi_idle_in_task(struct shi_self *self, shi_ready *ready, const void *arg,
+                     uint64_t until_ns);
+
+/* Drain, go offline, sleep until asked back.  -EINTR when a signal came meanwhile,
+ * -EBUSY when Python csds must run first, -ECANCELED when the machine stops. */
+int shi_cpu_offline(struct shi_self *self);
+
+#endif

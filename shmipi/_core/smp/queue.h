@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * call_single_queue: one lock-free list per CPU for every kind of work, any number of
+ * pushers, drained whole by its owner (include/linux/llist.h has the same shape).
+ *
+ * The list head shares one 64-bit word with the state of the CPU.  So "is it online",
+ * "was the queue empty" and "how must it be rung" are answered by the one
+ * compare-and-swap that queues the csd, and a CPU cannot go to sleep, start a task or
+ * go offline in between.
+ */
+#ifndef SHI_QUEUE_H
+#define SHI_QUEUE_H
+
+#include "base/machine.h"
+
+enum shi_pushed {
+    SHI_PUSH_ELIDED = 0,    /* the target polls: the store was the interrupt */
+    SHI_PUSH_COALESCED = 1, /* the queue was not empty: its first pusher rings */
+    SHI_PUSH_RING = 2,      /* send the interrupt through the chip */
+};
+
+/* Queue a locked csd (index through all slots).  enum shi_pushed, or -ENXIO. */
+int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct shi_csd *csd);
+
+/* Take everything off the own queue: index + 1 of the newest csd, 0 when empty. */
+uint32_t shi_queue_grab(struct shi_self *self);
+/* What was grabbed, oldest first; damaged entries are dropped and counted. */
+struct shi_list shi_queue_in_order(struct shi_self *self, uint32_t newest);
+
+/* Lists that the owner keeps of csds it has taken. */
+void shi_list_append(const struct shi_machine *m, struct shi_list *list, uint32_t index);
+/* UINT32_MAX when empty (or damaged: the rest is dropped and counted). */
+uint32_t shi_list_pop(struct shi_self *self, struct shi_list *list);
+
+/* Is `index` a csd that exists, is locked, and is addressed to this CPU? */
+static inline bool shi_csd_is_ours(const struct shi_self *self, uint32_t index)
+{
+    const struct shi_machine *m = self->m;
+    if (index >= m->ncsds)
+        return false;
+    uint32_t owner = index >> m->csd_shift;
+    if ((index & (m->csds_per_slot - 1)) >= shi_load_relaxed(&shi_slot(m, owner)->csd_top))
+        return false;
+    const struct shi_csd *csd = shi_csd(m, index);
+    uint64_t lock = shi_load_acquire(&csd->lock);
+    return (lock & SHI_CSD_LOCK) && (uint16_t)(lock >> SHI_CSD_DST_SHIFT) == self->id &&
+           (uint16_t)(lock >> SHI_CSD_GEN_SHIFT) == self->gen && csd->src == owner;
+}
+
+#endif

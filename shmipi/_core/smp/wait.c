@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: MIT */
+#include "base/sys.h"
+
+#include <errno.h>
+
+#include "irq/chip.h"
+#include "base/clock.h"
+#include "smp/csd.h"
+#include "irq/doorbell.h"
+#include "irq/irq.h"
+#include "smp/queue.h"
+#include "base/step.h"
+#include "smp/wait.h"
+#include "smp/watch.h"
+
+#define TICK_NS 10000000u      /* no progress for so long: ring again */
+#define DEADLOCK_TICK_NS 1000000u
+#define SPIN_ROUND 64          /* looks between two readings of the clock */
+
+/* Interrupts off: the waiter may not serve its own queue (kernel: that is the reason
+ * for the rule that interrupts must be on). */
+static bool may_serve(const struct shi_self *self)
+{
+    return !self->host && !self->irqs_off;
+}
+
+void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index,
+                    uint32_t dst, uint64_t deadline_ns)
+{
+    wait->csd = shi_csd(self->m, index);
+    wait->dst = dst;
+    wait->index = index;
+    wait->deadline_ns = deadline_ns;
+    wait->tick_ns = 0;
+    wait->seen = 0;
+    wait->published = false;
+    if (may_serve(self) &&
+        shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING)
+        shi_set_polling(self);
+}
+
+void shi_wait_end(struct shi_self *self, struct shi_wait *wait)
+{
+    if (wait->published) /* a wait that an NMI's handler interrupted goes on */
+        shi_store_release(&self->slot->waiting_for, wait->outer);
+    if (self->in_task && may_serve(self))
+        shi_set_running(self);
+}
+
+/* Serve the own queue.  True: the caller has Python work to run, is asked to go offline,
+ * or to leave the task. */
+static bool serve(struct shi_self *self)
+{
+    self->in_core++;
+    shi_service(self);
+    self->in_core--;
+    if (self->happened)
+        shi_leave_slow(self);
+    return (shi_python_waits(self) || shi_cancel_asked(self) ||
+            shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE) &&
+           !self->in_irq;
+}
+
+static bool own_work(const struct shi_self *self)
+{
+    uint64_t w = shi_load_acquire(&self->slot->word);
+    return shi_word_work(w) || w & SHI_W_NEED_RESCHED;
+}
+
+uint64_t shi_wait_budget(const struct shi_self *self, uint32_t dst)
+{
+    const struct shi_machine *m = self->m;
+    if (self->spin_ns)
+        return self->spin_ns - 1;
+    if (!m->oversubscribed)
+        return 100000;
+    uint32_t mine = shi_load_relaxed(&self->slot->core);
+    uint32_t theirs = shi_load_relaxed(&shi_slot(m, dst)->core);
+    /* On one core nothing can happen while this process spins. */
+    return !self->host && mine == theirs ? 0 : 20000;
+}
+
+int shi_wait_spin(struct shi_self *self, struct shi_wait *wait, uint64_t budget_ns)
+{
+    bool service = may_serve(self);
+    uint64_t end = 0;
+    uint32_t i;
+    for (;;) {
+        for (i = 0; i < SPIN_ROUND; i++) {
+            if (!shi_csd_locked(wait->csd))
+                return SHI_WAIT_DONE;
+            if (service && own_work(self) && serve(self))
+                return SHI_WAIT_PYTHON;
+        }
+        uint64_t now = shi_now_ns();
+        if (!end)
+            end = now + budget_ns;
+        if (now >= end)
+            return SHI_WAIT_MORE;
+        shi_cpu_relax();
+    }
+}
+
+/*
+ * CPUs that wait for each other in a circle, all with interrupts off, wait for ever.
+ * Each entry is read twice: the circle is real when nothing in it moved.
+ */
+static bool deadlocked(struct shi_self *self)
+{
+    const struct shi_machine *m = self->m;
+    int pass;
+    for (pass = 0; pass < 2; pass++) {
+        uint32_t at = self->id, steps;
+        for (steps = 0; steps <= m->ncpus; steps++) {
+            uint64_t entry = shi_load_full(&shi_slot(m, at)->waiting_for);
+            uint32_t next = (uint32_t)entry & 0xffff, csd = (uint32_t)(entry >> 32);
+            if (!next || !(entry & SHI_WAITS_IRQS_OFF) || next > m->ncpus || !csd ||
+                csd > m->ncsds || !shi_word_online(shi_load_relaxed(&shi_slot(m, at)->word)))
+                return false;
+            /* It may have its answer and not have woken up to it yet. */
+            if (!shi_csd_locked(shi_csd(m, csd - 1)))
+                return false;
+            at = next - 1;
+            if (at == self->id)
+                break;
+        }
+        if (at != self->id)
+            return false;
+    }
+    return true;
+}
+
+/*
+ * The target dropped csds that it found damaged, and what stood behind them.  If it has
+ * nothing queued, runs nothing and is no task's, nobody has ours any more.
+ */
+static bool lost(const struct shi_slot *target, uint64_t w)
+{
+    enum shi_state state = shi_word_state(w);
+    return shi_load_acquire(&target->damaged) && !shi_load_acquire(&target->starved) &&
+           !shi_word_work(w) && (state == SHI_HALTED || state == SHI_POLLING) &&
+           !shi_load_acquire(&target->cur_csd) && !shi_load_acquire(&target->task);
+}
+
+static int look_around(struct shi_self *self, struct shi_wait *wait, uint64_t now)
+{
+    if (self->leaving)
+        return -ESHUTDOWN;
+    if (shi_ended(self))
+        return -EOWNERDEAD;
+    if (wait->deadline_ns && now >= wait->deadline_ns)
+        return -ETIMEDOUT;
+    if (self->irqs_off && !self->host && deadlocked(self))
+        return -EDEADLK;
+    if (now >= wait->tick_ns) {
+        struct shi_slot *target = shi_slot(self->m, wait->dst);
+        uint64_t w = shi_load_full(&target->word);
+        if (wait->tick_ns && lost(target, w) && lost(target, wait->seen))
+            return -EBADMSG;
+        uint64_t progress = shi_watch_progress(target);
+        /* A ring may have died with its ringer: the firmware's watchdog makes it good, and
+         * if that is stopped itself, who waits.  The head may have moved: others queue
+         * behind the stranded one and do not ring. */
+        if (wait->tick_ns && progress == wait->progress && shi_word_work(w) &&
+            shi_word_work(wait->seen))
+            shi_watch_ring(self, wait->dst);
+        if (wait->tick_ns && shi_load_acquire(&target->starved) == SHI_ST_LOOK) {
+            /* The same of who made room for a result there. */
+            shi_enter(self);
+            shi_chip_prod(self, wait->dst);
+            shi_leave(self);
+        }
+        wait->progress = progress;
+        wait->seen = w;
+        wait->tick_ns = now + TICK_NS;
+    }
+    return 0;
+}
+
+static void sleep_host(struct shi_self *self, struct shi_wait *wait, int64_t ns)
+{
+    uint32_t seen = shi_load_full(&self->slot->event);
+    uint64_t lock = shi_load_acquire(&wait->csd->lock);
+    SHI_STEP(self, park);
+    while (lock & SHI_CSD_LOCK && !(lock & SHI_CSD_PARKED))
+        if (shi_cas_full(&wait->csd->lock, &lock, lock | SHI_CSD_PARKED))
+            break;
+    SHI_STEP(self, parked);
+    /* The count was read before PARKED was set: an unlock since has changed it. */
+    if (shi_csd_locked(wait->csd))
+        shi_event_wait(&self->slot->event, seen, ns);
+    SHI_STEP(self, wake);
+}
+
+int shi_halt_until(struct shi_self *self, shi_ready *ready, const void *arg, int64_t ns)
+{
+    struct shi_slot *slot = self->slot;
+    bool service = may_serve(self), by_signal = self->m->doorbell == SHI_DB_SIGNAL;
+    uint64_t w = shi_load_relaxed(&slot->word), next;
+    enum shi_state before = shi_word_state(w);
+    int err = 0;
+    if (by_signal) /* first: a ring from now on is for the wait below, not the handler */
+        shi_kick_block(self, true);
+    do {
+        if (!shi_word_online(w) ||
+            (service && (shi_word_work(w) || w & SHI_W_NEED_RESCHED)))
+            goto out;
+        next = shi_word_with(w, SHI_HALTED);
+    } while (!shi_cas_full(&slot->word, &w, next));
+    SHI_STEP(self, halted);
+    /*
+     * HALTED first (the full exchange above), what is waited for again second.  Who makes
+     * it ready does that first and reads this word second: one of the two sees the other.
+     * Without this look its ring could fall before HALTED.
+     */
+    if (!ready || !ready(arg))
+        err = shi_doorbell_wait(self, (uint32_t)(next & SHI_W_LOW), ns);
+    SHI_STEP(self, wake);
+    w = shi_load_relaxed(&slot->word);
+    do {
+        if (!shi_word_online(w))
+            break;
+        next = shi_word_with(w, before == SHI_RUNNING ? SHI_RUNNING : SHI_POLLING);
+        if (by_signal)
+            next &= ~SHI_W_KICKED; /* the wait may have taken the kick itself */
+    } while (!shi_cas_full(&slot->word, &w, next));
+    if (shi_word_state(w) == SHI_RUNG) {
+        shi_count(self, SHI_C_doorbells_received);
+        if (!shi_word_work(w) && !(ready && ready(arg)))
+            shi_count(self, SHI_C_doorbells_spurious);
+    }
+    if (before == SHI_RUNNING && (shi_word_work(w) || w & SHI_W_KICKED))
+        self->happened = 1; /* interrupts are off: replayed when they come on */
+out:
+    if (by_signal && self->in_task)
+        shi_kick_block(self, false);
+    return err;
+}
+
+static bool unlocked(const void *csd)
+{
+    return !shi_csd_locked(csd);
+}
+
+static int sleep_cpu(struct shi_self *self, struct shi_wait *wait, int64_t ns)
+{
+    uint64_t lock = shi_load_acquire(&wait->csd->lock);
+    SHI_STEP(self, park);
+    do {
+        if (!(lock & SHI_CSD_LOCK))
+            return 0;
+    } while (!(lock & SHI_CSD_PARKED) &&
+             !shi_cas_full(&wait->csd->lock, &lock, lock | SHI_CSD_PARKED));
+    SHI_STEP(self, parked);
+    return shi_halt_until(self, unlocked, wait->csd, ns);
+}
+
+int shi_wait_sleep(struct shi_self *self, struct shi_wait *wait)
+{
+    bool service = may_serve(self);
+    if (!shi_csd_locked(wait->csd))
+        return SHI_WAIT_DONE;
+    if (!wait->published) {
+        wait->outer = self->host ? 0 : shi_load_relaxed(&self->slot->waiting_for);
+        /* Release: who finds the entry finds the csd queued. */
+        shi_store_full(&self->slot->waiting_for,
+                       (uint64_t)(wait->dst + 1) | (self->irqs_off ? SHI_WAITS_IRQS_OFF : 0) |
+                           (uint64_t)(wait->index + 1) << 32);
+        wait->published = !self->host; /* threads of the host would overwrite it */
+    }
+    if (service && own_work(self) && serve(self))
+        return SHI_WAIT_PYTHON;
+    uint64_t now = shi_now_ns();
+    int err = look_around(self, wait, now);
+    if (err)
+        return shi_csd_locked(wait->csd) ? err : SHI_WAIT_DONE;
+    uint64_t ns = self->irqs_off ? DEADLOCK_TICK_NS : TICK_NS;
+    if (wait->deadline_ns && wait->deadline_ns - now < ns)
+        ns = wait->deadline_ns - now;
+    if (self->host)
+        sleep_host(self, wait, (int64_t)ns);
+    else
+        err = sleep_cpu(self, wait, (int64_t)ns);
+    if (!shi_csd_locked(wait->csd))
+        return SHI_WAIT_DONE;
+    return err == -EINTR || self->host ? SHI_WAIT_SIGNAL : SHI_WAIT_MORE;
+}
