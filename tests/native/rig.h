@@ -26,12 +26,12 @@
 #include "smp/reap.h"
 #include "smp/wait.h"
 
-#define CHECK(what)                                                                       \
-    do {                                                                                  \
-        if (!(what)) {                                                                    \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #what);                    \
-            exit(1);                                                                      \
-        }                                                                                 \
+#define CHECK(what)                                                                            \
+    do {                                                                                       \
+        if (!(what)) {                                                                         \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #what);                         \
+            exit(1);                                                                           \
+        }                                                                                      \
     } while (0)
 
 #define RIG_CPUS 8
@@ -107,7 +107,7 @@ static inline void rig_boot_chip(struct rig *r, uint32_t ncpus, enum shi_idle id
     CHECK(shi_machine_attach(&r->m, base, plan->total_bytes, -1) == 0);
     free(plan);
     shi_store_relaxed(&r->m.header->array_used, SHI_PAGE); /* for handlers to point at */
-    for (i = 0; chip->per_cpu && i < ncpus; i++) { /* as a chip's prepare() does */
+    for (i = 0; chip->per_cpu && i < ncpus; i++) {         /* as a chip's prepare() does */
         shi_store_relaxed(&shi_irq_area(&r->m)->route[chip->call + i], i + 1);
         shi_store_relaxed(&shi_irq_area(&r->m)->route[chip->reschedule + i], i + 1);
     }

@@ -9,7 +9,7 @@
 #define BLOCKS 512
 #define TURNS 60000
 
-static struct shi_machine machine = {.fd = -1}; /* nothing to allocate in a file */
+static struct shi_machine machine = { .fd = -1 }; /* nothing to allocate in a file */
 
 struct block {
     int64_t at;
@@ -102,7 +102,7 @@ static void reserved_places_are_kept(void)
             CHECK(at >= 0);
             if (rand_r(&seed) % 2)
                 continue;
-            kept[n] = (struct block){at, want};
+            kept[n] = (struct block){ at, want };
             int64_t got = shi_arena_reserve(&after, (uint64_t)at, want);
             CHECK(got >= 0 && got <= at);
             CHECK((uint64_t)got + shi_arena_room(&after, (uint64_t)got) >= (uint64_t)at + want);
@@ -112,7 +112,7 @@ static void reserved_places_are_kept(void)
             CHECK(shi_arena_reserve(&after, (uint64_t)at, want) == -EBUSY);
         }
         for (;;) {
-            struct block b = {.length = 256};
+            struct block b = { .length = 256 };
             b.at = shi_arena_alloc(&after, 256);
             if (b.at < 0)
                 break;

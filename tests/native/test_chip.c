@@ -99,7 +99,8 @@ static bool settled(void)
     for (looks = 0; looks < 50000; looks++) {
         bool all = true;
         for (cpu = 0; cpu < CPUS; cpu++)
-            all = all && shi_load_relaxed(&cells[cpu].seen) == shi_load_relaxed(&cells[cpu].sent);
+            all = all &&
+                  shi_load_relaxed(&cells[cpu].seen) == shi_load_relaxed(&cells[cpu].sent);
         if (all)
             return true;
         usleep(100);
@@ -120,8 +121,8 @@ static void storm(enum shi_flow_kind flow, bool banked, enum shi_idle idle)
     int native = shi_native_name("note");
     for (i = 0; i < CPUS; i++) {
         line = line_of_cpu[i] = flow == SHI_FLOW_SHARED   ? 10 + i
-                                     : flow == SHI_FLOW_VECTOR ? 0x29
-                                                               : 9;
+                                : flow == SHI_FLOW_VECTOR ? 0x29
+                                                          : 9;
         shi_store_relaxed(&area->line_virq[line], VIRQ);
     }
     CHECK(shi_irq_trylock(&rig.host) == 0);
@@ -130,7 +131,7 @@ static void storm(enum shi_flow_kind flow, bool banked, enum shi_idle idle)
     shi_irq_unlock(&rig.host);
     for (i = 0; i < CPUS; i++) {
         if (flow == SHI_FLOW_SHARED) {
-            uint32_t calls[] = {chip.call + i, chip.reschedule + i, line_of_cpu[i]}, n;
+            uint32_t calls[] = { chip.call + i, chip.reschedule + i, line_of_cpu[i] }, n;
             for (n = 0; n < 3; n++)
                 shi_chip_route(&rig.host, calls[n], i);
         }

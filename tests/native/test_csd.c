@@ -59,8 +59,8 @@ static void the_pool(void)
             break;
         }
         /* Locked and never queued: nobody takes it up. */
-        CHECK(shi_csd_trylock(&rig.host, shi_own_csd(&rig.host, (uint32_t)local),
-                              SHI_CSD_ASYNC, 0) == 0);
+        CHECK(shi_csd_trylock(&rig.host, shi_own_csd(&rig.host, (uint32_t)local), SHI_CSD_ASYNC,
+                              0) == 0);
         shi_csd_leave(&rig.host, (uint32_t)local);
         got++;
     }

@@ -9,14 +9,14 @@
 
 static int failures;
 
-#define CHECK(cond, ...)                                                                   \
-    do {                                                                                   \
-        if (!(cond)) {                                                                     \
-            failures++;                                                                    \
-            printf("FAIL %s:%d: %s: ", __FILE__, __LINE__, #cond);                         \
-            printf(__VA_ARGS__);                                                           \
-            printf("\n");                                                                  \
-        }                                                                                  \
+#define CHECK(cond, ...)                                                                       \
+    do {                                                                                       \
+        if (!(cond)) {                                                                         \
+            failures++;                                                                        \
+            printf("FAIL %s:%d: %s: ", __FILE__, __LINE__, #cond);                             \
+            printf(__VA_ARGS__);                                                               \
+            printf("\n");                                                                      \
+        }                                                                                      \
     } while (0)
 
 typedef unsigned long long ull;
@@ -268,8 +268,8 @@ static void test_record_n_and_merge(void)
     CHECK(memcmp(other, many, sizeof *other) == 0, "merging into an empty one copies");
     shi_hist_merge(many, many);
     CHECK(many->count == 2 * one->count, "with itself: count");
-    CHECK(shi_hist_mean(many) == shi_hist_mean(one), "with itself: %f %f",
-          shi_hist_mean(many), shi_hist_mean(one));
+    CHECK(shi_hist_mean(many) == shi_hist_mean(one), "with itself: %f %f", shi_hist_mean(many),
+          shi_hist_mean(one));
     free(one);
     free(many);
     free(half);

@@ -27,14 +27,14 @@
 
 static int failures;
 
-#define CHECK(cond, ...)                                                                   \
-    do {                                                                                   \
-        if (!(cond)) {                                                                     \
-            failures++;                                                                    \
-            printf("FAIL %s:%d: %s: ", __FILE__, __LINE__, #cond);                         \
-            printf(__VA_ARGS__);                                                           \
-            printf("\n");                                                                  \
-        }                                                                                  \
+#define CHECK(cond, ...)                                                                       \
+    do {                                                                                       \
+        if (!(cond)) {                                                                         \
+            failures++;                                                                        \
+            printf("FAIL %s:%d: %s: ", __FILE__, __LINE__, #cond);                             \
+            printf(__VA_ARGS__);                                                               \
+            printf("\n");                                                                      \
+        }                                                                                      \
     } while (0)
 
 typedef unsigned long long ull;
@@ -518,12 +518,12 @@ static void test_bad_params(void)
 {
     struct shi_limit_params good = params(SHI_LIMIT_FUTEX), p;
 
-#define REFUSED(change)                                                                    \
-    do {                                                                                   \
-        p = good;                                                                          \
-        change;                                                                            \
-        CHECK(shi_limit_ping(area, &p, NULL, NULL) == -EINVAL, "ping");                    \
-        CHECK(shi_limit_pong(area, &p) == -EINVAL, "pong");                                \
+#define REFUSED(change)                                                                        \
+    do {                                                                                       \
+        p = good;                                                                              \
+        change;                                                                                \
+        CHECK(shi_limit_ping(area, &p, NULL, NULL) == -EINVAL, "ping");                        \
+        CHECK(shi_limit_pong(area, &p) == -EINVAL, "pong");                                    \
     } while (0)
 
     REFUSED(p.kind = SHI_LIMIT_KINDS);
@@ -537,7 +537,7 @@ static void test_bad_params(void)
     REFUSED(p.signo = 65);
     REFUSED(p.watch_signo = -1);
     REFUSED(p.watch_signo = p.signo);
-    REFUSED(p.kind = SHI_LIMIT_SIGNAL);  /* to whom? */
+    REFUSED(p.kind = SHI_LIMIT_SIGNAL); /* to whom? */
     REFUSED(p.kind = SHI_LIMIT_SIGWAIT);
     REFUSED(p.kind = SHI_LIMIT_MQUEUE); /* which? */
     REFUSED(p.kind = SHI_LIMIT_MEMBARRIER; p.core = -1);
@@ -548,9 +548,9 @@ static void test_bad_params(void)
 
 static void test_names(void)
 {
-    static const char *const order[] = { "cacheline", "futex",      "sem",
-                                         "eventfd",   "mqueue",     "sigwait",
-                                         "futex_park", "signal",    "membarrier" };
+    static const char *const order[] = { "cacheline",  "futex",  "sem",
+                                         "eventfd",    "mqueue", "sigwait",
+                                         "futex_park", "signal", "membarrier" };
 
     CHECK(sizeof order / sizeof order[0] == SHI_LIMIT_KINDS, "%d", SHI_LIMIT_KINDS);
     for (int i = 0; i < SHI_LIMIT_KINDS; i++) {

@@ -208,7 +208,7 @@ static void *pusher(void *arg)
 static void many_pushers(void)
 {
     pthread_t threads[PUSHERS];
-    int64_t next[PUSHERS + 1] = {0};
+    int64_t next[PUSHERS + 1] = { 0 };
     uint32_t i, index, done = 0;
     quiet(PUSHERS + 1);
     for (i = 0; i <= PUSHERS; i++)

@@ -38,12 +38,12 @@ typedef _Atomic uint8_t shi_a8;
 #define shi_fetch_and_full(p, v) atomic_fetch_and_explicit((p), (v), memory_order_seq_cst)
 #define shi_fetch_sub_full(p, v) atomic_fetch_sub_explicit((p), (v), memory_order_seq_cst)
 #define shi_fetch_xor_full(p, v) atomic_fetch_xor_explicit((p), (v), memory_order_seq_cst)
-#define shi_cas_full(p, expected, desired)                                             \
-    atomic_compare_exchange_strong_explicit((p), (expected), (desired),                \
-                                            memory_order_seq_cst, memory_order_seq_cst)
-#define shi_cas_weak_full(p, expected, desired)                                        \
-    atomic_compare_exchange_weak_explicit((p), (expected), (desired),                  \
-                                          memory_order_seq_cst, memory_order_seq_cst)
+#define shi_cas_full(p, expected, desired)                                                     \
+    atomic_compare_exchange_strong_explicit((p), (expected), (desired), memory_order_seq_cst,  \
+                                            memory_order_seq_cst)
+#define shi_cas_weak_full(p, expected, desired)                                                \
+    atomic_compare_exchange_weak_explicit((p), (expected), (desired), memory_order_seq_cst,    \
+                                          memory_order_seq_cst)
 
 /* For users' own protocols (shmipi.smp): the core itself has none of these. */
 #define shi_fence_full() atomic_thread_fence(memory_order_seq_cst)

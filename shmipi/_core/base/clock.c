@@ -22,7 +22,7 @@
 #define MULT_MIN ((uint64_t)(0.05 * 4294967296.0))
 #define MULT_MAX ((uint64_t)(1100.0 * 4294967296.0))
 
-#define MONOTONIC_CLOCK                                                                    \
+#define MONOTONIC_CLOCK                                                                        \
     { .source = SHI_CLOCK_MONOTONIC, .shift = 0, .mult = 1, .base_stamp = 0, .base_ns = 0 }
 
 struct shi_clock shi_clock_current = MONOTONIC_CLOCK;

@@ -25,11 +25,11 @@ enum shi_clock_source {
 
 /* Plain data, no pointers: it is copied into shared memory as it is. */
 struct shi_clock {
-    uint32_t source;      /* enum shi_clock_source */
-    uint32_t shift;       /* ns = (stamps * mult) >> shift, with a 128-bit product */
+    uint32_t source; /* enum shi_clock_source */
+    uint32_t shift;  /* ns = (stamps * mult) >> shift, with a 128-bit product */
     uint64_t mult;
-    uint64_t base_stamp;  /* this stamp was taken at ... */
-    uint64_t base_ns;     /* ... this CLOCK_MONOTONIC time */
+    uint64_t base_stamp; /* this stamp was taken at ... */
+    uint64_t base_ns;    /* ... this CLOCK_MONOTONIC time */
 };
 _Static_assert(sizeof(struct shi_clock) == 32, "struct shi_clock lives in shared memory");
 

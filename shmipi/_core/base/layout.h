@@ -31,19 +31,19 @@
 #define SHI_GUESTS 6u /* attached hosts: processes that came to a machine that runs */
 #define SHI_EXTRA_SLOTS (2u + SHI_GUESTS) /* the host, the firmware which reaps, guests */
 #define SHI_NAME_MAX 64u
-#define SHI_INLINE 24u          /* bytes of an argument or result inside a csd */
-#define SHI_NOWAIT_POOL 64u     /* wait=0 calls in flight, per sender */
-#define SHI_CSD_SPARE 4096u     /* csds per slot beyond two for every CPU, at least */
-#define SHI_FUNCS 16384u        /* functions one sender can have registered at a time */
-#define SHI_NLINES 256u         /* interrupt lines (x86: vectors) of a chip */
+#define SHI_INLINE 24u      /* bytes of an argument or result inside a csd */
+#define SHI_NOWAIT_POOL 64u /* wait=0 calls in flight, per sender */
+#define SHI_CSD_SPARE 4096u /* csds per slot beyond two for every CPU, at least */
+#define SHI_FUNCS 16384u    /* functions one sender can have registered at a time */
+#define SHI_NLINES 256u     /* interrupt lines (x86: vectors) of a chip */
 #define SHI_NO_LINE UINT32_MAX
-#define SHI_NROWS 32u           /* rows of /proc/interrupts that a chip may have */
-#define SHI_NR_IRQS 1024u       /* irq descriptors; virq 0 is none */
-#define SHI_NDOMAINS 64u        /* irq domains: what gives hwirqs out */
-#define SHI_NCOPROC 8u          /* processes that take interrupts and are no CPUs */
-#define SHI_EQ 64u              /* entries of an event queue: a power of two */
-#define SHI_ESB_LINES 28u       /* esb: 8 for messages, then one for each source */
-#define SHI_PPC_MSGS 5u         /* esb: PPC_MSG_*, lines from 0 */
+#define SHI_NROWS 32u     /* rows of /proc/interrupts that a chip may have */
+#define SHI_NR_IRQS 1024u /* irq descriptors; virq 0 is none */
+#define SHI_NDOMAINS 64u  /* irq domains: what gives hwirqs out */
+#define SHI_NCOPROC 8u    /* processes that take interrupts and are no CPUs */
+#define SHI_EQ 64u        /* entries of an event queue: a power of two */
+#define SHI_ESB_LINES 28u /* esb: 8 for messages, then one for each source */
+#define SHI_PPC_MSGS 5u   /* esb: PPC_MSG_*, lines from 0 */
 #define SHI_PPC_MSG_RM_HOST_ACTION 4u
 #define SHI_MAX_ARRAYS 4096u
 
@@ -62,7 +62,7 @@ enum shi_state {
 #define SHI_W_KICKED 0x10ull       /* a kick signal is outstanding */
 #define SHI_W_PENDING 0x20ull      /* the chip has something for this CPU */
 #define SHI_W_NEED_RESCHED 0x40ull /* set instead of a reschedule IPI while polling */
-#define SHI_W_ASKED 0x80ull /* running: the interpreter was asked to run Python csds */
+#define SHI_W_ASKED 0x80ull        /* running: the interpreter was asked to run Python csds */
 #define SHI_W_GEN_SHIFT 16
 #define SHI_W_GEN 0xffff0000ull
 #define SHI_W_LOW 0xffffffffull
@@ -130,7 +130,7 @@ enum shi_kind {
     SHI_K_INT = 1,   /* int64_t in value.i */
     SHI_K_FLOAT = 2, /* double in value.f */
     SHI_K_BOOL = 3,
-    SHI_K_BYTES = 4, /* len bytes in value.bytes */
+    SHI_K_BYTES = 4,   /* len bytes in value.bytes */
     SHI_K_PICKLE = 5,  /* value.ref: a block of the sender's arena; SHI_S_LENT: the target's */
     SHI_K_POINTER = 6, /* value.u: an offset into the segment (native handlers) */
     SHI_K_EARLY = 7,   /* a result that its sender has read already, to make room */
@@ -138,20 +138,20 @@ enum shi_kind {
 
 /* How a Python function is applied to its argument. */
 enum shi_apply {
-    SHI_A_INFO = 0, /* func(info), result dropped: the smp_call_function family */
-    SHI_A_ONE = 1,  /* func(arg), result wanted */
-    SHI_A_VOID = 2, /* func(), result wanted */
-    SHI_A_ARGS = 3, /* func(*args, **kwargs) from a pickle, result wanted */
+    SHI_A_INFO = 0,        /* func(info), result dropped: the smp_call_function family */
+    SHI_A_ONE = 1,         /* func(arg), result wanted */
+    SHI_A_VOID = 2,        /* func(), result wanted */
+    SHI_A_ARGS = 3,        /* func(*args, **kwargs) from a pickle, result wanted */
     SHI_A_INLINE_FUNC = 8, /* flag: the pickle holds the function too */
 };
 
 enum shi_status {
-    SHI_S_DONE = 0, /* as the sender left it: success costs the target no store */
-    SHI_S_RAISED = 1, /* the result is a pickled exception */
-    SHI_S_BROKEN = 2, /* the target could not decode it: damaged segment */
-    SHI_S_NOFUNC = 3, /* the function id is not known any more */
-    SHI_S_UNSENT = 4, /* it has run, and there is no memory to send its result in */
-    SHI_S_NOMEM = 6, /* the target had no memory to take it, or to say what came of it */
+    SHI_S_DONE = 0,      /* as the sender left it: success costs the target no store */
+    SHI_S_RAISED = 1,    /* the result is a pickled exception */
+    SHI_S_BROKEN = 2,    /* the target could not decode it: damaged segment */
+    SHI_S_NOFUNC = 3,    /* the function id is not known any more */
+    SHI_S_UNSENT = 4,    /* it has run, and there is no memory to send its result in */
+    SHI_S_NOMEM = 6,     /* the target had no memory to take it, or to say what came of it */
     SHI_S_CANCELLED = 5, /* a task that was cancelled: it never ran, or was interrupted */
     /* Flag: the result lies in a block of the target's arena, which is the sender's to
      * read until it clears this. */
@@ -174,11 +174,11 @@ union shi_value {
 };
 
 struct shi_csd {
-    shi_a64 lock;  /* flags | dst | dst generation | sequence */
-    shi_a32 next;  /* index + 1 of the csd pushed before this one */
-    uint16_t src;  /* slot of the sender */
+    shi_a64 lock; /* flags | dst | dst generation | sequence */
+    shi_a32 next; /* index + 1 of the csd pushed before this one */
+    uint16_t src; /* slot of the sender */
     uint16_t src_gen;
-    uint32_t func; /* bit 31: native handler; else an index of src's function table */
+    uint32_t func;   /* bit 31: native handler; else an index of src's function table */
     uint32_t serial; /* of the function: the index may be used again */
     uint8_t kind;    /* enum shi_kind of value */
     uint8_t length;  /* for SHI_K_BYTES */
@@ -191,7 +191,8 @@ struct shi_csd {
 
 #define SHI_FUNC_NATIVE 0x80000000u
 _Static_assert(sizeof(struct shi_csd) == SHI_LINE, "a csd is one cache line");
-_Static_assert(offsetof(struct shi_csd, value) == 32, "the value fills the line but for `reply`");
+_Static_assert(offsetof(struct shi_csd, value) == 32,
+               "the value fills the line but for `reply`");
 
 /* A published function: where its pickle lies in the owner's arena. */
 struct shi_func {
@@ -205,46 +206,46 @@ _Static_assert(sizeof(struct shi_func) == 32, "function table entry");
 
 /* ---- counters -------------------------------------------------------------------- */
 
-#define SHI_COUNTERS(X)                                                                   \
-    X(calls_single)       /* smp_call_function_single, call, submit */                    \
-    X(calls_many)         /* smp_call_function_many and everything over it */             \
-    X(calls_self)         /* run inline on the calling CPU */                             \
-    X(csd_queued)         /* call_single_data pushed on a queue */                        \
-    X(csd_sync)           /* call_single_data run, unlocked after the function */         \
-    X(csd_async)          /* call_single_data run, unlocked before the function */        \
-    X(native_run)         /* native handlers run */                                       \
-    X(python_run)         /* Python handlers run */                                       \
-    X(tasks_run)          /* tasks run */                                                 \
-    X(unraisable)         /* exceptions of handlers nobody waited for */                  \
-    X(elided)             /* rings not needed: the target was polling */                  \
-    X(coalesced)          /* rings not needed: the queue was not empty */                 \
-    X(doorbells_sent)                                                                     \
-    X(doorbells_received)                                                                 \
-    X(doorbells_spurious) /* woken with nothing to do */                                  \
-    X(doorbells_retried)  /* the doorbell was full for a moment */                        \
-    X(kicks_sent)                                                                         \
-    X(kicks_received)                                                                     \
-    X(kicks_spurious)     /* not from this machine */                                     \
-    X(kicks_empty)        /* from this machine, found nothing left to do */               \
-    X(kicks_coalesced)    /* one was outstanding already */                               \
-    X(kicks_retried)      /* EAGAIN: the signal queue was full */                         \
-    X(kicks_timed)        /* the interpreter was asked again: it had not looked for 1 ms */ \
-    X(rekicked)           /* rung again after 10 ms without progress */                   \
-    X(halts)              /* times the CPU went to sleep */                               \
-    X(resched_sent)                                                                       \
-    X(resched_elided)                                                                     \
-    X(irq_resched)        /* RES: reschedule interrupts taken */                          \
-    X(irq_call_single)    /* CAL: function call interrupts taken */                       \
-    X(irq_call)           /* CAL: function call interrupts taken (many) */                \
-    X(irq_other)          /* lines nobody claimed */                                      \
-    X(irq_handled)        /* lines that a requested irq's handler took */                 \
-    X(irq_spurious)       /* the chip had nothing when it was asked */                    \
-    X(chip_writes)        /* stores to the chip's registers that sent an IPI */           \
-    X(nmi)                /* NMIs taken */                                                \
-    X(nmi_sent)                                                                           \
-    X(nmi_collapsed)      /* as many as can be were pending already */                    \
-    X(died)               /* call_single_data completed by the reaper for this CPU */     \
-    X(corrupt)            /* damaged entries found and dropped */
+#define SHI_COUNTERS(X)                                                                        \
+    X(calls_single) /* smp_call_function_single, call, submit */                               \
+    X(calls_many)   /* smp_call_function_many and everything over it */                        \
+    X(calls_self)   /* run inline on the calling CPU */                                        \
+    X(csd_queued)   /* call_single_data pushed on a queue */                                   \
+    X(csd_sync)     /* call_single_data run, unlocked after the function */                    \
+    X(csd_async)    /* call_single_data run, unlocked before the function */                   \
+    X(native_run)   /* native handlers run */                                                  \
+    X(python_run)   /* Python handlers run */                                                  \
+    X(tasks_run)    /* tasks run */                                                            \
+    X(unraisable)   /* exceptions of handlers nobody waited for */                             \
+    X(elided)       /* rings not needed: the target was polling */                             \
+    X(coalesced)    /* rings not needed: the queue was not empty */                            \
+    X(doorbells_sent)                                                                          \
+    X(doorbells_received)                                                                      \
+    X(doorbells_spurious) /* woken with nothing to do */                                       \
+    X(doorbells_retried)  /* the doorbell was full for a moment */                             \
+    X(kicks_sent)                                                                              \
+    X(kicks_received)                                                                          \
+    X(kicks_spurious)  /* not from this machine */                                             \
+    X(kicks_empty)     /* from this machine, found nothing left to do */                       \
+    X(kicks_coalesced) /* one was outstanding already */                                       \
+    X(kicks_retried)   /* EAGAIN: the signal queue was full */                                 \
+    X(kicks_timed)     /* the interpreter was asked again: it had not looked for 1 ms */       \
+    X(rekicked)        /* rung again after 10 ms without progress */                           \
+    X(halts)           /* times the CPU went to sleep */                                       \
+    X(resched_sent)                                                                            \
+    X(resched_elided)                                                                          \
+    X(irq_resched)     /* RES: reschedule interrupts taken */                                  \
+    X(irq_call_single) /* CAL: function call interrupts taken */                               \
+    X(irq_call)        /* CAL: function call interrupts taken (many) */                        \
+    X(irq_other)       /* lines nobody claimed */                                              \
+    X(irq_handled)     /* lines that a requested irq's handler took */                         \
+    X(irq_spurious)    /* the chip had nothing when it was asked */                            \
+    X(chip_writes)     /* stores to the chip's registers that sent an IPI */                   \
+    X(nmi)             /* NMIs taken */                                                        \
+    X(nmi_sent)                                                                                \
+    X(nmi_collapsed) /* as many as can be were pending already */                              \
+    X(died)          /* call_single_data completed by the reaper for this CPU */               \
+    X(corrupt)       /* damaged entries found and dropped */
 
 enum shi_counter {
 #define X(name) SHI_C_##name,
@@ -260,43 +261,43 @@ enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 
 
 /* ---- tracepoints ----------------------------------------------------------------- */
 
-#define SHI_TRACE_EVENTS(X)                                                               \
-    X(csd_queue_cpu)                                                                      \
-    X(csd_function_entry)                                                                 \
-    X(csd_function_exit)                                                                  \
-    X(ipi_send_cpu)                                                                       \
-    X(ipi_entry)                                                                          \
-    X(ipi_exit)                                                                           \
-    X(wake_idle_without_ipi)                                                              \
-    X(cpu_halt)                                                                           \
-    X(cpu_wake)                                                                           \
-    X(call_entry)    /* arg: enum shi_call_entry; cpu: the (first) target */              \
-    X(call_begin)    /* a sender has a csd filled and goes for the queue */               \
-    X(queue_push)    /* the csd is locked and goes to the target's queue */               \
-    X(csd_coalesced) /* not rung: the queue was not empty, somebody has */                \
-    X(call_ipi)      /* the chip is asked to interrupt one CPU for its queue; arg: line */ \
-    X(ipi_send_cpumask) /* the same for several: cpu: how many, func: register writes */  \
-    X(call_end)      /* a waiting sender has seen its csd unlocked */                     \
-    X(csd_unlock)                                                                         \
-    X(call_interrupt) /* a function call interrupt; arg: its line */                       \
-    X(flush)         /* the whole queue was taken */                                      \
-    X(scheduler_ipi) /* a reschedule interrupt; arg: its line */                          \
-    X(resched_idle)  /* the idle loop found NEED_RESCHED */                               \
-    X(irq_entry)     /* the kick signal's handler acknowledged */                         \
-    X(irq_exit)                                                                           \
-    X(irq_masked)    /* it found interrupts off: replayed later */                        \
-    X(line_set)      /* arg: line made pending */                                         \
-    X(line_kept)     /* arg: line that needed no ring: pending already, or masked */      \
-    X(chip_message)  /* arg: message stored behind a muxed line */                        \
-    X(chip_trigger)  /* arg: P and Q of the source before | line << 8 */                  \
-    X(rung)          /* arg: enum shi_rung */                                             \
-    X(chip_demux)    /* arg: messages taken from behind a line, a bit each */             \
-    X(chip_eoi)      /* arg: 1 if the source was triggered again | line << 8 */           \
-    X(line_ack)      /* arg: line taken from the chip */                                  \
-    X(line_eoi)      /* arg: line given back to the chip */                               \
-    X(nmi_send)                                                                           \
-    X(nmi_entry)                                                                          \
-    X(nmi_handler)   /* its handler begins */                                             \
+#define SHI_TRACE_EVENTS(X)                                                                    \
+    X(csd_queue_cpu)                                                                           \
+    X(csd_function_entry)                                                                      \
+    X(csd_function_exit)                                                                       \
+    X(ipi_send_cpu)                                                                            \
+    X(ipi_entry)                                                                               \
+    X(ipi_exit)                                                                                \
+    X(wake_idle_without_ipi)                                                                   \
+    X(cpu_halt)                                                                                \
+    X(cpu_wake)                                                                                \
+    X(call_entry)       /* arg: enum shi_call_entry; cpu: the (first) target */                \
+    X(call_begin)       /* a sender has a csd filled and goes for the queue */                 \
+    X(queue_push)       /* the csd is locked and goes to the target's queue */                 \
+    X(csd_coalesced)    /* not rung: the queue was not empty, somebody has */                  \
+    X(call_ipi)         /* the chip is asked to interrupt one CPU for its queue; arg: line */  \
+    X(ipi_send_cpumask) /* the same for several: cpu: how many, func: register writes */       \
+    X(call_end)         /* a waiting sender has seen its csd unlocked */                       \
+    X(csd_unlock)                                                                              \
+    X(call_interrupt) /* a function call interrupt; arg: its line */                           \
+    X(flush)          /* the whole queue was taken */                                          \
+    X(scheduler_ipi)  /* a reschedule interrupt; arg: its line */                              \
+    X(resched_idle)   /* the idle loop found NEED_RESCHED */                                   \
+    X(irq_entry)      /* the kick signal's handler acknowledged */                             \
+    X(irq_exit)                                                                                \
+    X(irq_masked)   /* it found interrupts off: replayed later */                              \
+    X(line_set)     /* arg: line made pending */                                               \
+    X(line_kept)    /* arg: line that needed no ring: pending already, or masked */            \
+    X(chip_message) /* arg: message stored behind a muxed line */                              \
+    X(chip_trigger) /* arg: P and Q of the source before | line << 8 */                        \
+    X(rung)         /* arg: enum shi_rung */                                                   \
+    X(chip_demux)   /* arg: messages taken from behind a line, a bit each */                   \
+    X(chip_eoi)     /* arg: 1 if the source was triggered again | line << 8 */                 \
+    X(line_ack)     /* arg: line taken from the chip */                                        \
+    X(line_eoi)     /* arg: line given back to the chip */                                     \
+    X(nmi_send)                                                                                \
+    X(nmi_entry)                                                                               \
+    X(nmi_handler) /* its handler begins */                                                    \
     X(nmi_exit)
 
 /* Which function a caller has called. */
@@ -340,8 +341,8 @@ enum shi_line_use {
     SHI_USE_RESCHEDULE = 1,
     SHI_USE_CALL = 2,
     SHI_USE_CALL_SINGLE = 3,
-    SHI_USE_NMI = 4, /* chips without one: a line that can be masked stands in */
-    SHI_USE_IRQ = 5, /* of an IPI domain: whoever requested the irq */
+    SHI_USE_NMI = 4,   /* chips without one: a line that can be masked stands in */
+    SHI_USE_IRQ = 5,   /* of an IPI domain: whoever requested the irq */
     SHI_USE_COUNT = 6, /* counted and nothing else */
 };
 
@@ -371,25 +372,25 @@ struct shi_chip {
 /* What a CPU's part of the controller holds, beside irr[]. */
 struct shi_pic {
     _Alignas(SHI_PAIR) shi_a64 enable[SHI_NLINES / 64]; /* lines that are not masked */
-    shi_a64 messages; /* esb: one byte each, PPC_MSG_* */
-    shi_a32 nmi;      /* pending | SHI_NMI_IN_SERVICE */
-    shi_a32 startup;  /* enum shi_startup: futex of a CPU that waits for STARTUP */
-    shi_a32 sipi;     /* vector of the STARTUP that it took */
-    shi_a32 init;     /* generation of the process that INIT ends: the firmware's order */
+    shi_a64 messages;                                   /* esb: one byte each, PPC_MSG_* */
+    shi_a32 nmi;                                        /* pending | SHI_NMI_IN_SERVICE */
+    shi_a32 startup; /* enum shi_startup: futex of a CPU that waits for STARTUP */
+    shi_a32 sipi;    /* vector of the STARTUP that it took */
+    shi_a32 init;    /* generation of the process that INIT ends: the firmware's order */
     shi_a64 routed[SHI_NLINES / 64]; /* shared: lines mapped to this CPU (pcpu_masks) */
-    shi_a64 bank[2];  /* sgi: 8 bits a line, the CPUs that sent it (GICD_SPENDSGIRn) */
+    shi_a64 bank[2]; /* sgi: 8 bits a line, the CPUs that sent it (GICD_SPENDSGIRn) */
     /* Written by the owner only. */
     _Alignas(SHI_PAIR) shi_a64 isr[SHI_NLINES / 64]; /* in service, or active */
-    shi_a32 nmi_entered; /* NMIs whose handler has begun */
-    shi_a32 threshold;  /* TPR, CPPR, PMR */
-    shi_a32 spurious;   /* 1: asserted, and masked before it was taken */
-    shi_a32 happened;   /* esb: paca->irq_happened */
-    shi_a32 iar;        /* sgi: what the last acknowledge read; esb: priority in service */
-    shi_a64 senders;    /* sgi: 4 bits a line, who sent what was acknowledged last */
+    shi_a32 nmi_entered;                             /* NMIs whose handler has begun */
+    shi_a32 threshold;                               /* TPR, CPPR, PMR */
+    shi_a32 spurious;    /* 1: asserted, and masked before it was taken */
+    shi_a32 happened;    /* esb: paca->irq_happened */
+    shi_a32 iar;         /* sgi: what the last acknowledge read; esb: priority in service */
+    shi_a64 senders;     /* sgi: 4 bits a line, who sent what was acknowledged last */
     shi_a8 priority[32]; /* sgi: of each line, 0 is the highest */
-    shi_a32 eq_at;      /* esb: how many entries were read */
-    shi_a32 eq_put;     /* and how many were written */
-    shi_a32 eq[SHI_EQ]; /* generation << 31 | line */
+    shi_a32 eq_at;       /* esb: how many entries were read */
+    shi_a32 eq_put;      /* and how many were written */
+    shi_a32 eq[SHI_EQ];  /* generation << 31 | line */
     _Alignas(SHI_PAIR) shi_a64 rows[SHI_NROWS]; /* interrupts taken */
 };
 
@@ -411,8 +412,8 @@ enum shi_irq_action { SHI_IA_NONE = 0, SHI_IA_NATIVE = 1, SHI_IA_PYTHON = 2, SHI
 
 /* struct irq_desc and irq_data of the kernel in one; filled under the irq area's lock. */
 struct shi_irqdesc {
-    shi_a32 used;  /* 1: allocated */
-    uint32_t flags; /* shmipi/irq/desc.py */
+    shi_a32 used;    /* 1: allocated */
+    uint32_t flags;  /* shmipi/irq/desc.py */
     uint32_t domain; /* 1 + its place in the machine's list of domains */
     uint32_t hwirq;
     uint32_t ipi_base;   /* first virq of the block that was reserved with it: its head */
@@ -455,8 +456,8 @@ struct shi_coproc {
 struct shi_irq_area {
     _Alignas(SHI_PAIR) shi_a64 shared[SHI_NLINES / 64]; /* shared: pending */
     _Alignas(SHI_PAIR) shi_a64 mask[SHI_NLINES / 64];   /* shared: enabled */
-    shi_a32 route[SHI_NLINES];     /* shared: 1 + the CPU a line is mapped to */
-    shi_a32 line_virq[SHI_NLINES]; /* descriptor (head) of a SHI_USE_IRQ line, 0: none */
+    shi_a32 route[SHI_NLINES];       /* shared: 1 + the CPU a line is mapped to */
+    shi_a32 line_virq[SHI_NLINES];   /* descriptor (head) of a SHI_USE_IRQ line, 0: none */
     _Alignas(SHI_PAIR) shi_a64 lock; /* 0, or slot + 1 | generation << 32 */
     /* Descriptors that a change is about, first | how many << 32: who takes the lock from
      * a dead holder finds here what to free. */
@@ -500,9 +501,9 @@ struct shi_slot {
     /* Published by the owner for others to read. */
     /* 0, or cpu + 1 | SHI_WAITS_IRQS_OFF | (csd index + 1) << 32 */
     _Alignas(SHI_PAIR) shi_a64 waiting_for;
-    shi_a32 ringing;                        /* 0, or target + 1: pid hazard */
-    shi_a32 cur_csd;                        /* index + 1 of what it executes, 0: nothing */
-    shi_a32 task;                           /* 1 while a task runs */
+    shi_a32 ringing; /* 0, or target + 1: pid hazard */
+    shi_a32 cur_csd; /* index + 1 of what it executes, 0: nothing */
+    shi_a32 task;    /* 1 while a task runs */
     shi_a32 damaged; /* 1 once it dropped csds it could not believe */
     shi_a32 handler; /* enum shi_handler: of Python; a native one is in cur_csd alone */
     shi_a64 since;   /* stamp of its begin */
@@ -569,7 +570,7 @@ struct shi_header {
     uint64_t array_offset;
     uint64_t array_bytes;
     uint32_t ncpus;
-    uint32_t csd_shift; /* 1 << this many csds per slot */
+    uint32_t csd_shift;     /* 1 << this many csds per slot */
     uint32_t trace_records; /* per slot; 0: off */
     uint32_t doorbell;
     uint32_t kick_signal;

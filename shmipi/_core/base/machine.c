@@ -26,7 +26,8 @@
 _Static_assert((uint64_t)(SHI_MAX_CPUS + SHI_EXTRA_SLOTS) * 4 * (SHI_MAX_CPUS + SHI_CSD_SPARE) <
                    UINT32_MAX,
                "csds of all slots can be numbered");
-_Static_assert(SHI_MAX_CPUS + SHI_EXTRA_SLOTS < UINT16_MAX, "a csd names its sender in 16 bits");
+_Static_assert(SHI_MAX_CPUS + SHI_EXTRA_SLOTS < UINT16_MAX,
+               "a csd names its sender in 16 bits");
 
 #define MiB (1ull << 20)
 #define GiB (1ull << 30)
@@ -78,10 +79,9 @@ int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records
     h->region_bytes = h->arena_offset + arena_bytes;
     h->trace_offset = h->region_offset + h->region_bytes * nslots;
     h->trace_records = trace_records;
-    h->array_offset =
-        round_up(h->trace_offset +
-                     (uint64_t)nslots * trace_records * sizeof(struct shi_trace_record),
-                 SHI_PAGE);
+    h->array_offset = round_up(h->trace_offset + (uint64_t)nslots * trace_records *
+                                                     sizeof(struct shi_trace_record),
+                               SHI_PAGE);
     h->array_bytes = array_bytes;
     h->total_bytes = h->array_offset + array_bytes;
     return 0;
@@ -109,10 +109,11 @@ int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
     if (shi_layout_plan(&plan, h->ncpus, h->trace_records, h->arena_bytes, h->array_bytes))
         return -EINVAL;
     if (plan.total_bytes != h->total_bytes || plan.slot_offset != h->slot_offset ||
-        plan.irq_offset != h->irq_offset || plan.region_offset != h->region_offset || plan.region_bytes != h->region_bytes ||
-        plan.func_offset != h->func_offset || plan.arena_offset != h->arena_offset ||
-        plan.trace_offset != h->trace_offset || plan.array_offset != h->array_offset ||
-        plan.csd_shift != h->csd_shift || mapped < plan.total_bytes)
+        plan.irq_offset != h->irq_offset || plan.region_offset != h->region_offset ||
+        plan.region_bytes != h->region_bytes || plan.func_offset != h->func_offset ||
+        plan.arena_offset != h->arena_offset || plan.trace_offset != h->trace_offset ||
+        plan.array_offset != h->array_offset || plan.csd_shift != h->csd_shift ||
+        mapped < plan.total_bytes)
         return -EINVAL;
     m->base = base;
     m->header = h;

@@ -27,9 +27,9 @@ struct shi_machine {
     enum shi_doorbell doorbell;
     bool kick;
     bool oversubscribed;
-    int fd; /* of the segment: only by shi_machine_fd and _close */
-    uint64_t dev, ino; /* of the file that it is, 0 for none (native tests) */
-    char path[64];     /* of that file, to open it again */
+    int fd;               /* of the segment: only by shi_machine_fd and _close */
+    uint64_t dev, ino;    /* of the file that it is, 0 for none (native tests) */
+    char path[64];        /* of that file, to open it again */
     struct shi_chip chip; /* checked */
     const struct shi_flow *flow;
     int *eventfds; /* per CPU, or NULL */
@@ -123,11 +123,11 @@ struct shi_self {
     volatile uint8_t reminding; /* the timer is set (remind.h) */
     volatile uint32_t held;     /* depth of imports: kicks leave Python handlers waiting */
     bool has_timer;
-    bool inline_python;        /* the idle loop or a waiter: run Python csds at once */
+    bool inline_python; /* the idle loop or a waiter: run Python csds at once */
     bool in_task;
     struct shi_csd *volatile cancellable; /* of the task, while its function runs */
-    uint32_t served; /* changes with every interrupt that was taken */
-    bool pausing;    /* a task waits for one: a native NMI has to be noticed too */
+    uint32_t served;                      /* changes with every interrupt that was taken */
+    bool pausing; /* a task waits for one: a native NMI has to be noticed too */
     uint32_t preempt;
     bool trace;
     bool steps;
@@ -135,15 +135,15 @@ struct shi_self {
     uint32_t unsent; /* results for which there was no room yet: the layer above has them */
     struct shi_list deferred; /* Python csds waiting for the interpreter */
     struct shi_list tasks;
-    uint16_t later[SHI_NLINES]; /* lines of requested irqs waiting for the interpreter */
+    uint16_t later[SHI_NLINES];     /* lines of requested irqs waiting for the interpreter */
     uint64_t later_for[SHI_NLINES]; /* by line: of which irq, and which of its reservations */
-    uint32_t handling; /* 1 + the line whose Python handler runs, 0: none does */
+    uint32_t handling;              /* 1 + the line whose Python handler runs, 0: none does */
     uint32_t nlater;
     uint64_t taken[SHI_NLINES / 64]; /* read from the chip, and not dispatched yet */
     uint8_t demuxing;                /* esb: in smp_ipi_demux, and how it came there */
-    uint64_t storm_ns; /* when the kick handler last returned */
-    uint64_t poll_ns;  /* haltpoll's window */
-    uint64_t spin_ns;  /* measuring: a waiter spins so long less one; 0: shi_wait_budget knows */
+    uint64_t storm_ns;               /* when the kick handler last returned */
+    uint64_t poll_ns;                /* haltpoll's window */
+    uint64_t spin_ns; /* measuring: a waiter spins so long less one; 0: shi_wait_budget knows */
     struct shi_sender sender;
     struct shi_hooks hooks;
     pthread_mutex_t lock; /* host only: its threads share one sender */

@@ -7,10 +7,9 @@
 
 #include "base/step.h"
 
-const char *const shi_step_names[SHI_STEP_COUNT] = {
-    "none",
+const char *const shi_step_names[SHI_STEP_COUNT] = { "none",
 #define X(name) #name,
-    SHI_STEPS(X)
+                                                     SHI_STEPS(X)
 #undef X
 };
 

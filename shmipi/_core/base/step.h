@@ -10,28 +10,28 @@
 
 #include "base/machine.h"
 
-#define SHI_STEPS(X)                                                                      \
-    X(push)        /* csd filled and locked, not yet on the queue */                      \
-    X(aim)         /* its lock word names the target's process, not yet on the queue */   \
-    X(pushed)      /* on the queue, the word's state not yet acted upon */                \
-    X(raise)       /* pending bit set, the target's word not yet changed */               \
-    X(ring)        /* the word says RUNG or KICKED, nothing rung yet */                   \
-    X(rung)        /* doorbell or kick has been sent */                                   \
-    X(ack)         /* target: kick acknowledged, nothing drained */                       \
-    X(drain)       /* target: list taken, nothing run */                                  \
-    X(run)         /* target: about to run one csd's function */                          \
-    X(unlock)      /* target: function has run, csd still locked */                       \
-    X(unlock_ring) /* target: unlocked, parked waiter not yet rung */                     \
-    X(halt)        /* about to publish HALTED */                                          \
-    X(halted)      /* HALTED published, not yet asleep */                                 \
-    X(wake)        /* awake, still HALTED or RUNG */                                      \
-    X(task)        /* about to become RUNNING */                                          \
-    X(park)        /* waiter: about to set PARKED */                                      \
-    X(parked)      /* waiter: PARKED set, HALTED not yet published */                     \
-    X(online)      /* identity published, word still OFFLINE */                           \
-    X(offline)     /* drained, about to publish OFFLINE */                                \
-    X(line)        /* target: line taken from the chip, nothing done for it */            \
-    X(nmi)         /* NMI pending, not yet signalled */                                   \
+#define SHI_STEPS(X)                                                                           \
+    X(push)        /* csd filled and locked, not yet on the queue */                           \
+    X(aim)         /* its lock word names the target's process, not yet on the queue */        \
+    X(pushed)      /* on the queue, the word's state not yet acted upon */                     \
+    X(raise)       /* pending bit set, the target's word not yet changed */                    \
+    X(ring)        /* the word says RUNG or KICKED, nothing rung yet */                        \
+    X(rung)        /* doorbell or kick has been sent */                                        \
+    X(ack)         /* target: kick acknowledged, nothing drained */                            \
+    X(drain)       /* target: list taken, nothing run */                                       \
+    X(run)         /* target: about to run one csd's function */                               \
+    X(unlock)      /* target: function has run, csd still locked */                            \
+    X(unlock_ring) /* target: unlocked, parked waiter not yet rung */                          \
+    X(halt)        /* about to publish HALTED */                                               \
+    X(halted)      /* HALTED published, not yet asleep */                                      \
+    X(wake)        /* awake, still HALTED or RUNG */                                           \
+    X(task)        /* about to become RUNNING */                                               \
+    X(park)        /* waiter: about to set PARKED */                                           \
+    X(parked)      /* waiter: PARKED set, HALTED not yet published */                          \
+    X(online)      /* identity published, word still OFFLINE */                                \
+    X(offline)     /* drained, about to publish OFFLINE */                                     \
+    X(line)        /* target: line taken from the chip, nothing done for it */                 \
+    X(nmi)         /* NMI pending, not yet signalled */                                        \
     X(complete)    /* a completion counted, nobody woken yet */
 
 enum shi_step {
@@ -47,10 +47,10 @@ enum shi_step_action { SHI_STEP_STOP = 1, SHI_STEP_KILL = 2 };
 extern const char *const shi_step_names[SHI_STEP_COUNT];
 void shi_step_reached(struct shi_self *self, enum shi_step step);
 
-#define SHI_STEP(self, name)                                                              \
-    do {                                                                                  \
-        if (__builtin_expect((self)->steps, 0))                                           \
-            shi_step_reached((self), SHI_STEP_##name);                                    \
+#define SHI_STEP(self, name)                                                                   \
+    do {                                                                                       \
+        if (__builtin_expect((self)->steps, 0))                                                \
+            shi_step_reached((self), SHI_STEP_##name);                                         \
     } while (0)
 
 #endif

@@ -18,10 +18,10 @@ static inline struct shi_trace_record *shi_trace_ring(const struct shi_machine *
            (uint64_t)id * m->trace_records;
 }
 
-#define SHI_TRACE(self, event, cpu, csd, func, arg)                                       \
-    do {                                                                                  \
-        if (__builtin_expect((self)->trace, 0))                                           \
-            shi_trace_write((self), SHI_T_##event, (cpu), (csd), (func), (arg));          \
+#define SHI_TRACE(self, event, cpu, csd, func, arg)                                            \
+    do {                                                                                       \
+        if (__builtin_expect((self)->trace, 0))                                                \
+            shi_trace_write((self), SHI_T_##event, (cpu), (csd), (func), (arg));               \
     } while (0)
 
 #endif

@@ -28,7 +28,7 @@ const struct shi_flow *shi_flow_of(uint32_t kind)
 int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus)
 {
     uint32_t span = chip->per_cpu ? ncpus : 1;
-    const uint32_t lines[] = {chip->call_single, chip->call, chip->reschedule};
+    const uint32_t lines[] = { chip->call_single, chip->call, chip->reschedule };
     size_t i;
     if (!shi_flow_of(chip->flow) || !chip->name[0] ||
         !memchr(chip->name, 0, sizeof chip->name) || chip->nlines > SHI_NLINES ||
@@ -37,7 +37,8 @@ int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus)
     for (i = 0; i < sizeof lines / sizeof *lines; i++)
         if (lines[i] >= chip->nlines || lines[i] + span > chip->nlines)
             return -EINVAL;
-    if (chip->nmi != SHI_NO_LINE && (chip->nmi >= chip->nlines || chip->nmi + span > chip->nlines))
+    if (chip->nmi != SHI_NO_LINE &&
+        (chip->nmi >= chip->nlines || chip->nmi + span > chip->nlines))
         return -EINVAL;
     /* What each flow keeps per line. */
     if ((chip->flow == SHI_FLOW_SGI && chip->nlines > 16) ||
@@ -223,7 +224,8 @@ void shi_chip_end(struct shi_self *self, uint32_t line)
     if (self->m->flow->end)
         self->m->flow->end(self, line);
     SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
-    shi_chip_recheck(self); /* what its end lets through, or what came while it was in service */
+    shi_chip_recheck(
+        self); /* what its end lets through, or what came while it was in service */
 }
 
 void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on)

@@ -39,7 +39,7 @@ static shi_a32 *low_half(struct shi_slot *slot)
 
 static struct timespec relative(int64_t ns)
 {
-    return (struct timespec){.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
+    return (struct timespec){ .tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000 };
 }
 
 static struct timespec absolute(clockid_t clock, int64_t ns)
@@ -181,7 +181,7 @@ int shi_doorbell_ring(struct shi_self *self, uint32_t dst)
     struct shi_machine *m = self->m;
     struct shi_slot *slot = shi_slot(m, dst);
     const uint64_t one = 1;
-    const struct timespec past = {0, 0};
+    const struct timespec past = { 0, 0 };
     shi_count(self, SHI_C_doorbells_sent);
     switch (m->doorbell) {
     case SHI_DB_FUTEX:
@@ -267,7 +267,7 @@ static int wait_rung(struct shi_self *self, uint32_t low, int64_t timeout_ns)
         return sem_timedwait(m->sems[self->id], &t) ? -errno : 0;
     case SHI_DB_EVENTFD:
         if (timeout_ns >= 0) {
-            struct pollfd p = {.fd = m->eventfds[self->id], .events = POLLIN};
+            struct pollfd p = { .fd = m->eventfds[self->id], .events = POLLIN };
             t = relative(timeout_ns);
             err = ppoll(&p, 1, &t, NULL);
             if (err <= 0)
@@ -277,7 +277,7 @@ static int wait_rung(struct shi_self *self, uint32_t low, int64_t timeout_ns)
     case SHI_DB_MQUEUE:
         if (timeout_ns < 0)
             return mq_receive(m->mqueues[self->id], message, sizeof message, NULL) < 0 ? -errno
-                                                                                      : 0;
+                                                                                       : 0;
         t = absolute(CLOCK_REALTIME, timeout_ns);
         return mq_timedreceive(m->mqueues[self->id], message, sizeof message, NULL, &t) < 0
                    ? -errno
@@ -443,7 +443,7 @@ void shi_kick_remove(void)
 
 int shi_kick_check(struct shi_self *self)
 {
-    const int signals[] = {(int)self->m->kick_signal, (int)self->m->nmi_signal};
+    const int signals[] = { (int)self->m->kick_signal, (int)self->m->nmi_signal };
     struct sigaction now;
     sigset_t mask, ours;
     size_t i;

@@ -255,8 +255,7 @@ static uint32_t get_irq(struct shi_self *self)
         /* Masked since it was put there: kept for its unmasking, as IRQS_PENDING is, which
          * may have come in between.  But without P it was taken back, and is stale. */
         uint64_t was = shi_load_relaxed(&self->slot->irr[0]);
-        while (was & P(source) &&
-               !shi_cas_full(&self->slot->irr[0], &was, was | N(source)))
+        while (was & P(source) && !shi_cas_full(&self->slot->irr[0], &was, was | N(source)))
             ;
         enqueue(self);
     }

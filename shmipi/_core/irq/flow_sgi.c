@@ -150,7 +150,8 @@ static void sgi_end(struct shi_self *self, uint32_t line)
 static void sgi_clear(struct shi_self *self, uint32_t cpu, uint32_t line)
 {
     if (self->m->chip.banked)
-        shi_fetch_and_full(&shi_pic(self->m, cpu)->bank[line / 8], ~(0xffull << (8 * (line % 8))));
+        shi_fetch_and_full(&shi_pic(self->m, cpu)->bank[line / 8],
+                           ~(0xffull << (8 * (line % 8))));
     else
         shi_fetch_and_full(&shi_slot(self->m, cpu)->irr[0], ~(1ull << line));
 }

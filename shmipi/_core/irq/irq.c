@@ -232,7 +232,8 @@ void shi_irq_look_after_nmi(struct shi_self *self)
         switch (shi_word_state(w)) {
         case SHI_POLLING:
         case SHI_RUNG:
-            next = w | SHI_W_PENDING; /* the idle loop looks, finds no line, and Python's turn */
+            next = w |
+                   SHI_W_PENDING; /* the idle loop looks, finds no line, and Python's turn */
             break;
         case SHI_HALTED:
             next = shi_word_with(w | SHI_W_PENDING, SHI_RUNG);
@@ -317,7 +318,7 @@ void shi_flush_queue(struct shi_self *self)
 {
     const struct shi_machine *m = self->m;
     uint32_t newest = shi_queue_grab(self), index = newest - 1;
-    struct shi_list taken, later = {0, 0, 0};
+    struct shi_list taken, later = { 0, 0, 0 };
     if (!newest)
         return;
     if (shi_csd_is_ours(self, index) && !shi_load_relaxed(&shi_csd(m, index)->next)) {
@@ -452,7 +453,8 @@ static void irq_work(struct shi_self *self)
     self->counts = self->slot->counters[ctx];
     self->inline_python = inline_python;
     bool offline = shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
-    if ((shi_python_waits(self) || offline || shi_cancel_asked(self)) && self->hooks.interrupt) {
+    if ((shi_python_waits(self) || offline || shi_cancel_asked(self)) &&
+        self->hooks.interrupt) {
         self->hooks.interrupt(self);
         shi_remind(self); /* it may have looked for the last time before a system call */
     }

@@ -67,7 +67,7 @@ bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *des
         info = (void *)(uintptr_t)desc->info;
     else if (desc->kind == SHI_K_POINTER) {
         uint64_t info_at = *(const volatile uint64_t *)&desc->info; /* once: it is checked */
-        uint64_t at = info_at + (uint64_t)desc->stride * self->id; /* this_cpu_ptr() */
+        uint64_t at = info_at + (uint64_t)desc->stride * self->id;  /* this_cpu_ptr() */
         if (info_at >= shi_array_end(self->m) || at >= shi_array_end(self->m))
             return false;
         info = self->m->base + at;
@@ -79,10 +79,9 @@ bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *des
 bool shi_irqdesc_requester_lives(const struct shi_machine *m, const struct shi_irqdesc *desc)
 {
     if (desc->src >= m->nslots)
-        return false; /* damaged */
+        return false;          /* damaged */
     if (desc->src >= m->ncpus) /* the host's end is the machine's: its generation stays 0 */
-        return (uint16_t)shi_load_acquire(&shi_slot(m, desc->src)->generation) ==
-               desc->src_gen;
+        return (uint16_t)shi_load_acquire(&shi_slot(m, desc->src)->generation) == desc->src_gen;
     uint64_t w = shi_load_acquire(&shi_slot(m, desc->src)->word);
     return shi_word_state(w) != SHI_DEAD && shi_word_gen(w) == desc->src_gen;
 }

@@ -355,7 +355,7 @@ static inline int post(struct shi_self *self, uint32_t dst, uint32_t func, uint6
 
 int shi_bench_flood(struct shi_self *self, struct shi_bench_flood *f)
 {
-    const struct shi_bench_calls last = {.dst = f->dst, .deadline_ns = f->deadline_ns};
+    const struct shi_bench_calls last = { .dst = f->dst, .deadline_ns = f->deadline_ns };
     uint32_t func = native("noop"), i;
     int err = 0;
     if (f->dst >= self->m->ncpus || f->dst == self->id)

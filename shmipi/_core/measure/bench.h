@@ -15,16 +15,16 @@
 /* Waiting calls to one CPU; or, with `count`, raises of a line of the chip. */
 struct shi_bench_calls {
     uint32_t dst;
-    uint32_t calls;   /* measured ones */
-    uint32_t warmup;  /* before them */
-    uint32_t batch;   /* > 0: calls between two looks at the clock; 0: clock each call */
-    uint32_t gap_ns;  /* pause before each call, or each batch */
-    uint32_t skip;    /* csds put aside meanwhile: another cache line travels */
-    int state;        /* enum shi_state that dst must be in at each call, or -1 */
-    bool park;        /* sleep for the completion at once; else spin for it */
-    bool stamp;       /* the handler says when it was entered: fills one_way */
-    uint32_t line;    /* raised in place of each call, */
-    shi_a64 *count;   /* if its handler, `count`, adds 1 here: what the sender spins on */
+    uint32_t calls;       /* measured ones */
+    uint32_t warmup;      /* before them */
+    uint32_t batch;       /* > 0: calls between two looks at the clock; 0: clock each call */
+    uint32_t gap_ns;      /* pause before each call, or each batch */
+    uint32_t skip;        /* csds put aside meanwhile: another cache line travels */
+    int state;            /* enum shi_state that dst must be in at each call, or -1 */
+    bool park;            /* sleep for the completion at once; else spin for it */
+    bool stamp;           /* the handler says when it was entered: fills one_way */
+    uint32_t line;        /* raised in place of each call, */
+    shi_a64 *count;       /* if its handler, `count`, adds 1 here: what the sender spins on */
     uint64_t deadline_ns; /* shi_now_ns() clock: give up */
     struct shi_hist *rtt; /* where batch is 0 */
     struct shi_hist *one_way;

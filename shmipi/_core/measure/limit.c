@@ -42,10 +42,14 @@
 #define CORES_MAX 65536
 
 static const char *const kind_names[SHI_LIMIT_KINDS] = {
-    [SHI_LIMIT_CACHELINE] = "cacheline",   [SHI_LIMIT_FUTEX] = "futex",
-    [SHI_LIMIT_SEM] = "sem",               [SHI_LIMIT_EVENTFD] = "eventfd",
-    [SHI_LIMIT_MQUEUE] = "mqueue",         [SHI_LIMIT_SIGWAIT] = "sigwait",
-    [SHI_LIMIT_FUTEX_PARK] = "futex_park", [SHI_LIMIT_SIGNAL] = "signal",
+    [SHI_LIMIT_CACHELINE] = "cacheline",
+    [SHI_LIMIT_FUTEX] = "futex",
+    [SHI_LIMIT_SEM] = "sem",
+    [SHI_LIMIT_EVENTFD] = "eventfd",
+    [SHI_LIMIT_MQUEUE] = "mqueue",
+    [SHI_LIMIT_SIGWAIT] = "sigwait",
+    [SHI_LIMIT_FUTEX_PARK] = "futex_park",
+    [SHI_LIMIT_SIGNAL] = "signal",
     [SHI_LIMIT_MEMBARRIER] = "membarrier",
 };
 
@@ -907,8 +911,7 @@ static int pong_sleeping(struct run *r)
         if (p->flags & SHI_LIMIT_ONE_WAY)
             shi_store_relaxed(&r->area->arrived, shi_stamp());
         shi_store_release(&r->area->answer, n); /* pairs with take_answer() */
-        if (p->kind == SHI_LIMIT_FUTEX_PARK &&
-            futex(&r->area->answer, FUTEX_WAKE, 1, NULL) < 0)
+        if (p->kind == SHI_LIMIT_FUTEX_PARK && futex(&r->area->answer, FUTEX_WAKE, 1, NULL) < 0)
             err = -errno;
     }
     return err;
@@ -939,8 +942,8 @@ static int pong_membarrier(struct run *r)
     uint32_t seen;
 
     while ((seen = shi_load_acquire(&r->area->finished)) != r->p->session) {
-        if (futex(&r->area->finished, FUTEX_WAIT_BITSET, seen, &when) != 0 &&
-            errno != EINTR && errno != EAGAIN)
+        if (futex(&r->area->finished, FUTEX_WAIT_BITSET, seen, &when) != 0 && errno != EINTR &&
+            errno != EAGAIN)
             return -errno;
     }
     return their_phase(r) & PHASE_FAILED ? look(r) : 0;

@@ -75,31 +75,31 @@ struct shi_limit_area {
                         * (membarrier, both: the busy thread; off its core gets no IPI) */
     alignas(128) shi_a32 request;
     alignas(128) shi_a32 answer;
-    shi_a64 arrived;           /* the target's stamp; same line as answer on purpose */
+    shi_a64 arrived;               /* the target's stamp; same line as answer on purpose */
     alignas(128) shi_a32 finished; /* session; membarrier's target sleeps on it */
     alignas(128) sem_t sem;
     alignas(128) struct shi_limit_line lines[SHI_LIMIT_PLACEMENTS];
 };
 
 struct shi_limit_params {
-    uint32_t kind;         /* enum shi_limit_kind */
-    uint32_t session;      /* a number not used before in this area, the same on both sides */
-    uint32_t calls;        /* measured round trips */
-    uint32_t warmup;       /* round trips before them */
-    uint32_t batch;        /* cacheline: round trips between two looks at the clock */
-    uint32_t placement;    /* cacheline: which line, 0 .. SHI_LIMIT_PLACEMENTS - 1 */
-    uint32_t flags;        /* SHI_LIMIT_ONE_WAY | SHI_LIMIT_PLAIN */
-    uint32_t gap_ns;       /* pause before each call, for all kinds but cacheline */
-    uint64_t deadline_ns;  /* CLOCK_MONOTONIC time at which everybody gives up */
-    int32_t peer_pid;      /* sigwait, signal: the other process, as this one sees it */
-    int32_t peer_tid;      /*   and its thread that runs the other role */
-    int32_t signo;         /* sigwait, signal: the signal that is the doorbell */
-    int32_t watch_signo;   /* the signal of this process's own deadline timer */
-    int32_t eventfd;       /* eventfd: the same eventfd in both processes, blocking */
-    int32_t mqd;           /* mqueue: descriptor, blocking; ping writes, pong reads. Or -1: */
-    char mq_name[64];      /*   an unused name ("/x"): ping makes it, pong opens it, gone
+    uint32_t kind;        /* enum shi_limit_kind */
+    uint32_t session;     /* a number not used before in this area, the same on both sides */
+    uint32_t calls;       /* measured round trips */
+    uint32_t warmup;      /* round trips before them */
+    uint32_t batch;       /* cacheline: round trips between two looks at the clock */
+    uint32_t placement;   /* cacheline: which line, 0 .. SHI_LIMIT_PLACEMENTS - 1 */
+    uint32_t flags;       /* SHI_LIMIT_ONE_WAY | SHI_LIMIT_PLAIN */
+    uint32_t gap_ns;      /* pause before each call, for all kinds but cacheline */
+    uint64_t deadline_ns; /* CLOCK_MONOTONIC time at which everybody gives up */
+    int32_t peer_pid;     /* sigwait, signal: the other process, as this one sees it */
+    int32_t peer_tid;     /*   and its thread that runs the other role */
+    int32_t signo;        /* sigwait, signal: the signal that is the doorbell */
+    int32_t watch_signo;  /* the signal of this process's own deadline timer */
+    int32_t eventfd;      /* eventfd: the same eventfd in both processes, blocking */
+    int32_t mqd;          /* mqueue: descriptor, blocking; ping writes, pong reads. Or -1: */
+    char mq_name[64];     /*   an unused name ("/x"): ping makes it, pong opens it, gone
                             *   when ping returns (the name as soon as both have it) */
-    int32_t core;          /* membarrier: the target's core, for the busy thread */
+    int32_t core;         /* membarrier: the target's core, for the busy thread */
     int32_t reserved;
     struct shi_hist *one_way; /* ping only, with SHI_LIMIT_ONE_WAY: send to arrival, or NULL */
 };

@@ -13,7 +13,8 @@ static int find_index(const Py_buffer *view, PyObject *index, char **at)
 {
     Py_ssize_t n = PyTuple_Check(index) ? PyTuple_GET_SIZE(index) : 1, i;
     if (n != view->ndim) {
-        PyErr_Format(PyExc_IndexError, "the array has %d dimensions, the index %zd", view->ndim, n);
+        PyErr_Format(PyExc_IndexError, "the array has %d dimensions, the index %zd", view->ndim,
+                     n);
         return -1;
     }
     *at = view->buf;
@@ -58,7 +59,7 @@ static int find(PyObject *array, PyObject *index, struct element *e, Py_buffer *
         PyErr_SetString(PyExc_ValueError, "the element is not aligned to its size");
         goto fail;
     }
-    *e = (struct element){at, view->itemsize, is_signed};
+    *e = (struct element){ at, view->itemsize, is_signed };
     return 0;
 fail:
     PyBuffer_Release(view);
@@ -113,38 +114,38 @@ static PyObject *as_object(uint64_t bits, const struct element *e)
 
 enum operation { LOAD, STORE, ADD, SUB, OR, AND, XOR, EXCHANGE, COMPARE, ACQUIRE, RELEASE };
 
-#define OPERATE(type)                                                                            \
-    do {                                                                                         \
-        _Atomic type *p = e->at;                                                                 \
-        type v = (type)value, want = (type)expected;                                             \
-        switch (op) {                                                                            \
-        case LOAD:                                                                               \
-            return shi_load_full(p);                                                             \
-        case STORE:                                                                              \
-            shi_store_full(p, v);                                                                \
-            return 0;                                                                            \
-        case ADD:                                                                                \
-            return shi_fetch_add_full(p, v);                                                     \
-        case SUB:                                                                                \
-            return shi_fetch_sub_full(p, v);                                                     \
-        case OR:                                                                                 \
-            return shi_fetch_or_full(p, v);                                                      \
-        case AND:                                                                                \
-            return shi_fetch_and_full(p, v);                                                     \
-        case XOR:                                                                                \
-            return shi_fetch_xor_full(p, v);                                                     \
-        case EXCHANGE:                                                                           \
-            return shi_xchg_full(p, v);                                                          \
-        case COMPARE:                                                                            \
-            shi_cas_full(p, &want, v);                                                           \
-            return want;                                                                         \
-        case ACQUIRE:                                                                            \
-            return shi_load_acquire(p);                                                          \
-        case RELEASE:                                                                            \
-            shi_store_release(p, v);                                                             \
-            return 0;                                                                            \
-        }                                                                                        \
-        return 0;                                                                                \
+#define OPERATE(type)                                                                          \
+    do {                                                                                       \
+        _Atomic type *p = e->at;                                                               \
+        type v = (type)value, want = (type)expected;                                           \
+        switch (op) {                                                                          \
+        case LOAD:                                                                             \
+            return shi_load_full(p);                                                           \
+        case STORE:                                                                            \
+            shi_store_full(p, v);                                                              \
+            return 0;                                                                          \
+        case ADD:                                                                              \
+            return shi_fetch_add_full(p, v);                                                   \
+        case SUB:                                                                              \
+            return shi_fetch_sub_full(p, v);                                                   \
+        case OR:                                                                               \
+            return shi_fetch_or_full(p, v);                                                    \
+        case AND:                                                                              \
+            return shi_fetch_and_full(p, v);                                                   \
+        case XOR:                                                                              \
+            return shi_fetch_xor_full(p, v);                                                   \
+        case EXCHANGE:                                                                         \
+            return shi_xchg_full(p, v);                                                        \
+        case COMPARE:                                                                          \
+            shi_cas_full(p, &want, v);                                                         \
+            return want;                                                                       \
+        case ACQUIRE:                                                                          \
+            return shi_load_acquire(p);                                                        \
+        case RELEASE:                                                                          \
+            shi_store_release(p, v);                                                           \
+            return 0;                                                                          \
+        }                                                                                      \
+        return 0;                                                                              \
     } while (0)
 
 static uint64_t operate(enum operation op, const struct element *e, uint64_t value,
@@ -176,8 +177,7 @@ static PyObject *run(const char *name, enum operation op, PyObject *const *args,
         return NULL;
     if (want == 3 && as_bits(args[2], &e, &value) < 0)
         goto out;
-    if (want == 4 &&
-        (as_bits(args[2], &e, &expected) < 0 || as_bits(args[3], &e, &value) < 0))
+    if (want == 4 && (as_bits(args[2], &e, &expected) < 0 || as_bits(args[3], &e, &value) < 0))
         goto out;
     uint64_t old = operate(op, &e, value, expected);
     result = op == STORE || op == RELEASE ? Py_NewRef(Py_None) : as_object(old, &e);
@@ -186,11 +186,11 @@ out:
     return result;
 }
 
-#define ELEMENT(name, op, nargs)                                                                 \
-    static PyObject *element_##name(PyObject *module, PyObject *const *args, Py_ssize_t n)        \
-    {                                                                                            \
-        (void)module;                                                                            \
-        return run(#name, op, args, n, nargs);                                                   \
+#define ELEMENT(name, op, nargs)                                                               \
+    static PyObject *element_##name(PyObject *module, PyObject *const *args, Py_ssize_t n)     \
+    {                                                                                          \
+        (void)module;                                                                          \
+        return run(#name, op, args, n, nargs);                                                 \
     }
 ELEMENT(load, LOAD, 2)
 ELEMENT(store, STORE, 3)
@@ -204,21 +204,21 @@ ELEMENT(compare_exchange, COMPARE, 4)
 ELEMENT(smp_load_acquire, ACQUIRE, 2)
 ELEMENT(smp_store_release, RELEASE, 3)
 
-#define BARRIER(name, fence)                                                                     \
-    static PyObject *barrier_##name(PyObject *module, PyObject *unused)                           \
-    {                                                                                            \
-        (void)module;                                                                            \
-        (void)unused;                                                                            \
-        fence();                                                                                 \
-        Py_RETURN_NONE;                                                                          \
+#define BARRIER(name, fence)                                                                   \
+    static PyObject *barrier_##name(PyObject *module, PyObject *unused)                        \
+    {                                                                                          \
+        (void)module;                                                                          \
+        (void)unused;                                                                          \
+        fence();                                                                               \
+        Py_RETURN_NONE;                                                                        \
     }
 BARRIER(smp_mb, shi_fence_full)
 BARRIER(smp_rmb, shi_fence_acquire)
 BARRIER(smp_wmb, shi_fence_release)
 
-#define ENTRY(name, arguments, text)                                                             \
-    {#name, (PyCFunction)(void (*)(void))element_##name, METH_FASTCALL,                          \
-     #name "($module, " arguments ", /)\n--\n\n" text}
+#define ENTRY(name, arguments, text)                                                           \
+    { #name, (PyCFunction)(void (*)(void))element_##name, METH_FASTCALL,                       \
+      #name "($module, " arguments ", /)\n--\n\n" text }
 /* Of shmipi.atomic, whose names the help and the pickles of these are to bear. */
 static PyMethodDef atomics[] = {
     ENTRY(load, "array, index", "Return the element."),
@@ -234,11 +234,12 @@ static PyMethodDef atomics[] = {
           "It succeeded if that equals `expected`."),
 };
 
-#define BARRIER_ENTRY(name, text)                                                                \
-    {#name, barrier_##name, METH_NOARGS, #name "($module, /)\n--\n\n" text}
+#define BARRIER_ENTRY(name, text)                                                              \
+    { #name, barrier_##name, METH_NOARGS, #name "($module, /)\n--\n\n" text }
 PyMethodDef shi_barrier_functions[] = {
-    BARRIER_ENTRY(smp_mb, "Full barrier: every load and store before it stands before every one "
-                          "after it."),
+    BARRIER_ENTRY(smp_mb,
+                  "Full barrier: every load and store before it stands before every one "
+                  "after it."),
     BARRIER_ENTRY(smp_rmb, "Read barrier: loads before it stand before loads after it.\n\n"
                            "It pairs with smp_wmb() on the CPU that stored."),
     BARRIER_ENTRY(smp_wmb, "Write barrier: stores before it stand before stores after it.\n\n"
@@ -247,11 +248,12 @@ PyMethodDef shi_barrier_functions[] = {
           "Return an element of an integer array in shared memory.\n\n"
           "What stands after it sees all that was stored before the smp_store_release() that\n"
           "stored the value. Index and errors are those of shmipi.atomic."),
-    ENTRY(smp_store_release, "array, index, value",
-          "Set an element of an integer array in shared memory.\n\n"
-          "Who sees the value by smp_load_acquire() sees all that was stored before. Index and\n"
-          "errors are those of shmipi.atomic."),
-    {NULL, NULL, 0, NULL},
+    ENTRY(
+        smp_store_release, "array, index, value",
+        "Set an element of an integer array in shared memory.\n\n"
+        "Who sees the value by smp_load_acquire() sees all that was stored before. Index and\n"
+        "errors are those of shmipi.atomic."),
+    { NULL, NULL, 0, NULL },
 };
 
 int shi_atomic_add(PyObject *module)

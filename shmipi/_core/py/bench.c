@@ -63,14 +63,14 @@ static PyObject *as_list(const double *values, uint32_t n)
 
 static PyObject *bench_calls(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"cpu",  "calls", "warmup",   "batch", "gap_ns", "skip", "state",
-                            "park", "stamp", "deadline", "line",  "count",  NULL};
-    struct shi_bench_calls b = {.state = -1};
+    static char *names[] = { "cpu",  "calls", "warmup",   "batch", "gap_ns", "skip", "state",
+                             "park", "stamp", "deadline", "line",  "count",  NULL };
+    struct shi_bench_calls b = { .state = -1 };
     int park = 0, stamped = 0;
     double seconds = 60;
     PyObject *result = NULL, *list;
     Hist *rtt = NULL, *one_way = NULL;
-    Py_buffer count = {0};
+    Py_buffer count = { 0 };
     (void)module;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "II|$IIIIippdIw*:bench_calls", names, &b.dst,
                                      &b.calls, &b.warmup, &b.batch, &b.gap_ns, &b.skip,
@@ -135,15 +135,15 @@ static PyObject *bench_await(PyObject *module, PyObject *const *args, Py_ssize_t
         return NULL;
     if (cpu >= machine->m.ncpus)
         return shi_raise_errno(machine, -ENXIO, (int)cpu);
-    int64_t missed = shi_bench_await(&machine->self, (uint32_t)cpu, (int)state, (uint32_t)gap,
-                                     deadline(60));
+    int64_t missed =
+        shi_bench_await(&machine->self, (uint32_t)cpu, (int)state, (uint32_t)gap, deadline(60));
     return missed < 0 ? loop_error(machine, (int)missed, (uint32_t)cpu)
                       : PyLong_FromLongLong(missed);
 }
 
 static PyObject *bench_flood(PyObject *module, PyObject *args)
 {
-    struct shi_bench_flood f = {0};
+    struct shi_bench_flood f = { 0 };
     double seconds = 60;
     unsigned long long until;
     (void)module;
@@ -185,8 +185,8 @@ static PyObject *bench_until(PyObject *module, PyObject *args)
 
 static PyObject *bench_broadcast(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"calls", "warmup", "gap_ns", "state", "deadline", NULL};
-    struct shi_bench_broadcast b = {.state = -1};
+    static char *names[] = { "calls", "warmup", "gap_ns", "state", "deadline", NULL };
+    struct shi_bench_broadcast b = { .state = -1 };
     double seconds = 60;
     (void)module;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "I|$IIid:bench_broadcast", names, &b.calls,
@@ -225,29 +225,29 @@ static PyObject *bench_spin(PyObject *module, PyObject *arg)
 /* ---- what the module gets ---------------------------------------------------------------- */
 
 #define WORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
-PyMethodDef shi_bench_methods[] = {{NULL, NULL, 0, NULL}};
+PyMethodDef shi_bench_methods[] = { { NULL, NULL, 0, NULL } };
 PyMethodDef shi_bench_functions[] = {
-    {"bench_calls", WORDS(bench_calls),
-     "bench_calls(cpu, calls, *, warmup, batch, gap_ns, skip, state, park, stamp, deadline,\n"
-     "            line, count)\n"
-     "--\n\nWaiting calls of a native handler: (round trips, one way, ns per call of each\n"
-     "batch, missed, preempted, moved).  With `count`, a 64-bit word that the handler of\n"
-     "`line` adds 1 to, this line of the chip is raised in place of each call."},
-    {"bench_await", (PyCFunction)(void (*)(void))bench_await, METH_FASTCALL,
-     "bench_await(cpu, state, gap_ns)\n--\n\n"
-     "Pause, and on until `cpu` is in `state`: how often it was not."},
-    {"bench_flood", bench_flood, METH_VARARGS,
-     "bench_flood(cpu, calls, until, seconds=60)\n--\n\n"
-     "Calls nobody waits for, until all have run: ns of beginning and end."},
-    {"bench_until", bench_until, METH_VARARGS,
-     "bench_until(cpu, counter, until, seconds=60)\n--\n\nWait for a counter of `cpu`."},
-    {"bench_broadcast", WORDS(bench_broadcast),
-     "bench_broadcast(calls, *, warmup, gap_ns, state, deadline)\n--\n\n"
-     "on_each_cpu(wait=True) of a native handler: (ns of each, missed)."},
-    {"bench_spin", bench_spin, METH_O,
-     "bench_spin(ns)\n--\n\n"
-     "Let this CPU's waiters spin so long before they sleep; None: as the machine does."},
-    {NULL, NULL, 0, NULL},
+    { "bench_calls", WORDS(bench_calls),
+      "bench_calls(cpu, calls, *, warmup, batch, gap_ns, skip, state, park, stamp, deadline,\n"
+      "            line, count)\n"
+      "--\n\nWaiting calls of a native handler: (round trips, one way, ns per call of each\n"
+      "batch, missed, preempted, moved).  With `count`, a 64-bit word that the handler of\n"
+      "`line` adds 1 to, this line of the chip is raised in place of each call." },
+    { "bench_await", (PyCFunction)(void (*)(void))bench_await, METH_FASTCALL,
+      "bench_await(cpu, state, gap_ns)\n--\n\n"
+      "Pause, and on until `cpu` is in `state`: how often it was not." },
+    { "bench_flood", bench_flood, METH_VARARGS,
+      "bench_flood(cpu, calls, until, seconds=60)\n--\n\n"
+      "Calls nobody waits for, until all have run: ns of beginning and end." },
+    { "bench_until", bench_until, METH_VARARGS,
+      "bench_until(cpu, counter, until, seconds=60)\n--\n\nWait for a counter of `cpu`." },
+    { "bench_broadcast", WORDS(bench_broadcast),
+      "bench_broadcast(calls, *, warmup, gap_ns, state, deadline)\n--\n\n"
+      "on_each_cpu(wait=True) of a native handler: (ns of each, missed)." },
+    { "bench_spin", bench_spin, METH_O,
+      "bench_spin(ns)\n--\n\n"
+      "Let this CPU's waiters spin so long before they sleep; None: as the machine does." },
+    { NULL, NULL, 0, NULL },
 };
 
 int shi_bench_types(PyObject *module)
@@ -256,9 +256,9 @@ int shi_bench_types(PyObject *module)
         const char *name;
         long value;
     } numbers[] = {
-        {"RUNNING", SHI_RUNNING},
-        {"POLLING", SHI_POLLING},
-        {"HALTED", SHI_HALTED},
+        { "RUNNING", SHI_RUNNING },
+        { "POLLING", SHI_POLLING },
+        { "HALTED", SHI_HALTED },
     };
     size_t i;
     for (i = 0; i < sizeof numbers / sizeof *numbers; i++)

@@ -193,11 +193,12 @@ static void raise_full(Machine *machine, const struct outgoing *out, int err)
         shi_raise_errno(machine, err, -1);
         return;
     }
-    shi_raise(shi_py.ArenaError, ENOBUFS, -1,
-              "the arena of this sender (%llu bytes) is full of payloads not yet taken: %zd bytes "
-              "more, in a block of the next power of two, do not fit. Wait for some, or put large "
-              "data in cluster.shared()",
-              (unsigned long long)machine->m.arena_bytes, PyBytes_GET_SIZE(out->pickle));
+    shi_raise(
+        shi_py.ArenaError, ENOBUFS, -1,
+        "the arena of this sender (%llu bytes) is full of payloads not yet taken: %zd bytes "
+        "more, in a block of the next power of two, do not fit. Wait for some, or put large "
+        "data in cluster.shared()",
+        (unsigned long long)machine->m.arena_bytes, PyBytes_GET_SIZE(out->pickle));
 }
 
 /* A csd that holds `out`.  `nowait`: from the pool.  Local index, or -1. */
@@ -258,9 +259,9 @@ int shi_as_mask(Machine *machine, PyObject *mask, uint32_t **cpus, uint32_t *n)
 {
     *cpus = NULL;
     *n = 0;
-    PyObject *list = mask ? PyObject_CallFunction(shi_py.mask_cpus, "OI", mask,
-                                                  (unsigned)machine->m.ncpus)
-                          : NULL;
+    PyObject *list =
+        mask ? PyObject_CallFunction(shi_py.mask_cpus, "OI", mask, (unsigned)machine->m.ncpus)
+             : NULL;
     if (mask && !list)
         return -1;
     Py_ssize_t count = list ? PyList_GET_SIZE(list) : (Py_ssize_t)machine->m.ncpus, i;
@@ -304,10 +305,9 @@ int shi_run_local(Machine *machine, PyObject *function, PyObject *info, bool wai
             PyObject *error = shi_take_exception();
             if (wait) {
                 PyObject *bytes = PyObject_CallOneArg(shi_py.dump_exception, error);
-                PyObject *remote =
-                    bytes ? PyObject_CallFunction(shi_py.load_exception, "Ni", bytes,
-                                                  (int)self->id)
-                          : NULL;
+                PyObject *remote = bytes ? PyObject_CallFunction(shi_py.load_exception, "Ni",
+                                                                 bytes, (int)self->id)
+                                         : NULL;
                 if (remote) {
                     PyErr_SetObject((PyObject *)Py_TYPE(remote), remote);
                     Py_DECREF(remote);
@@ -397,7 +397,7 @@ static int quick_single(Machine *machine, PyObject *const *args, Py_ssize_t narg
 static PyObject *call_single(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
                              PyObject *kwnames)
 {
-    static const char *const names[] = {"cpu", "func", "info", "wait"};
+    static const char *const names[] = { "cpu", "func", "info", "wait" };
     PyObject *a[4], *quick;
     struct outgoing out;
     int64_t cpu;
@@ -447,7 +447,7 @@ static PyObject *call_single(Machine *machine, PyObject *const *args, Py_ssize_t
 static PyObject *send_reschedule(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
                                  PyObject *kwnames)
 {
-    static const char *const names[] = {"cpu"};
+    static const char *const names[] = { "cpu" };
     PyObject *a[1];
     int64_t cpu;
     if (shi_parse("smp_send_reschedule", names, 1, 1, args, nargs, kwnames, a) < 0 ||
@@ -463,8 +463,8 @@ static PyObject *send_reschedule(Machine *machine, PyObject *const *args, Py_ssi
     shi_leave(self);
     if (err == -ENXIO) {
         /* "Worst case is that we lose a reschedule": warned of, and not sent. */
-        if (PyErr_WarnFormat(shi_py.Warning, 1, "sched: Unexpected reschedule of offline CPU#%d!",
-                             (int)cpu) < 0)
+        if (PyErr_WarnFormat(shi_py.Warning, 1,
+                             "sched: Unexpected reschedule of offline CPU#%d!", (int)cpu) < 0)
             return NULL;
     }
     Py_RETURN_NONE;
@@ -640,7 +640,7 @@ static int fill_many(Machine *machine, struct outgoing *out, uint32_t *locals, u
 fail:
     put_all(machine, locals, i);
     if (owner >= 0)
-        put_all(machine, &(uint32_t){(uint32_t)owner}, 1);
+        put_all(machine, &(uint32_t){ (uint32_t)owner }, 1);
     return -1;
 }
 
@@ -661,9 +661,10 @@ static PyObject *machine_start_tasks(Machine *machine, PyObject *const *args, Py
         return NULL;
     }
     if (Py_TYPE(args[1]) == shi_native_type) {
-        PyErr_SetString(PyExc_TypeError, "a native handler is no task, it runs as an IPI handler: "
-                                         "give it to cluster.call() or the smp_call_function "
-                                         "family");
+        PyErr_SetString(PyExc_TypeError,
+                        "a native handler is no task, it runs as an IPI handler: "
+                        "give it to cluster.call() or the smp_call_function "
+                        "family");
         return NULL;
     }
     uint32_t n = (uint32_t)PyList_GET_SIZE(args[0]), i;
@@ -684,7 +685,8 @@ static PyObject *machine_start_tasks(Machine *machine, PyObject *const *args, Py
         cpus[i] = (uint32_t)cpu;
     }
     if (!as_args(args[2], args[3]) ||
-        shi_outgoing_call(machine, &out, args[1], args[2], args[3] == Py_None ? NULL : args[3]) < 0)
+        shi_outgoing_call(machine, &out, args[1], args[2],
+                          args[3] == Py_None ? NULL : args[3]) < 0)
         goto done;
     int err = fill_many(machine, &out, locals, n);
     shi_outgoing_clear(&out);
@@ -709,7 +711,8 @@ static PyObject *machine_start_tasks(Machine *machine, PyObject *const *args, Py
         PyList_SET_ITEM(numbers, i, number);
     }
     /* In C, where no signal's handler comes between: whoever is interrupted has them all. */
-    if (PyList_SetSlice(args[4], PyList_GET_SIZE(args[4]), PyList_GET_SIZE(args[4]), numbers) == 0)
+    if (PyList_SetSlice(args[4], PyList_GET_SIZE(args[4]), PyList_GET_SIZE(args[4]), numbers) ==
+        0)
         result = Py_NewRef(Py_None);
 done:
     Py_XDECREF(numbers);
@@ -746,7 +749,8 @@ static PyObject *machine_await_call(Machine *machine, PyObject *const *args, Py_
     if (as_local(machine, args[0], &local) < 0 || shi_as_cpu(args[1], &cpu) < 0 ||
         shi_as_deadline(args[2], &deadline) < 0)
         return NULL;
-    int err = wait_unlocked(machine, shi_own_index(&machine->self, local), (uint32_t)cpu, deadline);
+    int err =
+        wait_unlocked(machine, shi_own_index(&machine->self, local), (uint32_t)cpu, deadline);
     if (err && err != -ETIMEDOUT)
         return err == -EINTR ? NULL : shi_raise_errno(machine, err, (int)cpu);
     return PyBool_FromLong(!err);
@@ -814,7 +818,6 @@ static PyObject *machine_done(Machine *machine, PyObject *object)
     return PyBool_FromLong(!shi_csd_locked(shi_own_csd(&machine->self, local)));
 }
 
-
 /* collect(call, cpu, timeout): wait for a posted call and take its result. */
 static PyObject *machine_collect(Machine *machine, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -849,19 +852,18 @@ static PyObject *machine_abandon(Machine *machine, PyObject *object)
 
 /* ---- methods, and the same on the current machine -------------------------------- */
 
-
-#define SMP(name, impl)                                                                          \
-    static PyObject *method_##name(PyObject *m, PyObject *const *args, Py_ssize_t nargs,         \
-                                   PyObject *kwnames)                                            \
-    {                                                                                            \
-        return shi_use((Machine *)m) < 0 ? NULL : impl((Machine *)m, args, nargs, kwnames);      \
-    }                                                                                            \
-    static PyObject *function_##name(PyObject *module, PyObject *const *args, Py_ssize_t nargs,  \
-                                     PyObject *kwnames)                                          \
-    {                                                                                            \
-        Machine *m = shi_use_current();                                                          \
-        (void)module;                                                                            \
-        return m ? impl(m, args, nargs, kwnames) : NULL;                                         \
+#define SMP(name, impl)                                                                        \
+    static PyObject *method_##name(PyObject *m, PyObject *const *args, Py_ssize_t nargs,       \
+                                   PyObject *kwnames)                                          \
+    {                                                                                          \
+        return shi_use((Machine *)m) < 0 ? NULL : impl((Machine *)m, args, nargs, kwnames);    \
+    }                                                                                          \
+    static PyObject *function_##name(PyObject *module, PyObject *const *args,                  \
+                                     Py_ssize_t nargs, PyObject *kwnames)                      \
+    {                                                                                          \
+        Machine *m = shi_use_current();                                                        \
+        (void)module;                                                                          \
+        return m ? impl(m, args, nargs, kwnames) : NULL;                                       \
     }
 SMP(smp_call_function_single, call_single)
 SMP(smp_call_function_single_async, shi_single_async)
@@ -875,76 +877,80 @@ SMP(smp_send_reschedule, send_reschedule)
 
 #define FAST(function) ((PyCFunction)(void (*)(void))(function))
 
-#define DOC_SINGLE                                                                               \
-    "smp_call_function_single(cpu, func, info=None, wait=True)\n--\n\n"                          \
-    "Run func(info) on `cpu` as an IPI handler.\n\n"                                             \
-    "On the calling CPU itself func runs inline with interrupts off, without a doorbell.\n"      \
-    "wait=True returns when func has returned; its exception is raised here as\n"                \
-    "RemoteCallError.  wait=False draws from a pool of 64 requests per sender and waits\n"       \
-    "only when that is empty (the kernel has one request and waits for that).\n\n"               \
-    "Raises CpuOfflineError (ENXIO) for a CPU that is offline or does not exist,\n"              \
+#define DOC_SINGLE                                                                             \
+    "smp_call_function_single(cpu, func, info=None, wait=True)\n--\n\n"                        \
+    "Run func(info) on `cpu` as an IPI handler.\n\n"                                           \
+    "On the calling CPU itself func runs inline with interrupts off, without a doorbell.\n"    \
+    "wait=True returns when func has returned; its exception is raised here as\n"              \
+    "RemoteCallError.  wait=False draws from a pool of 64 requests per sender and waits\n"     \
+    "only when that is empty (the kernel has one request and waits for that).\n\n"             \
+    "Raises CpuOfflineError (ENXIO) for a CPU that is offline or does not exist,\n"            \
     "CpuDiedError when it dies meanwhile, IpiDeadlockError (EDEADLK).  kernel/smp.c."
-#define DOC_ASYNC                                                                                \
-    "smp_call_function_single_async(cpu, csd)\n--\n\n"                                           \
-    "Submit a caller-owned CallSingleData.  Never allocates, never waits; legal with\n"          \
-    "interrupts disabled and in handlers.  Raises CsdBusyError (EBUSY) while it is in use,\n"    \
+#define DOC_ASYNC                                                                              \
+    "smp_call_function_single_async(cpu, csd)\n--\n\n"                                         \
+    "Submit a caller-owned CallSingleData.  Never allocates, never waits; legal with\n"        \
+    "interrupts disabled and in handlers.  Raises CsdBusyError (EBUSY) while it is in use,\n"  \
     "CpuOfflineError (ENXIO)."
-#define DOC_MANY                                                                                 \
-    "smp_call_function_many(mask, func, info=None, wait=True)\n--\n\n"                           \
-    "Run func(info) on every online CPU of `mask` but the calling one.  Offline CPUs are\n"      \
-    "skipped.  `mask`: CpuMask, cpulist string or iterable of CPU numbers.  What several\n"      \
+#define DOC_MANY                                                                               \
+    "smp_call_function_many(mask, func, info=None, wait=True)\n--\n\n"                         \
+    "Run func(info) on every online CPU of `mask` but the calling one.  Offline CPUs are\n"    \
+    "skipped.  `mask`: CpuMask, cpulist string or iterable of CPU numbers.  What several\n"    \
     "CPUs fail with is raised as a CpusFailedError, when all have run."
-#define DOC_ALL                                                                                  \
-    "smp_call_function(func, info=None, wait=True)\n--\n\n"                                      \
+#define DOC_ALL                                                                                \
+    "smp_call_function(func, info=None, wait=True)\n--\n\n"                                    \
     "Run func(info) on all other online CPUs."
-#define DOC_EACH                                                                                 \
-    "on_each_cpu(func, info=None, wait=True)\n--\n\n"                                            \
-    "Run func(info) on all online CPUs, the calling one included: there it runs after the\n"     \
-    "doorbells were rung and before the wait, with interrupts off.  What one CPU fails with\n"   \
+#define DOC_EACH                                                                               \
+    "on_each_cpu(func, info=None, wait=True)\n--\n\n"                                          \
+    "Run func(info) on all online CPUs, the calling one included: there it runs after the\n"   \
+    "doorbells were rung and before the wait, with interrupts off.  What one CPU fails with\n" \
     "is raised when all have run, of several a CpusFailedError (an ExceptionGroup)."
-#define DOC_EACH_MASK                                                                            \
-    "on_each_cpu_mask(mask, func, info=None, wait=True)\n--\n\n"                                 \
+#define DOC_EACH_MASK                                                                          \
+    "on_each_cpu_mask(mask, func, info=None, wait=True)\n--\n\n"                               \
     "on_each_cpu for the CPUs of `mask`."
-#define DOC_COND                                                                                 \
-    "on_each_cpu_cond_mask(cond_func, func, info=None, wait=True, mask=None)\n--\n\n"            \
-    "on_each_cpu_mask for the CPUs for which cond_func(cpu, info) is true: asked once per\n"     \
+#define DOC_COND                                                                               \
+    "on_each_cpu_cond_mask(cond_func, func, info=None, wait=True, mask=None)\n--\n\n"          \
+    "on_each_cpu_mask for the CPUs for which cond_func(cpu, info) is true: asked once per\n"   \
     "CPU at send time, for the calling CPU after the IPIs went out.  mask=None: all."
-#define DOC_RESCHED                                                                              \
-    "smp_send_reschedule(cpu)\n--\n\n"                                                           \
-    "Nudge `cpu`: a reschedule IPI, or only a flag where it is polling.  An offline CPU is\n"    \
+#define DOC_RESCHED                                                                            \
+    "smp_send_reschedule(cpu)\n--\n\n"                                                         \
+    "Nudge `cpu`: a reschedule IPI, or only a flag where it is polling.  An offline CPU is\n"  \
     "warned about (ShmipiWarning) and not sent to."
 
-#define ENTRY(kind, name, doc) {#name, FAST(kind##_##name), METH_FASTCALL | METH_KEYWORDS, doc}
-#define ENTRIES(kind)                                                                            \
-    ENTRY(kind, smp_call_function_single, DOC_SINGLE),                                           \
-        ENTRY(kind, smp_call_function_single_async, DOC_ASYNC),                                  \
-        ENTRY(kind, smp_call_function_many, DOC_MANY), ENTRY(kind, smp_call_function, DOC_ALL),  \
-        ENTRY(kind, on_each_cpu, DOC_EACH), ENTRY(kind, on_each_cpu_mask, DOC_EACH_MASK),        \
-        ENTRY(kind, on_each_cpu_cond_mask, DOC_COND), ENTRY(kind, smp_send_reschedule, DOC_RESCHED)
+#define ENTRY(kind, name, doc)                                                                 \
+    { #name, FAST(kind##_##name), METH_FASTCALL | METH_KEYWORDS, doc }
+#define ENTRIES(kind)                                                                          \
+    ENTRY(kind, smp_call_function_single, DOC_SINGLE),                                         \
+        ENTRY(kind, smp_call_function_single_async, DOC_ASYNC),                                \
+        ENTRY(kind, smp_call_function_many, DOC_MANY),                                         \
+        ENTRY(kind, smp_call_function, DOC_ALL), ENTRY(kind, on_each_cpu, DOC_EACH),           \
+        ENTRY(kind, on_each_cpu_mask, DOC_EACH_MASK),                                          \
+        ENTRY(kind, on_each_cpu_cond_mask, DOC_COND),                                          \
+        ENTRY(kind, smp_send_reschedule, DOC_RESCHED)
 
 PyMethodDef shi_call_methods[] = {
     ENTRIES(method),
-    {"call", FAST(machine_call), METH_FASTCALL,
-     "call(cpu, func, args, kwargs, timeout)\n--\n\nfunc(*args, **kwargs) on cpu: its result."},
-    {"post", FAST(machine_post), METH_FASTCALL,
-     "post(cpu, func, args, kwargs, task)\n--\n\nStart a call (or a task): its number."},
-    {"start_tasks", FAST(machine_start_tasks), METH_FASTCALL,
-     "start_tasks(cpus, func, args, kwargs, numbers)\n--\n\nOne payload, a task on each."},
-    {"await_call", FAST(machine_await_call), METH_FASTCALL,
-     "await_call(call, cpu, timeout)\n--\n\nWait for a posted call: has it ended?"},
-    {"cancel", FAST(machine_cancel), METH_FASTCALL,
-     "cancel(call, cpu)\n--\n\n0: the task has ended, 1: it will never run, 2: asked."},
-    {"refuse", (PyCFunction)machine_refuse, METH_O, "refuse(cpu)\n--\n\nCpuOfflineError."},
-    {"begun", (PyCFunction)machine_begun, METH_O, "begun(call)\n--\n\nHas a task begun?"},
-    {"done", (PyCFunction)machine_done, METH_O, "done(call)\n--\n\nHas a posted call ended?"},
-    {"collect", FAST(machine_collect), METH_FASTCALL,
-     "collect(call, cpu, timeout)\n--\n\nWait for a posted call: its result."},
-    {"abandon", (PyCFunction)machine_abandon, METH_O,
-     "abandon(call)\n--\n\nNobody will collect this posted call."},
-    {NULL, NULL, 0, NULL},
+    { "call", FAST(machine_call), METH_FASTCALL,
+      "call(cpu, func, args, kwargs, timeout)\n--\n\nfunc(*args, **kwargs) on cpu: its "
+      "result." },
+    { "post", FAST(machine_post), METH_FASTCALL,
+      "post(cpu, func, args, kwargs, task)\n--\n\nStart a call (or a task): its number." },
+    { "start_tasks", FAST(machine_start_tasks), METH_FASTCALL,
+      "start_tasks(cpus, func, args, kwargs, numbers)\n--\n\nOne payload, a task on each." },
+    { "await_call", FAST(machine_await_call), METH_FASTCALL,
+      "await_call(call, cpu, timeout)\n--\n\nWait for a posted call: has it ended?" },
+    { "cancel", FAST(machine_cancel), METH_FASTCALL,
+      "cancel(call, cpu)\n--\n\n0: the task has ended, 1: it will never run, 2: asked." },
+    { "refuse", (PyCFunction)machine_refuse, METH_O, "refuse(cpu)\n--\n\nCpuOfflineError." },
+    { "begun", (PyCFunction)machine_begun, METH_O, "begun(call)\n--\n\nHas a task begun?" },
+    { "done", (PyCFunction)machine_done, METH_O, "done(call)\n--\n\nHas a posted call ended?" },
+    { "collect", FAST(machine_collect), METH_FASTCALL,
+      "collect(call, cpu, timeout)\n--\n\nWait for a posted call: its result." },
+    { "abandon", (PyCFunction)machine_abandon, METH_O,
+      "abandon(call)\n--\n\nNobody will collect this posted call." },
+    { NULL, NULL, 0, NULL },
 };
 
 PyMethodDef shi_call_functions[] = {
     ENTRIES(function),
-    {NULL, NULL, 0, NULL},
+    { NULL, NULL, 0, NULL },
 };

@@ -43,12 +43,18 @@ int shi_chip_from_python(PyObject *dict, struct shi_chip *chip)
         const char *key;
         uint32_t *out;
     } numbers[] = {
-        {"flow", &chip->flow},           {"nlines", &chip->nlines},
-        {"call_single", &chip->call_single}, {"call", &chip->call},
-        {"reschedule", &chip->reschedule},   {"nmi", &chip->nmi},
-        {"per_cpu", &chip->per_cpu},     {"group", &chip->group},
-        {"shorthand", &chip->shorthand}, {"startup", &chip->startup},
-        {"banked", &chip->banked},       {"siblings", &chip->siblings},
+        { "flow", &chip->flow },
+        { "nlines", &chip->nlines },
+        { "call_single", &chip->call_single },
+        { "call", &chip->call },
+        { "reschedule", &chip->reschedule },
+        { "nmi", &chip->nmi },
+        { "per_cpu", &chip->per_cpu },
+        { "group", &chip->group },
+        { "shorthand", &chip->shorthand },
+        { "startup", &chip->startup },
+        { "banked", &chip->banked },
+        { "siblings", &chip->siblings },
     };
     size_t i;
     memset(chip, 0, sizeof *chip);
@@ -217,7 +223,8 @@ METHOD(end)
     if (PyErr_Occurred() || shi_use(machine) < 0)
         return NULL;
     if (machine->self.host)
-        return shi_raise(shi_py.StateError, 0, -1, "the host is no CPU: it takes no interrupts");
+        return shi_raise(shi_py.StateError, 0, -1,
+                         "the host is no CPU: it takes no interrupts");
     if (line == SHI_NO_LINE) {
         if (!machine->self.handling)
             Py_RETURN_NONE; /* nothing is in service */
@@ -347,14 +354,22 @@ struct reg {
     uint16_t count;
     uint8_t writable;
 };
-#define PIC(name, count, writable)                                                               \
-    {#name, offsetof(struct shi_slot, pic) + offsetof(struct shi_pic, name),                     \
-     sizeof(((struct shi_pic *)0)->name) / (count), 0, count, writable}
-#define AREA(name, count, writable)                                                              \
-    {#name, offsetof(struct shi_irq_area, name), sizeof(((struct shi_irq_area *)0)->name) / (count), \
-     1, count, writable}
+#define PIC(name, count, writable)                                                             \
+    { #name,                                                                                   \
+      offsetof(struct shi_slot, pic) + offsetof(struct shi_pic, name),                         \
+      sizeof(((struct shi_pic *)0)->name) / (count),                                           \
+      0,                                                                                       \
+      count,                                                                                   \
+      writable }
+#define AREA(name, count, writable)                                                            \
+    { #name,                                                                                   \
+      offsetof(struct shi_irq_area, name),                                                     \
+      sizeof(((struct shi_irq_area *)0)->name) / (count),                                      \
+      1,                                                                                       \
+      count,                                                                                   \
+      writable }
 static const struct reg regs[] = {
-    {"irr", offsetof(struct shi_slot, irr), 8, 0, SHI_NLINES / 64, 0},
+    { "irr", offsetof(struct shi_slot, irr), 8, 0, SHI_NLINES / 64, 0 },
     PIC(enable, SHI_NLINES / 64, 0),
     PIC(messages, 1, 0),
     PIC(nmi, 1, 0),
@@ -434,7 +449,8 @@ METHOD(pic_write)
         return NULL;
     if (!strcmp(name, "route")) { /* 1 + the CPU, 0: nobody; it takes what is pending along */
         Machine *machine = MACHINE(object);
-        if (shi_use(machine) < 0 || (value > machine->m.ncpus && check_cpu(machine, UINT32_MAX) < 0))
+        if (shi_use(machine) < 0 ||
+            (value > machine->m.ncpus && check_cpu(machine, UINT32_MAX) < 0))
             return NULL;
         shi_enter(&machine->self);
         shi_chip_route(&machine->self, index, (uint32_t)value - 1);
@@ -481,24 +497,24 @@ METHOD(pic_change)
 }
 
 PyMethodDef shi_chip_methods[] = {
-    {"irq_raise", irq_raise, METH_VARARGS, "irq_raise(line, cpus, writes)"},
-    {"irq_enable_line", irq_enable_line, METH_VARARGS, "irq_enable_line(cpu, line, on)"},
-    {"irq_clear", irq_clear, METH_VARARGS, "irq_clear(cpu, line)"},
-    {"irq_mailbox", irq_mailbox, METH_VARARGS, "irq_mailbox(cpu, bits): in one store"},
-    {"irq_threshold", irq_threshold, METH_O, "irq_threshold(value): of this CPU"},
-    {"irq_end", irq_end, METH_O, "irq_end(line): EOI before the handler has returned"},
-    {"esb_access", irq_esb_access, METH_VARARGS, "esb_access(cpu, line, offset) -> int"},
-    {"esb_message", irq_esb_message, METH_VARARGS, "esb_message(cpu, message): store it"},
-    {"esb_demux", irq_esb_demux, METH_NOARGS, "esb_demux(): take this CPU's messages"},
-    {"nmi_send", irq_nmi_send, METH_VARARGS,
-     "nmi_send(cpu, writes=1) -> bool: False when it collapsed"},
-    {"nmi_resend", irq_nmi_resend, METH_O, "nmi_resend(cpu): signal what is pending again"},
-    {"startup_ipi", irq_startup_ipi, METH_VARARGS,
-     "startup_ipi(cpu, vector) -> bool: did it wait for one?"},
-    {"init_ipi", irq_init_ipi, METH_O, "init_ipi(cpu) -> bool: was it not in reset already?"},
-    {"pic_read", irq_pic_read, METH_VARARGS, "pic_read(cpu, register, index=0) -> int"},
-    {"pic_write", irq_pic_write, METH_VARARGS, "pic_write(cpu, register, index, value)"},
-    {"pic_change", irq_pic_change, METH_VARARGS,
-     "pic_change(cpu, register, index, clear, set) -> int: pending bits, as they were"},
-    {NULL, NULL, 0, NULL},
+    { "irq_raise", irq_raise, METH_VARARGS, "irq_raise(line, cpus, writes)" },
+    { "irq_enable_line", irq_enable_line, METH_VARARGS, "irq_enable_line(cpu, line, on)" },
+    { "irq_clear", irq_clear, METH_VARARGS, "irq_clear(cpu, line)" },
+    { "irq_mailbox", irq_mailbox, METH_VARARGS, "irq_mailbox(cpu, bits): in one store" },
+    { "irq_threshold", irq_threshold, METH_O, "irq_threshold(value): of this CPU" },
+    { "irq_end", irq_end, METH_O, "irq_end(line): EOI before the handler has returned" },
+    { "esb_access", irq_esb_access, METH_VARARGS, "esb_access(cpu, line, offset) -> int" },
+    { "esb_message", irq_esb_message, METH_VARARGS, "esb_message(cpu, message): store it" },
+    { "esb_demux", irq_esb_demux, METH_NOARGS, "esb_demux(): take this CPU's messages" },
+    { "nmi_send", irq_nmi_send, METH_VARARGS,
+      "nmi_send(cpu, writes=1) -> bool: False when it collapsed" },
+    { "nmi_resend", irq_nmi_resend, METH_O, "nmi_resend(cpu): signal what is pending again" },
+    { "startup_ipi", irq_startup_ipi, METH_VARARGS,
+      "startup_ipi(cpu, vector) -> bool: did it wait for one?" },
+    { "init_ipi", irq_init_ipi, METH_O, "init_ipi(cpu) -> bool: was it not in reset already?" },
+    { "pic_read", irq_pic_read, METH_VARARGS, "pic_read(cpu, register, index=0) -> int" },
+    { "pic_write", irq_pic_write, METH_VARARGS, "pic_write(cpu, register, index, value)" },
+    { "pic_change", irq_pic_change, METH_VARARGS,
+      "pic_change(cpu, register, index, clear, set) -> int: pending bits, as they were" },
+    { NULL, NULL, 0, NULL },
 };

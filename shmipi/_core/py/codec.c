@@ -45,8 +45,8 @@ static int encode_inline(PyObject *object, uint8_t *kind, uint8_t *length, union
 static PyObject *pickled(Machine *machine, PyObject *object)
 {
     PyObject *bytes = PyObject_CallOneArg(shi_py.dumps, object);
-    if (bytes && (!PyBytes_Check(bytes) ||
-                  (uint64_t)PyBytes_GET_SIZE(bytes) > machine->m.payload_max)) {
+    if (bytes &&
+        (!PyBytes_Check(bytes) || (uint64_t)PyBytes_GET_SIZE(bytes) > machine->m.payload_max)) {
         shi_raise(shi_py.ArenaError, E2BIG, -1,
                   "%zd bytes pickled: an argument or result may have %llu at most (half "
                   "the sender's arena); put large data in cluster.shared()",
@@ -125,8 +125,8 @@ static int name_function(Machine *machine, struct outgoing *out, PyObject *funct
         return -1;
     if (out->number >= 0) {
         out->func = (uint32_t)out->number;
-        out->serial = shi_load_relaxed(
-            &shi_func_entry(&machine->m, machine->self.id, out->func)->serial);
+        out->serial =
+            shi_load_relaxed(&shi_func_entry(&machine->m, machine->self.id, out->func)->serial);
         /* Held from here: pickling the arguments may run code that frees it. */
         shi_enter(&machine->self);
         shi_func_hold(&machine->self, out->func);
@@ -138,8 +138,7 @@ static int name_function(Machine *machine, struct outgoing *out, PyObject *funct
 
 static int native_info(Machine *machine, struct outgoing *out, PyObject *info)
 {
-    if (encode_inline(info, &out->kind, &out->length, &out->value) &&
-        out->kind != SHI_K_FLOAT)
+    if (encode_inline(info, &out->kind, &out->length, &out->value) && out->kind != SHI_K_FLOAT)
         return 0;
     if (PyObject_CheckBuffer(info) && !PyBytes_Check(info)) {
         Py_buffer view;
@@ -200,8 +199,8 @@ int shi_outgoing_inline(Machine *machine, struct outgoing *out, PyObject *functi
     if (out->number < 0)
         return out->number == -2 ? -1 : 0;
     out->func = (uint32_t)out->number;
-    out->serial = shi_load_relaxed(
-        &shi_func_entry(&machine->m, machine->self.id, out->func)->serial);
+    out->serial =
+        shi_load_relaxed(&shi_func_entry(&machine->m, machine->self.id, out->func)->serial);
     out->apply = SHI_A_INFO;
     out->room = 0;
     out->pickle = NULL;
@@ -330,15 +329,16 @@ static PyObject *read_arena(const struct shi_machine *m, const struct shi_ref *r
     uint32_t done = 0;
     int fd = shi_machine_fd(m);
     while (copy && done < ref->length) {
-        ssize_t n = pread(fd, PyBytes_AS_STRING(copy) + done, ref->length - done,
-                          (off_t)(at + done));
+        ssize_t n =
+            pread(fd, PyBytes_AS_STRING(copy) + done, ref->length - done, (off_t)(at + done));
         if (n > 0) {
             done += (uint32_t)n;
         } else if (n == 0 || errno != EINTR) {
             int err = errno;
             Py_DECREF(copy);
             return n ? shi_os_error(err, "the machine's segment")
-                     : shi_raise(shi_py.LayoutError, 0, ref->cpu, "a result is damaged (length)");
+                     : shi_raise(shi_py.LayoutError, 0, ref->cpu,
+                                 "a result is damaged (length)");
         }
     }
     return copy;
@@ -378,7 +378,8 @@ void shi_read_early(Machine *machine, uint32_t dst)
         if (shi_load_acquire(&csd->lock) & (SHI_CSD_LOCK | SHI_CSD_DIED) ||
             !(shi_load_relaxed(&csd->status) & SHI_S_LENT) || csd->kind != SHI_K_PICKLE ||
             csd->value.ref.cpu != dst ||
-            self->sender.notes[i].left) /* unlocked since the look above: nobody would take it */
+            self->sender.notes[i]
+                .left) /* unlocked since the look above: nobody would take it */
             continue;
         PyObject *bytes = lent(machine, dst, &csd->value.ref);
         PyObject *key = bytes ? PyLong_FromUnsignedLong(i) : NULL;
@@ -456,17 +457,21 @@ PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t app
         return shi_raise(shi_py.CancelledError, ECANCELED, (int)dst,
                          "the task on CPU %u was cancelled", dst);
     case SHI_S_NOFUNC:
-        return shi_raise(shi_py.LayoutError, 0, (int)dst,
-                         "CPU %u does not know this function", dst);
+        return shi_raise(shi_py.LayoutError, 0, (int)dst, "CPU %u does not know this function",
+                         dst);
     case SHI_S_UNSENT:
-        return shi_raise(shi_py.ArenaError, ENOSPC, (int)dst,
-                         "the call has run on CPU %u, but there is no memory to send its result "
-                         "in: put large data in cluster.shared(), or make /dev/shm larger (mount "
-                         "-o remount,size=... /dev/shm, docker run --shm-size=...)", dst);
+        return shi_raise(
+            shi_py.ArenaError, ENOSPC, (int)dst,
+            "the call has run on CPU %u, but there is no memory to send its result "
+            "in: put large data in cluster.shared(), or make /dev/shm larger (mount "
+            "-o remount,size=... /dev/shm, docker run --shm-size=...)",
+            dst);
     case SHI_S_NOMEM:
-        return shi_raise(shi_py.ArenaError, ENOMEM, (int)dst,
-                         "CPU %u has no memory left to take the call, or to say what it raised: "
-                         "it may or may not have run", dst);
+        return shi_raise(
+            shi_py.ArenaError, ENOMEM, (int)dst,
+            "CPU %u has no memory left to take the call, or to say what it raised: "
+            "it may or may not have run",
+            dst);
     default:
         return shi_raise(shi_py.LayoutError, 0, (int)dst,
                          "CPU %u could not read the call: the segment is damaged", dst);
@@ -498,7 +503,7 @@ static void broken(Machine *machine, struct shi_csd *csd, bool async)
 
 int shi_incoming(Machine *machine, struct incoming *in, struct shi_csd *csd, bool async)
 {
-    *in = (struct incoming){.apply = csd->apply & (uint8_t)~SHI_A_INLINE_FUNC};
+    *in = (struct incoming){ .apply = csd->apply & (uint8_t)~SHI_A_INLINE_FUNC };
     PyObject *value = NULL;
     uint32_t src = csd->src;
     if (!(csd->apply & SHI_A_INLINE_FUNC)) {
@@ -570,7 +575,7 @@ PyObject *shi_incoming_apply(const struct incoming *in)
 static bool reply(Machine *machine, struct shi_csd *csd, PyObject *bytes)
 {
     uint64_t length = (uint64_t)PyBytes_GET_SIZE(bytes);
-    struct shi_ref ref = {.offset = csd->reply, .length = (uint32_t)length};
+    struct shi_ref ref = { .offset = csd->reply, .length = (uint32_t)length };
     if (length > csd->room)
         return false;
     void *at = shi_payload(&machine->m, csd->src, &ref);
@@ -616,8 +621,8 @@ static void send_refusal(Machine *machine, struct shi_csd *csd, PyObject *bytes,
     PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
     shi_raise(shi_py.ArenaError, -err, (int)machine->self.id,
               "the function has run, but its result of %zd bytes cannot be sent back: %s; put "
-              "large data in cluster.shared()", PyBytes_GET_SIZE(bytes),
-              err == -ENOSPC ? "/dev/shm is full" : strerror(-err));
+              "large data in cluster.shared()",
+              PyBytes_GET_SIZE(bytes), err == -ENOSPC ? "/dev/shm is full" : strerror(-err));
     PyObject *refusal = dumped_exception();
     if (!refusal || send(machine, csd, SHI_S_RAISED, refusal))
         shi_store_relaxed(&csd->status, SHI_S_UNSENT);
@@ -632,7 +637,8 @@ static void send_refusal(Machine *machine, struct shi_csd *csd, PyObject *bytes,
  * What is lent fills the arena: this result waits in private memory until a sender has
  * read one, and its own sender waits meanwhile, for a csd that stays locked.
  */
-static bool wait_for_room(Machine *machine, struct shi_csd *csd, uint8_t status, PyObject *bytes)
+static bool wait_for_room(Machine *machine, struct shi_csd *csd, uint8_t status,
+                          PyObject *bytes)
 {
     struct shi_self *self = &machine->self;
     if (self->unsent == machine->unsent_room) {
@@ -644,7 +650,8 @@ static bool wait_for_room(Machine *machine, struct shi_csd *csd, uint8_t status,
         machine->unsent_room = room;
     }
     machine->unsent[self->unsent++] = (struct unsent){
-        .csd = shi_csd_number(&machine->m, csd) - 1, .status = status, .bytes = Py_NewRef(bytes)};
+        .csd = shi_csd_number(&machine->m, csd) - 1, .status = status, .bytes = Py_NewRef(bytes)
+    };
     return true;
 }
 

@@ -50,11 +50,12 @@ static void hook_nmi(struct shi_self *self)
 
 static void flush_standard_files(void)
 {
-    const char *const names[] = {"stdout", "stderr"};
+    const char *const names[] = { "stdout", "stderr" };
     size_t i;
     for (i = 0; i < 2; i++) {
         PyObject *file = PySys_GetObject(names[i]); /* borrowed */
-        PyObject *done = file && file != Py_None ? PyObject_CallMethod(file, "flush", NULL) : NULL;
+        PyObject *done = file && file != Py_None ? PyObject_CallMethod(file, "flush", NULL)
+                                                 : NULL;
         Py_XDECREF(done);
         PyErr_Clear();
     }
@@ -110,8 +111,8 @@ static PyObject *said;
 void shi_say_handler(struct shi_self *self, PyObject *function, enum shi_handler kind)
 {
     struct shi_slot *slot = self->slot;
-    PyObject *text =
-        PyFunction_Check(function) ? ((PyFunctionObject *)function)->func_qualname : NULL;
+    PyObject *text = PyFunction_Check(function) ? ((PyFunctionObject *)function)->func_qualname
+                                                : NULL;
     /* The name is written when it is another one than the last time: what is held is alive,
      * so the same object is the same name. */
     if (!text || text != said) {
@@ -264,7 +265,7 @@ static bool hotplug_asked(const struct shi_self *self)
  * -EBUSY: look again, or as shi_cpu_offline. */
 static int await_room(struct shi_self *self)
 {
-    const struct timespec nap = {.tv_nsec = ROOM_NAP_NS};
+    const struct timespec nap = { .tv_nsec = ROOM_NAP_NS };
     if (!hotplug_asked(self))
         return 0; /* the request was withdrawn */
     if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING)
@@ -422,7 +423,8 @@ static void restore_handlers(Machine *machine)
     const struct {
         uint32_t signal;
         const char *entry;
-    } handlers[] = {{machine->m.kick_signal, "irq_entry"}, {machine->m.nmi_signal, "nmi_entry"}};
+    } handlers[] = { { machine->m.kick_signal, "irq_entry" },
+                     { machine->m.nmi_signal, "nmi_entry" } };
     PyObject *module = PyImport_ImportModule("signal");
     PyObject *core = PyImport_ImportModule("shmipi._core");
     size_t i;
@@ -504,11 +506,13 @@ static void run_task(Machine *machine)
     case -EEXIST:
         restore_handlers(machine);
         complain("CPU %d: the task %s replaced the handler of the kick signal or the NMI's: "
-                 "calls or NMIs waited until it ended", machine);
+                 "calls or NMIs waited until it ended",
+                 machine);
         break;
     case -EPERM:
         complain("CPU %d: the task %s blocked the kick signal or the NMI's: calls or NMIs "
-                 "waited until it ended", machine);
+                 "waited until it ended",
+                 machine);
         break;
     default:
         break;
@@ -600,8 +604,9 @@ static int refuse_in_handler(const Machine *machine)
     static bool given;
     if (!machine->self.in_irq)
         return 0;
-    return shi_warn_once(&given, "an IPI handler enables interrupts: they stay disabled until it "
-                                 "has returned");
+    return shi_warn_once(&given,
+                         "an IPI handler enables interrupts: they stay disabled until it "
+                         "has returned");
 }
 
 static PyObject *irq_disable(PyObject *module, PyObject *unused)
@@ -791,7 +796,8 @@ static int own_randomness(void)
  * touches (reference counts, inline caches) is a private copy of a page, times the
  * number of CPUs.
  */
-static int become(Machine *machine, uint32_t number, pid_t firmware, const int *fds, size_t nfds)
+static int become(Machine *machine, uint32_t number, pid_t firmware, const int *fds,
+                  size_t nfds)
 {
     struct shi_self *self = &machine->self;
     sigset_t all;
@@ -889,42 +895,45 @@ static PyObject *forked(PyObject *object, PyObject *unused)
 }
 
 PyMethodDef shi_cpu_methods[] = {
-    {"fork_cpu", fork_cpu, METH_VARARGS, "fork_cpu(cpu, firmware_pid, fds) -> pid"},
-    {"forked", forked, METH_NOARGS, "forked()\n--\n\nA fork's child of a CPU is no CPU."},
-    {NULL, NULL, 0, NULL},
+    { "fork_cpu", fork_cpu, METH_VARARGS, "fork_cpu(cpu, firmware_pid, fds) -> pid" },
+    { "forked", forked, METH_NOARGS, "forked()\n--\n\nA fork's child of a CPU is no CPU." },
+    { NULL, NULL, 0, NULL },
 };
 
 #define DOC(name, text) #name "()\n--\n\n" text
 PyMethodDef shi_cpu_functions[] = {
-    {"cpu_context", cpu_context, METH_NOARGS,
-     DOC(cpu_context, "NO_CPU, CPU_TASK or CPU_HANDLER: what this process and thread is.")},
-    {"smp_processor_id", smp_processor_id, METH_NOARGS,
-     DOC(smp_processor_id, "The number of this CPU.  ClusterStateError on the host.")},
-    {"local_irq_disable", irq_disable, METH_NOARGS,
-     DOC(local_irq_disable, "No handler runs here until local_irq_enable(): a flag, not a "
-                            "system call.  What arrives meanwhile stays pending.")},
-    {"local_irq_enable", irq_enable, METH_NOARGS,
-     DOC(local_irq_enable, "Let handlers run again, and run those that are pending now.")},
-    {"local_irq_save", irq_save, METH_NOARGS,
-     DOC(local_irq_save, "local_irq_disable(): returns the flags for local_irq_restore.")},
-    {"local_irq_restore", irq_restore, METH_O,
-     "local_irq_restore(flags)\n--\n\nBack to what local_irq_save() found."},
-    {"irqs_disabled", irqs_disabled, METH_NOARGS,
-     DOC(irqs_disabled, "True between local_irq_disable and _enable, and in handlers.")},
-    {"preempt_disable", preempt_disable, METH_NOARGS,
-     DOC(preempt_disable, "Tasks are not preempted here: this counts, as in a non-preemptible "
-                          "kernel.")},
-    {"preempt_enable", preempt_enable, METH_NOARGS,
-     DOC(preempt_enable, "ClusterStateError without a preempt_disable().")},
-    {"in_task", in_task, METH_NOARGS, DOC(in_task, "Not in an interrupt handler or NMI.")},
-    {"in_hardirq", in_hardirq, METH_NOARGS, DOC(in_hardirq, "In an IPI handler.")},
-    {"in_interrupt", in_interrupt, METH_NOARGS, DOC(in_interrupt, "In an IPI handler or NMI.")},
-    {"in_nmi", in_nmi, METH_NOARGS, DOC(in_nmi, "In an NMI handler.")},
-    {"on_task_cancel", on_task_cancel, METH_O,
-     "on_task_cancel(function)\n--\n\nCalled when this task is cancelled, instead of raising."},
-    {"task_interrupt_lost", task_interrupt_lost, METH_NOARGS,
-     DOC(task_interrupt_lost, "Raise TaskInterrupt once more: it was raised in vain.")},
-    {"cond_resched", cond_resched, METH_NOARGS,
-     DOC(cond_resched, "Take pending interrupts now: for tasks of a machine with kick=False.")},
-    {NULL, NULL, 0, NULL},
+    { "cpu_context", cpu_context, METH_NOARGS,
+      DOC(cpu_context, "NO_CPU, CPU_TASK or CPU_HANDLER: what this process and thread is.") },
+    { "smp_processor_id", smp_processor_id, METH_NOARGS,
+      DOC(smp_processor_id, "The number of this CPU.  ClusterStateError on the host.") },
+    { "local_irq_disable", irq_disable, METH_NOARGS,
+      DOC(local_irq_disable, "No handler runs here until local_irq_enable(): a flag, not a "
+                             "system call.  What arrives meanwhile stays pending.") },
+    { "local_irq_enable", irq_enable, METH_NOARGS,
+      DOC(local_irq_enable, "Let handlers run again, and run those that are pending now.") },
+    { "local_irq_save", irq_save, METH_NOARGS,
+      DOC(local_irq_save, "local_irq_disable(): returns the flags for local_irq_restore.") },
+    { "local_irq_restore", irq_restore, METH_O,
+      "local_irq_restore(flags)\n--\n\nBack to what local_irq_save() found." },
+    { "irqs_disabled", irqs_disabled, METH_NOARGS,
+      DOC(irqs_disabled, "True between local_irq_disable and _enable, and in handlers.") },
+    { "preempt_disable", preempt_disable, METH_NOARGS,
+      DOC(preempt_disable, "Tasks are not preempted here: this counts, as in a non-preemptible "
+                           "kernel.") },
+    { "preempt_enable", preempt_enable, METH_NOARGS,
+      DOC(preempt_enable, "ClusterStateError without a preempt_disable().") },
+    { "in_task", in_task, METH_NOARGS, DOC(in_task, "Not in an interrupt handler or NMI.") },
+    { "in_hardirq", in_hardirq, METH_NOARGS, DOC(in_hardirq, "In an IPI handler.") },
+    { "in_interrupt", in_interrupt, METH_NOARGS,
+      DOC(in_interrupt, "In an IPI handler or NMI.") },
+    { "in_nmi", in_nmi, METH_NOARGS, DOC(in_nmi, "In an NMI handler.") },
+    { "on_task_cancel", on_task_cancel, METH_O,
+      "on_task_cancel(function)\n--\n\nCalled when this task is cancelled, instead of "
+      "raising." },
+    { "task_interrupt_lost", task_interrupt_lost, METH_NOARGS,
+      DOC(task_interrupt_lost, "Raise TaskInterrupt once more: it was raised in vain.") },
+    { "cond_resched", cond_resched, METH_NOARGS,
+      DOC(cond_resched,
+          "Take pending interrupts now: for tasks of a machine with kick=False.") },
+    { NULL, NULL, 0, NULL },
 };

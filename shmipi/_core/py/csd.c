@@ -3,8 +3,7 @@
 #include "py/shi.h"
 
 typedef struct {
-    PyObject_HEAD
-    Machine *machine;
+    PyObject_HEAD Machine *machine;
     uint32_t local;
     PyObject *function, *info;
 } CallSingleData;
@@ -35,7 +34,7 @@ static PyObject *csd_make(Machine *machine, PyObject *function, PyObject *info)
 
 static PyObject *csd_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"func", "info", "machine", NULL};
+    static char *names[] = { "func", "info", "machine", NULL };
     PyObject *function, *info = Py_None, *machine = NULL;
     (void)type;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$O:CallSingleData", names, &function,
@@ -114,25 +113,26 @@ static PyObject *csd_get_info(PyObject *self, void *unused)
 }
 
 static PyGetSetDef csd_getset[] = {
-    {"locked", csd_get_locked, NULL, "True while a submission of it has not been taken up.", NULL},
-    {"func", csd_get_func, NULL, "The function.", NULL},
-    {"info", csd_get_info, NULL, "Its argument, as it was when this was made.", NULL},
-    {NULL, NULL, NULL, NULL, NULL},
+    { "locked", csd_get_locked, NULL, "True while a submission of it has not been taken up.",
+      NULL },
+    { "func", csd_get_func, NULL, "The function.", NULL },
+    { "info", csd_get_info, NULL, "Its argument, as it was when this was made.", NULL },
+    { NULL, NULL, NULL, NULL, NULL },
 };
 
 static PyType_Slot csd_slots[] = {
-    {Py_tp_new, csd_new},
-    {Py_tp_dealloc, csd_dealloc},
-    {Py_tp_traverse, csd_traverse},
-    {Py_tp_repr, csd_repr},
-    {Py_tp_getset, csd_getset},
-    {Py_tp_doc,
-     "CallSingleData(func, info=None, *, machine=None)\n--\n\n"
-     "A caller-owned request (the kernel's call_single_data_t).\n\n"
-     "`func` and `info` are pickled and registered now, so that submitting it never\n"
-     "allocates and never blocks.  It may be submitted again as soon as `locked` is False.\n"
-     "`machine` is what cluster.smp.CallSingleData fills in."},
-    {0, NULL},
+    { Py_tp_new, csd_new },
+    { Py_tp_dealloc, csd_dealloc },
+    { Py_tp_traverse, csd_traverse },
+    { Py_tp_repr, csd_repr },
+    { Py_tp_getset, csd_getset },
+    { Py_tp_doc,
+      "CallSingleData(func, info=None, *, machine=None)\n--\n\n"
+      "A caller-owned request (the kernel's call_single_data_t).\n\n"
+      "`func` and `info` are pickled and registered now, so that submitting it never\n"
+      "allocates and never blocks.  It may be submitted again as soon as `locked` is False.\n"
+      "`machine` is what cluster.smp.CallSingleData fills in." },
+    { 0, NULL },
 };
 static PyType_Spec csd_spec = {
     .name = "shmipi._core.CallSingleData",
@@ -145,15 +145,15 @@ int shi_csd_types(PyObject *module)
 {
     if (!shi_csd_type)
         shi_csd_type = (PyTypeObject *)PyType_FromSpec(&csd_spec);
-    return shi_csd_type ? PyModule_AddObjectRef(module, "CallSingleData",
-                                                (PyObject *)shi_csd_type)
-                        : -1;
+    return shi_csd_type
+               ? PyModule_AddObjectRef(module, "CallSingleData", (PyObject *)shi_csd_type)
+               : -1;
 }
 
 PyObject *shi_single_async(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
-                              PyObject *kwnames)
+                           PyObject *kwnames)
 {
-    static const char *const names[] = {"cpu", "csd"};
+    static const char *const names[] = { "cpu", "csd" };
     PyObject *a[2];
     int64_t cpu;
     if (shi_parse("smp_call_function_single_async", names, 2, 2, args, nargs, kwnames, a) < 0 ||

@@ -19,9 +19,9 @@
 #include <errno.h>
 
 struct func_entry {
-    PyObject_HEAD /* it is its own weakref callback */
-    Machine *machine; /* borrowed; NULL when it is not in the table */
-    PyObject *key;    /* borrowed: the weakref says when it is gone */
+    PyObject_HEAD         /* it is its own weakref callback */
+        Machine *machine; /* borrowed; NULL when it is not in the table */
+    PyObject *key;        /* borrowed: the weakref says when it is gone */
     PyObject *weak;
     uint32_t index;
     struct shi_guards *guards;
@@ -72,7 +72,7 @@ static int table_grow(struct func_table *t)
         slots[j] = t->slots[i];
     }
     PyMem_Free(t->slots);
-    *t = (struct func_table){slots, size, live, 0};
+    *t = (struct func_table){ slots, size, live, 0 };
     return 0;
 }
 
@@ -80,8 +80,8 @@ static int table_grow(struct func_table *t)
 static struct func_entry **table_slot(const struct func_table *t, const PyObject *key)
 {
     uint32_t i;
-    for (i = hash_of(key) & (t->size - 1);
-         t->slots[i] == &tombstone || t->slots[i]->key != key; i = (i + 1) & (t->size - 1))
+    for (i = hash_of(key) & (t->size - 1); t->slots[i] == &tombstone || t->slots[i]->key != key;
+         i = (i + 1) & (t->size - 1))
         ;
     return &t->slots[i];
 }
@@ -141,9 +141,9 @@ static PyObject *entry_call(PyObject *self, PyObject *args, PyObject *kwargs)
 }
 
 static PyType_Slot entry_slots[] = {
-    {Py_tp_dealloc, entry_dealloc},
-    {Py_tp_call, entry_call},
-    {0, NULL},
+    { Py_tp_dealloc, entry_dealloc },
+    { Py_tp_call, entry_call },
+    { 0, NULL },
 };
 static PyType_Spec entry_spec = {
     .name = "shmipi._core._SentFunction",
@@ -210,7 +210,8 @@ static int64_t publish(Machine *machine, PyObject *pickle)
         shi_raise(shi_py.TableError, EMFILE, -1,
                   "this process has sent %u functions that still exist, the most there can be: "
                   "let go of those not needed any more, or send one function and pass what "
-                  "varies as an argument", SHI_FUNCS);
+                  "varies as an argument",
+                  SHI_FUNCS);
     else if (index < 0)
         shi_raise_errno(machine, (int)index, -1);
     return index < 0 ? -2 : index;
@@ -282,9 +283,8 @@ int64_t shi_function_number(Machine *machine, PyObject *function)
         /* Other callables (bound methods, partials, objects) may change in ways that
          * identity does not show: they are pickled at each call. */
         if (!e && !PyFunction_Check(function) && !PyType_Check(function) &&
-            !(PyCFunction_Check(function) &&
-              (!PyCFunction_GET_SELF(function) ||
-               PyModule_Check(PyCFunction_GET_SELF(function)))))
+            !(PyCFunction_Check(function) && (!PyCFunction_GET_SELF(function) ||
+                                              PyModule_Check(PyCFunction_GET_SELF(function)))))
             return -1;
         sweep(machine);
         struct func_entry *fresh = entry_new(machine, function);
@@ -323,7 +323,7 @@ static void cache_clear(struct func_cache *c)
     for (i = 0; i < c->size; i++)
         Py_CLEAR(c->entries[i].function);
     PyMem_Free(c->entries);
-    *c = (struct func_cache){0};
+    *c = (struct func_cache){ 0 };
 }
 
 /* Copied first and checked after: nothing that does not bear the machine's checksum is
@@ -362,8 +362,8 @@ PyObject *shi_function_received(Machine *machine, uint32_t src, uint16_t src_gen
     if (src >= machine->m.nslots)
         return shi_raise(shi_py.LayoutError, 0, -1, "slot %u does not exist", src);
     struct func_cache *c = &machine->received[src];
-    if (__builtin_expect(index < c->size && c->gen == src_gen &&
-                             c->entries[index].function && c->entries[index].serial == serial,
+    if (__builtin_expect(index < c->size && c->gen == src_gen && c->entries[index].function &&
+                             c->entries[index].serial == serial,
                          1))
         return Py_NewRef(c->entries[index].function);
     PyObject *copy = copy_pickle(machine, src, index, serial);
@@ -407,7 +407,7 @@ void shi_functions_clear(Machine *machine)
 {
     uint32_t i;
     struct func_table t = machine->sent;
-    machine->sent = (struct func_table){0};
+    machine->sent = (struct func_table){ 0 };
     for (i = 0; i < t.size; i++) {
         struct func_entry *e = t.slots[i];
         if (!e || e == &tombstone)

@@ -31,8 +31,8 @@ struct taken {
     bool type;        /* a class */
     unsigned version; /* of the class when its dict was last found unchanged, or 0 */
     Py_ssize_t cells, globals, attributes, kwdefaults; /* how many */
-    Py_ssize_t n;         /* all together */
-    struct guard *guards; /* FIELDS, then those */
+    Py_ssize_t n;                                      /* all together */
+    struct guard *guards;                              /* FIELDS, then those */
 };
 
 /* What one of the tables said of the names that were used. */
@@ -110,9 +110,8 @@ static int take_function(struct taken *t, PyObject *item, PyObject *published)
     PyObject *function, *fields, *cells, *globals, *absent, *attributes, *kwdefaults;
     Py_ssize_t i;
     if (!PyArg_ParseTuple(item, "O!O!O!O!O!O!O!", &PyFunction_Type, &function, &PyTuple_Type,
-                          &fields, &PyTuple_Type, &cells, &PyDict_Type, &globals,
-                          &PyTuple_Type, &absent, &PyDict_Type, &attributes, &PyDict_Type,
-                          &kwdefaults))
+                          &fields, &PyTuple_Type, &cells, &PyDict_Type, &globals, &PyTuple_Type,
+                          &absent, &PyDict_Type, &attributes, &PyDict_Type, &kwdefaults))
         return -1;
     if (PyTuple_GET_SIZE(fields) != FIELDS) {
         PyErr_SetString(PyExc_SystemError, "byvalue.py and py/guard.c do not agree");
@@ -122,7 +121,8 @@ static int take_function(struct taken *t, PyObject *item, PyObject *published)
     Py_ssize_t nglobals = PyDict_GET_SIZE(globals) + nabsent;
     Py_ssize_t nattributes = PyDict_GET_SIZE(attributes);
     Py_ssize_t nkwdefaults = PyDict_GET_SIZE(kwdefaults);
-    if (take(t, function, published, FIELDS + ncells + nglobals + nattributes + nkwdefaults) < 0)
+    if (take(t, function, published, FIELDS + ncells + nglobals + nattributes + nkwdefaults) <
+        0)
         return -1;
     struct guard *g = t->guards;
     for (i = 0; i < FIELDS; i++)
@@ -303,9 +303,9 @@ static bool same_dict(const struct guard *g, Py_ssize_t n, PyObject *dict)
 static bool same_function(const struct taken *t, PyObject *function)
 {
     const PyFunctionObject *f = (const PyFunctionObject *)function;
-    PyObject *const fields[FIELDS] = {f->func_code,   f->func_defaults, f->func_name,
-                                      f->func_qualname, f->func_doc,    f->func_module,
-                                      f->func_annotations};
+    PyObject *const fields[FIELDS] = { f->func_code,       f->func_defaults, f->func_name,
+                                       f->func_qualname,   f->func_doc,      f->func_module,
+                                       f->func_annotations };
     const struct guard *g = t->guards;
     Py_ssize_t i;
     for (i = 0; i < FIELDS; i++, g++)
@@ -359,8 +359,8 @@ bool shi_guards_hold(struct shi_guards *all, PyObject *published)
     for (i = 0; i < all->n; i++) {
         struct taken *t = &all->taken[i];
         PyObject *object = t->weak ? referent(t->weak) : published;
-        if (!object || !(t->type ? same_type(t, (PyTypeObject *)object)
-                                 : same_function(t, object)))
+        if (!object ||
+            !(t->type ? same_type(t, (PyTypeObject *)object) : same_function(t, object)))
             return false;
     }
     return same_tables(all);

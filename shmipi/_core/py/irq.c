@@ -36,8 +36,8 @@ static PyObject *handler_of(Machine *machine, const struct shi_irqdesc *desc)
         PyObject *function =
             shi_function_received(machine, seen.src, seen.src_gen, seen.func, seen.serial);
         /* Another one may have taken its place just then, and its number be freed. */
-        if (function || (shi_load_acquire(&desc->action) == SHI_IA_PYTHON &&
-                         same_handler(&seen, desc)))
+        if (function ||
+            (shi_load_acquire(&desc->action) == SHI_IA_PYTHON && same_handler(&seen, desc)))
             return function;
         PyErr_Clear();
     }
@@ -177,9 +177,11 @@ static void let_go_of_handlers(Machine *machine)
         const struct shi_irqdesc *desc = shi_irqdesc(&machine->m, virq);
         if (!held)
             continue;
-        uint32_t serial = shi_load_relaxed(&shi_func_entry(&machine->m, self->id, held - 1)->serial);
-        const struct shi_irqdesc mine = {.func = held - 1, .serial = serial,
-                                         .src = (uint16_t)self->id, .src_gen = self->gen};
+        uint32_t serial =
+            shi_load_relaxed(&shi_func_entry(&machine->m, self->id, held - 1)->serial);
+        const struct shi_irqdesc mine = {
+            .func = held - 1, .serial = serial, .src = (uint16_t)self->id, .src_gen = self->gen
+        };
         if (shi_load_acquire(&desc->action) == SHI_IA_PYTHON && same_handler(desc, &mine))
             continue;
         machine->irq_held[virq] = 0;
@@ -210,9 +212,9 @@ static int request_python(Machine *machine, uint32_t virq, PyObject *handler)
     shi_enter(self);
     shi_func_hold(self, (uint32_t)index);
     desc->stride = 0;
-    shi_irqdesc_set_python(self, desc, (uint32_t)index,
-                           shi_load_relaxed(&shi_func_entry(&machine->m, self->id,
-                                                            (uint32_t)index)->serial));
+    shi_irqdesc_set_python(
+        self, desc, (uint32_t)index,
+        shi_load_relaxed(&shi_func_entry(&machine->m, self->id, (uint32_t)index)->serial));
     machine->irq_held[virq] = (uint32_t)index + 1;
     if (old)
         shi_func_drop(self, old - 1); /* after: whoever takes the irq now finds the new one */
@@ -314,7 +316,8 @@ METHOD(coproc_raise)
 METHOD(coproc_take)
 {
     unsigned long which = PyLong_AsUnsignedLong(arg);
-    struct shi_coproc *c = PyErr_Occurred() ? NULL : coproc_arg(MACHINE(object), (unsigned)which);
+    struct shi_coproc *c = PyErr_Occurred() ? NULL
+                                            : coproc_arg(MACHINE(object), (unsigned)which);
     return c ? PyBool_FromLong(shi_xchg_full(&c->pending, 0)) : NULL;
 }
 
@@ -330,13 +333,10 @@ METHOD(coproc_wait)
     if (!c)
         return NULL;
     int err = 0;
-    Py_BEGIN_ALLOW_THREADS
-    if (seconds != 0 && shi_load_acquire(&c->event) == (uint32_t)seen)
+    Py_BEGIN_ALLOW_THREADS if (seconds != 0 && shi_load_acquire(&c->event) == (uint32_t)seen)
         err = shi_event_wait(&c->event, (uint32_t)seen,
                              seconds < 0 ? -1 : (int64_t)(seconds * 1e9));
-    Py_END_ALLOW_THREADS
-    if (err == -EINTR && PyErr_CheckSignals() < 0)
-        return NULL;
+    Py_END_ALLOW_THREADS if (err == -EINTR && PyErr_CheckSignals() < 0) return NULL;
     return PyLong_FromUnsignedLong(shi_load_acquire(&c->event));
 }
 
@@ -361,25 +361,27 @@ METHOD(coproc_set)
 METHOD(coproc)
 {
     unsigned long which = PyLong_AsUnsignedLong(arg);
-    struct shi_coproc *c = PyErr_Occurred() ? NULL : coproc_arg(MACHINE(object), (unsigned)which);
+    struct shi_coproc *c = PyErr_Occurred() ? NULL
+                                            : coproc_arg(MACHINE(object), (unsigned)which);
     return c ? Py_BuildValue("(III)", shi_load_relaxed(&c->pid), shi_load_acquire(&c->virq),
                              shi_load_acquire(&c->pending))
              : NULL;
 }
 
 PyMethodDef shi_irq_methods[] = {
-    {"irq_trylock", irq_trylock, METH_NOARGS, "irq_trylock() -> bool: of the descriptors"},
-    {"irq_unlock", irq_unlock, METH_NOARGS, "irq_unlock()"},
-    {"irq_request", irq_request, METH_VARARGS, "irq_request(virq, handler, info, stride=0)"},
-    {"irq_free", irq_free, METH_O, "irq_free(virq)"},
-    {"irq_reset_line", irq_reset_line, METH_O,
-     "irq_reset_line(line): masked and not pending at any CPU"},
-    {"coproc_raise", irq_coproc_raise, METH_VARARGS, "coproc_raise(number, virq)"},
-    {"coproc_take", irq_coproc_take, METH_O, "coproc_take(number) -> bool"},
-    {"coproc_wait", irq_coproc_wait, METH_VARARGS, "coproc_wait(number, seen, seconds) -> count"},
-    {"coproc_set", irq_coproc_set, METH_VARARGS, "coproc_set(number, pid, virq)"},
-    {"coproc", irq_coproc, METH_O, "coproc(number) -> (pid, virq, pending)"},
-    {NULL, NULL, 0, NULL},
+    { "irq_trylock", irq_trylock, METH_NOARGS, "irq_trylock() -> bool: of the descriptors" },
+    { "irq_unlock", irq_unlock, METH_NOARGS, "irq_unlock()" },
+    { "irq_request", irq_request, METH_VARARGS, "irq_request(virq, handler, info, stride=0)" },
+    { "irq_free", irq_free, METH_O, "irq_free(virq)" },
+    { "irq_reset_line", irq_reset_line, METH_O,
+      "irq_reset_line(line): masked and not pending at any CPU" },
+    { "coproc_raise", irq_coproc_raise, METH_VARARGS, "coproc_raise(number, virq)" },
+    { "coproc_take", irq_coproc_take, METH_O, "coproc_take(number) -> bool" },
+    { "coproc_wait", irq_coproc_wait, METH_VARARGS,
+      "coproc_wait(number, seen, seconds) -> count" },
+    { "coproc_set", irq_coproc_set, METH_VARARGS, "coproc_set(number, pid, virq)" },
+    { "coproc", irq_coproc, METH_O, "coproc(number) -> (pid, virq, pending)" },
+    { NULL, NULL, 0, NULL },
 };
 
 /* The machine of this process, or the only one open here. */
@@ -406,8 +408,8 @@ static PyObject *die_with(PyObject *module, PyObject *arg)
 }
 
 PyMethodDef shi_irq_functions[] = {
-    {"die_with", die_with, METH_O, "die_with(parent): end when the parent does"},
-    {"current_machine", current, METH_NOARGS,
-     "current_machine()\n--\n\nThe Machine that module-level functions act on."},
-    {NULL, NULL, 0, NULL},
+    { "die_with", die_with, METH_O, "die_with(parent): end when the parent does" },
+    { "current_machine", current, METH_NOARGS,
+      "current_machine()\n--\n\nThe Machine that module-level functions act on." },
+    { NULL, NULL, 0, NULL },
 };

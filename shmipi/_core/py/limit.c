@@ -50,8 +50,8 @@ Hist *shi_hist_make(void)
 
 static PyObject *hist_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"state", NULL};
-    Py_buffer state = {0};
+    static char *names[] = { "state", NULL };
+    Py_buffer state = { 0 };
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|y*:Hist", names, &state))
         return NULL;
     (void)type; /* not to be derived from */
@@ -95,12 +95,12 @@ static PyObject *hist_reduce(PyObject *object, PyObject *unused)
     if (!bytes)
         return NULL;
     char *to = PyBytes_AS_STRING(bytes);
-    const uint64_t head[HIST_HEAD] = {h->count, h->overflow, h->min,
-                                      h->max,   h->sum_low,  h->sum_high};
+    const uint64_t head[HIST_HEAD] = { h->count, h->overflow, h->min,
+                                       h->max,   h->sum_low,  h->sum_high };
     memcpy(to, head, sizeof head);
     to += sizeof head;
     for (index = 0; shi_hist_next(h, &index, &at, &count); to += 16) {
-        const uint64_t pair[2] = {at, count};
+        const uint64_t pair[2] = { at, count };
         memcpy(to, pair, sizeof pair);
     }
     return Py_BuildValue("O(N)", Py_TYPE(object), bytes);
@@ -181,31 +181,31 @@ static PyObject *hist_count(PyObject *object, void *unused)
 }
 
 static PyMethodDef hist_methods[] = {
-    {"record", (PyCFunction)(void (*)(void))hist_record, METH_FASTCALL,
-     "record($self, ns, count=1, /)\n--\n\nCount `ns` (`count` times)."},
-    {"merge", hist_merge, METH_O, "merge($self, other, /)\n--\n\nAdd the values of another."},
-    {"quantile", hist_quantile, METH_O,
-     "quantile($self, q, /)\n--\n\nThe value in ns at quantile `q` (0 to 1); 0 while empty."},
-    {"stats", hist_stats, METH_NOARGS,
-     "stats($self, /)\n--\n\nmin, p50, p90, p99, p999, max and mean in ns."},
-    {"buckets", hist_buckets, METH_NOARGS,
-     "buckets($self, /)\n--\n\n(lowest ns, highest ns, count) of each bucket in use."},
-    {"__reduce__", hist_reduce, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL},
+    { "record", (PyCFunction)(void (*)(void))hist_record, METH_FASTCALL,
+      "record($self, ns, count=1, /)\n--\n\nCount `ns` (`count` times)." },
+    { "merge", hist_merge, METH_O, "merge($self, other, /)\n--\n\nAdd the values of another." },
+    { "quantile", hist_quantile, METH_O,
+      "quantile($self, q, /)\n--\n\nThe value in ns at quantile `q` (0 to 1); 0 while empty." },
+    { "stats", hist_stats, METH_NOARGS,
+      "stats($self, /)\n--\n\nmin, p50, p90, p99, p999, max and mean in ns." },
+    { "buckets", hist_buckets, METH_NOARGS,
+      "buckets($self, /)\n--\n\n(lowest ns, highest ns, count) of each bucket in use." },
+    { "__reduce__", hist_reduce, METH_NOARGS, NULL },
+    { NULL, NULL, 0, NULL },
 };
 static PyGetSetDef hist_getset[] = {
-    {"count", hist_count, NULL, "How many values were recorded.", NULL},
-    {NULL, NULL, NULL, NULL, NULL},
+    { "count", hist_count, NULL, "How many values were recorded.", NULL },
+    { NULL, NULL, NULL, NULL, NULL },
 };
 static PyType_Slot hist_slots[] = {
-    {Py_tp_new, hist_new},
-    {Py_tp_dealloc, hist_dealloc},
-    {Py_tp_methods, hist_methods},
-    {Py_tp_getset, hist_getset},
-    {Py_tp_doc, "Hist()\n--\n\n"
-                "A histogram of nanoseconds in HdrHistogram's bucket layout: three\n"
-                "significant digits from 1 ns to 73 minutes.  Pickles by value."},
-    {0, NULL},
+    { Py_tp_new, hist_new },
+    { Py_tp_dealloc, hist_dealloc },
+    { Py_tp_methods, hist_methods },
+    { Py_tp_getset, hist_getset },
+    { Py_tp_doc, "Hist()\n--\n\n"
+                 "A histogram of nanoseconds in HdrHistogram's bucket layout: three\n"
+                 "significant digits from 1 ns to 73 minutes.  Pickles by value." },
+    { 0, NULL },
 };
 static PyType_Spec hist_spec = {
     .name = "shmipi._core.Hist",
@@ -249,10 +249,10 @@ static PyObject *limit_error(int err)
 static int limit_params(PyObject *args, PyObject *kwargs, Py_buffer *area,
                         struct shi_limit_params *p, int *clocked, int *one_way)
 {
-    static char *names[] = {"area",    "kind",      "session", "calls",    "warmup",
-                            "batch",   "placement", "gap_ns",  "deadline", "peer_pid",
-                            "peer_tid", "eventfd",  "mq_name", "core",     "plain",
-                            "clocked", "one_way",   NULL};
+    static char *names[] = { "area",     "kind",      "session", "calls",    "warmup",
+                             "batch",    "placement", "gap_ns",  "deadline", "peer_pid",
+                             "peer_tid", "eventfd",   "mq_name", "core",     "plain",
+                             "clocked",  "one_way",   NULL };
     const char *kind, *mq_name = "";
     unsigned session, calls, warmup = 100, batch = 1000, placement = 0, gap = SHI_LIMIT_GAP_NS;
     double seconds = 30.0;
@@ -303,14 +303,11 @@ static PyObject *limit_ping(PyObject *module, PyObject *args, PyObject *kwargs)
     p.one_way = one_way ? there->h : NULL;
     const struct shi_limit_area *a = area.buf;
     int err;
-    Py_BEGIN_ALLOW_THREADS
-    err = shi_limit_ping(area.buf, &p, clocked ? rtt->h : NULL, &batch_ns);
-    Py_END_ALLOW_THREADS
-    if (err)
-        limit_error(err);
-    else
-        result = Py_BuildValue("(OOdII)", rtt, there, batch_ns, shi_load_relaxed(&a->slept),
-                               shi_load_relaxed(&a->preempted));
+    Py_BEGIN_ALLOW_THREADS err =
+        shi_limit_ping(area.buf, &p, clocked ? rtt->h : NULL, &batch_ns);
+    Py_END_ALLOW_THREADS if (err) limit_error(err);
+    else result = Py_BuildValue("(OOdII)", rtt, there, batch_ns, shi_load_relaxed(&a->slept),
+                                shi_load_relaxed(&a->preempted));
 out:
     Py_XDECREF(rtt);
     Py_XDECREF(there);
@@ -326,10 +323,8 @@ static PyObject *limit_pong(PyObject *module, PyObject *args, PyObject *kwargs)
     (void)module;
     if (limit_params(args, kwargs, &area, &p, &clocked, &one_way) < 0)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    err = shi_limit_pong(area.buf, &p);
-    Py_END_ALLOW_THREADS
-    PyBuffer_Release(&area);
+    Py_BEGIN_ALLOW_THREADS err = shi_limit_pong(area.buf, &p);
+    Py_END_ALLOW_THREADS PyBuffer_Release(&area);
     if (err)
         return limit_error(err);
     Py_RETURN_NONE;
@@ -339,20 +334,21 @@ static PyObject *limit_pong(PyObject *module, PyObject *args, PyObject *kwargs)
 
 #define WORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
 PyMethodDef shi_limit_functions[] = {
-    {"stamp", stamp, METH_NOARGS,
-     "stamp()\n--\n\nNow, in ns of CLOCK_MONOTONIC, by the cheapest clock that all CPUs of a\n"
-     "machine agree on."},
-    {"timer_cost_ns", timer_cost, METH_NOARGS,
-     "timer_cost_ns()\n--\n\nWhat one stamp costs in ns."},
-    {"clock_source", clock_source, METH_NOARGS,
-     "clock_source()\n--\n\nThe clock behind stamps: tsc, cntvct or monotonic."},
-    {"limit_ping", WORDS(limit_ping),
-     "limit_ping($module, /, area, kind, session, calls, **options)\n--\n\n"
-     "The sender of a raw limit: (round trips, one way, median ns of batches, slept,\n"
-     "preempted).  OSError: what the system forbids."},
-    {"limit_pong", WORDS(limit_pong),
-     "limit_pong($module, /, area, kind, session, calls, **options)\n--\n\nIts target, in another process."},
-    {NULL, NULL, 0, NULL},
+    { "stamp", stamp, METH_NOARGS,
+      "stamp()\n--\n\nNow, in ns of CLOCK_MONOTONIC, by the cheapest clock that all CPUs of a\n"
+      "machine agree on." },
+    { "timer_cost_ns", timer_cost, METH_NOARGS,
+      "timer_cost_ns()\n--\n\nWhat one stamp costs in ns." },
+    { "clock_source", clock_source, METH_NOARGS,
+      "clock_source()\n--\n\nThe clock behind stamps: tsc, cntvct or monotonic." },
+    { "limit_ping", WORDS(limit_ping),
+      "limit_ping($module, /, area, kind, session, calls, **options)\n--\n\n"
+      "The sender of a raw limit: (round trips, one way, median ns of batches, slept,\n"
+      "preempted).  OSError: what the system forbids." },
+    { "limit_pong", WORDS(limit_pong),
+      "limit_pong($module, /, area, kind, session, calls, **options)\n--\n\nIts target, in "
+      "another process." },
+    { NULL, NULL, 0, NULL },
 };
 
 int shi_limit_types(PyObject *module)
@@ -360,8 +356,8 @@ int shi_limit_types(PyObject *module)
     if (!hist_type)
         hist_type = (PyTypeObject *)PyType_FromSpec(&hist_spec);
     if (!hist_type || PyModule_AddObjectRef(module, "Hist", (PyObject *)hist_type) < 0 ||
-        PyModule_AddIntConstant(module, "LIMIT_AREA_BYTES",
-                                sizeof(struct shi_limit_area)) < 0 ||
+        PyModule_AddIntConstant(module, "LIMIT_AREA_BYTES", sizeof(struct shi_limit_area)) <
+            0 ||
         PyModule_AddIntConstant(module, "LIMIT_PLACEMENTS", SHI_LIMIT_PLACEMENTS) < 0)
         return -1;
     return PyModule_AddFunctions(module, shi_limit_functions);

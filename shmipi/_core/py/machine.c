@@ -29,7 +29,7 @@ const char *shi_absence = SHI_NO_CLUSTER;
 
 static PyObject *machine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd", "slot", NULL};
+    static char *names[] = { "fd", "slot", NULL };
     int fd, slot;
     struct shi_header *head;
     if (shi_bound() < 0)
@@ -49,7 +49,8 @@ static PyObject *machine_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     if (abi != SHI_ABI)
         return shi_raise(shi_py.LayoutError, 0, -1,
                          "this machine was booted by another version of shmipi (layout %u, "
-                         "here %u)", abi, SHI_ABI);
+                         "here %u)",
+                         abi, SHI_ABI);
     if (total > (1ull << 46) || total < sizeof(struct shi_header))
         return shi_raise(shi_py.LayoutError, 0, -1, "the header of this machine is damaged");
     /* Its own number for the file: the caller may close his, and another file get it. */
@@ -142,8 +143,10 @@ Machine *shi_use_current(void)
     if (shi_bound() < 0)
         return NULL;
     if (!shi_current || shi_current->foreign) {
-        shi_raise(shi_py.NoMachineError, 0, -1, "shmipi.smp and shmipi.irq have no machine here: "
-                  "%s", shi_absence);
+        shi_raise(shi_py.NoMachineError, 0, -1,
+                  "shmipi.smp and shmipi.irq have no machine here: "
+                  "%s",
+                  shi_absence);
         return NULL;
     }
     return shi_use(shi_current) < 0 ? NULL : shi_current;
@@ -218,8 +221,7 @@ METHOD(leave)
     self->leaving = 1;
     uint64_t end = shi_now_ns() + (uint64_t)(seconds * 1e9);
     while (machine->waiters && shi_now_ns() < end) {
-        Py_BEGIN_ALLOW_THREADS
-        shi_event_ring(&self->slot->event);
+        Py_BEGIN_ALLOW_THREADS shi_event_ring(&self->slot->event);
         shi_event_wait(&self->slot->event, shi_load_acquire(&self->slot->event), LEAVE_LOOK_NS);
         Py_END_ALLOW_THREADS
     }
@@ -375,7 +377,7 @@ METHOD(slot)
     if (slot_arg(machine, arg, machine->m.nslots, &id) < 0)
         return NULL;
     struct shi_slot *s = shi_slot(&machine->m, id);
-    char task[sizeof s->task_name + 1] = {0};
+    char task[sizeof s->task_name + 1] = { 0 };
     memcpy(task, s->task_name, sizeof s->task_name);
     uint64_t w = shi_load_acquire(&s->word);
     PyObject *name = PyUnicode_DecodeUTF8(task, (Py_ssize_t)strlen(task), "replace");
@@ -394,7 +396,7 @@ METHOD(doing)
     Machine *machine = MACHINE(object);
     uint32_t id, kind, looks = 0;
     uint64_t since;
-    char name[SHI_HANDLER_NAME], task[sizeof ((struct shi_slot *)0)->task_name];
+    char name[SHI_HANDLER_NAME], task[sizeof((struct shi_slot *)0)->task_name];
     if (slot_arg(machine, arg, machine->m.ncpus, &id) < 0)
         return NULL;
     const struct shi_slot *s = shi_slot(&machine->m, id);
@@ -498,7 +500,8 @@ METHOD(hotplug)
     if (cpu >= machine->m.ncpus)
         return shi_raise_errno(machine, -ENXIO, (int)cpu);
     struct shi_slot *slot = shi_slot(&machine->m, cpu);
-    uint32_t want = offline ? SHI_HP_OFFLINE : SHI_HP_ONLINE, old = shi_load_acquire(&slot->hotplug);
+    uint32_t want = offline ? SHI_HP_OFFLINE : SHI_HP_ONLINE,
+             old = shi_load_acquire(&slot->hotplug);
     while (old != SHI_HP_STOP && !shi_cas_full(&slot->hotplug, &old, want))
         ;
     shi_event_wake(&slot->hotplug);
@@ -522,13 +525,11 @@ static PyObject *wait_word(shi_a32 *word, PyObject *arg)
     if (!PyArg_ParseTuple(arg, "kd", &seen, &seconds))
         return NULL;
     int err;
-    Py_BEGIN_ALLOW_THREADS
-    err = shi_load_acquire(word) == (uint32_t)seen
-              ? shi_event_wait(word, (uint32_t)seen, seconds < 0 ? -1 : (int64_t)(seconds * 1e9))
-              : 0;
-    Py_END_ALLOW_THREADS
-    if (err == -EINTR && PyErr_CheckSignals() < 0)
-        return NULL;
+    Py_BEGIN_ALLOW_THREADS err =
+        shi_load_acquire(word) == (uint32_t)seen
+            ? shi_event_wait(word, (uint32_t)seen, seconds < 0 ? -1 : (int64_t)(seconds * 1e9))
+            : 0;
+    Py_END_ALLOW_THREADS if (err == -EINTR && PyErr_CheckSignals() < 0) return NULL;
     return PyLong_FromUnsignedLong(shi_load_acquire(word));
 }
 
@@ -552,19 +553,19 @@ METHOD(wait_hotplug)
 
 /* ---- the firmware's work --------------------------------------------------------- */
 
-#define CPU_METHOD(name, expression)                                                             \
-    METHOD(name)                                                                                 \
-    {                                                                                            \
-        Machine *machine = MACHINE(object);                                                      \
-        uint32_t cpu;                                                                            \
-        if (CPU_ARG(machine, arg, &cpu) < 0)                                                     \
-            return NULL;                                                                         \
-        expression;                                                                              \
+#define CPU_METHOD(name, expression)                                                           \
+    METHOD(name)                                                                               \
+    {                                                                                          \
+        Machine *machine = MACHINE(object);                                                    \
+        uint32_t cpu;                                                                          \
+        if (CPU_ARG(machine, arg, &cpu) < 0)                                                   \
+            return NULL;                                                                       \
+        expression;                                                                            \
     }
-CPU_METHOD(boot_error, return PyLong_FromUnsignedLong(shi_load_acquire(
-                           &shi_slot(&machine->m, cpu)->boot_error)))
-CPU_METHOD(ended, return PyLong_FromUnsignedLong(shi_load_acquire(
-                      &shi_slot(&machine->m, cpu)->end)))
+CPU_METHOD(boot_error, return PyLong_FromUnsignedLong(
+                           shi_load_acquire(&shi_slot(&machine->m, cpu)->boot_error)))
+CPU_METHOD(ended,
+           return PyLong_FromUnsignedLong(shi_load_acquire(&shi_slot(&machine->m, cpu)->end)))
 CPU_METHOD(reap_complete,
            return PyLong_FromUnsignedLong(shi_reap_complete(&machine->self, cpu)))
 METHOD(reap_orphans)
@@ -692,14 +693,14 @@ METHOD(watch)
         uint64_t now = shi_now_ns(), next = machine->looked_ns + SHI_WATCH_NS;
         uint64_t until = next < end ? next : end;
         uint64_t ns = until > now ? until - now : 0;
-        struct timespec t = {.tv_sec = (time_t)(ns / 1000000000),
-                             .tv_nsec = (long)(ns % 1000000000)};
-        struct pollfd p = {.fd = fd, .events = POLLIN};
-        Py_BEGIN_ALLOW_THREADS
-        ready = ppoll(&p, 1, &t, NULL);
-        Py_END_ALLOW_THREADS
-        if (ready < 0 && (errno != EINTR || PyErr_CheckSignals() < 0))
-            return PyErr_Occurred() ? NULL : PyErr_SetFromErrno(PyExc_OSError);
+        struct timespec t = { .tv_sec = (time_t)(ns / 1000000000),
+                              .tv_nsec = (long)(ns % 1000000000) };
+        struct pollfd p = { .fd = fd, .events = POLLIN };
+        Py_BEGIN_ALLOW_THREADS ready = ppoll(&p, 1, &t, NULL);
+        Py_END_ALLOW_THREADS if (ready < 0 && (errno != EINTR || PyErr_CheckSignals() <
+                                                                     0)) return PyErr_Occurred()
+            ? NULL
+            : PyErr_SetFromErrno(PyExc_OSError);
     } while (ready <= 0 && shi_now_ns() < end);
     Py_RETURN_NONE;
 }
@@ -791,8 +792,9 @@ METHOD(add_array)
      * hole before it. */
     if (used % SHI_PAGE || used > m->array_bytes || used < MACHINE(object)->array_top ||
         (used && m->array_offset + used > file_end(m)))
-        return shi_raise(shi_py.LayoutError, 0, -1,
-                         "no array can be made any more: the header of this machine is damaged");
+        return shi_raise(
+            shi_py.LayoutError, 0, -1,
+            "no array can be made any more: the header of this machine is damaged");
     if (bytes > m->array_bytes || used > m->array_bytes - bytes) {
         PyErr_Format(PyExc_MemoryError, "arrays of a machine may have %llu bytes together",
                      (unsigned long long)m->array_bytes);
@@ -838,8 +840,7 @@ METHOD(array_offsets)
         n = SHI_MAX_ARRAYS;
     PyObject *list = PyList_New(n);
     for (i = 0; list && i < n; i++) {
-        PyObject *offset =
-            PyLong_FromUnsignedLongLong(shi_load_relaxed(&m->header->arrays[i]));
+        PyObject *offset = PyLong_FromUnsignedLongLong(shi_load_relaxed(&m->header->arrays[i]));
         if (!offset)
             Py_CLEAR(list);
         else
@@ -896,12 +897,12 @@ METHOD(step_hit)
 
 /* ---- getters --------------------------------------------------------------------- */
 
-#define GETTER(name, expression)                                                                 \
-    static PyObject *get_##name(PyObject *object, void *unused)                                  \
-    {                                                                                            \
-        Machine *machine = MACHINE(object);                                                      \
-        (void)unused;                                                                            \
-        return expression;                                                                       \
+#define GETTER(name, expression)                                                               \
+    static PyObject *get_##name(PyObject *object, void *unused)                                \
+    {                                                                                          \
+        Machine *machine = MACHINE(object);                                                    \
+        (void)unused;                                                                          \
+        return expression;                                                                     \
     }
 GETTER(ncpus, PyLong_FromUnsignedLong(machine->m.ncpus))
 GETTER(nslots, PyLong_FromUnsignedLong(machine->m.nslots))
@@ -919,7 +920,8 @@ GETTER(shut_down, PyBool_FromLong(shi_load_acquire(&machine->m.header->shut_down
 GETTER(event, PyLong_FromUnsignedLong(shi_load_acquire(&machine->self.slot->event)))
 GETTER(hotplug_event,
        PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->hotplug_event)))
-GETTER(firmware_pid, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->firmware_pid)))
+GETTER(firmware_pid,
+       PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->firmware_pid)))
 GETTER(host_pid, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->host_pid)))
 GETTER(boot_time, PyLong_FromUnsignedLongLong(machine->m.header->boot_time_ns))
 GETTER(doorbell, PyLong_FromUnsignedLong(machine->m.doorbell))
@@ -936,20 +938,43 @@ GETTER(slot_offset, PyLong_FromUnsignedLongLong(machine->m.slot_offset))
 GETTER(trace_offset, PyLong_FromUnsignedLongLong(machine->m.trace_offset))
 GETTER(trace_records, PyLong_FromUnsignedLong(machine->m.trace_records))
 
-#define GET(name) {#name, get_##name, NULL, NULL, NULL}
+#define GET(name) { #name, get_##name, NULL, NULL, NULL }
 static PyGetSetDef machine_getset[] = {
-    GET(ncpus), GET(nslots), GET(id), GET(is_cpu), GET(name), GET(payload_max),
-    GET(array_bytes), GET(array_offset), GET(array_end), GET(state), GET(event), GET(hotplug_event), GET(firmware_pid),
-    GET(host_pid), GET(boot_time), GET(doorbell), GET(kick_signal), GET(kick),
-    GET(oversubscribed), GET(chip), GET(closed), GET(slot_offset), GET(trace_offset),
-    GET(trace_records), GET(nmi_signal), GET(irq_offset), GET(affinity_offset),
-    GET(line_count_offset), GET(shut_down),
-    {NULL, NULL, NULL, NULL, NULL},
+    GET(ncpus),
+    GET(nslots),
+    GET(id),
+    GET(is_cpu),
+    GET(name),
+    GET(payload_max),
+    GET(array_bytes),
+    GET(array_offset),
+    GET(array_end),
+    GET(state),
+    GET(event),
+    GET(hotplug_event),
+    GET(firmware_pid),
+    GET(host_pid),
+    GET(boot_time),
+    GET(doorbell),
+    GET(kick_signal),
+    GET(kick),
+    GET(oversubscribed),
+    GET(chip),
+    GET(closed),
+    GET(slot_offset),
+    GET(trace_offset),
+    GET(trace_records),
+    GET(nmi_signal),
+    GET(irq_offset),
+    GET(affinity_offset),
+    GET(line_count_offset),
+    GET(shut_down),
+    { NULL, NULL, NULL, NULL, NULL },
 };
 
-#define NOARGS(name, text) {#name, machine_##name, METH_NOARGS, #name "()\n--\n\n" text}
-#define ONE(name, text) {#name, machine_##name, METH_O, text}
-#define MANY(name, text) {#name, machine_##name, METH_VARARGS, text}
+#define NOARGS(name, text) { #name, machine_##name, METH_NOARGS, #name "()\n--\n\n" text }
+#define ONE(name, text) { #name, machine_##name, METH_O, text }
+#define MANY(name, text) { #name, machine_##name, METH_VARARGS, text }
 PyMethodDef shi_machine_methods[] = {
     NOARGS(close, "Refuse every further use."),
     ONE(leave, "leave(seconds) -> bool: a guest gives its slot up"),
@@ -995,7 +1020,7 @@ PyMethodDef shi_machine_methods[] = {
     ONE(offset_of, "offset_of(address) -> offset or -1"),
     MANY(arm_step, "arm_step(slot, name, action, skip=0)"),
     ONE(step_hit, "step_hit(slot) -> name"),
-    {NULL, NULL, 0, NULL},
+    { NULL, NULL, 0, NULL },
 };
 
 static PyObject *kick_block(PyObject *module, PyObject *arg)
@@ -1041,20 +1066,20 @@ static PyObject *stamp_to_mono(PyObject *module, PyObject *arg)
 }
 
 PyMethodDef shi_machine_functions[] = {
-    {"stamp_to_mono", stamp_to_mono, METH_O, "stamp_to_mono(stamp) -> ns"},
-    {"set_open", set_open, METH_O, "set_open(count): so many Clusters are open here"},
-    {"signal_fd", signal_fd, METH_O, "signal_fd(signals) -> fd"},
-    {"kick_block", kick_block, METH_VARARGS, "kick_block(signo, block)"},
-    {NULL, NULL, 0, NULL},
+    { "stamp_to_mono", stamp_to_mono, METH_O, "stamp_to_mono(stamp) -> ns" },
+    { "set_open", set_open, METH_O, "set_open(count): so many Clusters are open here" },
+    { "signal_fd", signal_fd, METH_O, "signal_fd(signals) -> fd" },
+    { "kick_block", kick_block, METH_VARARGS, "kick_block(signo, block)" },
+    { NULL, NULL, 0, NULL },
 };
 
 /* The type's methods come from several files. */
 static PyMethodDef *all_methods(void)
 {
     static PyMethodDef all[192];
-    PyMethodDef *const parts[] = {shi_machine_methods, shi_call_methods, shi_cpu_methods,
-                                  shi_bench_methods, shi_chip_methods, shi_wait_methods,
-                                  shi_irq_methods};
+    PyMethodDef *const parts[] = { shi_machine_methods, shi_call_methods, shi_cpu_methods,
+                                   shi_bench_methods,   shi_chip_methods, shi_wait_methods,
+                                   shi_irq_methods };
     size_t n = 0, p;
     for (p = 0; p < sizeof parts / sizeof *parts; p++) {
         PyMethodDef *def;
@@ -1067,13 +1092,13 @@ static PyMethodDef *all_methods(void)
 int shi_machine_types(PyObject *module)
 {
     PyType_Slot slots[] = {
-        {Py_tp_new, machine_new},
-        {Py_tp_dealloc, machine_dealloc},
-        {Py_tp_methods, all_methods()},
-        {Py_tp_getset, machine_getset},
-        {Py_bf_getbuffer, machine_getbuffer},
-        {Py_tp_doc, "Machine(fd, slot)\n--\n\nThis process's view of a machine."},
-        {0, NULL},
+        { Py_tp_new, machine_new },
+        { Py_tp_dealloc, machine_dealloc },
+        { Py_tp_methods, all_methods() },
+        { Py_tp_getset, machine_getset },
+        { Py_bf_getbuffer, machine_getbuffer },
+        { Py_tp_doc, "Machine(fd, slot)\n--\n\nThis process's view of a machine." },
+        { 0, NULL },
     };
     PyType_Spec spec = {
         .name = "shmipi._core.Machine",
@@ -1083,7 +1108,7 @@ int shi_machine_types(PyObject *module)
     };
     if (!shi_machine_type)
         shi_machine_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return shi_machine_type ? PyModule_AddObjectRef(module, "Machine",
-                                                    (PyObject *)shi_machine_type)
-                            : -1;
+    return shi_machine_type
+               ? PyModule_AddObjectRef(module, "Machine", (PyObject *)shi_machine_type)
+               : -1;
 }

@@ -24,8 +24,8 @@ static int many_queue(Machine *machine, const struct outgoing *out, struct many 
             else
                 shi_outgoing_share(machine, out, (uint32_t)local, (uint32_t)many->owner);
             if (!err)
-                err = shi_call_queue(self, (uint32_t)local,
-                                     wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC, cpu);
+                err = shi_call_queue(self, (uint32_t)local, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC,
+                                     cpu);
             if (err < 0) {
                 shi_csd_put(self, (uint32_t)local);
             } else {
@@ -137,7 +137,7 @@ static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *fun
 {
     struct shi_self *self = &machine->self;
     struct outgoing out;
-    struct many many = {.n = n, .owner = -1};
+    struct many many = { .n = n, .owner = -1 };
     PyObject *failures = NULL;
     bool self_in_mask = false;
     int err = -1;
@@ -229,7 +229,8 @@ static PyObject *run_many(Machine *machine, PyObject *mask, PyObject *function, 
         return PyErr_Format(PyExc_TypeError, "cond_func: %R is not callable", cond);
     if (shi_as_mask(machine, mask, &cpus, &n) < 0)
         return NULL;
-    int err = call_many(machine, cpus, n, function, info ? info : Py_None, wait, run_self, cond);
+    int err =
+        call_many(machine, cpus, n, function, info ? info : Py_None, wait, run_self, cond);
     PyMem_Free(cpus);
     if (err < 0)
         return NULL;
@@ -237,9 +238,9 @@ static PyObject *run_many(Machine *machine, PyObject *mask, PyObject *function, 
 }
 
 PyObject *shi_call_mask(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
-                           PyObject *kwnames)
+                        PyObject *kwnames)
 {
-    static const char *const names[] = {"mask", "func", "info", "wait"};
+    static const char *const names[] = { "mask", "func", "info", "wait" };
     PyObject *a[4];
     if (shi_parse("smp_call_function_many", names, 2, 4, args, nargs, kwnames, a) < 0)
         return NULL;
@@ -247,9 +248,9 @@ PyObject *shi_call_mask(Machine *machine, PyObject *const *args, Py_ssize_t narg
 }
 
 PyObject *shi_call_others(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
-                             PyObject *kwnames)
+                          PyObject *kwnames)
 {
-    static const char *const names[] = {"func", "info", "wait"};
+    static const char *const names[] = { "func", "info", "wait" };
     PyObject *a[3];
     if (shi_parse("smp_call_function", names, 1, 3, args, nargs, kwnames, a) < 0)
         return NULL;
@@ -257,9 +258,9 @@ PyObject *shi_call_others(Machine *machine, PyObject *const *args, Py_ssize_t na
 }
 
 PyObject *shi_each_cpu(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
-                          PyObject *kwnames)
+                       PyObject *kwnames)
 {
-    static const char *const names[] = {"func", "info", "wait"};
+    static const char *const names[] = { "func", "info", "wait" };
     PyObject *a[3];
     if (shi_parse("on_each_cpu", names, 1, 3, args, nargs, kwnames, a) < 0)
         return NULL;
@@ -267,9 +268,9 @@ PyObject *shi_each_cpu(Machine *machine, PyObject *const *args, Py_ssize_t nargs
 }
 
 PyObject *shi_each_cpu_mask(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
-                               PyObject *kwnames)
+                            PyObject *kwnames)
 {
-    static const char *const names[] = {"mask", "func", "info", "wait"};
+    static const char *const names[] = { "mask", "func", "info", "wait" };
     PyObject *a[4];
     if (shi_parse("on_each_cpu_mask", names, 2, 4, args, nargs, kwnames, a) < 0)
         return NULL;
@@ -277,9 +278,9 @@ PyObject *shi_each_cpu_mask(Machine *machine, PyObject *const *args, Py_ssize_t 
 }
 
 PyObject *shi_each_cpu_cond_mask(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
-                                    PyObject *kwnames)
+                                 PyObject *kwnames)
 {
-    static const char *const names[] = {"cond_func", "func", "info", "wait", "mask"};
+    static const char *const names[] = { "cond_func", "func", "info", "wait", "mask" };
     PyObject *a[5];
     if (shi_parse("on_each_cpu_cond_mask", names, 2, 5, args, nargs, kwnames, a) < 0)
         return NULL;

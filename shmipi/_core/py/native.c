@@ -8,7 +8,7 @@ PyTypeObject *shi_native_type;
 
 static PyObject *native_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"name", NULL};
+    static char *names[] = { "name", NULL };
     PyObject *name;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U:NativeHandler", names, &name))
         return NULL;
@@ -31,7 +31,8 @@ static PyObject *native_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     if (index < 0)
         return PyErr_Format(PyExc_LookupError,
                             "no native handler %R: built-in ones are noop, count and stamp; "
-                            "others are named in Cluster(handlers=...)", name);
+                            "others are named in Cluster(handlers=...)",
+                            name);
     NativeHandler *handler = (NativeHandler *)type->tp_alloc(type, 0);
     if (!handler)
         return NULL;
@@ -68,24 +69,26 @@ int64_t shi_native_number(const Machine *machine, PyObject *handler)
         return machine->natives[index] - 1;
     PyErr_Format(PyExc_LookupError,
                  "%R: the machine %s was not booted with this native handler (its owner names "
-                 "them in Cluster(handlers=...))", handler, machine->m.header->name);
+                 "them in Cluster(handlers=...))",
+                 handler, machine->m.header->name);
     return -1;
 }
 
 static PyMethodDef native_methods[] = {
-    {"__reduce__", native_reduce, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL},
+    { "__reduce__", native_reduce, METH_NOARGS, NULL },
+    { NULL, NULL, 0, NULL },
 };
 static PyType_Slot native_slots[] = {
-    {Py_tp_new, native_new},
-    {Py_tp_dealloc, native_dealloc},
-    {Py_tp_repr, native_repr},
-    {Py_tp_methods, native_methods},
-    {Py_tp_doc, "NativeHandler(name)\n--\n\n"
-                "A C function in the role of an IPI handler: give it where a function goes.\n\n"
-                "`name`: noop, count (adds 1 to a 64-bit word), stamp, or `FILE.so:symbol` as "
-                "given to\nCluster(handlers=...)."},
-    {0, NULL},
+    { Py_tp_new, native_new },
+    { Py_tp_dealloc, native_dealloc },
+    { Py_tp_repr, native_repr },
+    { Py_tp_methods, native_methods },
+    { Py_tp_doc,
+      "NativeHandler(name)\n--\n\n"
+      "A C function in the role of an IPI handler: give it where a function goes.\n\n"
+      "`name`: noop, count (adds 1 to a 64-bit word), stamp, or `FILE.so:symbol` as "
+      "given to\nCluster(handlers=...)." },
+    { 0, NULL },
 };
 static PyType_Spec native_spec = {
     .name = "shmipi._core.NativeHandler",
@@ -115,7 +118,8 @@ static PyObject *native_name(PyObject *module, PyObject *arg)
         return NULL;
     int err = shi_native_name(name);
     if (err < 0)
-        return shi_raise(shi_py.OSError, -err, -1, "native handler %s: too many handlers", name);
+        return shi_raise(shi_py.OSError, -err, -1, "native handler %s: too many handlers",
+                         name);
     return PyLong_FromLong(err);
 }
 
@@ -137,10 +141,10 @@ static PyObject *native_names(PyObject *module, PyObject *unused)
 }
 
 PyMethodDef shi_native_functions[] = {
-    {"native_names", native_names, METH_NOARGS, "native_names() -> list"},
-    {"native_load", native_load, METH_O, "native_load(spec) -> index"},
-    {"native_name", native_name, METH_O, "native_name(spec) -> index, without loading it"},
-    {NULL, NULL, 0, NULL},
+    { "native_names", native_names, METH_NOARGS, "native_names() -> list" },
+    { "native_load", native_load, METH_O, "native_load(spec) -> index" },
+    { "native_name", native_name, METH_O, "native_name(spec) -> index, without loading it" },
+    { NULL, NULL, 0, NULL },
 };
 
 int shi_native_types(PyObject *module)
@@ -148,7 +152,7 @@ int shi_native_types(PyObject *module)
     shi_native_init();
     if (!shi_native_type)
         shi_native_type = (PyTypeObject *)PyType_FromSpec(&native_spec);
-    return shi_native_type ? PyModule_AddObjectRef(module, "NativeHandler",
-                                                   (PyObject *)shi_native_type)
-                           : -1;
+    return shi_native_type
+               ? PyModule_AddObjectRef(module, "NativeHandler", (PyObject *)shi_native_type)
+               : -1;
 }

@@ -12,35 +12,48 @@
 
 static int size_file(int fd, const struct shi_header *plan)
 {
-    uint64_t bytes = plan->trace_offset +
-                     (uint64_t)(plan->ncpus + SHI_EXTRA_SLOTS) * plan->trace_records *
-                         sizeof(struct shi_trace_record);
+    uint64_t bytes = plan->trace_offset + (uint64_t)(plan->ncpus + SHI_EXTRA_SLOTS) *
+                                              plan->trace_records *
+                                              sizeof(struct shi_trace_record);
     if (ftruncate(fd, (off_t)bytes))
         return -errno;
     if (fallocate(fd, 0, 0, (off_t)shi_layout_fixed(plan)))
         return -errno;
-    if (plan->trace_records && fallocate(fd, 0, (off_t)plan->trace_offset,
-                                         (off_t)(bytes - plan->trace_offset)))
+    if (plan->trace_records &&
+        fallocate(fd, 0, (off_t)plan->trace_offset, (off_t)(bytes - plan->trace_offset)))
         return -errno;
     return 0;
 }
 
 static PyObject *format_segment(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd",         "name",       "cores",          "idle",
-                            "doorbell",   "kick",       "kick_signal",    "nmi_signal", "chip",
-                            "cookie",     "sum_key",    "oversubscribed", "trace_records",
-                            "boot_time",  "steps",      "arena_bytes",    NULL};
+    static char *names[] = { "fd",
+                             "name",
+                             "cores",
+                             "idle",
+                             "doorbell",
+                             "kick",
+                             "kick_signal",
+                             "nmi_signal",
+                             "chip",
+                             "cookie",
+                             "sum_key",
+                             "oversubscribed",
+                             "trace_records",
+                             "boot_time",
+                             "steps",
+                             "arena_bytes",
+                             NULL };
     int fd, kick, oversubscribed, steps = 0;
     const char *name;
     PyObject *cores, *chip;
     unsigned idle, doorbell, kick_signal, nmi_signal, cookie, trace_records;
     unsigned long long sum_key, boot_time, arena_bytes = 0;
     (void)module;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "isO!IIpIIOIKpIK|pK:format_segment", names, &fd,
-                                     &name, &PyList_Type, &cores, &idle, &doorbell, &kick,
-                                     &kick_signal, &nmi_signal, &chip, &cookie, &sum_key, &oversubscribed,
-                                     &trace_records, &boot_time, &steps, &arena_bytes))
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "isO!IIpIIOIKpIK|pK:format_segment", names, &fd, &name, &PyList_Type,
+            &cores, &idle, &doorbell, &kick, &kick_signal, &nmi_signal, &chip, &cookie,
+            &sum_key, &oversubscribed, &trace_records, &boot_time, &steps, &arena_bytes))
         return NULL;
     Py_ssize_t ncpus = PyList_GET_SIZE(cores), i;
     struct shi_header *plan = PyMem_Calloc(1, sizeof *plan);
@@ -69,7 +82,8 @@ static PyObject *format_segment(PyObject *module, PyObject *args, PyObject *kwar
     plan->oversubscribed = (uint32_t)oversubscribed;
     plan->boot_time_ns = boot_time;
     shi_clock_calibrate(&plan->clock);
-    uint8_t *base = mmap(NULL, shi_layout_fixed(plan), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    uint8_t *base =
+        mmap(NULL, shi_layout_fixed(plan), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (base == MAP_FAILED) {
         shi_os_error(errno, name);
         goto out;
@@ -78,7 +92,8 @@ static PyObject *format_segment(PyObject *module, PyObject *args, PyObject *kwar
     for (i = 0; i < ncpus; i++) {
         struct shi_slot *slot =
             (struct shi_slot *)(base + plan->slot_offset + (uint64_t)i * SHI_SLOT_BYTES);
-        shi_store_relaxed(&slot->core, (uint32_t)PyLong_AsUnsignedLong(PyList_GET_ITEM(cores, i)));
+        shi_store_relaxed(&slot->core,
+                          (uint32_t)PyLong_AsUnsignedLong(PyList_GET_ITEM(cores, i)));
         shi_store_relaxed(&slot->idle, idle);
     }
     memcpy((char *)h + sizeof h->magic, (char *)plan + sizeof h->magic,
@@ -114,9 +129,10 @@ static PyObject *segment_bytes(PyObject *module, PyObject *args)
 }
 
 PyMethodDef shi_segment_functions[] = {
-    {"segment_bytes", segment_bytes, METH_VARARGS,
-     "segment_bytes(ncpus, trace_records, arena_bytes) -> int"},
-    {"format_segment", (PyCFunction)(void (*)(void))format_segment, METH_VARARGS | METH_KEYWORDS,
-     "Size the file of a new machine, allocate its fixed part, write its header."},
-    {NULL, NULL, 0, NULL},
+    { "segment_bytes", segment_bytes, METH_VARARGS,
+      "segment_bytes(ncpus, trace_records, arena_bytes) -> int" },
+    { "format_segment", (PyCFunction)(void (*)(void))format_segment,
+      METH_VARARGS | METH_KEYWORDS,
+      "Size the file of a new machine, allocate its fixed part, write its header." },
+    { NULL, NULL, 0, NULL },
 };

@@ -45,46 +45,46 @@ struct func_cache {
 };
 
 typedef struct {
-    PyObject_HEAD
-    struct shi_machine m;
+    PyObject_HEAD struct shi_machine m;
     struct shi_self self;
     int attached; /* mapped, self initialised */
     int closed;
-    int ending;  /* the host: its orderly end has begun */
-    int foreign; /* a fork's child: this machine is its parent's */
-    uint32_t waiters; /* host: threads that have given the interpreter up inside a wait */
+    int ending;        /* the host: its orderly end has begun */
+    int foreign;       /* a fork's child: this machine is its parent's */
+    uint32_t waiters;  /* host: threads that have given the interpreter up inside a wait */
     uint32_t *natives; /* guest: the machine's number of each of ours + 1; NULL: the same */
     struct func_table sent;
-    bool sending; /* functions have been sent */
+    bool sending;       /* functions have been sent */
     uint32_t *irq_held; /* by virq: the function that its handler is, + 1 (py/irq.c) */
     struct func_cache *received;
     struct unsent *unsent; /* results that wait for room: self.unsent of them, oldest first */
     uint32_t unsent_room;
-    PyObject *early; /* results read before they were asked for: local index -> bytes */
-    PyObject *on_cancel; /* CPU: of the task, see on_task_cancel */
+    PyObject *early;         /* results read before they were asked for: local index -> bytes */
+    PyObject *on_cancel;     /* CPU: of the task, see on_task_cancel */
     PyThreadState *released; /* CPU: the interpreter was given up by the core's hook */
-    uint64_t *late; /* what other threads of a CPU's process freed: shi_late */
+    uint64_t *late;          /* what other threads of a CPU's process freed: shi_late */
     uint32_t nlate, late_room;
     uint64_t array_top; /* where the arrays end that this process has made */
-    uint64_t put_off; /* signals of the task's that came during a handler: 1 << number - 1 */
-    bool raised;      /* they have been raised again, and the interpreter has to look */
+    uint64_t put_off;   /* signals of the task's that came during a handler: 1 << number - 1 */
+    bool raised;        /* they have been raised again, and the interpreter has to look */
     struct shi_watch *watch; /* firmware: what its watchdog saw */
     uint64_t looked_ns;      /* and when */
-    uint32_t room_looks; /* in vain, one after another, for room for wait=0 calls */
+    uint32_t room_looks;     /* in vain, one after another, for room for wait=0 calls */
 } Machine;
 
 /* From Python, looked up once (module.c). */
 struct shi_python {
-    PyObject *dumps, *loads;       /* pickle by value where it must */
-    PyObject *publish;             /* function -> (bytes, and lists for py/guard.c) */
-    PyObject *forget;              /* no machine is open any more */
-    PyObject *dump_exception;      /* exception -> bytes */
-    PyObject *load_exception;      /* (bytes, cpu) -> exception */
-    PyObject *mask_cpus;           /* (mask, ncpus) -> list of int */
-    PyObject *task_name;           /* function -> str for messages */
-    PyObject *ending;              /* SHI_END_EXITED | status, or a signal -> words */
-    PyObject *run_coroutine;       /* coroutine -> its result */
-    PyObject *OfflineError, *UnknownError, *DiedError, *MachineDiedError, *BusyError, *DeadlockError;
+    PyObject *dumps, *loads;  /* pickle by value where it must */
+    PyObject *publish;        /* function -> (bytes, and lists for py/guard.c) */
+    PyObject *forget;         /* no machine is open any more */
+    PyObject *dump_exception; /* exception -> bytes */
+    PyObject *load_exception; /* (bytes, cpu) -> exception */
+    PyObject *mask_cpus;      /* (mask, ncpus) -> list of int */
+    PyObject *task_name;      /* function -> str for messages */
+    PyObject *ending;         /* SHI_END_EXITED | status, or a signal -> words */
+    PyObject *run_coroutine;  /* coroutine -> its result */
+    PyObject *OfflineError, *UnknownError, *DiedError, *MachineDiedError, *BusyError,
+        *DeadlockError;
     PyObject *TimeoutError, *ArenaError, *LayoutError, *StateError, *NoMachineError;
     PyObject *RemoteError, *Warning, *OSError, *CancelledError, *TaskInterrupt, *GroupError;
     PyObject *TableError;
@@ -96,12 +96,12 @@ extern PyTypeObject *shi_machine_type, *shi_native_type, *shi_csd_type;
 extern Machine *shi_current;
 /* Why there is none, for people. */
 extern const char *shi_absence;
-#define SHI_NO_CLUSTER "no Cluster is open in this process (with several, each has its cluster.smp)"
+#define SHI_NO_CLUSTER                                                                         \
+    "no Cluster is open in this process (with several, each has its cluster.smp)"
 #define SHI_CHILD "this process is a fork's child of a machine's, and part of none"
 
 typedef struct {
-    PyObject_HEAD
-    uint32_t index;
+    PyObject_HEAD uint32_t index;
     PyObject *name;
 } NativeHandler;
 
@@ -235,7 +235,7 @@ typedef PyObject *shi_smp_function(Machine *machine, PyObject *const *args, Py_s
                                    PyObject *kwnames);
 shi_smp_function shi_call_mask, shi_call_others, shi_each_cpu, shi_each_cpu_mask;
 shi_smp_function shi_each_cpu_cond_mask, shi_single_async;
-extern PyMethodDef shi_call_methods[]; /* of Machine */
+extern PyMethodDef shi_call_methods[];   /* of Machine */
 extern PyMethodDef shi_call_functions[]; /* of the module: on the current machine */
 
 /* ---- tasks that wait (py/wait.c) ------------------------------------------------- */

@@ -35,8 +35,7 @@ static Machine *own_cpu(void)
  * again when the IPI handler has returned.
  */
 typedef struct {
-    PyObject_HEAD
-    vectorcallfunc vectorcall;
+    PyObject_HEAD vectorcallfunc vectorcall;
     PyObject *handler;
 } TaskSignal;
 
@@ -90,13 +89,13 @@ static void task_signal_dealloc(PyObject *object)
 }
 
 static PyMemberDef task_signal_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(TaskSignal, vectorcall), READONLY, NULL},
-    {NULL, 0, 0, 0, NULL},
+    { "__vectorcalloffset__", T_PYSSIZET, offsetof(TaskSignal, vectorcall), READONLY, NULL },
+    { NULL, 0, 0, 0, NULL },
 };
 static PyType_Slot task_signal_slots[] = {
-    {Py_tp_dealloc, task_signal_dealloc}, {Py_tp_traverse, task_signal_traverse},
-    {Py_tp_clear, task_signal_clear},     {Py_tp_call, PyVectorcall_Call},
-    {Py_tp_members, task_signal_members}, {0, NULL},
+    { Py_tp_dealloc, task_signal_dealloc }, { Py_tp_traverse, task_signal_traverse },
+    { Py_tp_clear, task_signal_clear },     { Py_tp_call, PyVectorcall_Call },
+    { Py_tp_members, task_signal_members }, { 0, NULL },
 };
 static PyType_Spec task_signal_spec = {
     .name = "shmipi._core._TaskSignal",
@@ -123,7 +122,7 @@ static PyObject *unwrap(PyObject *installed)
  * second time.  So it has none, and this handler, over the interpreter's, writes what came.
  */
 static shi_a32 wakeup_fd = UINT32_MAX; /* an int: -1 */
-static void (*python_handler)(int); /* the same for every signal */
+static void (*python_handler)(int);    /* the same for every signal */
 
 static void on_task_signal(int number)
 {
@@ -155,8 +154,9 @@ static PyObject *set_wakeup_fd(PyObject *module, PyObject *args, PyObject *kwarg
 static void cover(int number)
 {
     struct sigaction now;
-    if (sigaction(number, NULL, &now) || now.sa_flags & SA_SIGINFO || now.sa_handler == SIG_DFL ||
-        now.sa_handler == SIG_IGN || now.sa_handler == on_task_signal)
+    if (sigaction(number, NULL, &now) || now.sa_flags & SA_SIGINFO ||
+        now.sa_handler == SIG_DFL || now.sa_handler == SIG_IGN ||
+        now.sa_handler == on_task_signal)
         return;
     python_handler = now.sa_handler;
     now.sa_handler = on_task_signal;
@@ -231,19 +231,18 @@ int shi_signals_check(Machine *machine)
  * task at its limit would be raised RecursionError in, and the kick be lost.
  */
 typedef struct {
-    PyObject_HEAD
-    vectorcallfunc vectorcall;
+    PyObject_HEAD vectorcallfunc vectorcall;
 } Entry;
 
 static PyMemberDef entry_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Entry, vectorcall), READONLY, NULL},
-    {NULL, 0, 0, 0, NULL},
+    { "__vectorcalloffset__", T_PYSSIZET, offsetof(Entry, vectorcall), READONLY, NULL },
+    { NULL, 0, 0, 0, NULL },
 };
 static PyType_Slot entry_slots[] = {
-    {Py_tp_call, PyVectorcall_Call},
-    {Py_tp_members, entry_members},
-    {Py_tp_doc, "The Python-level handler of the kick signal, or of the NMI's."},
-    {0, NULL},
+    { Py_tp_call, PyVectorcall_Call },
+    { Py_tp_members, entry_members },
+    { Py_tp_doc, "The Python-level handler of the kick signal, or of the NMI's." },
+    { 0, NULL },
 };
 static PyType_Spec entry_spec = {
     .name = "shmipi._core._SignalEntry",
@@ -318,13 +317,13 @@ static PyObject *hold(PyObject *original, PyObject *const *args, Py_ssize_t narg
     return result;
 }
 
-#define HELD(name)                                                                               \
-    static PyObject *original_##name;                                                            \
-    static PyObject *name(PyObject *module, PyObject *const *args, Py_ssize_t nargs,             \
-                          PyObject *kwnames)                                                     \
-    {                                                                                            \
-        (void)module;                                                                            \
-        return hold(original_##name, args, nargs, kwnames);                                      \
+#define HELD(name)                                                                             \
+    static PyObject *original_##name;                                                          \
+    static PyObject *name(PyObject *module, PyObject *const *args, Py_ssize_t nargs,           \
+                          PyObject *kwnames)                                                   \
+    {                                                                                          \
+        (void)module;                                                                          \
+        return hold(original_##name, args, nargs, kwnames);                                    \
     }
 HELD(find_and_load)
 HELD(lock_unlock_module)
@@ -392,15 +391,15 @@ out:
 }
 
 static PyMethodDef replacements[] = {
-    {"signal", (PyCFunction)(void (*)(void))set_signal, METH_FASTCALL,
-     "signal(signalnum, handler, /)\n--\n\nSet the handler of a signal: what it was."},
-    {"getsignal", get_signal, METH_O,
-     "getsignal(signalnum, /)\n--\n\nThe handler of a signal."},
-    {"set_wakeup_fd", (PyCFunction)(void (*)(void))set_wakeup_fd, METH_VARARGS | METH_KEYWORDS,
-     "set_wakeup_fd(fd, *, warn_on_full_buffer=True)\n--\n\n"
-     "Where the numbers of signals are written: what it was.  A full buffer is no error."},
-#define HELD(name, text)                                                                         \
-    {"_" #name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, text}
+    { "signal", (PyCFunction)(void (*)(void))set_signal, METH_FASTCALL,
+      "signal(signalnum, handler, /)\n--\n\nSet the handler of a signal: what it was." },
+    { "getsignal", get_signal, METH_O,
+      "getsignal(signalnum, /)\n--\n\nThe handler of a signal." },
+    { "set_wakeup_fd", (PyCFunction)(void (*)(void))set_wakeup_fd, METH_VARARGS | METH_KEYWORDS,
+      "set_wakeup_fd(fd, *, warn_on_full_buffer=True)\n--\n\n"
+      "Where the numbers of signals are written: what it was.  A full buffer is no error." },
+#define HELD(name, text)                                                                       \
+    { "_" #name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, text }
     HELD(find_and_load, "_find_and_load(name, import_)"),
     HELD(lock_unlock_module, "_lock_unlock_module(name)"),
     HELD(exec, "_exec(spec, module)"),
@@ -426,9 +425,10 @@ static PyObject *shield(PyObject *module, PyObject *unused)
 }
 
 PyMethodDef shi_shield_functions[] = {
-    {"shield", shield, METH_NOARGS,
-     "shield()\n--\n\nKeep handlers and tasks of this process's CPU out of each other's way."},
-    {NULL, NULL, 0, NULL},
+    { "shield", shield, METH_NOARGS,
+      "shield()\n--\n\nKeep handlers and tasks of this process's CPU out of each other's "
+      "way." },
+    { NULL, NULL, 0, NULL },
 };
 
 int shi_shield_types(PyObject *module)

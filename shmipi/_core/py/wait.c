@@ -17,13 +17,13 @@
 static int may_sleep(const Machine *machine, bool irqs_off)
 {
     const struct shi_self *self = &machine->self;
-    const char *why = self->in_nmi         ? "an NMI handler"
-                      : self->in_irq       ? "an IPI handler"
-                      : !self->in_task     ? "a CPU that runs no task"
-                      : irqs_off           ? NULL
-                      : self->irqs_off     ? "a task that has interrupts disabled"
-                      : self->preempt      ? "a task that has preemption disabled"
-                                           : NULL;
+    const char *why = self->in_nmi     ? "an NMI handler"
+                      : self->in_irq   ? "an IPI handler"
+                      : !self->in_task ? "a CPU that runs no task"
+                      : irqs_off       ? NULL
+                      : self->irqs_off ? "a task that has interrupts disabled"
+                      : self->preempt  ? "a task that has preemption disabled"
+                                       : NULL;
     if (self->host || !why)
         return 0;
     shi_raise(shi_py.StateError, 0, (int)self->id,
@@ -40,7 +40,7 @@ struct idling {
 /* Polling, and interrupts on: from here on nothing is taken behind the waiter's back. */
 static struct idling begin(struct shi_self *self)
 {
-    struct idling was = {self->irqs_off, self->inline_python, self->served};
+    struct idling was = { self->irqs_off, self->inline_python, self->served };
     self->pausing = true;
     shi_set_polling(self);
     shi_remind_stop(self); /* what waits is taken now, and the sleep is not to be disturbed */
@@ -91,7 +91,7 @@ static void end(Machine *machine, struct idling was)
 static PyObject *wait_for_interrupt(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
                                     PyObject *kwnames)
 {
-    static const char *const names[] = {"timeout"};
+    static const char *const names[] = { "timeout" };
     PyObject *timeout;
     uint64_t deadline;
     (void)module;
@@ -100,8 +100,9 @@ static PyObject *wait_for_interrupt(PyObject *module, PyObject *const *args, Py_
         return NULL;
     struct shi_self *self = &machine->self;
     if (self->host)
-        return shi_raise(shi_py.StateError, 0, -1,
-                         "the host is no CPU: this only means something on a CPU of the machine");
+        return shi_raise(
+            shi_py.StateError, 0, -1,
+            "the host is no CPU: this only means something on a CPU of the machine");
     if (shi_parse("wait_for_interrupt", names, 0, 1, args, nargs, kwnames, &timeout) < 0 ||
         shi_as_deadline(timeout ? timeout : Py_None, &deadline) < 0 ||
         may_sleep(machine, true) < 0)
@@ -128,7 +129,8 @@ static struct shi_waitq *queue_at(Machine *machine, PyObject *object)
     if (PyErr_Occurred())
         return NULL;
     uint64_t last = shi_array_end(&machine->m);
-    if (at % sizeof(uint64_t) || at < machine->m.array_offset || at > last || last - at < bytes) {
+    if (at % sizeof(uint64_t) || at < machine->m.array_offset || at > last ||
+        last - at < bytes) {
         PyErr_SetString(PyExc_ValueError, "no wait queue can be there");
         return NULL;
     }
@@ -148,7 +150,7 @@ static struct shi_waitq *queue_arg(Machine *machine, PyObject *const *args, Py_s
     return queue_at(machine, args[0]);
 }
 
-#define METHOD(name)                                                                             \
+#define METHOD(name)                                                                           \
     static PyObject *name(Machine *machine, PyObject *const *args, Py_ssize_t nargs)
 
 METHOD(waitq_prepare)
@@ -213,7 +215,7 @@ static int sleep_cpu(Machine *machine, const struct standing *s, uint64_t until)
 METHOD(waitq_sleep)
 {
     struct shi_waitq *q = queue_arg(machine, args, nargs, 2);
-    struct standing s = {&machine->self, q, q ? PyLong_AsUnsignedLongLong(args[1]) : 0};
+    struct standing s = { &machine->self, q, q ? PyLong_AsUnsignedLongLong(args[1]) : 0 };
     uint64_t until;
     if (!q || PyErr_Occurred() || shi_as_deadline(args[2], &until) < 0 ||
         may_sleep(machine, false) < 0)
@@ -299,9 +301,8 @@ METHOD(completion_reinit)
 static PyObject *waitq_words(Machine *machine, PyObject *unused)
 {
     (void)unused;
-    return shi_use(machine) < 0
-               ? NULL
-               : PyLong_FromUnsignedLongLong(shi_waitq_words(&machine->m));
+    return shi_use(machine) < 0 ? NULL
+                                : PyLong_FromUnsignedLongLong(shi_waitq_words(&machine->m));
 }
 
 static PyObject *might_sleep(Machine *machine, PyObject *unused)
@@ -312,11 +313,11 @@ static PyObject *might_sleep(Machine *machine, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-#define FAST(name, text) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, text}
+#define FAST(name, text) { #name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, text }
 PyMethodDef shi_wait_methods[] = {
-    {"waitq_words", (PyCFunction)waitq_words, METH_NOARGS, "64-bit words of a wait queue."},
-    {"might_sleep", (PyCFunction)might_sleep, METH_NOARGS,
-     "ClusterStateError where a wait would be wrong."},
+    { "waitq_words", (PyCFunction)waitq_words, METH_NOARGS, "64-bit words of a wait queue." },
+    { "might_sleep", (PyCFunction)might_sleep, METH_NOARGS,
+      "ClusterStateError where a wait would be wrong." },
     FAST(waitq_prepare, "waitq_prepare(queue, ticket, exclusive) -> ticket"),
     FAST(waitq_sleep, "waitq_sleep(queue, ticket, seconds): once, also for nothing"),
     FAST(waitq_finish, "waitq_finish(queue, ticket, exclusive): pass on what came too late"),
@@ -326,24 +327,24 @@ PyMethodDef shi_wait_methods[] = {
     FAST(completion_take, "completion_take(queue) -> bool"),
     FAST(completion_count, "completion_count(queue) -> how often it can be taken"),
     FAST(completion_reinit, "completion_reinit(queue)"),
-    {NULL, NULL, 0, NULL},
+    { NULL, NULL, 0, NULL },
 };
 
 PyMethodDef shi_wait_functions[] = {
-    {"wait_for_interrupt", (PyCFunction)(void (*)(void))wait_for_interrupt,
-     METH_FASTCALL | METH_KEYWORDS,
-     "wait_for_interrupt($module, /, timeout=None)\n--\n\n"
-     "Halt this CPU until it has taken an interrupt (hlt): True, or False after `timeout`\n"
-     "seconds.\n\n"
-     "For tasks.  Handlers run at once, as on an idle CPU.  With interrupts disabled it is\n"
-     "sti; hlt; cli in one: it enables them for as long as it halts, and one that has come\n"
-     "before makes it return at once.  So no wake-up is lost in::\n\n"
-     "    smp.local_irq_disable()\n"
-     "    while not condition():\n"
-     "        smp.wait_for_interrupt()\n"
-     "    smp.local_irq_enable()\n\n"
-     "With interrupts enabled, one that comes between a look at a condition and the halt is\n"
-     "not waited for again.  Raises ClusterStateError in a handler and on the host,\n"
-     "MachineDiedError when the machine ends."},
-    {NULL, NULL, 0, NULL},
+    { "wait_for_interrupt", (PyCFunction)(void (*)(void))wait_for_interrupt,
+      METH_FASTCALL | METH_KEYWORDS,
+      "wait_for_interrupt($module, /, timeout=None)\n--\n\n"
+      "Halt this CPU until it has taken an interrupt (hlt): True, or False after `timeout`\n"
+      "seconds.\n\n"
+      "For tasks.  Handlers run at once, as on an idle CPU.  With interrupts disabled it is\n"
+      "sti; hlt; cli in one: it enables them for as long as it halts, and one that has come\n"
+      "before makes it return at once.  So no wake-up is lost in::\n\n"
+      "    smp.local_irq_disable()\n"
+      "    while not condition():\n"
+      "        smp.wait_for_interrupt()\n"
+      "    smp.local_irq_enable()\n\n"
+      "With interrupts enabled, one that comes between a look at a condition and the halt is\n"
+      "not waited for again.  Raises ClusterStateError in a handler and on the host,\n"
+      "MachineDiedError when the machine ends." },
+    { NULL, NULL, 0, NULL },
 };

@@ -166,8 +166,7 @@ int64_t shi_arena_reserve(struct shi_arena *a, uint64_t offset, uint64_t length)
     while ((first >> want) != (last >> want))
         want++;
     uint32_t block = first >> want << want, order = want, start = block;
-    while (order <= a->top_order &&
-           !(a->is_free[start] && a->order[start] == order + 1)) {
+    while (order <= a->top_order && !(a->is_free[start] && a->order[start] == order + 1)) {
         order++;
         start = block >> order << order;
     }

@@ -22,9 +22,9 @@ struct shi_arena {
     uint64_t file_offset; /* of the arena, in the segment */
     uint64_t bytes;
     uint32_t top_order;
-    uint32_t nblocks;  /* of the smallest size */
-    uint8_t *order;    /* per smallest block: order + 1 of the block that starts there */
-    uint8_t *is_free;  /* likewise */
+    uint32_t nblocks;      /* of the smallest size */
+    uint8_t *order;        /* per smallest block: order + 1 of the block that starts there */
+    uint8_t *is_free;      /* likewise */
     uint32_t *next, *prev; /* free lists through block numbers, + 1 */
     uint32_t head[SHI_ARENA_ORDERS];
     uint8_t *backed;

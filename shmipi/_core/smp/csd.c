@@ -30,8 +30,7 @@ static struct shi_csd *own(const struct shi_self *self, uint32_t index)
 static void flight_push(struct shi_self *self, uint32_t index)
 {
     struct shi_sender *s = &self->sender;
-    s->flight[(s->flight_head + s->flight_count++) & (self->m->csds_per_slot - 1)] =
-        index;
+    s->flight[(s->flight_head + s->flight_count++) & (self->m->csds_per_slot - 1)] = index;
 }
 
 /* Another inherited csd has reserved this payload already: many() shares one. */

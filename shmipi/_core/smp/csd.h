@@ -67,8 +67,7 @@ static inline int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, ui
      * was read.
      */
     shi_store_release(&csd->lock, ((old & SHI_CSD_SEQ) + (1ull << SHI_CSD_SEQ_SHIFT)) |
-                                      SHI_CSD_LOCK | type |
-                                      (uint64_t)dst << SHI_CSD_DST_SHIFT);
+                                      SHI_CSD_LOCK | type | (uint64_t)dst << SHI_CSD_DST_SHIFT);
     csd->src = (uint16_t)self->id;
     csd->src_gen = self->gen;
     shi_store_relaxed(&csd->status, SHI_S_DONE);

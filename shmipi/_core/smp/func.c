@@ -54,7 +54,7 @@ int64_t shi_func_publish(struct shi_self *self, const void *pickle, uint32_t len
     f->sum = shi_checksum(self->m, pickle, length);
     /* Release pairs with the acquire in shi_func_find; the push orders it as well. */
     shi_store_release(&f->serial, new_serial(self));
-    s->funcs[index] = (struct shi_func_note){.block = (uint64_t)at + 1};
+    s->funcs[index] = (struct shi_func_note){ .block = (uint64_t)at + 1 };
     return index;
 }
 
@@ -64,7 +64,7 @@ static void func_free(struct shi_self *self, uint32_t index)
     shi_store_release(&shi_func_entry(self->m, self->id, index)->serial, 0);
     if (s->funcs[index].block)
         shi_arena_free(&s->arena, s->funcs[index].block - 1);
-    s->funcs[index] = (struct shi_func_note){0};
+    s->funcs[index] = (struct shi_func_note){ 0 };
     s->free_funcs[s->nfree_funcs++] = index;
 }
 
@@ -130,7 +130,7 @@ int shi_func_find(const struct shi_machine *m, uint32_t src, uint32_t index, uin
     const struct shi_func *f = shi_func_entry(m, src, index);
     if (shi_load_acquire(&f->serial) != serial || serial == 0)
         return -ENOENT;
-    struct shi_ref ref = {.offset = f->offset, .length = f->length};
+    struct shi_ref ref = { .offset = f->offset, .length = f->length };
     *pickle = shi_payload(m, src, &ref);
     *length = ref.length;
     *sum = f->sum;

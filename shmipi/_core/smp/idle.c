@@ -23,7 +23,7 @@
 #define SPIN_ROUND 64
 #define HALT_LOOKS 16u /* at results lent, before each halt */
 
-#define SIGNALS_NS 1000000u      /* a task that polls: look for signals of its own so often */
+#define SIGNALS_NS 1000000u /* a task that polls: look for signals of its own so often */
 
 static bool stopping(const struct shi_self *self)
 {
@@ -246,7 +246,7 @@ int shi_cpu_offline(struct shi_self *self)
     int err = 0;
     if (self->hooks.release)
         self->hooks.release(self); /* a handler just run may have taken it back */
-    bool parked = false; /* or was the request withdrawn at once? */
+    bool parked = false;           /* or was the request withdrawn at once? */
     while (shi_load_acquire(&slot->hotplug) == SHI_HP_OFFLINE) {
         parked = true;
         if (stopping(self)) {

@@ -81,7 +81,8 @@ static int more_loans(struct shi_sender *s)
     return 0;
 }
 
-static void note(struct shi_self *self, const struct shi_csd *csd, uint64_t lock, uint64_t block)
+static void note(struct shi_self *self, const struct shi_csd *csd, uint64_t lock,
+                 uint64_t block)
 {
     struct shi_sender *s = &self->sender;
     s->lent += shi_arena_room(&s->arena, block);
@@ -181,7 +182,8 @@ void shi_lend_done(struct shi_self *self, struct shi_csd *csd)
     /* Full: releases the block after it was read (see wanted), and stands before the look
      * at `starved` (see shi_lend_starve). */
     shi_fetch_and_full(&csd->status, (uint8_t)~SHI_S_LENT);
-    if (cpu >= self->m->ncpus || shi_load_full(&shi_slot(self->m, cpu)->starved) != SHI_ST_WAITS)
+    if (cpu >= self->m->ncpus ||
+        shi_load_full(&shi_slot(self->m, cpu)->starved) != SHI_ST_WAITS)
         return;
     if (shi_cas_full(&shi_slot(self->m, cpu)->starved, &waits, SHI_ST_LOOK))
         shi_chip_prod(self, cpu);

@@ -26,8 +26,7 @@ int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct s
      * read and the swap would have to ask for it again.
      */
     uint64_t w = (uint64_t)SHI_POLLING |
-                 (uint64_t)(uint16_t)shi_load_relaxed(&target->generation)
-                     << SHI_W_GEN_SHIFT,
+                 (uint64_t)(uint16_t)shi_load_relaxed(&target->generation) << SHI_W_GEN_SHIFT,
              next;
     do {
         if (!shi_word_online(w))
@@ -80,7 +79,7 @@ uint32_t shi_queue_grab(struct shi_self *self)
 struct shi_list shi_queue_in_order(struct shi_self *self, uint32_t at)
 {
     const struct shi_machine *m = self->m;
-    struct shi_list list = {0, 0, 0};
+    struct shi_list list = { 0, 0, 0 };
     while (at) {
         uint32_t index = at - 1;
         if (!shi_csd_is_ours(self, index) || list.count == m->ncsds) {
@@ -120,12 +119,12 @@ uint32_t shi_list_pop(struct shi_self *self, struct shi_list *list)
     if (!list->count || !shi_csd_is_ours(self, index)) {
         shi_count(self, SHI_C_corrupt);
         shi_store_release(&self->slot->damaged, 1);
-        *list = (struct shi_list){0, 0, 0};
+        *list = (struct shi_list){ 0, 0, 0 };
         return UINT32_MAX;
     }
     list->head = shi_load_relaxed(&shi_csd(self->m, index)->next);
     list->count--;
     if (!list->head)
-        *list = (struct shi_list){0, 0, 0};
+        *list = (struct shi_list){ 0, 0, 0 };
     return index;
 }

@@ -76,7 +76,8 @@ static bool orphan(struct shi_self *self, uint64_t lock, uint32_t ended)
     uint64_t w = shi_load_acquire(&target->word);
     /* Of a process that is dead: shi_reap_complete has been through, and this one's
      * generation was written after that. */
-    if ((uint16_t)(lock >> SHI_CSD_GEN_SHIFT) != shi_word_gen(w) || shi_word_state(w) == SHI_DEAD)
+    if ((uint16_t)(lock >> SHI_CSD_GEN_SHIFT) != shi_word_gen(w) ||
+        shi_word_state(w) == SHI_DEAD)
         return true;
     if ((int32_t)(shi_load_acquire(&target->quiet) - ended) >= 0)
         return true;
@@ -225,7 +226,8 @@ static void leave_calls(struct shi_self *self, uint32_t id)
     for (i = 0; i < n; i++) {
         uint64_t lock = shi_load_acquire(&csd[i].lock);
         uint32_t dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
-        if ((lock & runs) == runs && (lock & SHI_CSD_TYPE) == SHI_CSD_TTWU && dst < self->m->ncpus)
+        if ((lock & runs) == runs && (lock & SHI_CSD_TYPE) == SHI_CSD_TTWU &&
+            dst < self->m->ncpus)
             shi_chip_prod(self, dst);
     }
 }

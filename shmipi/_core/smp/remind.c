@@ -25,7 +25,8 @@ int shi_remind_open(struct shi_self *self)
     event.sigev_notify = SIGEV_THREAD_ID;
     event.sigev_signo = (int)self->m->kick_signal;
     event.sigev_notify_thread_id = self->tid;
-    event.sigev_value.sival_ptr = (void *)(uintptr_t)((uint64_t)self->m->cookie << 32 | self->id);
+    event.sigev_value.sival_ptr =
+        (void *)(uintptr_t)((uint64_t)self->m->cookie << 32 | self->id);
     if (timer_create(CLOCK_MONOTONIC, &event, &self->timer))
         return -errno;
     self->has_timer = true;
@@ -34,7 +35,7 @@ int shi_remind_open(struct shi_self *self)
 
 static void set(const struct shi_self *self, uint32_t ns)
 {
-    const struct itimerspec once = {.it_value = {.tv_nsec = ns}};
+    const struct itimerspec once = { .it_value = { .tv_nsec = ns } };
     timer_settime(self->timer, 0, &once, NULL);
 }
 
@@ -60,8 +61,8 @@ static bool waits(const struct shi_self *self)
         return false;
     if (shi_cancel_asked(self))
         return true;
-    return !self->held && (shi_irqs_wait(self) ||
-                           shi_load_relaxed(&self->slot->hotplug) == SHI_HP_OFFLINE);
+    return !self->held &&
+           (shi_irqs_wait(self) || shi_load_relaxed(&self->slot->hotplug) == SHI_HP_OFFLINE);
 }
 
 void shi_remind_expired(struct shi_self *self)

@@ -13,9 +13,9 @@
 #include "smp/wait.h"
 #include "smp/watch.h"
 
-#define TICK_NS 10000000u      /* no progress for so long: ring again */
+#define TICK_NS 10000000u /* no progress for so long: ring again */
 #define DEADLOCK_TICK_NS 1000000u
-#define SPIN_ROUND 64          /* looks between two readings of the clock */
+#define SPIN_ROUND 64 /* looks between two readings of the clock */
 
 /* Interrupts off: the waiter may not serve its own queue (kernel: that is the reason
  * for the rule that interrupts must be on). */
@@ -24,8 +24,8 @@ static bool may_serve(const struct shi_self *self)
     return !self->host && !self->irqs_off;
 }
 
-void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index,
-                    uint32_t dst, uint64_t deadline_ns)
+void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index, uint32_t dst,
+                    uint64_t deadline_ns)
 {
     wait->csd = shi_csd(self->m, index);
     wait->dst = dst;
@@ -34,8 +34,7 @@ void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index
     wait->tick_ns = 0;
     wait->seen = 0;
     wait->published = false;
-    if (may_serve(self) &&
-        shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING)
+    if (may_serve(self) && shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING)
         shi_set_polling(self);
 }
 
@@ -202,8 +201,7 @@ int shi_halt_until(struct shi_self *self, shi_ready *ready, const void *arg, int
     if (by_signal) /* first: a ring from now on is for the wait below, not the handler */
         shi_kick_block(self, true);
     do {
-        if (!shi_word_online(w) ||
-            (service && (shi_word_work(w) || w & SHI_W_NEED_RESCHED)))
+        if (!shi_word_online(w) || (service && (shi_word_work(w) || w & SHI_W_NEED_RESCHED)))
             goto out;
         next = shi_word_with(w, SHI_HALTED);
     } while (!shi_cas_full(&slot->word, &w, next));
@@ -263,9 +261,9 @@ int shi_wait_sleep(struct shi_self *self, struct shi_wait *wait)
     if (!wait->published) {
         wait->outer = self->host ? 0 : shi_load_relaxed(&self->slot->waiting_for);
         /* Release: who finds the entry finds the csd queued. */
-        shi_store_full(&self->slot->waiting_for,
-                       (uint64_t)(wait->dst + 1) | (self->irqs_off ? SHI_WAITS_IRQS_OFF : 0) |
-                           (uint64_t)(wait->index + 1) << 32);
+        shi_store_full(&self->slot->waiting_for, (uint64_t)(wait->dst + 1) |
+                                                     (self->irqs_off ? SHI_WAITS_IRQS_OFF : 0) |
+                                                     (uint64_t)(wait->index + 1) << 32);
         wait->published = !self->host; /* threads of the host would overwrite it */
     }
     if (service && own_work(self) && serve(self))

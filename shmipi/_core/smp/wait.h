@@ -26,8 +26,8 @@ enum shi_waited {
 
 /* The CPU publishes POLLING so that crossed calls cost no signal; nothing on the host
  * or with interrupts off. */
-void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index,
-                    uint32_t dst, uint64_t deadline_ns);
+void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index, uint32_t dst,
+                    uint64_t deadline_ns);
 /* Spin for `budget_ns` at most. */
 int shi_wait_spin(struct shi_self *self, struct shi_wait *wait, uint64_t budget_ns);
 /* Sleep until something happens, 10 ms at most. */

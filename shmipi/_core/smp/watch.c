@@ -12,7 +12,7 @@
 #define SLOWEST 13u /* looks between two rings of a CPU that does nothing: 1 << 13, 80 s */
 
 struct shi_watch {
-    uint32_t next; /* CPU that the next look begins with */
+    uint32_t next;                      /* CPU that the next look begins with */
     uint32_t coproc_event[SHI_NCOPROC]; /* of those whose line was pending */
     uint8_t coproc_pending[SHI_NCOPROC];
     struct shi_watched {
@@ -33,10 +33,11 @@ uint64_t shi_watch_progress(const struct shi_slot *slot)
 {
     /* Not kicks_received: a kick that finds interrupts off is taken, and nothing is done. */
     static const uint8_t done[] = {
-        SHI_C_csd_sync,    SHI_C_csd_async,     SHI_C_native_run,        SHI_C_python_run,
-        SHI_C_tasks_run,   SHI_C_halts,         SHI_C_doorbells_received, SHI_C_irq_resched,
-        SHI_C_irq_call,    SHI_C_irq_call_single, SHI_C_irq_handled,     SHI_C_irq_other,
-        SHI_C_irq_spurious, SHI_C_nmi,
+        SHI_C_csd_sync,           SHI_C_csd_async,   SHI_C_native_run,
+        SHI_C_python_run,         SHI_C_tasks_run,   SHI_C_halts,
+        SHI_C_doorbells_received, SHI_C_irq_resched, SHI_C_irq_call,
+        SHI_C_irq_call_single,    SHI_C_irq_handled, SHI_C_irq_other,
+        SHI_C_irq_spurious,       SHI_C_nmi,
     };
     uint64_t sum = 0;
     uint32_t ctx, i;
@@ -81,8 +82,9 @@ static void look_at(struct shi_self *self, struct shi_watched *seen, uint32_t cp
     uint64_t progress = shi_watch_progress(slot);
     uint32_t generation = shi_load_relaxed(&slot->generation);
     if (!seen->stranded || progress != seen->progress || generation != seen->generation) {
-        *seen = (struct shi_watched){.progress = progress, .generation = generation,
-                                     .stranded = 1};
+        *seen = (struct shi_watched){ .progress = progress,
+                                      .generation = generation,
+                                      .stranded = 1 };
         return;
     }
     if (seen->wait) {
@@ -151,7 +153,8 @@ bool shi_watch_look(struct shi_self *self, struct shi_watch *watch)
     for (i = 0; i < n && i < SHI_WATCH_CPUS; i++) {
         const struct shi_pic *pic = shi_pic(self->m, watch->next);
         look_at(self, &watch->cpu[watch->next], watch->next);
-        asked |= shi_load_relaxed(&pic->init) || shi_load_relaxed(&pic->startup) == SHI_SU_ASKED;
+        asked |= shi_load_relaxed(&pic->init) ||
+                 shi_load_relaxed(&pic->startup) == SHI_SU_ASKED;
         watch->next = watch->next + 1 < n ? watch->next + 1 : 0;
     }
     look_at_coprocessors(self, watch);
