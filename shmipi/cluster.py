@@ -34,7 +34,7 @@ from shmipi.errors import (
 from shmipi.irq import BoundIrq, DomainNode
 from shmipi.irq import current as irqs
 from shmipi.irq.chips import CHIPS, Chip
-from shmipi.irq.domain import Description, check_tree, parse_tree
+from shmipi.irq.of import Description, check_tree, parse_tree
 from shmipi.machine import controller as controllers
 from shmipi.machine import locks, process, segment, topology
 from shmipi.machine.arrays import Arrays, SharedArray
@@ -109,7 +109,7 @@ class Cluster:
             count, stamp) are always there.
         trace: True: record tracepoints, see ``trace_events()``.
         domains: irq domains beside the controller's own, as a small device tree: a dict
-            or text (``shmipi.irq.domain.parse_tree``).
+            or text (``shmipi.irq.of.parse_tree``).
 
     Raises:
         BootError: the machine could not be booted; its errno says why and its text what

@@ -22,27 +22,22 @@ from shmipi.irq.current import (
     irq_to_desc,
     request_percpu_irq,
 )
-from shmipi.irq.desc import (
-    INVALID_HWIRQ,
-    NR_IRQS,
+from shmipi.irq.ipi import __ipi_send_mask, __ipi_send_single, irq_desc_send_ipi
+from shmipi.irq.irqdesc import (
     IpiMapping,
+    IrqChip,
     IrqData,
     IrqDesc,
-    IrqFlags,
+    IrqDomain,
+    irq_chip_send_ipi,
     irq_data_get_affinity_mask,
     irq_data_get_irq_chip,
     irq_data_get_irq_chip_data,
     irq_desc_get_irq_data,
     irqd_is_global_ipi,
 )
-from shmipi.irq.domain import (
-    DomainNode,
-    IrqChip,
-    IrqDomain,
-    IrqDomainFlags,
-    irq_chip_send_ipi,
-)
-from shmipi.irq.ipi import __ipi_send_mask, __ipi_send_single, irq_desc_send_ipi
+from shmipi.irq.of import DomainNode
+from shmipi.irq.table import INVALID_HWIRQ, NR_IRQS, IrqDomainFlags, IrqFlags
 
 __all__ = [
     "INVALID_HWIRQ",

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 from shmipi import _core
 from shmipi.irq.chips.base import Chip
 from shmipi.irq.coprocessor import CoprocessorCalls
-from shmipi.irq.desc import (
-    IrqTable,
+from shmipi.irq.ipi import irq_desc_send_ipi
+from shmipi.irq.irqdesc import (
+    irq_chip_send_ipi,
     irq_data_get_affinity_mask,
     irq_data_get_irq_chip,
     irq_data_get_irq_chip_data,
     irq_desc_get_irq_data,
     irqd_is_global_ipi,
 )
-from shmipi.irq.domain import irq_chip_send_ipi
-from shmipi.irq.ipi import irq_desc_send_ipi
+from shmipi.irq.table import IrqTable
 
 if TYPE_CHECKING:
     from shmipi.machine.boot import Host

@@ -30,9 +30,10 @@ import numpy as np
 from shmipi import _core
 from shmipi.cpumask import CpuMask
 from shmipi.errors import ClusterStateError, IrqError, MachineDiedError
-from shmipi.irq.desc import IrqFlags
-from shmipi.irq.domain import IrqDomain, IrqDomainFlags, checked_name
-from shmipi.irq.percpu import PercpuCalls
+from shmipi.irq.irqdesc import IrqDomain
+from shmipi.irq.manage import PercpuCalls
+from shmipi.irq.of import checked_name
+from shmipi.irq.table import IrqDomainFlags, IrqFlags
 from shmipi.machine import remote
 
 if TYPE_CHECKING:
@@ -238,14 +239,17 @@ class CoprocessorCalls(PercpuCalls):
                     domain=name,
                 )
             flags = IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_SINGLE
-            domain = self.table.add_domain(name, flags, -1, free[0], frozenset())
+            domain = IrqDomain(
+                self.table,
+                self.table.add_domain(name, flags, -1, free[0], frozenset()),
+            )
             try:
                 virq = self._find_descs(domain, 1)
             except IrqError:
                 self.table.drop_domain(domain.index)
                 raise
             self.table.make(
-                domain,
+                domain.index,
                 virq,
                 0,
                 [0],
@@ -270,6 +274,6 @@ class CoprocessorCalls(PercpuCalls):
             for domain in self.domains:
                 if not domain.is_coprocessor or machine.coproc(domain.coprocessor)[1]:
                     continue
-                for virq in self.table.virqs_of(domain):
-                    self.table.destroy(self._desc(virq))
+                for virq in self.table.virqs_of(domain.index):
+                    self.table.destroy(virq, self._desc(virq).ipi_nr)
                 self.table.drop_domain(domain.index)

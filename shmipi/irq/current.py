@@ -7,18 +7,16 @@ its own; in the host that of the only open ``Cluster``, else they raise
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from shmipi import _core
 from shmipi.cpumask import MaskLike
+from shmipi.irq.bound import BoundIrq
 from shmipi.irq.chips.base import Chip
-from shmipi.irq.desc import IrqDesc
+from shmipi.irq.irqdesc import IrqDesc
+from shmipi.irq.irqdomain import DomainLike
+from shmipi.irq.manage import IrqHandler
 from shmipi.machine import controller
-
-if TYPE_CHECKING:
-    from shmipi.irq.bound import BoundIrq
-    from shmipi.irq.ipi import DomainLike
-    from shmipi.irq.percpu import IrqHandler
 
 __all__ = [
     "chip",
@@ -57,8 +55,6 @@ def irq() -> BoundIrq:
     for known, bound in _known:
         if known is machine:
             return bound
-    from shmipi.irq.bound import BoundIrq
-
     return register(machine, BoundIrq(machine, chip()))
 
 
@@ -70,9 +66,6 @@ def register(machine: _core.Machine, bound: BoundIrq) -> BoundIrq:
 
 def forget(machine: _core.Machine) -> None:
     """Undo ``register``: the machine has ended."""
-    for known, bound in _known:
-        if known is machine:
-            bound.table.close()
     _known[:] = [known for known in _known if known[0] is not machine]
 
 

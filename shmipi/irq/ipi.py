@@ -15,39 +15,29 @@ kernel's errno that names the irq, the domain and the CPU.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
-from typing import Any, NoReturn, TypeAlias
+from typing import NoReturn
 
 import numpy as np
 
 from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import IrqError
-from shmipi.irq.desc import (
-    INVALID_HWIRQ,
-    NR_IRQS,
+from shmipi.irq.irqdesc import (
     IrqDesc,
-    IrqFlags,
-    IrqTable,
+    IrqDomain,
     irq_data_get_affinity_mask,
     irq_desc_get_irq_data,
     irqd_is_global_ipi,
+    refuse,
 )
-from shmipi.irq.domain import DomainNode, IrqDomain, IrqDomainFlags, root_name
+from shmipi.irq.irqdomain import PERCPU_FLAGS, DomainCalls, DomainLike
+from shmipi.irq.table import INVALID_HWIRQ, IrqFlags
 
 __all__ = [
-    "DomainLike",
     "IpiCalls",
     "__ipi_send_mask",
     "__ipi_send_single",
     "irq_desc_send_ipi",
-    "refuse",
 ]
-
-#: A domain, its name, a consumer's description (``{"interrupt-parent": name}``), or
-#: None: the default IPI domain.
-DomainLike: TypeAlias = IrqDomain | str | Mapping[str, Any] | None
-
-_PERCPU = IrqFlags.IRQ_PER_CPU | IrqFlags.IRQ_PER_CPU_DEVID | IrqFlags.IRQ_NO_BALANCING
 
 
 def irq_desc_send_ipi(desc: IrqDesc, mask: MaskLike) -> None:
@@ -122,178 +112,8 @@ def _check_mask(desc: IrqDesc, mask: CpuMask) -> None:
         refuse(desc, f"it is not for CPUs {foreign}", foreign.first)
 
 
-def refuse(
-    desc: IrqDesc, why: str, cpu: int | None = None, code: int = errno.EINVAL
-) -> NoReturn:
-    """Raise the ``IrqError`` about an irq: ``code`` is its errno."""
-    raise IrqError(
-        f"irq {desc.irq} of domain {desc.domain.name}: {why}",
-        cpu=cpu,
-        errno=code,
-        irq=desc.irq,
-        domain=desc.domain.name,
-    )
-
-
-class IpiCalls:
-    """irq domains and IPIs of one machine: a part of ``cluster.irq``."""
-
-    table: IrqTable
-
-    # ---- domains --------------------------------------------------------------------
-
-    @property
-    def domains(self) -> list[IrqDomain]:
-        """All irq domains of the machine, the controller's root first."""
-        return self.table.domains()
-
-    @property
-    def root(self) -> IrqDomain:
-        """The domain of the controller that the CPUs have."""
-        root = self.table.domain(0)
-        assert root is not None
-        return root
-
-    def domain(self, which: DomainLike = None) -> IrqDomain:
-        """Return a domain: by name, by a description's reference, or the default.
-
-        ``IrqError`` EINVAL when there is none.
-        """
-        if isinstance(which, Mapping):
-            which = which.get("interrupt-parent")
-            if not isinstance(which, str):
-                raise IrqError('an irq\'s description needs an "interrupt-parent"')
-        if which is None:
-            for domain in self.domains:
-                if domain.flags & IrqDomainFlags.DEFAULT:
-                    return domain
-            raise IrqError("this machine has no default IPI domain")
-        if isinstance(which, IrqDomain):
-            # Its own machine's, and not removed since.
-            if which.table.machine.name == self.table.machine.name:
-                found = self.table.domain(which.index)
-                if found == which:
-                    return which
-            which = which.name
-        elif not isinstance(which, str):
-            raise TypeError(
-                f"a domain is an IrqDomain, its name or None, not {which!r}"
-            )
-        for domain in self.domains:
-            if domain.name == which or (which == "root" and domain.parent_index < 0):
-                return domain
-        names = ", ".join(domain.name for domain in self.domains)
-        raise IrqError(
-            f"there is no irq domain {which}; there are {names}", domain=which
-        )
-
-    def irq_domain_create(
-        self, node: DomainNode, parent: IrqDomain | None = None
-    ) -> IrqDomain:
-        """Make a domain while the machine runs, as a description's node says.
-
-        ``IrqError``: EEXIST (the name is taken), EINVAL (no such parent, hwirqs that it
-        does not have), EBUSY (hwirqs that are another domain's or an irq's), ENOMEM.
-        """
-        if not isinstance(node, DomainNode):
-            raise TypeError(f"a domain is made from a DomainNode, not {node!r}")
-        with self.table.locked():
-            names = [domain.name for domain in self.domains]
-            if node.name in names or node.name == "root":
-                raise IrqError(
-                    f"there is an irq domain {node.name} already",
-                    errno=errno.EEXIST,
-                    domain=node.name,
-                )
-            above = parent or self.domain(node.parent or "root")
-            flags = node.flags(self.table.chip)
-            if above.is_coprocessor:
-                raise IrqError(
-                    f"{above.name} is a coprocessor's domain: it has no hwirqs to give",
-                    domain=node.name,
-                )
-            self._check_lines(node, above)
-            return self.table.add_domain(node.name, flags, above.index, -1, node.lines)
-
-    def _check_lines(self, node: DomainNode, above: IrqDomain) -> None:
-        if above.own and not node.lines:
-            raise IrqError(
-                f"{node.name}: say which of {above.name}'s hwirqs it gets",
-                domain=node.name,
-            )
-        whole = above.own or frozenset(self.table.irq_lines())
-        for line in sorted(node.lines):
-            if line not in whole:
-                raise IrqError(
-                    f"{node.name}: hwirq {line} is not {above.name}'s to give",
-                    domain=node.name,
-                )
-            others = [d.name for d in above.children if line in d.own]
-            if others or not self.table.line_is_free(line):
-                owner = others[0] if others else f"irq {self._owner(line)}"
-                raise IrqError(
-                    f"{node.name}: hwirq {line} is {owner}'s",
-                    errno=errno.EBUSY,
-                    domain=node.name,
-                )
-
-    def _owner(self, line: int) -> int:
-        return int(self.table._line_virq[line])
-
-    def irq_domain_remove(self, domain: DomainLike) -> None:
-        """Remove a domain that has no irqs and no children left.
-
-        ``IrqError``: EBUSY (it has some), EINVAL (no such domain, or the root).
-        """
-        with self.table.locked():
-            found = self.domain(domain)
-            if found.parent_index < 0 and not found.is_coprocessor:
-                raise IrqError(
-                    f"{found.name} is the controller's own domain: it stays",
-                    domain=found.name,
-                )
-            virqs, children = self.table.virqs_of(found), found.children
-            if virqs or children:
-                what = f"irq {virqs[0]}" if virqs else f"domain {children[0].name}"
-                raise IrqError(
-                    f"{found.name} still has {what}",
-                    errno=errno.EBUSY,
-                    irq=virqs[0] if virqs else None,
-                    domain=found.name,
-                )
-            self.table.drop_domain(found.index)
-
-    def set_up(self, nodes: tuple[DomainNode, ...]) -> None:
-        """Make the controller's domains and those of a description: once, at boot."""
-        chip = self.table.chip
-        with self.table.locked():
-            root = self.table.add_domain(
-                root_name(chip),
-                IrqDomainFlags.IRQ_DOMAIN_FLAG_HIERARCHY,
-                -1,
-                -1,
-                frozenset(),
-            )
-        own = DomainNode(
-            f"{chip.name}-ipi", default=not any(node.default for node in nodes)
-        )
-        for node in (own, *nodes):
-            self.irq_domain_create(node, root if node is own else None)
-
-    # ---- descriptors ----------------------------------------------------------------
-
-    def irq_to_desc(self, virq: int) -> IrqDesc | None:
-        """Return the descriptor of a virq, or None when there is no such irq."""
-        return self.table.lookup(virq)
-
-    def _desc(self, virq: int) -> IrqDesc:
-        desc = self.table.lookup(virq)
-        if desc is None:
-            raise IrqError(
-                f"there is no irq {virq}: it was never reserved, or was destroyed",
-                irq=virq,
-            )
-        return desc
+class IpiCalls(DomainCalls):
+    """IPIs of one machine: a part of ``cluster.irq``."""
 
     # ---- reserving ------------------------------------------------------------------
 
@@ -322,24 +142,13 @@ class IpiCalls:
         self._check_dest(found, cpus)
         with self.table.locked():
             offset, hwirqs = self._choose(found, cpus, hwirq)
-            flags = _PERCPU
+            flags = PERCPU_FLAGS
             if found.is_coprocessor:
                 flags = IrqFlags.IRQ_NOREQUEST | IrqFlags.IRQ_NO_BALANCING
             elif cpus == found.possible:
                 flags |= IrqFlags.IRQD_GLOBAL_IPI
             first = self._find_descs(found, len(hwirqs))
-            self.table.make(found, first, offset, hwirqs, cpus, flags, name)
-        return first
-
-    def _find_descs(self, domain: IrqDomain, count: int) -> int:
-        first = self.table.find_descs(count)
-        if first < 0:
-            raise IrqError(
-                f"no {count} irq descriptors in a row are free: a machine has"
-                f" {NR_IRQS - 1}",
-                errno=errno.ENOMEM,
-                domain=domain.name,
-            )
+            self.table.make(found.index, first, offset, hwirqs, cpus, flags, name)
         return first
 
     def _check_dest(self, domain: IrqDomain, cpus: CpuMask) -> None:
@@ -441,21 +250,19 @@ class IpiCalls:
             whole = not desc.domain.is_per_cpu or gone == mask
             requested = whole and bool(self.table.action(desc.irq))
             if whole:
-                self.table.destroy(desc)
+                self.table.destroy(desc.ipi_base, desc.ipi_nr)
             else:
-                self.table.shrink(desc, gone)
+                lines = {cpu: desc.mapping.hwirq(cpu) for cpu in gone}
+                self.table.shrink(desc.ipi_base, lines)
         if requested:
             self._was_requested(desc)
-
-    def _was_requested(self, desc: IrqDesc) -> None:
-        raise NotImplementedError
 
     def ipi_get_hwirq(self, virq: int, cpu: int) -> int:
         """Return the hwirq by which an IPI reaches a CPU.
 
         ``INVALID_HWIRQ`` for a CPU that is not in its mask, or for no such irq.
         """
-        desc = self.table.lookup(virq)
+        desc = self.irq_to_desc(virq)
         if isinstance(cpu, bool) or not isinstance(cpu, int | np.integer):
             raise TypeError(f"a CPU number is an integer, not {cpu!r}")
         if desc is None or desc.irq != desc.ipi_base or cpu < 0:
@@ -487,46 +294,3 @@ class IpiCalls:
         """Send an IPI to all CPUs that it was reserved for."""
         desc = self._desc(virq)
         irq_desc_send_ipi(desc, irq_data_get_affinity_mask(desc.irq_data))
-
-    # ---- interrupts of devices ------------------------------------------------------
-
-    def irq_create_mapping(self, domain: DomainLike, hwirq: int, name: str = "") -> int:
-        """Give a hwirq of a domain without IPIs a virq; one that has one keeps it.
-
-        Every CPU has the line (on a mips-gic it is routed to CPU 0). A device raises it
-        with ``chip.raise_line(hwirq, cpu)``. ``IrqError``: EINVAL (an IPI domain, or
-        not its hwirq), EBUSY (an IPI has it), ENOMEM.
-        """
-        found = self.domain(domain)
-        if found.is_ipi:
-            raise IrqError(
-                f"{found.name} is an IPI domain: irq_reserve_ipi is its",
-                domain=found.name,
-            )
-        with self.table.locked():
-            if hwirq not in found.hwirqs():
-                raise IrqError(
-                    f"hwirq {hwirq} is not domain {found.name}'s", domain=found.name
-                )
-            owner = self._owner(hwirq)
-            if owner:
-                desc = self._desc(owner)
-                if desc.domain == found:
-                    return owner
-                refuse(desc, f"it has hwirq {hwirq}", code=errno.EBUSY)
-            first = self._find_descs(found, 1)
-            routed = self.table.chip.flow == "shared"
-            cpus = CpuMask([0]) if routed else found.possible
-            self.table.make(found, first, 0, [hwirq], cpus, _PERCPU, name)
-        return first
-
-    def irq_dispose_mapping(self, virq: int) -> None:
-        """Undo ``irq_create_mapping``. ``IrqError`` EINVAL for others' irqs."""
-        with self.table.locked():
-            desc = self._desc(virq)
-            if desc.domain.is_ipi:
-                refuse(desc, "it is an IPI: irq_destroy_ipi is its")
-            requested = bool(self.table.action(virq))
-            self.table.destroy(desc)
-        if requested:
-            self._was_requested(desc)

@@ -65,7 +65,7 @@ class Rig:
         """As it was, whatever a test did."""
         for virq in self.irq.table.virqs():
             with self.irq.table.locked():
-                self.irq.table.destroy(self.irq.irq_to_desc(virq))
+                self.irq.table.destroy(virq, self.irq.irq_to_desc(virq).ipi_nr)
         for domain in self.irq.domains[::-1] * 3:  # children before their parents
             if domain.parent_index >= 0 and domain != self.default:
                 with contextlib.suppress(IrqError):
@@ -688,7 +688,7 @@ def test_an_offline_cpu_is_no_error(rig):
 def die_at(store, shape, what):
     """Do something, and be killed before that store into the table."""
     from shmipi import irq
-    from shmipi.irq.desc import IrqTable
+    from shmipi.irq.table import IrqTable
 
     original, left = IrqTable._store, [store]
 
@@ -749,7 +749,7 @@ def test_a_holder_of_the_lock_is_killed_at_every_store(boot, controller, what):
 
 
 def test_a_stopped_holder_is_waited_for(boot, monkeypatch):
-    from shmipi.irq import desc as module
+    from shmipi.irq import table as module
 
     rig = Rig(boot(2, idle="halt"))
     monkeypatch.setattr(module, "_LOCK_S", 0.05)

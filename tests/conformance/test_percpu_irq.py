@@ -51,7 +51,7 @@ class Rig:
     def clear(self):
         for virq in self.irq.table.virqs():
             with self.irq.table.locked():
-                self.irq.table.destroy(self.irq.irq_to_desc(virq))
+                self.irq.table.destroy(virq, self.irq.irq_to_desc(virq).ipi_nr)
         for domain in self.irq.domains[2:]:
             self.irq.irq_domain_remove(domain)
         self.seen[:] = 0

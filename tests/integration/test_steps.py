@@ -469,7 +469,9 @@ def test_nmi_step(rig, action):
 def test_every_step_has_a_case():
     text = {step for step, *_ in CASES} | {"offline", "online", "nmi"}
     text.add("complete")  # test_waitqueue.py
-    source = Path(__file__).resolve().parents[2] / "shmipi" / "_core" / "base" / "step.h"
+    source = (
+        Path(__file__).resolve().parents[2] / "shmipi" / "_core" / "base" / "step.h"
+    )
     lines = source.read_text().splitlines()
     named = {line.split("X(")[1].split(")")[0] for line in lines if "    X(" in line}
     assert text == named

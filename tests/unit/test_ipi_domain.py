@@ -22,7 +22,7 @@ from shmipi.irq import (
     irq_desc_send_ipi,
 )
 from shmipi.irq.chips import CHIPS
-from shmipi.irq.domain import DomainNode, check_tree, parse_tree, root_name
+from shmipi.irq.of import DomainNode, check_tree, parse_tree, root_name
 
 TEXT = """
 /* two IPI controllers
@@ -238,7 +238,7 @@ class Table:
     def affinity(self, virq):
         return self.mask
 
-    def is_current(self, desc):
+    def is_current(self, virq, epoch):
         return self.alive
 
 

@@ -413,7 +413,7 @@ enum shi_irq_action { SHI_IA_NONE = 0, SHI_IA_NATIVE = 1, SHI_IA_PYTHON = 2, SHI
 /* struct irq_desc and irq_data of the kernel in one; filled under the irq area's lock. */
 struct shi_irqdesc {
     shi_a32 used;    /* 1: allocated */
-    uint32_t flags;  /* shmipi/irq/desc.py */
+    uint32_t flags;  /* shmipi/irq/table.py */
     uint32_t domain; /* 1 + its place in the machine's list of domains */
     uint32_t hwirq;
     uint32_t ipi_base;   /* first virq of the block that was reserved with it: its head */
@@ -435,7 +435,7 @@ _Static_assert(sizeof(struct shi_irqdesc) == 128, "an irq descriptor is a line p
 /* What gives hardware irq numbers out: the controller itself, or a child of it. */
 struct shi_irqdomain {
     shi_a32 used;    /* 1: there; stored last */
-    uint32_t flags;  /* shmipi/irq/domain.py */
+    uint32_t flags;  /* shmipi/irq/table.py */
     uint32_t parent; /* 1 + its place in the list; 0: a root */
     uint32_t coproc; /* 1 + the coprocessor whose domain it is; 0: the CPUs' */
     char name[32];

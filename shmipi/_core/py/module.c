@@ -340,7 +340,7 @@ static const struct field slot_fields[] = {
     { "rows", offsetof(struct shi_slot, pic.rows), sizeof((struct shi_pic *)0)->rows },
 };
 
-/* The irq descriptors, as shmipi/irq/desc.py reads and fills them. */
+/* The irq descriptors, as shmipi/irq/table.py reads and fills them. */
 static const struct field irqdesc_fields[] = {
     FIELD(struct shi_irqdesc, used),       FIELD(struct shi_irqdesc, flags),
     FIELD(struct shi_irqdesc, domain),     FIELD(struct shi_irqdesc, hwirq),

@@ -1,19 +1,4 @@
-"""irq domains: who gives hardware irq numbers out (``kernel/irq/irqdomain.c``).
-
-A machine has a hierarchy of them. The root is the controller that its CPUs have; its
-hwirqs are the controller's lines of use "irq". IPI domains are its children, as MSI
-domains are of the vector domain on x86::
-
-    [apic-ipi]  ---> [apic vector]
-    [your own]  --->       |
-
-There is one root, because a CPU has one controller. Several IPI controllers are several
-IPI domains: with lines of their own (``reserved-ipi-vectors``), which nobody else gets,
-or out of what is left of their parent's. A coprocessor is a controller of its own: a
-domain without a parent, with one hwirq (see ``coprocessor.py``).
-
-hwirq numbers are the root's at every level: a domain decides who gets which, it does
-not renumber.
+"""irq domains that a description asks for, as a device tree has them (``drivers/of``).
 
 The kinds of domain, and the ``compatible`` of a description that asks for them:
 
@@ -32,30 +17,19 @@ shmipi,ppi             no IPIs: interrupts that a device raises at a CPU. They a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import IntFlag
 from typing import Any, Final, TypeAlias
 
-from shmipi.cpumask import CpuMask
-from shmipi.errors import DeviceTreeError, IrqError
+from shmipi.errors import DeviceTreeError
 from shmipi.irq.chips.base import Chip
-from shmipi.irq.desc import (
-    INVALID_HWIRQ,
-    IrqData,
-    IrqTable,
-    irq_data_get_irq_chip_data,
-)
+from shmipi.irq.table import IrqDomainFlags
 
 __all__ = [
     "Description",
     "DomainNode",
-    "IrqChip",
-    "IrqDomain",
-    "IrqDomainFlags",
     "check_tree",
     "checked_name",
-    "irq_chip_send_ipi",
     "parse_tree",
     "root_name",
 ]
@@ -63,23 +37,6 @@ __all__ = [
 #: What ``Cluster(domains=...)`` takes: see ``parse_tree``.
 Description: TypeAlias = str | Mapping[str, Mapping[str, Any]]
 
-
-class IrqDomainFlags(IntFlag):
-    """What a domain is, with the kernel's values (``linux/irqdomain.h``)."""
-
-    IRQ_DOMAIN_FLAG_HIERARCHY = 1 << 0
-    IRQ_DOMAIN_FLAG_IPI_PER_CPU = 1 << 2
-    IRQ_DOMAIN_FLAG_IPI_SINGLE = 1 << 3
-    #: Ours: hwirqs for each CPU that need not be consecutive.
-    IPI_CPUMAP = 1 << 16
-    #: Ours: where an IPI comes from when no domain is named.
-    DEFAULT = 1 << 17
-
-
-_IPI: Final = (
-    IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_PER_CPU
-    | IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_SINGLE
-)
 _SHAPES: Final = {
     "single": IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_SINGLE,
     "block": IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_PER_CPU,
@@ -93,185 +50,6 @@ _COMPATIBLE: Final = {
     "shmipi,ipi-cpumap": "cpumap",
     "shmipi,ppi": "none",
 }
-
-
-@dataclass(frozen=True)
-class IrqChip:
-    """What a domain's controller can do with an irq: None for what it cannot.
-
-    ``send_ipi(data, mask)`` is the operation as it was proposed;
-    ``ipi_send_single(data, cpu)`` and ``ipi_send_mask(data, mask)`` are the two it
-    became in the kernel, of which a controller has one.
-    """
-
-    name: str
-    send_ipi: Callable[[IrqData, CpuMask], None] | None = None
-    ipi_send_single: Callable[[IrqData, int], None] | None = None
-    ipi_send_mask: Callable[[IrqData, CpuMask], None] | None = None
-
-
-def irq_chip_send_ipi(data: IrqData, mask: CpuMask) -> None:
-    """Send by the parent: to all CPUs at once where they share a hwirq, else to each.
-
-    CPUs for which the mapping has a gap are left out.
-    """
-    mapping = irq_data_get_irq_chip_data(data)
-    if mapping.shape == "single":
-        _to_parent(data, mapping.hwirq_base, mask)
-        return
-    for cpu in mask:
-        hwirq = mapping.hwirq(cpu)
-        if hwirq != INVALID_HWIRQ:
-            _to_parent(data, hwirq, CpuMask.from_bits(1 << cpu))
-
-
-def _send_single(data: IrqData, cpu: int) -> None:
-    irq_chip_send_ipi(data, CpuMask.from_bits(1 << cpu))
-
-
-def _to_parent(data: IrqData, hwirq: int, mask: CpuMask) -> None:
-    parent = data.at_parent(hwirq)
-    if parent is None or parent.chip.send_ipi is None:
-        raise IrqError(
-            f"irq {data.irq}: no parent of domain {data.domain.name} can send",
-            irq=data.irq,
-            domain=data.domain.name,
-        )
-    parent.chip.send_ipi(parent, mask)
-
-
-def _raise_line(data: IrqData, mask: CpuMask) -> None:
-    data.desc.table.chip.raise_line(data.hwirq, mask)
-
-
-def _raise_coprocessor(data: IrqData, mask: CpuMask) -> None:
-    if not mask:
-        return
-    try:
-        data.desc.table.machine.coproc_raise(data.domain.coprocessor, data.irq)
-    except OSError as error:
-        raise IrqError(
-            f"irq {data.irq}: coprocessor {data.domain.name} has ended",
-            errno=error.errno,
-            irq=data.irq,
-            domain=data.domain.name,
-        ) from None
-
-
-@dataclass(frozen=True, eq=False)
-class IrqDomain:
-    """A domain of the machine, as ``cluster.irq.domains`` lists it.
-
-    ``own`` are the lines that only it gives out; without any it shares with its parent
-    what that has left.
-    """
-
-    table: IrqTable
-    index: int
-    name: str
-    flags: IrqDomainFlags
-    parent_index: int
-    coprocessor: int
-    own: frozenset[int]
-
-    def __repr__(self) -> str:
-        parent = self.parent
-        above = "" if parent is None else f" ---> {parent.name}"
-        return f"<IrqDomain {self.name} ({self.mapping}){above}>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, IrqDomain) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def _key(self) -> tuple[str, int, str]:
-        return self.table.machine.name, self.index, self.name
-
-    def __reduce__(self) -> Any:
-        # By name: what arrives on another CPU is that domain there.
-        return _find, (self.name,)
-
-    @property
-    def parent(self) -> IrqDomain | None:
-        """The domain that it gets its hwirqs from; None for a root."""
-        return self.table.domain(self.parent_index)
-
-    @property
-    def children(self) -> list[IrqDomain]:
-        """The domains that get their hwirqs from it."""
-        return [d for d in self.table.domains() if d.parent_index == self.index]
-
-    @property
-    def is_ipi(self) -> bool:
-        """Can IPIs be reserved here (``irq_domain_is_ipi``)?"""
-        return bool(self.flags & _IPI)
-
-    @property
-    def is_per_cpu(self) -> bool:
-        """Has each CPU a hwirq of its own (``irq_domain_is_ipi_per_cpu``)?"""
-        return bool(self.flags & IrqDomainFlags.IRQ_DOMAIN_FLAG_IPI_PER_CPU)
-
-    @property
-    def is_coprocessor(self) -> bool:
-        """Is it a coprocessor's, and not the CPUs'?"""
-        return self.coprocessor >= 0
-
-    @property
-    def mapping(self) -> str:
-        """The shape of its IPIs' mappings: single, block or cpumap."""
-        if self.flags & IrqDomainFlags.IPI_CPUMAP:
-            return "cpumap"
-        return "block" if self.is_per_cpu else "single"
-
-    @property
-    def irq_chip(self) -> IrqChip:
-        """What can be done with its irqs."""
-        if self.is_coprocessor:
-            return IrqChip(self.name, _raise_coprocessor, None, _raise_coprocessor)
-        if self.parent_index < 0:
-            return IrqChip(self.name, _raise_line, None, _raise_line)
-        if not self.is_ipi:
-            return IrqChip(self.name)
-        if self.is_per_cpu:
-            return IrqChip(self.name, irq_chip_send_ipi, _send_single, None)
-        return IrqChip(self.name, irq_chip_send_ipi, None, irq_chip_send_ipi)
-
-    @property
-    def possible(self) -> CpuMask:
-        """What its IPIs can be for: the CPUs; a coprocessor has one target, 0."""
-        return CpuMask.full(1 if self.is_coprocessor else self.table.machine.ncpus)
-
-    def hwirqs(self) -> list[int]:
-        """Return the hwirqs that it may give out, taken or not, in that order."""
-        if self.is_coprocessor:
-            return [0]
-        parent = self.parent
-        if self.own:
-            lines: Iterable[int] = sorted(self.own)
-        else:
-            lines = parent.hwirqs() if parent else self.table.irq_lines()
-        others = frozenset[int]().union(*(child.own for child in self.children))
-        return [line for line in lines if line not in others]
-
-    def free_hwirqs(self) -> list[int]:
-        """Return those of them that no irq has, in the order in which to take them.
-
-        That is the controller's: on a mips-gic the range reserved for IPIs comes first.
-        """
-        if self.is_coprocessor:
-            return [] if self.table.virqs_of(self) else [0]
-        own, table = set(self.hwirqs()), self.table
-        return [n for n in table.irq_lines() if n in own and table.line_is_free(n)]
-
-
-def _find(name: str) -> IrqDomain:
-    from shmipi.irq.current import irq
-
-    return irq().domain(name)
-
-
-# ---- descriptions -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

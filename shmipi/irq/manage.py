@@ -32,8 +32,9 @@ from typing import Any, TypeAlias
 from shmipi import _core
 from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import ClusterStateError, ShmipiWarning
-from shmipi.irq.desc import INVALID_HWIRQ, IrqDesc, IrqFlags, irq_name
-from shmipi.irq.ipi import IpiCalls, refuse
+from shmipi.irq.ipi import IpiCalls
+from shmipi.irq.irqdesc import IrqDesc, refuse
+from shmipi.irq.table import INVALID_HWIRQ, IrqFlags, irq_name
 from shmipi.machine.arrays import SharedArray
 
 __all__ = ["IrqHandler", "PercpuCalls"]

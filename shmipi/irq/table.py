@@ -1,10 +1,7 @@
-"""irq descriptors: what a virq stands for (``kernel/irq/irqdesc.c``, ``linux/irq.h``).
+"""The irq tables of a machine in its shared memory: descriptors, domains, lines.
 
-The table lies in the machine's shared memory, so the host and every CPU see the same
-irqs; the objects here are views of it. A descriptor that was looked up is a snapshot
-with the number of its reservation (``epoch``): once the irq has been destroyed it is
-stale, and sending through it is refused (but for the unverified fast path, as in the
-kernel).
+The host and every CPU see the same irqs. What is here reads and writes records, plain
+values; ``irqdesc.py`` makes of them what users hold.
 
 Changes are made under a lock that survives its holder. While several descriptors and
 lines change together, ``undo`` names them: whoever takes the lock after a holder that
@@ -16,10 +13,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,23 +26,15 @@ from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import ClusterStateError, IpiTimeoutError, IrqError, LayoutError
 from shmipi.irq.chips.base import Chip
 
-if TYPE_CHECKING:
-    from shmipi.irq.domain import IrqChip, IrqDomain, IrqDomainFlags
-
 __all__ = [
     "INVALID_HWIRQ",
     "NR_IRQS",
-    "IpiMapping",
-    "IrqData",
-    "IrqDesc",
+    "DescRecord",
+    "DomainRecord",
+    "IrqDomainFlags",
     "IrqFlags",
     "IrqTable",
-    "irq_data_get_affinity_mask",
-    "irq_data_get_irq_chip",
-    "irq_data_get_irq_chip_data",
-    "irq_desc_get_irq_data",
     "irq_name",
-    "irqd_is_global_ipi",
 ]
 
 #: No hardware irq number: a CPU that an IPI does not reach.
@@ -69,129 +58,50 @@ class IrqFlags(IntFlag):
     IRQD_GLOBAL_IPI = 1 << 31
 
 
+class IrqDomainFlags(IntFlag):
+    """What a domain is, with the kernel's values (``linux/irqdomain.h``)."""
+
+    IRQ_DOMAIN_FLAG_HIERARCHY = 1 << 0
+    IRQ_DOMAIN_FLAG_IPI_PER_CPU = 1 << 2
+    IRQ_DOMAIN_FLAG_IPI_SINGLE = 1 << 3
+    #: Ours: hwirqs for each CPU that need not be consecutive.
+    IPI_CPUMAP = 1 << 16
+    #: Ours: where an IPI comes from when no domain is named.
+    DEFAULT = 1 << 17
+
+
 @dataclass(frozen=True)
-class IpiMapping:
-    """Which hwirq interrupts which CPU: the ``ipi_mapping`` of an IPI.
+class DescRecord:
+    """A descriptor's record, and the hwirqs of the block that it is part of.
 
-    Three shapes. ``single``: one hwirq for all CPUs, where the controller has vectors
-    or lines of each CPU. ``block``: ``nr_hwirqs`` consecutive ones, ``hwirq =
-    hwirq_base + cpu - cpu_offset``. ``cpumap``: any, with gaps (``INVALID_HWIRQ``);
-    ``cpumap[cpu - cpu_offset]``.
+    ``domain`` is the domain's place in the machine's list.
     """
 
-    shape: str
-    cpu_offset: int
-    cpumap: tuple[int, ...]
-
-    @property
-    def hwirq_base(self) -> int:
-        """The first hwirq."""
-        return self.cpumap[0]
-
-    @property
-    def nr_hwirqs(self) -> int:
-        """How many hwirqs it takes."""
-        return sum(hwirq != INVALID_HWIRQ for hwirq in self.cpumap)
-
-    def hwirq(self, cpu: int) -> int:
-        """Return the hwirq that interrupts ``cpu``, or ``INVALID_HWIRQ``."""
-        if self.shape == "single":
-            return self.cpumap[0]
-        place = cpu - self.cpu_offset
-        return self.cpumap[place] if 0 <= place < len(self.cpumap) else INVALID_HWIRQ
-
-
-@dataclass(frozen=True, eq=False)
-class IrqDesc:
-    """The descriptor of ``irq``, as it was when it was looked up.
-
-    ``ipi_base``, ``ipi_nr``, ``ipi_offset``: the block of virqs that was reserved with
-    it, and the block's first CPU. A block is sent to, requested and destroyed by its
-    first virq.
-    """
-
-    table: IrqTable
     irq: int
     epoch: int
     flags: IrqFlags
-    domain: IrqDomain
+    domain: int
     hwirq: int
     ipi_base: int
     ipi_nr: int
     ipi_offset: int
     name: str
-    mapping: IpiMapping
-
-    @property
-    def irq_data(self) -> IrqData:
-        """What the irq is in its own domain; ``parent_data`` leads on."""
-        return IrqData(self, self.domain, self.hwirq)
-
-    @property
-    def alive(self) -> bool:
-        """Is the reservation that this descriptor was looked up for still there?"""
-        return self.table.is_current(self)
+    hwirqs: tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class IrqData:
-    """An irq at one level of the hierarchy of domains."""
+@dataclass(frozen=True)
+class DomainRecord:
+    """A domain's record; ``parent`` and ``coprocessor`` are -1 where there is none.
 
-    desc: IrqDesc
-    domain: IrqDomain
-    hwirq: int
+    ``own`` are the lines that only it gives out.
+    """
 
-    @property
-    def irq(self) -> int:
-        """The virq: the same at every level."""
-        return self.desc.irq
-
-    @property
-    def chip(self) -> IrqChip:
-        """What this level's controller can do with it."""
-        return self.domain.irq_chip
-
-    @property
-    def chip_data(self) -> IpiMapping:
-        """Which hwirq interrupts which CPU."""
-        return self.desc.mapping
-
-    @property
-    def parent_data(self) -> IrqData | None:
-        """The irq in the parent domain; None at the root."""
-        return self.at_parent(self.hwirq)
-
-    parent = parent_data
-
-    def at_parent(self, hwirq: int) -> IrqData | None:
-        """Return the same in the parent domain for one of the mapping's hwirqs."""
-        parent = self.domain.parent
-        return None if parent is None else IrqData(self.desc, parent, hwirq)
-
-
-def irq_desc_get_irq_data(desc: IrqDesc) -> IrqData:
-    """Return the irq data of a descriptor's own domain."""
-    return desc.irq_data
-
-
-def irq_data_get_irq_chip(data: IrqData) -> IrqChip:
-    """Return what the controller at this level can do."""
-    return data.chip
-
-
-def irq_data_get_irq_chip_data(data: IrqData) -> IpiMapping:
-    """Return what a domain keeps for the irq: which hwirq interrupts which CPU."""
-    return data.chip_data
-
-
-def irq_data_get_affinity_mask(data: IrqData) -> CpuMask:
-    """Return the CPUs that the irq was reserved for and not destroyed for since."""
-    return data.desc.table.affinity(data.desc.ipi_base)
-
-
-def irqd_is_global_ipi(data: IrqData) -> bool:
-    """Is it an IPI that reaches every CPU, so that masks need not be verified?"""
-    return bool(data.desc.flags & IrqFlags.IRQD_GLOBAL_IPI)
+    index: int
+    name: str
+    flags: IrqDomainFlags
+    parent: int
+    coprocessor: int
+    own: frozenset[int]
 
 
 def _dtype(fields: tuple[tuple[str, int, int], ...], size: int) -> np.dtype[Any]:
@@ -251,11 +161,7 @@ class IrqTable:
         )
         self._routed = chip.flow == "shared"
         self._lines: tuple[int, ...] | None = None
-        self._domains: dict[tuple[int, str, IrqDomainFlags], IrqDomain] = {}
-
-    def close(self) -> None:
-        """Drop what leads back here, so that the machine's memory goes at once."""
-        self._domains = {}
+        self._domains: dict[tuple[int, str, IrqDomainFlags], DomainRecord] = {}
 
     # ---- the lock -------------------------------------------------------------------
 
@@ -347,8 +253,8 @@ class IrqTable:
 
     # ---- descriptors ----------------------------------------------------------------
 
-    def lookup(self, virq: int) -> IrqDesc | None:
-        """Return the descriptor of ``virq``, or None when there is no such irq.
+    def lookup(self, virq: int) -> DescRecord | None:
+        """Return the record of ``virq``, or None when there is no such irq.
 
         ``LayoutError`` for one that is damaged.
         """
@@ -360,38 +266,30 @@ class IrqTable:
         row = self._row(virq)
         if not row["used"] or not row["domain"]:
             return None
-        domain = self.domain(row["domain"] - 1)
-        if domain is None:
-            return None
         base, count = row["ipi_base"], row["ipi_nr"]
         if not 0 < base <= virq < base + count <= NR_IRQS:
             raise LayoutError(f"the descriptor of irq {virq} is damaged: its block")
-        return IrqDesc(
-            table=self,
+        return DescRecord(
             irq=virq,
             epoch=row["epoch"],
             flags=IrqFlags(row["flags"]),
-            domain=domain,
+            domain=row["domain"] - 1,
             hwirq=row["hwirq"],
             ipi_base=base,
             ipi_nr=count,
             ipi_offset=row["ipi_offset"],
             name=row["name"].decode("utf-8", "replace"),
-            mapping=IpiMapping(
-                domain.mapping,
-                row["ipi_offset"],
-                tuple(self._desc["hwirq"][base : base + count].tolist()),
-            ),
+            hwirqs=tuple(self._desc["hwirq"][base : base + count].tolist()),
         )
 
     def _row(self, virq: int) -> dict[str, Any]:
         values = self._desc[virq].tolist()
         return dict(zip(_DESC.names or (), values, strict=True))
 
-    def is_current(self, desc: IrqDesc) -> bool:
-        """Is it still the reservation that ``desc`` was looked up for?"""
-        record = self._desc[desc.irq]
-        return bool(record["used"]) and int(record["epoch"]) == desc.epoch
+    def is_current(self, virq: int, epoch: int) -> bool:
+        """Is it still the reservation that had this epoch?"""
+        record = self._desc[virq]
+        return bool(record["used"]) and int(record["epoch"]) == epoch
 
     def affinity(self, virq: int) -> CpuMask:
         """Return the CPUs of a block."""
@@ -407,9 +305,9 @@ class IrqTable:
         used, base = self._desc["used"], self._desc["ipi_base"]
         return [v for v in range(1, NR_IRQS) if used[v] and base[v] == v]
 
-    def virqs_of(self, domain: IrqDomain) -> list[int]:
-        """Return the first virqs of the blocks of a domain."""
-        return [v for v in self.virqs() if self._desc["domain"][v] == domain.index + 1]
+    def virqs_of(self, domain: int) -> list[int]:
+        """Return the first virqs of the blocks of the domain at that place."""
+        return [v for v in self.virqs() if self._desc["domain"][v] == domain + 1]
 
     # ---- changing them; the lock is held --------------------------------------------
 
@@ -424,7 +322,7 @@ class IrqTable:
 
     def make(
         self,
-        domain: IrqDomain,
+        domain: int,
         first: int,
         offset: int,
         hwirqs: list[int],
@@ -432,7 +330,7 @@ class IrqTable:
         flags: IrqFlags,
         name: str = "",
     ) -> None:
-        """Make a block of descriptors from ``first`` on, and give it its lines.
+        """Make a block of descriptors of ``domain`` from ``first`` on, with its lines.
 
         ``hwirqs[n]`` is CPU ``offset + n``'s (``INVALID_HWIRQ``: a gap), or the only
         one there is.
@@ -444,7 +342,7 @@ class IrqTable:
             virq = first + place
             self._store("action", virq, 0)
             self._store("flags", virq, int(flags))
-            self._store("domain", virq, domain.index + 1)
+            self._store("domain", virq, domain + 1)
             self._store("hwirq", virq, hwirq)
             self._store("ipi_base", virq, first)
             self._store("ipi_nr", virq, count)
@@ -453,7 +351,7 @@ class IrqTable:
             epoch = int(self._desc["epoch"][virq])
             self._store("epoch", virq, (epoch + 1) & 0xFFFFFFFF)
         self._store("affinity", first, affinity)
-        if not domain.is_coprocessor:
+        if not self._domain["coproc"][domain]:
             self._give_lines(first, offset, hwirqs)
         for place in reversed(range(count)):
             self._store("used", first + place, 1)
@@ -468,23 +366,25 @@ class IrqTable:
                 self._store("route", line, offset + place + 1)
             self._store("line_virq", line, first)
 
-    def destroy(self, desc: IrqDesc) -> None:
+    def destroy(self, first: int, count: int) -> None:
         """Free a whole block: its descriptors and lines."""
-        self._store("undo", 0, desc.ipi_base | desc.ipi_nr << 32)
-        self._free(desc.ipi_base, desc.ipi_nr)
+        self._store("undo", 0, first | count << 32)
+        self._free(first, count)
         self._store("undo", 0, 0)
 
-    def shrink(self, desc: IrqDesc, gone: CpuMask) -> None:
-        """Free the lines of some CPUs of a block; its virqs stay taken."""
-        base = desc.ipi_base
+    def shrink(self, first: int, gone: Mapping[int, int]) -> None:
+        """Free the lines of some CPUs of a block; its virqs stay taken.
+
+        ``gone``: the CPUs, each with its hwirq.
+        """
+        row = self._row(first)
         # The mask first: from here on nobody sends to these CPUs.
-        self._store("affinity", base, self.affinity(base) - gone)
-        self._store("flags", base, int(desc.flags & ~IrqFlags.IRQD_GLOBAL_IPI))
-        for cpu in gone:
-            line = desc.mapping.hwirq(cpu)
-            if line != INVALID_HWIRQ and self._line_virq[line] == base:
+        self._store("affinity", first, self.affinity(first) - CpuMask(gone))
+        self._store("flags", first, row["flags"] & ~int(IrqFlags.IRQD_GLOBAL_IPI))
+        for cpu, line in gone.items():
+            if line != INVALID_HWIRQ and self._line_virq[line] == first:
                 self._take_line(line)
-            self._store("hwirq", base + cpu - desc.ipi_offset, INVALID_HWIRQ)
+            self._store("hwirq", first + cpu - row["ipi_offset"], INVALID_HWIRQ)
 
     def _take_line(self, line: int) -> None:
         self._store("reset", line, 0)
@@ -502,10 +402,8 @@ class IrqTable:
 
     # ---- domains --------------------------------------------------------------------
 
-    def domain(self, index: int) -> IrqDomain | None:
+    def domain(self, index: int) -> DomainRecord | None:
         """Return the domain at a place of the machine's list, or None."""
-        from shmipi.irq.domain import IrqDomain, IrqDomainFlags
-
         if not 0 <= index < _core.NDOMAINS:
             return None
         record = self._domain[index]
@@ -515,19 +413,17 @@ class IrqTable:
         key = (index, name, IrqDomainFlags(int(record["flags"])))
         found = self._domains.get(key)
         if found is None:
-            own = _bits(record["lines"].tobytes())
-            found = self._domains[key] = IrqDomain(
-                self,
+            found = self._domains[key] = DomainRecord(
                 index,
                 name,
                 key[2],
                 int(record["parent"]) - 1,
                 int(record["coproc"]) - 1,
-                own,
+                _bits(record["lines"].tobytes()),
             )
         return found
 
-    def domains(self) -> list[IrqDomain]:
+    def domains(self) -> list[DomainRecord]:
         """Return all domains, the controller's root first."""
         found = (self.domain(index) for index in range(_core.NDOMAINS))
         return [domain for domain in found if domain is not None]
@@ -539,7 +435,7 @@ class IrqTable:
         parent: int,
         coproc: int,
         lines: frozenset[int],
-    ) -> IrqDomain:
+    ) -> DomainRecord:
         """Write a domain's record; the lock is held. ``IrqError`` ENOMEM."""
         free = np.flatnonzero(self._domain["used"] == 0)
         if not len(free):
