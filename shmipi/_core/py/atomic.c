@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Real atomics on elements of integer arrays in shared memory, and memory barriers. */
-#include "py/shi.h"
+#include "py/tables.h"
 
 /* Which type an element has. */
 struct element {

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /* The measuring loops of bench.c for Python, on a CPU of the machine. */
-#include "py/bench.h"
+#include "py/entry.h"
+#include "py/hist.h"
+#include "py/tables.h"
 
 #include <stdlib.h>
 
@@ -225,7 +227,6 @@ static PyObject *bench_spin(PyObject *module, PyObject *arg)
 /* ---- what the module gets ---------------------------------------------------------------- */
 
 #define WORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
-PyMethodDef shi_bench_methods[] = { { NULL, NULL, 0, NULL } };
 PyMethodDef shi_bench_functions[] = {
     { "bench_calls", WORDS(bench_calls),
       "bench_calls(cpu, calls, *, warmup, batch, gap_ns, skip, state, park, stamp, deadline,\n"
@@ -249,20 +250,3 @@ PyMethodDef shi_bench_functions[] = {
       "Let this CPU's waiters spin so long before they sleep; None: as the machine does." },
     { NULL, NULL, 0, NULL },
 };
-
-int shi_bench_types(PyObject *module)
-{
-    const struct {
-        const char *name;
-        long value;
-    } numbers[] = {
-        { "RUNNING", SHI_RUNNING },
-        { "POLLING", SHI_POLLING },
-        { "HALTED", SHI_HALTED },
-    };
-    size_t i;
-    for (i = 0; i < sizeof numbers / sizeof *numbers; i++)
-        if (PyModule_AddIntConstant(module, numbers[i].name, numbers[i].value) < 0)
-            return -1;
-    return shi_limit_types(module);
-}

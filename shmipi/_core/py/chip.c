@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /* Interrupt controllers as Python describes and drives them. */
-#include "py/shi.h"
+#include "py/chip.h"
 
 #include "irq/chip.h"
 #include "irq/irq.h"
 #include "irq/nmi.h"
+#include "py/entry.h"
+#include "py/tables.h"
 
 /* ---- the chip's description ------------------------------------------------------ */
 
@@ -93,9 +95,6 @@ int shi_chip_from_python(PyObject *dict, struct shi_chip *chip)
 
 /* ---- methods of Machine ---------------------------------------------------------- */
 
-#define METHOD(name) static PyObject *irq_##name(PyObject *object, PyObject *arg)
-#define MACHINE(object) ((Machine *)(object))
-
 int shi_check_line(const Machine *machine, unsigned line)
 {
     if (line < machine->m.chip.nlines)
@@ -120,7 +119,7 @@ static void settle(Machine *machine)
 }
 
 /* irq_raise(line, cpus, writes): make it pending at each of `cpus`, a list. */
-METHOD(raise)
+METHOD(irq_raise)
 {
     Machine *machine = MACHINE(object);
     struct shi_self *self = &machine->self;
@@ -145,7 +144,7 @@ METHOD(raise)
 }
 
 /* irq_enable_line(cpu, line, on) */
-METHOD(enable_line)
+METHOD(irq_enable_line)
 {
     Machine *machine = MACHINE(object);
     unsigned cpu, line;
@@ -161,7 +160,7 @@ METHOD(enable_line)
 }
 
 /* irq_clear(cpu, line): take back what is pending there. */
-METHOD(clear)
+METHOD(irq_clear)
 {
     Machine *machine = MACHINE(object);
     unsigned cpu, line;
@@ -175,7 +174,7 @@ METHOD(clear)
 }
 
 /* irq_mailbox(cpu, bits): all of `bits` pending in one store. */
-METHOD(mailbox)
+METHOD(irq_mailbox)
 {
     Machine *machine = MACHINE(object);
     unsigned cpu;
@@ -200,7 +199,7 @@ METHOD(mailbox)
 }
 
 /* irq_threshold(value): of this CPU. */
-METHOD(threshold)
+METHOD(irq_threshold)
 {
     Machine *machine = MACHINE(object);
     unsigned long value = PyLong_AsUnsignedLong(arg);
@@ -216,7 +215,7 @@ METHOD(threshold)
 }
 
 /* irq_end(line): EOI before the handler has returned; NO_LINE: of the one that runs. */
-METHOD(end)
+METHOD(irq_end)
 {
     Machine *machine = MACHINE(object);
     unsigned long line = PyLong_AsUnsignedLong(arg);
@@ -497,24 +496,29 @@ METHOD(pic_change)
 }
 
 PyMethodDef shi_chip_methods[] = {
-    { "irq_raise", irq_raise, METH_VARARGS, "irq_raise(line, cpus, writes)" },
-    { "irq_enable_line", irq_enable_line, METH_VARARGS, "irq_enable_line(cpu, line, on)" },
-    { "irq_clear", irq_clear, METH_VARARGS, "irq_clear(cpu, line)" },
-    { "irq_mailbox", irq_mailbox, METH_VARARGS, "irq_mailbox(cpu, bits): in one store" },
-    { "irq_threshold", irq_threshold, METH_O, "irq_threshold(value): of this CPU" },
-    { "irq_end", irq_end, METH_O, "irq_end(line): EOI before the handler has returned" },
-    { "esb_access", irq_esb_access, METH_VARARGS, "esb_access(cpu, line, offset) -> int" },
-    { "esb_message", irq_esb_message, METH_VARARGS, "esb_message(cpu, message): store it" },
-    { "esb_demux", irq_esb_demux, METH_NOARGS, "esb_demux(): take this CPU's messages" },
-    { "nmi_send", irq_nmi_send, METH_VARARGS,
+    { "irq_raise", machine_irq_raise, METH_VARARGS, "irq_raise(line, cpus, writes)" },
+    { "irq_enable_line", machine_irq_enable_line, METH_VARARGS,
+      "irq_enable_line(cpu, line, on)" },
+    { "irq_clear", machine_irq_clear, METH_VARARGS, "irq_clear(cpu, line)" },
+    { "irq_mailbox", machine_irq_mailbox, METH_VARARGS,
+      "irq_mailbox(cpu, bits): in one store" },
+    { "irq_threshold", machine_irq_threshold, METH_O, "irq_threshold(value): of this CPU" },
+    { "irq_end", machine_irq_end, METH_O,
+      "irq_end(line): EOI before the handler has returned" },
+    { "esb_access", machine_esb_access, METH_VARARGS, "esb_access(cpu, line, offset) -> int" },
+    { "esb_message", machine_esb_message, METH_VARARGS, "esb_message(cpu, message): store it" },
+    { "esb_demux", machine_esb_demux, METH_NOARGS, "esb_demux(): take this CPU's messages" },
+    { "nmi_send", machine_nmi_send, METH_VARARGS,
       "nmi_send(cpu, writes=1) -> bool: False when it collapsed" },
-    { "nmi_resend", irq_nmi_resend, METH_O, "nmi_resend(cpu): signal what is pending again" },
-    { "startup_ipi", irq_startup_ipi, METH_VARARGS,
+    { "nmi_resend", machine_nmi_resend, METH_O,
+      "nmi_resend(cpu): signal what is pending again" },
+    { "startup_ipi", machine_startup_ipi, METH_VARARGS,
       "startup_ipi(cpu, vector) -> bool: did it wait for one?" },
-    { "init_ipi", irq_init_ipi, METH_O, "init_ipi(cpu) -> bool: was it not in reset already?" },
-    { "pic_read", irq_pic_read, METH_VARARGS, "pic_read(cpu, register, index=0) -> int" },
-    { "pic_write", irq_pic_write, METH_VARARGS, "pic_write(cpu, register, index, value)" },
-    { "pic_change", irq_pic_change, METH_VARARGS,
+    { "init_ipi", machine_init_ipi, METH_O,
+      "init_ipi(cpu) -> bool: was it not in reset already?" },
+    { "pic_read", machine_pic_read, METH_VARARGS, "pic_read(cpu, register, index=0) -> int" },
+    { "pic_write", machine_pic_write, METH_VARARGS, "pic_write(cpu, register, index, value)" },
+    { "pic_change", machine_pic_change, METH_VARARGS,
       "pic_change(cpu, register, index, clear, set) -> int: pending bits, as they were" },
     { NULL, NULL, 0, NULL },
 };

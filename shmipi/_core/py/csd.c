@@ -1,6 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /* CallSingleData: a request that its caller owns, and smp_call_function_single_async. */
-#include "py/shi.h"
+#include "py/csd.h"
+
+#include "py/call.h"
+#include "py/outgoing.h"
+#include "py/wait.h"
 
 typedef struct {
     PyObject_HEAD Machine *machine;
@@ -8,7 +12,7 @@ typedef struct {
     PyObject *function, *info;
 } CallSingleData;
 
-PyTypeObject *shi_csd_type;
+static PyTypeObject *csd_type;
 
 static PyObject *csd_make(Machine *machine, PyObject *function, PyObject *info)
 {
@@ -19,7 +23,7 @@ static PyObject *csd_make(Machine *machine, PyObject *function, PyObject *info)
     shi_outgoing_clear(&out);
     if (local < 0)
         return NULL;
-    CallSingleData *csd = PyObject_GC_New(CallSingleData, shi_csd_type);
+    CallSingleData *csd = PyObject_GC_New(CallSingleData, csd_type);
     if (!csd) {
         shi_give_back(machine, (uint32_t)local);
         return NULL;
@@ -143,11 +147,10 @@ static PyType_Spec csd_spec = {
 
 int shi_csd_types(PyObject *module)
 {
-    if (!shi_csd_type)
-        shi_csd_type = (PyTypeObject *)PyType_FromSpec(&csd_spec);
-    return shi_csd_type
-               ? PyModule_AddObjectRef(module, "CallSingleData", (PyObject *)shi_csd_type)
-               : -1;
+    if (!csd_type)
+        csd_type = (PyTypeObject *)PyType_FromSpec(&csd_spec);
+    return csd_type ? PyModule_AddObjectRef(module, "CallSingleData", (PyObject *)csd_type)
+                    : -1;
 }
 
 PyObject *shi_single_async(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
@@ -159,7 +162,7 @@ PyObject *shi_single_async(Machine *machine, PyObject *const *args, Py_ssize_t n
     if (shi_parse("smp_call_function_single_async", names, 2, 2, args, nargs, kwnames, a) < 0 ||
         shi_as_cpu(a[0], &cpu) < 0)
         return NULL;
-    if (Py_TYPE(a[1]) != shi_csd_type)
+    if (Py_TYPE(a[1]) != csd_type)
         return PyErr_Format(PyExc_TypeError, "csd is a CallSingleData, not %R", Py_TYPE(a[1]));
     CallSingleData *csd = (CallSingleData *)a[1];
     struct shi_self *self = &machine->self;

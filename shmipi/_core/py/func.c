@@ -14,9 +14,11 @@
  * there; another one takes its place.  And a number is good only until the next of those:
  * whoever asks for one holds it before (shi_func_hold).
  */
-#include "py/shi.h"
+#include "py/func.h"
 
 #include <errno.h>
+
+#include "py/guard.h"
 
 struct func_entry {
     PyObject_HEAD         /* it is its own weakref callback */

@@ -14,7 +14,9 @@
  * possible, since what is held strongly may lead back to the function, which would then
  * live for ever.
  */
-#include "py/shi.h"
+#include "py/guard.h"
+
+#include "py/tables.h"
 
 struct guard {
     PyObject *key;   /* of a dict; NULL for a cell or a field */
@@ -52,7 +54,7 @@ struct shi_guards {
 /* Counts changes of bindings in all tables. */
 static uint64_t rebindings = 1;
 
-PyObject *shi_functions_rebound(PyObject *module, PyObject *unused)
+static PyObject *functions_rebound(PyObject *module, PyObject *unused)
 {
     (void)module;
     (void)unused;
@@ -365,3 +367,9 @@ bool shi_guards_hold(struct shi_guards *all, PyObject *published)
     }
     return same_tables(all);
 }
+
+PyMethodDef shi_guard_functions[] = {
+    { "functions_rebound", functions_rebound, METH_NOARGS,
+      "functions_rebound(): compare the tables of byvalue.py again" },
+    { NULL, NULL, 0, NULL },
+};

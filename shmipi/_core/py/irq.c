@@ -1,129 +1,20 @@
 /* SPDX-License-Identifier: MIT */
-/* irq descriptors, their handlers, and coprocessors as Python drives them. */
-#include "py/shi.h"
-
-#include <signal.h>
-#include <sys/prctl.h>
-#include <unistd.h>
+/* irq descriptors and coprocessors as Python drives them. */
+#include "py/base.h"
 
 #include "irq/chip.h"
 #include "irq/doorbell.h"
 #include "irq/irqdesc.h"
-#include "irq/nmi.h"
-#include "base/trace.h"
-
-#define HANDLER_TRIES 4
-
-/* ---- handlers -------------------------------------------------------------------- */
-
-static bool same_handler(const struct shi_irqdesc *a, const struct shi_irqdesc *b)
-{
-    return a->func == b->func && a->serial == b->serial && a->src == b->src &&
-           a->src_gen == b->src_gen;
-}
-
-/* The Python handler of `desc`: a new reference, or NULL (with or without an exception). */
-static PyObject *handler_of(Machine *machine, const struct shi_irqdesc *desc)
-{
-    int tries;
-    for (tries = 0; tries < HANDLER_TRIES; tries++) {
-        /* A handler dies with the process that requested it: its table may be another's
-         * now. */
-        if (shi_load_acquire(&desc->action) != SHI_IA_PYTHON ||
-            !shi_irqdesc_requester_lives(&machine->m, desc))
-            return NULL;
-        const struct shi_irqdesc seen = *(const volatile struct shi_irqdesc *)desc;
-        PyObject *function =
-            shi_function_received(machine, seen.src, seen.src_gen, seen.func, seen.serial);
-        /* Another one may have taken its place just then, and its number be freed. */
-        if (function ||
-            (shi_load_acquire(&desc->action) == SHI_IA_PYTHON && same_handler(&seen, desc)))
-            return function;
-        PyErr_Clear();
-    }
-    return NULL;
-}
-
-/* Call the Python handler of `desc` with `argument`; what it raises is unraisable. */
-static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *argument,
-                  bool is_nmi)
-{
-    struct shi_self *self = &machine->self;
-    PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
-    PyObject *function, *result = NULL;
-    struct handler_said outer; /* an NMI's may stand on top of another */
-    uint8_t flags = self->irqs_off;
-    int limit = shi_headroom_begin(machine);
-    self->irqs_off = 1;
-    self->in_irq++;
-    function = handler_of(machine, desc);
-    if (function) {
-        shi_count(self, SHI_C_python_run);
-        if (is_nmi)
-            shi_nmi_entered(self);
-        else
-            shi_count(self, SHI_C_irq_handled);
-        shi_handler_outer(self, &outer);
-        shi_say_handler(self, function, is_nmi ? SHI_H_NMI : SHI_H_IRQ);
-        result = PyObject_CallOneArg(function, argument);
-        shi_leave_if_forked(machine, result);
-        shi_say_outer(self, &outer);
-    } else {
-        shi_count(self, SHI_C_irq_other); /* freed meanwhile, or its requester is gone */
-    }
-    if (PyErr_Occurred()) {
-        shi_count(self, SHI_C_unraisable);
-        PyErr_WriteUnraisable(function);
-    }
-    Py_XDECREF(result);
-    Py_XDECREF(function);
-    shi_headroom_end(limit);
-    self->in_irq--;
-    self->irqs_off = flags;
-    shi_signals_let_go(machine);
-    if (pending) {
-        PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
-        Py_DECREF(pending);
-    }
-}
-
-void shi_run_line(Machine *machine, uint32_t line)
-{
-    struct shi_self *self = &machine->self;
-    uint32_t outer = self->handling;
-    uint32_t virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
-    const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
-    PyObject *number = virq && desc ? PyLong_FromUnsignedLong(virq) : NULL;
-    if (number) {
-        self->handling = line + 1;
-        apply(machine, desc, number, false);
-        self->handling = outer;
-        Py_DECREF(number);
-    }
-    shi_chip_end(self, line);
-}
-
-void shi_run_nmi(Machine *machine)
-{
-    struct shi_self *self = &machine->self;
-    while (self->nmi_waits && !self->in_nmi) {
-        self->in_nmi = 1;
-        apply(machine, shi_irqdesc(self->m, 0), Py_None, true);
-        self->in_nmi = 0;
-        self->nmi_waits = 0;
-        shi_signal_fence();
-        shi_nmi_done(self);
-        shi_nmi_entry(self); /* one more may have come while it was in service */
-    }
-    shi_signals_let_go(machine);
-}
-
-#define METHOD(name) static PyObject *irq_##name(PyObject *object, PyObject *arg)
-#define MACHINE(object) ((Machine *)(object))
+#include "py/chip.h"
+#include "py/func.h"
+#include "py/line.h"
+#include "py/native.h"
+#include "py/outgoing.h"
+#include "py/tables.h"
 
 /* ---- descriptors ----------------------------------------------------------------- */
 
-METHOD(trylock)
+METHOD(irq_trylock)
 {
     (void)arg;
     return shi_use(MACHINE(object)) < 0
@@ -131,7 +22,7 @@ METHOD(trylock)
                : PyBool_FromLong(shi_irq_trylock(&MACHINE(object)->self) == 0);
 }
 
-METHOD(unlock)
+METHOD(irq_unlock)
 {
     (void)arg;
     shi_irq_unlock(&MACHINE(object)->self);
@@ -182,7 +73,7 @@ static void let_go_of_handlers(Machine *machine)
         const struct shi_irqdesc mine = {
             .func = held - 1, .serial = serial, .src = (uint16_t)self->id, .src_gen = self->gen
         };
-        if (shi_load_acquire(&desc->action) == SHI_IA_PYTHON && same_handler(desc, &mine))
+        if (shi_load_acquire(&desc->action) == SHI_IA_PYTHON && shi_same_handler(desc, &mine))
             continue;
         machine->irq_held[virq] = 0;
         shi_enter(self);
@@ -225,7 +116,7 @@ static int request_python(Machine *machine, uint32_t virq, PyObject *handler)
 /* irq_request(virq, handler, info, stride=0): publish the handler; a number: do what taking
  * that line of the chip means.  With a stride, the native handler of CPU n gets what lies n
  * strides after `info`.  The table is locked. */
-METHOD(request)
+METHOD(irq_request)
 {
     Machine *machine = MACHINE(object);
     unsigned virq, stride = 0;
@@ -259,7 +150,7 @@ METHOD(request)
 }
 
 /* irq_free(virq): withdraw it. */
-METHOD(free)
+METHOD(irq_free)
 {
     Machine *machine = MACHINE(object);
     unsigned long virq = PyLong_AsUnsignedLong(arg);
@@ -275,7 +166,7 @@ METHOD(free)
 }
 
 /* irq_reset_line(line): masked everywhere, not pending anywhere, counted from zero. */
-METHOD(reset_line)
+METHOD(irq_reset_line)
 {
     Machine *machine = MACHINE(object);
     unsigned long line = PyLong_AsUnsignedLong(arg);
@@ -369,47 +260,19 @@ METHOD(coproc)
 }
 
 PyMethodDef shi_irq_methods[] = {
-    { "irq_trylock", irq_trylock, METH_NOARGS, "irq_trylock() -> bool: of the descriptors" },
-    { "irq_unlock", irq_unlock, METH_NOARGS, "irq_unlock()" },
-    { "irq_request", irq_request, METH_VARARGS, "irq_request(virq, handler, info, stride=0)" },
-    { "irq_free", irq_free, METH_O, "irq_free(virq)" },
-    { "irq_reset_line", irq_reset_line, METH_O,
+    { "irq_trylock", machine_irq_trylock, METH_NOARGS,
+      "irq_trylock() -> bool: of the descriptors" },
+    { "irq_unlock", machine_irq_unlock, METH_NOARGS, "irq_unlock()" },
+    { "irq_request", machine_irq_request, METH_VARARGS,
+      "irq_request(virq, handler, info, stride=0)" },
+    { "irq_free", machine_irq_free, METH_O, "irq_free(virq)" },
+    { "irq_reset_line", machine_irq_reset_line, METH_O,
       "irq_reset_line(line): masked and not pending at any CPU" },
-    { "coproc_raise", irq_coproc_raise, METH_VARARGS, "coproc_raise(number, virq)" },
-    { "coproc_take", irq_coproc_take, METH_O, "coproc_take(number) -> bool" },
-    { "coproc_wait", irq_coproc_wait, METH_VARARGS,
+    { "coproc_raise", machine_coproc_raise, METH_VARARGS, "coproc_raise(number, virq)" },
+    { "coproc_take", machine_coproc_take, METH_O, "coproc_take(number) -> bool" },
+    { "coproc_wait", machine_coproc_wait, METH_VARARGS,
       "coproc_wait(number, seen, seconds) -> count" },
-    { "coproc_set", irq_coproc_set, METH_VARARGS, "coproc_set(number, pid, virq)" },
-    { "coproc", irq_coproc, METH_O, "coproc(number) -> (pid, virq, pending)" },
-    { NULL, NULL, 0, NULL },
-};
-
-/* The machine of this process, or the only one open here. */
-static PyObject *current(PyObject *module, PyObject *unused)
-{
-    Machine *machine = shi_use_current();
-    (void)module;
-    (void)unused;
-    return machine ? Py_NewRef((PyObject *)machine) : NULL;
-}
-
-/* die_with(parent): be killed when `parent`, which forked this process, ends. */
-static PyObject *die_with(PyObject *module, PyObject *arg)
-{
-    long parent = PyLong_AsLong(arg);
-    (void)module;
-    if (PyErr_Occurred())
-        return NULL;
-    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
-        return PyErr_SetFromErrno(PyExc_OSError);
-    if (getppid() != (pid_t)parent)
-        _exit(1); /* it ended before the request was in force */
-    Py_RETURN_NONE;
-}
-
-PyMethodDef shi_irq_functions[] = {
-    { "die_with", die_with, METH_O, "die_with(parent): end when the parent does" },
-    { "current_machine", current, METH_NOARGS,
-      "current_machine()\n--\n\nThe Machine that module-level functions act on." },
+    { "coproc_set", machine_coproc_set, METH_VARARGS, "coproc_set(number, pid, virq)" },
+    { "coproc", machine_coproc, METH_O, "coproc(number) -> (pid, virq, pending)" },
     { NULL, NULL, 0, NULL },
 };

@@ -1,8 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /* smp_call_function_many_cond and everything over it. */
-#include "py/shi.h"
+#include "py/many.h"
 
-#include "base/native.h"
+#include "base/trace.h"
+#include "py/call.h"
+#include "py/native.h"
+#include "py/outgoing.h"
+#include "py/result.h"
+#include "py/wait.h"
 
 struct many {
     uint32_t *cpus, *locals, *ipis;

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /* NativeHandler: a C function in the place of a Python one. */
-#include "py/shi.h"
+#include "py/native.h"
 
 #include "base/native.h"
+#include "py/tables.h"
 
 PyTypeObject *shi_native_type;
 
@@ -139,6 +140,35 @@ static PyObject *native_names(PyObject *module, PyObject *unused)
     }
     return list;
 }
+
+/* map_natives(numbers): numbers[n] is ours of what the machine calls native handler n. */
+METHOD(map_natives)
+{
+    Machine *machine = MACHINE(object);
+    Py_ssize_t i, n = PyList_Check(arg) ? PyList_GET_SIZE(arg) : -1;
+    if (n < 0 || n > SHI_NATIVE_MAX) {
+        PyErr_SetString(PyExc_ValueError, "a list of numbers");
+        return NULL;
+    }
+    uint32_t *natives = PyMem_Calloc(SHI_NATIVE_MAX, sizeof *natives);
+    if (!natives)
+        return PyErr_NoMemory();
+    for (i = 0; i < n; i++) {
+        unsigned long ours = PyLong_AsUnsignedLong(PyList_GET_ITEM(arg, i));
+        if (!PyErr_Occurred() && ours < SHI_NATIVE_MAX)
+            natives[ours] = (uint32_t)i + 1;
+    }
+    PyMem_Free(machine->natives);
+    machine->natives = natives;
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+PyMethodDef shi_native_methods[] = {
+    ONE(map_natives, "map_natives(numbers): ours of the machine's native handlers, in order"),
+    { NULL, NULL, 0, NULL },
+};
 
 PyMethodDef shi_native_functions[] = {
     { "native_names", native_names, METH_NOARGS, "native_names() -> list" },

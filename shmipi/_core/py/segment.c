@@ -1,14 +1,17 @@
 /* SPDX-License-Identifier: MIT */
-/* Making the segment of a new machine. */
-#include "py/shi.h"
+/* The segment's file: made, and grown by arrays. */
+#include "py/segment.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "irq/chip.h"
 #include "base/clock.h"
 #include "base/trace.h"
+#include "py/chip.h"
+#include "py/tables.h"
 
 static int size_file(int fd, const struct shi_header *plan)
 {
@@ -127,6 +130,127 @@ static PyObject *segment_bytes(PyObject *module, PyObject *args)
     PyMem_Free(plan);
     return PyLong_FromUnsignedLongLong(total);
 }
+
+/* ---- arrays ---------------------------------------------------------------------------- */
+
+/* back(offset, length): allocate a range of the file, OSError ENOSPC when it is full. */
+METHOD(back)
+{
+    unsigned long long offset, length;
+    if (!PyArg_ParseTuple(arg, "KK", &offset, &length))
+        return NULL;
+    int err = shi_machine_back(&MACHINE(object)->m, offset, length);
+    if (err)
+        return shi_os_error(-err, "/dev/shm");
+    Py_RETURN_NONE;
+}
+
+/* Arrays are allocated one after the other at the end of the file: where it ends now. */
+static uint64_t file_end(const struct shi_machine *m)
+{
+    struct stat file;
+    if (m->fd < 0) /* a fork's child has closed it */
+        return m->total_bytes;
+    return fstat(shi_machine_fd(m), &file) ? 0 : (uint64_t)file.st_size;
+}
+
+uint64_t shi_arrays_end(const struct shi_machine *m)
+{
+    uint64_t end = shi_array_end(m), file = file_end(m);
+    return end < file ? end : file;
+}
+
+/* add_array(nbytes) -> (index, offset) of a new, zeroed, page-aligned range. */
+METHOD(add_array)
+{
+    struct shi_machine *m = &MACHINE(object)->m;
+    unsigned long long bytes = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    uint64_t used = shi_load_acquire(&m->header->array_used);
+    uint32_t n = shi_load_acquire(&m->header->narrays);
+    /* Anything else is damage, and would put this array where another one is, or leave a
+     * hole before it. */
+    if (used % SHI_PAGE || used > m->array_bytes || used < MACHINE(object)->array_top ||
+        (used && m->array_offset + used > file_end(m)))
+        return shi_raise(
+            shi_py.LayoutError, 0, -1,
+            "no array can be made any more: the header of this machine is damaged");
+    if (bytes > m->array_bytes || used > m->array_bytes - bytes) {
+        PyErr_Format(PyExc_MemoryError, "arrays of a machine may have %llu bytes together",
+                     (unsigned long long)m->array_bytes);
+        return NULL;
+    }
+    if (n >= SHI_MAX_ARRAYS) {
+        PyErr_Format(PyExc_MemoryError, "a machine may have %u arrays", SHI_MAX_ARRAYS);
+        return NULL;
+    }
+    uint64_t end = (used + bytes + SHI_PAGE - 1) / SHI_PAGE * SHI_PAGE;
+    int err = shi_machine_back(m, m->array_offset + used, end - used);
+    if (err)
+        return shi_os_error(-err, "/dev/shm");
+    MACHINE(object)->array_top = end;
+    shi_store_relaxed(&m->header->array_used, end);
+    return Py_BuildValue("(IK)", n, (unsigned long long)(m->array_offset + used));
+}
+
+/* publish_array(index, offset): after its descriptor is written. */
+METHOD(publish_array)
+{
+    struct shi_machine *m = &MACHINE(object)->m;
+    unsigned index;
+    unsigned long long offset;
+    if (!PyArg_ParseTuple(arg, "IK", &index, &offset))
+        return NULL;
+    if (index >= SHI_MAX_ARRAYS) {
+        PyErr_SetString(PyExc_ValueError, "index");
+        return NULL;
+    }
+    shi_store_relaxed(&m->header->arrays[index], offset);
+    /* Release: who reads the count finds the descriptors. */
+    shi_store_release(&m->header->narrays, index + 1);
+    Py_RETURN_NONE;
+}
+
+METHOD(array_offsets)
+{
+    struct shi_machine *m = &MACHINE(object)->m;
+    uint32_t n = shi_load_acquire(&m->header->narrays), i;
+    (void)arg;
+    if (n > SHI_MAX_ARRAYS)
+        n = SHI_MAX_ARRAYS;
+    PyObject *list = PyList_New(n);
+    for (i = 0; list && i < n; i++) {
+        PyObject *offset = PyLong_FromUnsignedLongLong(shi_load_relaxed(&m->header->arrays[i]));
+        if (!offset)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, offset);
+    }
+    return list;
+}
+
+/* Offset of an address in the mapping, or -1. */
+METHOD(offset_of)
+{
+    struct shi_machine *m = &MACHINE(object)->m;
+    unsigned long long address = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    uint64_t base = (uint64_t)(uintptr_t)m->base;
+    if (address < base || address >= base + m->total_bytes)
+        return PyLong_FromLong(-1);
+    return PyLong_FromUnsignedLongLong(address - base);
+}
+
+PyMethodDef shi_segment_methods[] = {
+    MANY(back, "back(offset, length)"),
+    ONE(add_array, "add_array(nbytes) -> (index, offset)"),
+    MANY(publish_array, "publish_array(index, offset)"),
+    NOARGS(array_offsets, "Offsets of all array descriptors."),
+    ONE(offset_of, "offset_of(address) -> offset or -1"),
+    { NULL, NULL, 0, NULL },
+};
 
 PyMethodDef shi_segment_functions[] = {
     { "segment_bytes", segment_bytes, METH_VARARGS,

@@ -1,350 +1,137 @@
 /* SPDX-License-Identifier: MIT */
-/* Tasks that wait: for an interrupt (hlt), and in the wait queues of shmipi/smp/waitqueue.py. */
-#include "py/shi.h"
-
-#include <errno.h>
-#include <math.h>
+/* Waiting for a call. */
+#include "py/wait.h"
 
 #include "base/clock.h"
-#include "irq/doorbell.h"
-#include "smp/idle.h"
-#include "smp/remind.h"
-#include "smp/waitq.h"
+#include "base/trace.h"
+#include "smp/watch.h"
+#include "py/entry.h"
+#include "py/result.h"
+#include "py/signals.h"
 
-/* ---- a CPU whose task waits is idle ---------------------------------------------- */
-
-/* May this context sleep?  (the kernel's might_sleep)  0, or -1. */
-static int may_sleep(const Machine *machine, bool irqs_off)
+void shi_give_back(Machine *machine, uint32_t local)
 {
-    const struct shi_self *self = &machine->self;
-    const char *why = self->in_nmi     ? "an NMI handler"
-                      : self->in_irq   ? "an IPI handler"
-                      : !self->in_task ? "a CPU that runs no task"
-                      : irqs_off       ? NULL
-                      : self->irqs_off ? "a task that has interrupts disabled"
-                      : self->preempt  ? "a task that has preemption disabled"
-                                       : NULL;
-    if (self->host || !why)
+    shi_enter(&machine->self);
+    shi_csd_put(&machine->self, local);
+    shi_leave(&machine->self);
+}
+
+void shi_leave_behind(Machine *machine, uint32_t local)
+{
+    shi_drop_early(machine, local);
+    shi_enter(&machine->self);
+    shi_csd_abandon(&machine->self, local);
+    shi_leave(&machine->self);
+}
+
+/*
+ * A CPU in a wait polls, and has run what a kick put off before: its sender may be the one
+ * that is waited for.  Python that runs inside the wait (handlers of other signals, of
+ * IPIs) may have left the CPU RUNNING, so this is asked again at every turn.
+ */
+void shi_wait_settle(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    if (self->host)
+        return;
+    self->inline_python = true;
+    if (shi_masked(self))
+        return;
+    if (shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING)
+        shi_set_polling(self);
+    if (shi_python_waits(self)) {
+        /* POLLING, so the kick handler puts off nothing more. */
+        shi_fetch_and_full(&self->slot->word, ~SHI_W_ASKED);
+        shi_run_deferred(machine);
+    }
+}
+
+int shi_wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_t deadline_ns)
+{
+    struct shi_self *self = &machine->self;
+    struct shi_wait wait;
+    bool inlined = self->inline_python;
+    shi_wait_begin(self, &wait, index, dst, deadline_ns);
+    shi_wait_settle(machine);
+    uint64_t budget = shi_wait_budget(self, dst);
+    int rc = shi_wait_spin(self, &wait, budget < SHI_GIL_SPIN_NS ? budget : SHI_GIL_SPIN_NS);
+    bool spun = budget <= SHI_GIL_SPIN_NS;
+    while (rc > 0) {
+        shi_wait_settle(machine);
+        if (rc == SHI_WAIT_PYTHON)
+            shi_wait_python(machine);
+        if ((rc == SHI_WAIT_SIGNAL ? PyErr_CheckSignals() : shi_signals_check(machine)) < 0 ||
+            shi_task_interrupt(machine) < 0) {
+            rc = -EINTR;
+            break;
+        }
+        if (self->host && shi_load_acquire(&shi_slot(self->m, dst)->starved))
+            shi_read_early(machine, dst);
+        PyThreadState *mine = shi_give_up(machine);
+        rc = spun ? shi_wait_sleep(self, &wait)
+                  : shi_wait_spin(self, &wait, budget - SHI_GIL_SPIN_NS);
+        spun = true;
+        shi_take_back(machine, mine);
+    }
+    self->inline_python = inlined;
+    shi_wait_end(self, &wait);
+    if (!self->host)
+        shi_take_deferred(machine);
+    return rc;
+}
+
+int shi_wait_csd(Machine *machine, uint32_t local, uint32_t dst, uint64_t deadline_ns)
+{
+    int err =
+        shi_wait_unlocked(machine, shi_own_index(&machine->self, local), dst, deadline_ns);
+    SHI_TRACE(&machine->self, call_end, dst, shi_own_index(&machine->self, local) + 1, 0,
+              (uint32_t)-err);
+    if (!err)
         return 0;
-    shi_raise(shi_py.StateError, 0, (int)self->id,
-              "%s cannot wait: it would hold up what it waits for", why);
+    shi_leave_behind(machine, local);
+    if (err != -EINTR)
+        shi_raise_errno(machine, err, (int)dst);
     return -1;
 }
 
-struct idling {
-    uint8_t irqs_off;
-    bool inlined;
-    uint32_t served; /* self->served when it began */
-};
+#define ROOM_LOOK_NS 1000000u
+#define ROOM_LOOKS 16u
 
-/* Polling, and interrupts on: from here on nothing is taken behind the waiter's back. */
-static struct idling begin(struct shi_self *self)
+/* Every csd for wait=0 calls is in flight: wait for the oldest.  0: look again, or -1. */
+int shi_wait_for_room(Machine *machine)
 {
-    struct idling was = { self->irqs_off, self->inline_python, self->served };
-    self->pausing = true;
-    shi_set_polling(self);
-    shi_remind_stop(self); /* what waits is taken now, and the sleep is not to be disturbed */
-    self->irqs_off = 0;
-    shi_signal_fence();
-    return was;
-}
-
-/* Take what is there, Python included.  0, or -1 with an exception for the task. */
-static int take(Machine *machine)
-{
-    struct shi_self *self = &machine->self;
-    /* First: handlers of the task's own signals may leave the CPU RUNNING. */
-    if (PyErr_CheckSignals() < 0)
-        return -1;
-    self->served += shi_python_waits(self); /* taken by a kick, its handler not run yet */
-    shi_wait_settle(machine);
-    self->in_core++;
-    shi_service(self);
-    self->in_core--;
-    shi_take_back(machine, NULL);
-    if (self->happened)
-        shi_leave_slow(self);
-    shi_wait_python(machine);
-    if (shi_load_acquire(&machine->m.header->machine_state) >= SHI_M_STOPPING) {
-        shi_raise_errno(machine, -EOWNERDEAD, (int)self->id);
+    shi_enter(&machine->self);
+    uint32_t oldest = shi_csd_oldest(&machine->self);
+    shi_leave(&machine->self);
+    if (oldest == UINT32_MAX) {
+        /* All belong to futures, tasks and CallSingleData: only their owners free them. */
+        shi_raise_errno(machine, -EAGAIN, -1);
         return -1;
     }
-    if (shi_signals_check(machine) < 0) /* the task's, that came during a handler */
-        return -1;
-    return shi_task_interrupt(machine); /* cancelled? */
-}
-
-/* As before, and RUNNING.  What came since the last look stays pending if interrupts are off
- * again. */
-static void end(Machine *machine, struct idling was)
-{
-    struct shi_self *self = &machine->self;
-    self->pausing = false;
-    self->inline_python = was.inlined;
-    self->irqs_off = was.irqs_off;
-    shi_signal_fence();
-    shi_set_running(self);
-    shi_take_deferred(machine);
-}
-
-/* wait_for_interrupt(timeout=None) */
-static PyObject *wait_for_interrupt(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
-                                    PyObject *kwnames)
-{
-    static const char *const names[] = { "timeout" };
-    PyObject *timeout;
-    uint64_t deadline;
-    (void)module;
-    Machine *machine = shi_use_current();
-    if (!machine)
-        return NULL;
-    struct shi_self *self = &machine->self;
-    if (self->host)
-        return shi_raise(
-            shi_py.StateError, 0, -1,
-            "the host is no CPU: this only means something on a CPU of the machine");
-    if (shi_parse("wait_for_interrupt", names, 0, 1, args, nargs, kwnames, &timeout) < 0 ||
-        shi_as_deadline(timeout ? timeout : Py_None, &deadline) < 0 ||
-        may_sleep(machine, true) < 0)
-        return NULL;
-    struct idling was = begin(self);
-    int err;
-    while (!(err = take(machine)) && self->served == was.served &&
-           !(deadline && shi_now_ns() >= deadline)) {
-        shi_idle_in_task(self, NULL, NULL, deadline);
-        shi_take_back(machine, NULL);
+    uint64_t lock = shi_load_relaxed(&shi_own_csd(&machine->self, oldest)->lock);
+    uint32_t dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
+    if (dst >= machine->m.ncpus) {
+        shi_enter(&machine->self);
+        shi_csd_collect(&machine->self); /* damaged: dropped there */
+        shi_leave(&machine->self);
+        return 0;
     }
-    bool came = self->served != was.served;
-    end(machine, was);
-    return err ? NULL : PyBool_FromLong(came);
-}
-
-/* ---- wait queues ----------------------------------------------------------------- */
-
-/* Where a queue is, checked: whoever may write the segment may have moved its description. */
-static struct shi_waitq *queue_at(Machine *machine, PyObject *object)
-{
-    uint64_t at = PyLong_AsUnsignedLongLong(object);
-    uint64_t bytes = shi_waitq_words(&machine->m) * sizeof(uint64_t);
-    if (PyErr_Occurred())
-        return NULL;
-    uint64_t last = shi_array_end(&machine->m);
-    if (at % sizeof(uint64_t) || at < machine->m.array_offset || at > last ||
-        last - at < bytes) {
-        PyErr_SetString(PyExc_ValueError, "no wait queue can be there");
-        return NULL;
+    /* Not for long: its target may be stopped, and others have ended since. */
+    int err = shi_wait_unlocked(machine, shi_own_index(&machine->self, oldest), dst,
+                                shi_now_ns() + ROOM_LOOK_NS);
+    if (err == -ETIMEDOUT) {
+        if (++machine->room_looks % ROOM_LOOKS == 0) {
+            /* Each look is too short to notice that a ring was lost: ring again. */
+            shi_enter(&machine->self);
+            shi_watch_ring(&machine->self, dst);
+            shi_leave(&machine->self);
+        }
+        return 0;
     }
-    return (struct shi_waitq *)(machine->m.base + at);
+    machine->room_looks = 0;
+    if (err == -EBADMSG)
+        return 0; /* damaged: collected as such */
+    if (err && err != -EINTR)
+        shi_raise_errno(machine, err, (int)dst);
+    return err ? -1 : 0;
 }
-
-/* Arguments of a method: the queue, and `n` more.  NULL with an exception. */
-static struct shi_waitq *queue_arg(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
-                                   Py_ssize_t n)
-{
-    if (shi_use(machine) < 0)
-        return NULL;
-    if (nargs != n + 1) {
-        PyErr_Format(PyExc_TypeError, "a queue and %zd more arguments", n);
-        return NULL;
-    }
-    return queue_at(machine, args[0]);
-}
-
-#define METHOD(name)                                                                           \
-    static PyObject *name(Machine *machine, PyObject *const *args, Py_ssize_t nargs)
-
-METHOD(waitq_prepare)
-{
-    struct shi_waitq *q = queue_arg(machine, args, nargs, 2);
-    uint64_t ticket = q ? PyLong_AsUnsignedLongLong(args[1]) : 0;
-    int exclusive = q && !PyErr_Occurred() ? PyObject_IsTrue(args[2]) : -1;
-    if (exclusive < 0 || may_sleep(machine, false) < 0)
-        return NULL;
-    ticket = shi_waitq_prepare(&machine->self, q, ticket, exclusive);
-    shi_fence_full(); /* the condition may be plain loads (set_current_state's smp_store_mb) */
-    return PyLong_FromUnsignedLongLong(ticket);
-}
-
-struct standing {
-    const struct shi_self *self;
-    const struct shi_waitq *q;
-    uint64_t ticket;
-};
-
-static bool gone(const void *arg)
-{
-    const struct standing *s = arg;
-    return !shi_waitq_stands(s->self, s->q, s->ticket);
-}
-
-static int sleep_host(Machine *machine, const struct standing *s, uint64_t until)
-{
-    struct shi_self *self = &machine->self;
-    uint32_t seen = shi_load_full(&self->slot->event);
-    uint64_t now = shi_now_ns();
-    if (self->leaving || shi_ended(self)) {
-        shi_raise_errno(machine, self->leaving ? -ESHUTDOWN : -EOWNERDEAD, -1);
-        return -1;
-    }
-    /* The count was read before: a wake-up since has changed it. */
-    if (!gone(s) && now < until) {
-        PyThreadState *mine = shi_give_up(machine);
-        shi_event_wait(&self->slot->event, seen, (int64_t)(until - now));
-        shi_take_back(machine, mine);
-    }
-    return PyErr_CheckSignals();
-}
-
-static int sleep_cpu(Machine *machine, const struct standing *s, uint64_t until)
-{
-    struct shi_self *self = &machine->self;
-    struct idling was = begin(self);
-    int err = take(machine);
-    /* Any interrupt ends it, or a CPU that comes back from being offline: the condition may
-     * have changed without a wake-up. */
-    if (!err && self->served == was.served && !gone(s)) {
-        shi_idle_in_task(self, gone, s, until);
-        shi_take_back(machine, NULL);
-        err = take(machine);
-    }
-    end(machine, was);
-    return err;
-}
-
-/* waitq_sleep(queue, ticket, seconds): until woken, or for a little: look again then. */
-METHOD(waitq_sleep)
-{
-    struct shi_waitq *q = queue_arg(machine, args, nargs, 2);
-    struct standing s = { &machine->self, q, q ? PyLong_AsUnsignedLongLong(args[1]) : 0 };
-    uint64_t until;
-    if (!q || PyErr_Occurred() || shi_as_deadline(args[2], &until) < 0 ||
-        may_sleep(machine, false) < 0)
-        return NULL;
-    if (!until)
-        until = UINT64_MAX >> 1;
-    if ((machine->self.host ? sleep_host : sleep_cpu)(machine, &s, until) < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-/* waitq_finish(queue, ticket, exclusive): also of a machine that was closed meanwhile. */
-METHOD(waitq_finish)
-{
-    if (machine->closed || machine->foreign)
-        Py_RETURN_NONE;
-    struct shi_waitq *q = queue_arg(machine, args, nargs, 2);
-    uint64_t ticket = q ? PyLong_AsUnsignedLongLong(args[1]) : 0;
-    int exclusive = q && !PyErr_Occurred() ? PyObject_IsTrue(args[2]) : -1;
-    if (exclusive < 0)
-        return NULL;
-    /* A wake-up that came after its last look was for any one who waits: this one gives up,
-     * or found its condition true before, by what another was woken for.  (The kernel takes
-     * a completion under the queue's lock: nothing comes in between.) */
-    if (shi_waitq_finish(&machine->self, q, ticket) && exclusive) {
-        shi_fence_full(); /* as in waitq_wake */
-        shi_waitq_wake(&machine->self, q, 1);
-    }
-    Py_RETURN_NONE;
-}
-
-METHOD(waitq_wake)
-{
-    struct shi_waitq *q = queue_arg(machine, args, nargs, 1);
-    unsigned long nr = q ? PyLong_AsUnsignedLong(args[1]) : 0;
-    if (!q || PyErr_Occurred())
-        return NULL;
-    shi_fence_full(); /* what the condition looks at may have been a plain store */
-    nr = shi_waitq_wake(&machine->self, q, nr < SHI_WAKE_ALL ? (uint32_t)nr : SHI_WAKE_ALL);
-    return PyLong_FromUnsignedLong(nr);
-}
-
-METHOD(waitq_active)
-{
-    struct shi_waitq *q = queue_arg(machine, args, nargs, 0);
-    if (!q)
-        return NULL;
-    shi_fence_full();
-    return PyBool_FromLong(shi_waitq_active(&machine->self, q));
-}
-
-METHOD(complete)
-{
-    struct shi_waitq *q = queue_arg(machine, args, nargs, 1);
-    int all = q ? PyObject_IsTrue(args[1]) : -1;
-    if (all < 0)
-        return NULL;
-    shi_complete(&machine->self, q, all);
-    Py_RETURN_NONE;
-}
-
-METHOD(completion_take)
-{
-    struct shi_waitq *q = queue_arg(machine, args, nargs, 0);
-    return q ? PyBool_FromLong(shi_completion_take(q)) : NULL;
-}
-
-METHOD(completion_count)
-{
-    struct shi_waitq *q = queue_arg(machine, args, nargs, 0);
-    return q ? PyLong_FromUnsignedLongLong(shi_load_full(&q->done)) : NULL;
-}
-
-METHOD(completion_reinit)
-{
-    struct shi_waitq *q = queue_arg(machine, args, nargs, 0);
-    if (!q)
-        return NULL;
-    shi_store_full(&q->done, 0);
-    Py_RETURN_NONE;
-}
-
-static PyObject *waitq_words(Machine *machine, PyObject *unused)
-{
-    (void)unused;
-    return shi_use(machine) < 0 ? NULL
-                                : PyLong_FromUnsignedLongLong(shi_waitq_words(&machine->m));
-}
-
-static PyObject *might_sleep(Machine *machine, PyObject *unused)
-{
-    (void)unused;
-    if (shi_use(machine) < 0 || may_sleep(machine, false) < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-#define FAST(name, text) { #name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, text }
-PyMethodDef shi_wait_methods[] = {
-    { "waitq_words", (PyCFunction)waitq_words, METH_NOARGS, "64-bit words of a wait queue." },
-    { "might_sleep", (PyCFunction)might_sleep, METH_NOARGS,
-      "ClusterStateError where a wait would be wrong." },
-    FAST(waitq_prepare, "waitq_prepare(queue, ticket, exclusive) -> ticket"),
-    FAST(waitq_sleep, "waitq_sleep(queue, ticket, seconds): once, also for nothing"),
-    FAST(waitq_finish, "waitq_finish(queue, ticket, exclusive): pass on what came too late"),
-    FAST(waitq_wake, "waitq_wake(queue, nr) -> how many"),
-    FAST(waitq_active, "waitq_active(queue) -> bool"),
-    FAST(complete, "complete(queue, all)"),
-    FAST(completion_take, "completion_take(queue) -> bool"),
-    FAST(completion_count, "completion_count(queue) -> how often it can be taken"),
-    FAST(completion_reinit, "completion_reinit(queue)"),
-    { NULL, NULL, 0, NULL },
-};
-
-PyMethodDef shi_wait_functions[] = {
-    { "wait_for_interrupt", (PyCFunction)(void (*)(void))wait_for_interrupt,
-      METH_FASTCALL | METH_KEYWORDS,
-      "wait_for_interrupt($module, /, timeout=None)\n--\n\n"
-      "Halt this CPU until it has taken an interrupt (hlt): True, or False after `timeout`\n"
-      "seconds.\n\n"
-      "For tasks.  Handlers run at once, as on an idle CPU.  With interrupts disabled it is\n"
-      "sti; hlt; cli in one: it enables them for as long as it halts, and one that has come\n"
-      "before makes it return at once.  So no wake-up is lost in::\n\n"
-      "    smp.local_irq_disable()\n"
-      "    while not condition():\n"
-      "        smp.wait_for_interrupt()\n"
-      "    smp.local_irq_enable()\n\n"
-      "With interrupts enabled, one that comes between a look at a condition and the halt is\n"
-      "not waited for again.  Raises ClusterStateError in a handler and on the host,\n"
-      "MachineDiedError when the machine ends." },
-    { NULL, NULL, 0, NULL },
-};

@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: MIT */
+/* What every file of the binding needs: a process's view of a machine, errors, arguments. */
+#ifndef SHI_PY_BASE_H
+#define SHI_PY_BASE_H
+
+#define PY_SSIZE_T_CLEAN
+#include "base/sys.h"
+
+#include <Python.h>
+
+#include "smp/call.h"
+#include "smp/csd.h"
+#include "smp/func.h"
+#include "irq/irq.h"
+#include "base/machine.h"
+#include "smp/wait.h"
+
+struct func_entry;
+
+/* A result for which there was no room.  Its csd stays locked, so its sender waits. */
+struct unsent {
+    uint32_t csd; /* index through all slots */
+    uint8_t status;
+    PyObject *bytes;
+};
+
+/* Functions this process has sent: object -> number, by identity. */
+struct func_table {
+    struct func_entry **slots;
+    uint32_t size, used;
+    uint32_t hand; /* of the sweep */
+};
+
+/* Functions this process has received, per sender. */
+struct func_cache {
+    uint16_t gen;
+    uint32_t size, live, misses;
+    struct func_cached {
+        uint32_t serial;
+        PyObject *function;
+    } *entries;
+};
+
+typedef struct {
+    PyObject_HEAD struct shi_machine m;
+    struct shi_self self;
+    int attached; /* mapped, self initialised */
+    int closed;
+    int ending;        /* the host: its orderly end has begun */
+    int foreign;       /* a fork's child: this machine is its parent's */
+    uint32_t waiters;  /* host: threads that have given the interpreter up inside a wait */
+    uint32_t *natives; /* guest: the machine's number of each of ours + 1; NULL: the same */
+    struct func_table sent;
+    bool sending;       /* functions have been sent */
+    uint32_t *irq_held; /* by virq: the function that its handler is, + 1 (py/irq.c) */
+    struct func_cache *received;
+    struct unsent *unsent; /* results that wait for room: self.unsent of them, oldest first */
+    uint32_t unsent_room;
+    PyObject *early;         /* results read before they were asked for: local index -> bytes */
+    PyObject *on_cancel;     /* CPU: of the task, see on_task_cancel */
+    PyThreadState *released; /* CPU: the interpreter was given up by the core's hook */
+    uint64_t *late;          /* what other threads of a CPU's process freed: shi_late */
+    uint32_t nlate, late_room;
+    uint64_t array_top; /* where the arrays end that this process has made */
+    uint64_t put_off;   /* signals of the task's that came during a handler: 1 << number - 1 */
+    bool raised;        /* they have been raised again, and the interpreter has to look */
+    struct shi_watch *watch; /* firmware: what its watchdog saw */
+    uint64_t looked_ns;      /* and when */
+    uint32_t room_looks;     /* in vain, one after another, for room for wait=0 calls */
+} Machine;
+
+/* From Python, looked up once (bind(), py/base.c). */
+struct shi_python {
+    PyObject *dumps, *loads;  /* pickle by value where it must */
+    PyObject *publish;        /* function -> (bytes, and lists for py/guard.c) */
+    PyObject *forget;         /* no machine is open any more */
+    PyObject *dump_exception; /* exception -> bytes */
+    PyObject *load_exception; /* (bytes, cpu) -> exception */
+    PyObject *mask_cpus;      /* (mask, ncpus) -> list of int */
+    PyObject *task_name;      /* function -> str for messages */
+    PyObject *ending;         /* SHI_END_EXITED | status, or a signal -> words */
+    PyObject *run_coroutine;  /* coroutine -> its result */
+    PyObject *OfflineError, *UnknownError, *DiedError, *MachineDiedError, *BusyError,
+        *DeadlockError;
+    PyObject *TimeoutError, *ArenaError, *LayoutError, *StateError, *NoMachineError;
+    PyObject *RemoteError, *Warning, *OSError, *CancelledError, *TaskInterrupt, *GroupError;
+    PyObject *TableError;
+};
+extern struct shi_python shi_py;
+
+extern PyTypeObject *shi_machine_type; /* made in py/module.c */
+/* The machine module-level functions act on; borrowed. */
+extern Machine *shi_current;
+/* Why there is none, for people. */
+extern const char *shi_absence;
+#define SHI_NO_CLUSTER                                                                         \
+    "no Cluster is open in this process (with several, each has its cluster.smp)"
+#define SHI_CHILD "this process is a fork's child of a machine's, and part of none"
+
+/* The Python half, imported when it is first needed.  0, or -1. */
+int shi_bound(void);
+
+/* ---- errors: every errno of the core becomes a typed exception here -------------- */
+PyObject *shi_raise(PyObject *kind, int err, int cpu, const char *format, ...);
+/* A plain OSError. */
+PyObject *shi_os_error(int err, const char *what);
+/* For a call to `cpu` that failed with -errno. */
+PyObject *shi_raise_errno(Machine *machine, int err, int cpu);
+/* For a csd that was unlocked by the reaper; its lock word says how the CPU ended. */
+PyObject *shi_raise_died(Machine *machine, int cpu, uint64_t lock);
+/* Give a ShmipiWarning; -1 when it was turned into an error. */
+int shi_warn_once(bool *given, const char *text);
+/* The exception that is set, taken: new reference. */
+PyObject *shi_take_exception(void);
+
+/* ---- using a machine ------------------------------------------------------------- */
+/* 0 when this thread may use the machine, else -1 with an exception. */
+int shi_use(Machine *machine);
+Machine *shi_use_current(void);
+/* A function's number or a csd freed on another thread of a CPU: given back later. */
+bool shi_other_thread(const Machine *machine);
+void shi_late(Machine *machine, uint32_t index, bool csd);
+
+/* ---- arguments ------------------------------------------------------------------- */
+/* Arguments by position or keyword: fills `out[0..n)`, NULL where absent. */
+int shi_parse(const char *function, const char *const *names, int required, int total,
+              PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames, PyObject **out);
+int shi_as_cpu(PyObject *object, int64_t *cpu);
+/* A number below `limit`: 0, or -1 with ValueError. */
+int shi_as_slot(PyObject *object, uint32_t limit, uint32_t *slot);
+int shi_as_bool(PyObject *object, int otherwise);
+/* None or seconds >= 0: 0 for none, or when that is by shi_now_ns().  0, or -1. */
+int shi_as_deadline(PyObject *timeout, uint64_t *deadline);
+/* CPU numbers of a mask argument (NULL: all), ascending; PyMem_Free them. */
+int shi_as_mask(Machine *machine, PyObject *mask, uint32_t **cpus, uint32_t *n);
+
+/* ---- methods of Machine ---------------------------------------------------------- */
+#define MACHINE(object) ((Machine *)(object))
+#define METHOD(name) static PyObject *machine_##name(PyObject *object, PyObject *arg)
+#define NOARGS(name, text) { #name, machine_##name, METH_NOARGS, #name "()\n--\n\n" text }
+#define ONE(name, text) { #name, machine_##name, METH_O, text }
+#define MANY(name, text) { #name, machine_##name, METH_VARARGS, text }
+#define FAST(function) ((PyCFunction)(void (*)(void))(function))
+
+/* One of the smp_call_function family, on the machine it is given. */
+typedef PyObject *shi_smp_function(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
+                                   PyObject *kwnames);
+
+#endif

@@ -1,0 +1,256 @@
+/* SPDX-License-Identifier: MIT */
+/* Where am I, and what may interrupt: the soft mask of this CPU. */
+#include "py/base.h"
+
+#include "smp/remind.h"
+#include "py/entry.h"
+#include "py/tables.h"
+
+static Machine *this_cpu(void)
+{
+    Machine *machine = shi_use_current();
+    if (machine && machine->self.host) {
+        shi_raise(shi_py.StateError, 0, -1,
+                  "the host is no CPU: this only means something on a CPU of the machine");
+        return NULL;
+    }
+    return machine;
+}
+
+/* What this process, and this thread of it, is: the NO_CPU, CPU_TASK or CPU_HANDLER. */
+static PyObject *cpu_context(PyObject *module, PyObject *unused)
+{
+    const Machine *machine = shi_current;
+    (void)module;
+    (void)unused;
+    if (!machine || machine->foreign || machine->self.host)
+        return PyLong_FromLong(SHI_NO_CPU);
+    bool handler = pthread_equal(pthread_self(), machine->self.thread) &&
+                   (machine->self.in_irq || machine->self.in_nmi);
+    return PyLong_FromLong(handler ? SHI_CPU_HANDLER : SHI_CPU_TASK);
+}
+
+static PyObject *smp_processor_id(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    return machine ? PyLong_FromUnsignedLong(machine->self.id) : NULL;
+}
+
+/* A handler runs with interrupts off to its end; the kernel warns of one that does not. */
+static int refuse_in_handler(const Machine *machine)
+{
+    static bool given;
+    if (!machine->self.in_irq)
+        return 0;
+    return shi_warn_once(&given,
+                         "an IPI handler enables interrupts: they stay disabled until it "
+                         "has returned");
+}
+
+static PyObject *irq_disable(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine)
+        return NULL;
+    shi_irq_save(&machine->self);
+    Py_RETURN_NONE;
+}
+
+static PyObject *irq_enable(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine || refuse_in_handler(machine) < 0)
+        return NULL;
+    if (!machine->self.in_irq)
+        shi_irq_restore(&machine->self, 0);
+    shi_after_enable(machine);
+    if (shi_task_interrupt(machine) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *irq_save(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    return machine ? PyLong_FromLong(shi_irq_save(&machine->self)) : NULL;
+}
+
+static PyObject *irq_restore(PyObject *module, PyObject *flags)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    if (!machine)
+        return NULL;
+    long value = PyLong_AsLong(flags);
+    if (PyErr_Occurred())
+        return NULL;
+    if (value != 0 && value != 1) {
+        PyErr_SetString(PyExc_ValueError, "flags come from local_irq_save()");
+        return NULL;
+    }
+    if (!value && refuse_in_handler(machine) < 0)
+        return NULL;
+    if (value || !machine->self.in_irq)
+        shi_irq_restore(&machine->self, (uint8_t)value);
+    shi_after_enable(machine);
+    if (shi_task_interrupt(machine) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *irqs_disabled(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    return machine ? PyBool_FromLong(machine->self.irqs_off) : NULL;
+}
+
+static PyObject *preempt_disable(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine)
+        return NULL;
+    machine->self.preempt++;
+    Py_RETURN_NONE;
+}
+
+static PyObject *preempt_enable(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine)
+        return NULL;
+    if (!machine->self.preempt)
+        return shi_raise(shi_py.StateError, 0, (int)machine->self.id,
+                         "preempt_enable() without preempt_disable()");
+    machine->self.preempt--;
+    Py_RETURN_NONE;
+}
+
+static PyObject *in_hardirq(PyObject *module, PyObject *unused)
+{
+    Machine *machine = shi_use_current();
+    (void)module;
+    (void)unused;
+    return machine ? PyBool_FromLong(machine->self.in_irq) : NULL;
+}
+
+static PyObject *in_interrupt(PyObject *module, PyObject *unused)
+{
+    Machine *machine = shi_use_current();
+    (void)module;
+    (void)unused;
+    return machine ? PyBool_FromLong(machine->self.in_irq || machine->self.in_nmi) : NULL;
+}
+
+static PyObject *in_nmi(PyObject *module, PyObject *unused)
+{
+    Machine *machine = shi_use_current();
+    (void)module;
+    (void)unused;
+    return machine ? PyBool_FromLong(machine->self.in_nmi) : NULL;
+}
+
+static PyObject *in_task(PyObject *module, PyObject *unused)
+{
+    Machine *machine = shi_use_current();
+    (void)module;
+    (void)unused;
+    return machine ? PyBool_FromLong(!machine->self.in_irq && !machine->self.in_nmi) : NULL;
+}
+
+/* A point at which a cooperative CPU (kick=False) takes what waits for it. */
+static PyObject *cond_resched(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine)
+        return NULL;
+    struct shi_self *self = &machine->self;
+    if (self->in_task && !shi_masked(self) &&
+        (shi_word_work(shi_load_acquire(&self->slot->word)) || shi_python_waits(self) ||
+         shi_hotplug_asked(self)))
+        shi_irq_window(machine);
+    if (shi_task_interrupt(machine) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* on_task_cancel(function): called instead of raising TaskInterrupt in this task. */
+static PyObject *on_task_cancel(PyObject *module, PyObject *function)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    if (!machine)
+        return NULL;
+    Py_XSETREF(machine->on_cancel, Py_NewRef(function));
+    Py_RETURN_NONE;
+}
+
+/* TaskInterrupt was raised where nothing can be (a __del__, a callback) and thrown away: again,
+ * when the task is out of there. */
+static PyObject *task_interrupt_lost(PyObject *module, PyObject *unused)
+{
+    Machine *machine = this_cpu();
+    (void)module;
+    (void)unused;
+    if (!machine)
+        return NULL;
+    struct shi_self *self = &machine->self;
+    if (self->cancellable) {
+        shi_fetch_or_full(&self->cancellable->lock, SHI_CSD_CANCEL);
+        shi_remind(self);
+    }
+    Py_RETURN_NONE;
+}
+
+#define DOC(name, text) #name "()\n--\n\n" text
+PyMethodDef shi_context_functions[] = {
+    { "cpu_context", cpu_context, METH_NOARGS,
+      DOC(cpu_context, "NO_CPU, CPU_TASK or CPU_HANDLER: what this process and thread is.") },
+    { "smp_processor_id", smp_processor_id, METH_NOARGS,
+      DOC(smp_processor_id, "The number of this CPU.  ClusterStateError on the host.") },
+    { "local_irq_disable", irq_disable, METH_NOARGS,
+      DOC(local_irq_disable, "No handler runs here until local_irq_enable(): a flag, not a "
+                             "system call.  What arrives meanwhile stays pending.") },
+    { "local_irq_enable", irq_enable, METH_NOARGS,
+      DOC(local_irq_enable, "Let handlers run again, and run those that are pending now.") },
+    { "local_irq_save", irq_save, METH_NOARGS,
+      DOC(local_irq_save, "local_irq_disable(): returns the flags for local_irq_restore.") },
+    { "local_irq_restore", irq_restore, METH_O,
+      "local_irq_restore(flags)\n--\n\nBack to what local_irq_save() found." },
+    { "irqs_disabled", irqs_disabled, METH_NOARGS,
+      DOC(irqs_disabled, "True between local_irq_disable and _enable, and in handlers.") },
+    { "preempt_disable", preempt_disable, METH_NOARGS,
+      DOC(preempt_disable, "Tasks are not preempted here: this counts, as in a non-preemptible "
+                           "kernel.") },
+    { "preempt_enable", preempt_enable, METH_NOARGS,
+      DOC(preempt_enable, "ClusterStateError without a preempt_disable().") },
+    { "in_task", in_task, METH_NOARGS, DOC(in_task, "Not in an interrupt handler or NMI.") },
+    { "in_hardirq", in_hardirq, METH_NOARGS, DOC(in_hardirq, "In an IPI handler.") },
+    { "in_interrupt", in_interrupt, METH_NOARGS,
+      DOC(in_interrupt, "In an IPI handler or NMI.") },
+    { "in_nmi", in_nmi, METH_NOARGS, DOC(in_nmi, "In an NMI handler.") },
+    { "on_task_cancel", on_task_cancel, METH_O,
+      "on_task_cancel(function)\n--\n\nCalled when this task is cancelled, instead of "
+      "raising." },
+    { "task_interrupt_lost", task_interrupt_lost, METH_NOARGS,
+      DOC(task_interrupt_lost, "Raise TaskInterrupt once more: it was raised in vain.") },
+    { "cond_resched", cond_resched, METH_NOARGS,
+      DOC(cond_resched,
+          "Take pending interrupts now: for tasks of a machine with kick=False.") },
+    { NULL, NULL, 0, NULL },
+};

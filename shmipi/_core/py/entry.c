@@ -1,0 +1,316 @@
+/* SPDX-License-Identifier: MIT */
+/* Interrupts of a CPU where Python runs: the core's hooks, and what a kick puts off. */
+#include "py/entry.h"
+
+#include <signal.h>
+#include <time.h>
+
+#include "irq/chip.h"
+#include "irq/irqdesc.h"
+#include "smp/idle.h"
+#include "smp/queue.h"
+#include "base/trace.h"
+#include "py/handler.h"
+#include "py/incoming.h"
+#include "py/line.h"
+#include "py/signals.h"
+
+/* The interpreter, given up for a while: by this thread (host) or for the core's hooks
+ * to take back when Python work arrives (CPU). */
+PyThreadState *shi_give_up(Machine *machine)
+{
+    if (machine->self.host) {
+        machine->waiters++; /* the interpreter is ours */
+        return PyEval_SaveThread();
+    }
+    if (!machine->released)
+        machine->released = PyEval_SaveThread();
+    return NULL;
+}
+
+void shi_take_back(Machine *machine, PyThreadState *mine)
+{
+    if (mine) {
+        PyEval_RestoreThread(mine);
+        machine->waiters--;
+    } else if (machine->released) {
+        PyThreadState *state = machine->released;
+        machine->released = NULL;
+        PyEval_RestoreThread(state);
+    }
+}
+
+/* ---- hooks of the core ----------------------------------------------------------- */
+
+static void hold_interpreter(Machine *machine)
+{
+    if (machine->released) {
+        PyThreadState *state = machine->released;
+        machine->released = NULL;
+        PyEval_RestoreThread(state);
+    }
+}
+
+static void hook_release(struct shi_self *self)
+{
+    Machine *machine = self->hooks.arg;
+    if (!machine->released)
+        machine->released = PyEval_SaveThread();
+}
+
+static void hook_interrupt(struct shi_self *self)
+{
+    /* Async-signal-safe, unlike Py_AddPendingCall, which takes a lock: the handler of
+     * this signal (irq_entry, py/shield.c) runs at the next bytecode boundary. */
+    PyErr_SetInterruptEx((int)self->m->kick_signal);
+}
+
+static void hook_nmi(struct shi_self *self)
+{
+    PyErr_SetInterruptEx((int)self->m->nmi_signal); /* its handler is nmi_entry there */
+}
+
+/* Run one Python csd in interrupt context: soft-masked throughout, and whatever it
+ * raises goes to its sender or to sys.unraisablehook, never into what it interrupted. */
+static void run_handler(Machine *machine, uint32_t index)
+{
+    struct shi_self *self = &machine->self;
+    struct shi_csd *csd = shi_csd(&machine->m, index);
+    bool async = (shi_load_relaxed(&csd->lock) & SHI_CSD_TYPE) != SHI_CSD_SYNC;
+    struct incoming in;
+    uint8_t flags = self->irqs_off;
+    uint32_t func = csd->func;
+    int limit = shi_headroom_begin(machine);
+    /* What it interrupts may be about to raise: that stays its own. */
+    PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
+    self->irqs_off = 1;
+    self->in_irq++;
+    shi_store_relaxed(&self->slot->cur_csd, index + 1);
+    if (shi_incoming(machine, &in, csd, async) < 0)
+        goto out;
+    shi_count(self, async ? SHI_C_csd_async : SHI_C_csd_sync);
+    shi_count(self, SHI_C_python_run);
+    SHI_TRACE(self, csd_function_entry, self->id, index + 1, func, 0);
+    shi_say_handler(self, in.function, SHI_H_IRQ);
+    if (async) /* the kernel's order: unlock, then run */
+        shi_csd_unlock(self, csd);
+    PyObject *result = shi_incoming_apply(&in);
+    shi_leave_if_forked(machine, result);
+    SHI_TRACE(self, csd_function_exit, self->id, index + 1, func, 0);
+    if (!async) {
+        if (shi_outcome(machine, csd, result, in.apply != SHI_A_INFO))
+            shi_csd_unlock(self, csd);
+    } else if (!result) {
+        shi_count(self, SHI_C_unraisable);
+        PyErr_WriteUnraisable(in.function);
+    }
+    Py_XDECREF(result);
+    shi_incoming_clear(&in);
+out:
+    shi_store_relaxed(&self->slot->handler, SHI_H_NONE);
+    shi_store_relaxed(&self->slot->cur_csd, 0);
+    shi_headroom_end(limit);
+    self->in_irq--;
+    self->irqs_off = flags;
+    shi_signals_let_go(machine);
+    if (pending) {
+        PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
+        Py_DECREF(pending);
+    }
+}
+
+static void hook_run(struct shi_self *self, uint32_t index)
+{
+    Machine *machine = self->hooks.arg;
+    hold_interpreter(machine);
+    run_handler(machine, index);
+}
+
+static void hook_irq(struct shi_self *self, uint32_t line)
+{
+    Machine *machine = self->hooks.arg;
+    hold_interpreter(machine);
+    shi_run_line(machine, line);
+}
+
+void shi_cpu_hooks(Machine *machine)
+{
+    machine->self.hooks = (struct shi_hooks){
+        .arg = machine,
+        .run = hook_run,
+        .release = hook_release,
+        .interrupt = hook_interrupt,
+        .irq = hook_irq,
+        .nmi = hook_nmi,
+    };
+}
+
+void shi_run_deferred(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    uint32_t index, line;
+    hold_interpreter(machine);
+    if (self->nmi_waits)
+        shi_run_nmi(machine);
+    self->in_core++;
+    while ((line = shi_irqdesc_pop(self)) != SHI_NO_LINE) {
+        if (shi_irqdesc_still(self, line)) {
+            shi_run_line(machine, line);
+        } else { /* destroyed meanwhile, and what has the line now was not sent to */
+            shi_count(self, SHI_C_irq_other);
+            shi_chip_end(self, line);
+        }
+    }
+    while ((index = shi_list_pop(self, &self->deferred)) != UINT32_MAX)
+        run_handler(machine, index);
+    if (__builtin_expect(self->unsent && shi_python_waits(self), 0))
+        shi_send_unsent(machine);
+    self->in_core--;
+    if (self->happened)
+        shi_leave_slow(self);
+}
+
+#define ROOM_NAP_NS 1000000
+
+/* ---- interrupts while a task runs ------------------------------------------------ */
+
+bool shi_hotplug_asked(const struct shi_self *self)
+{
+    return shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
+}
+
+/* Calls have run here whose results wait for room: a parked CPU could not send them.
+ * -EBUSY: look again, or as shi_cpu_offline. */
+static int await_room(struct shi_self *self)
+{
+    const struct timespec nap = { .tv_nsec = ROOM_NAP_NS };
+    if (!shi_hotplug_asked(self))
+        return 0; /* the request was withdrawn */
+    if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING)
+        return -ECANCELED;
+    nanosleep(&nap, NULL);
+    self->in_core++;
+    shi_service(self);
+    self->in_core--;
+    if (self->happened)
+        shi_leave_slow(self);
+    return -EBUSY;
+}
+
+int shi_go_offline(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    int err;
+    for (;;) {
+        hook_release(self); /* by the hook: a handler run on the way can take it back */
+        err = self->unsent ? await_room(self) : shi_cpu_offline(self);
+        hold_interpreter(machine);
+        if (err != -EBUSY)
+            return err;
+        shi_run_deferred(machine);
+    }
+}
+
+void shi_wait_python(Machine *machine)
+{
+    shi_run_deferred(machine);
+    if (shi_hotplug_asked(&machine->self) && !shi_masked(&machine->self))
+        shi_go_offline(machine);
+}
+
+/* Serve everything, Python included, then let the task go on. */
+void shi_irq_window(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    bool inlined = self->inline_python;
+    shi_set_polling(self);
+    shi_fetch_and_full(&self->slot->word, ~SHI_W_ASKED);
+    for (;;) {
+        shi_run_deferred(machine);
+        self->inline_python = true;
+        self->in_core++;
+        shi_service(self);
+        self->in_core--;
+        self->inline_python = inlined;
+        hold_interpreter(machine);
+        if (self->happened)
+            shi_leave_slow(self);
+        if (shi_hotplug_asked(self)) {
+            if (shi_go_offline(machine) == -ECANCELED)
+                break;
+            continue;
+        }
+        if (shi_python_waits(self))
+            continue;
+        shi_set_running(self);
+        if (!shi_python_waits(self))
+            return;
+        shi_set_polling(self);
+    }
+}
+
+void shi_take_deferred(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    bool offline = self->in_task && shi_hotplug_asked(self);
+    /* ASKED with nothing there: what was asked for was an NMI's handler, which has run, and
+     * an import has kept everything else away.  It keeps senders from kicking. */
+    bool asked = self->in_task && shi_load_relaxed(&self->slot->word) & SHI_W_ASKED;
+    if (!(shi_python_waits(self) || offline || asked) || shi_masked(self))
+        return;
+    if (self->in_task)
+        shi_irq_window(machine); /* takes ASKED back, which keeps senders from kicking */
+    else
+        shi_run_deferred(machine);
+}
+
+/* The Python-level handler of the kick signal. */
+int shi_irq_entry_python(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    if (shi_masked(self) || !self->in_task) {
+        self->happened = 1; /* local_irq_enable looks again */
+        return 0;
+    }
+    if (!self->held) /* else the end of the import takes what waits */
+        shi_irq_window(machine);
+    /* Into the task, at the bytecode where it stands. */
+    return shi_task_interrupt(machine) < 0 ? -1 : shi_signals_check(machine);
+}
+
+int shi_task_interrupt(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    struct shi_csd *csd = self->cancellable;
+    if (__builtin_expect(!shi_cancel_asked(self), 1) || shi_masked(self) || self->in_irq ||
+        self->in_nmi)
+        return 0;
+    /* Taken: one exception for each time that it was asked for. */
+    shi_fetch_and_full(&csd->lock, ~SHI_CSD_CANCEL);
+    if (machine->on_cancel) {
+        PyObject *done = PyObject_CallNoArgs(machine->on_cancel);
+        Py_XDECREF(done);
+        return done ? 0 : -1;
+    }
+    PyErr_SetString(shi_py.TaskInterrupt, "this task was cancelled");
+    return -1;
+}
+
+/* After interrupts came on again: run what the replay left for the interpreter. */
+void shi_after_enable(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    if (self->in_task && !shi_masked(self) &&
+        (shi_python_waits(self) || shi_hotplug_asked(self)))
+        shi_irq_window(machine);
+}
+
+/* The Python-level handler of the NMI signal: nothing holds it up. */
+int shi_nmi_entry_python(Machine *machine)
+{
+    shi_run_nmi(machine);
+    /* Kicks that its handler held up are acknowledged: nobody sends them again. */
+    if (machine->self.happened)
+        shi_leave_slow(&machine->self);
+    return shi_masked(&machine->self) ? 0 : shi_signals_check(machine);
+}

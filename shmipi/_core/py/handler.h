@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: MIT */
+/* What stands around each Python handler: who looks on is told, forks end, room in the stack. */
+#ifndef SHI_PY_HANDLER_H
+#define SHI_PY_HANDLER_H
+
+#include "py/base.h"
+
+/* After a function of the user's: `result`, or an exception.  Ends a fork's child. */
+void shi_leave_if_forked(Machine *machine, PyObject *result);
+void shi_flush_standard_files(void);
+/* For who looks from outside: a Python handler begins, or `outer` goes on. */
+struct handler_said {
+    uint32_t kind;
+    uint64_t since;
+    char name[SHI_HANDLER_NAME];
+};
+void shi_say_handler(struct shi_self *self, PyObject *function, enum shi_handler kind);
+void shi_handler_outer(const struct shi_self *self, struct handler_said *outer);
+void shi_say_outer(struct shi_self *self, const struct handler_said *outer);
+/* Frames for a handler on top of a task; what begin returned goes to end. */
+int shi_headroom_begin(const Machine *machine);
+void shi_headroom_end(int limit);
+
+#endif

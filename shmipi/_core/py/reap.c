@@ -1,0 +1,200 @@
+/* SPDX-License-Identifier: MIT */
+/* The firmware's work: it looks after the CPUs, and buries the dead. */
+#include "py/base.h"
+
+#include <poll.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "base/clock.h"
+#include "smp/reap.h"
+#include "smp/watch.h"
+#include "py/tables.h"
+
+METHOD(set_firmware)
+{
+    unsigned long pid = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    shi_store_full(&MACHINE(object)->m.header->firmware_pid, (uint32_t)pid);
+    Py_RETURN_NONE;
+}
+
+#define CPU_METHOD(name, expression)                                                           \
+    METHOD(name)                                                                               \
+    {                                                                                          \
+        Machine *machine = MACHINE(object);                                                    \
+        uint32_t cpu;                                                                          \
+        if (shi_as_slot(arg, machine->m.ncpus, &cpu) < 0)                                      \
+            return NULL;                                                                       \
+        expression;                                                                            \
+    }
+CPU_METHOD(boot_error, return PyLong_FromUnsignedLong(
+                           shi_load_acquire(&shi_slot(&machine->m, cpu)->boot_error)))
+CPU_METHOD(ended,
+           return PyLong_FromUnsignedLong(shi_load_acquire(&shi_slot(&machine->m, cpu)->end)))
+CPU_METHOD(reap_complete,
+           return PyLong_FromUnsignedLong(shi_reap_complete(&machine->self, cpu)))
+METHOD(reap_orphans)
+{
+    Machine *machine = MACHINE(object);
+    unsigned long id = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    if (id >= machine->m.nslots)
+        return PyErr_Format(PyExc_ValueError, "no slot %lu", id);
+    return PyLong_FromUnsignedLong(shi_reap_orphans(&machine->self, (uint32_t)id));
+}
+
+CPU_METHOD(reap_unguarded, return PyBool_FromLong(shi_reap_unguarded(&machine->self, cpu)))
+CPU_METHOD(reap_reset, return PyLong_FromUnsignedLong(shi_reap_reset(&machine->self, cpu)))
+
+/* guest_admit(slot, pid), guest_bury(slot), guest_clear(slot) -> csds others still have. */
+METHOD(guest_admit)
+{
+    Machine *machine = MACHINE(object);
+    unsigned id, pid;
+    if (!PyArg_ParseTuple(arg, "II", &id, &pid))
+        return NULL;
+    if (id < shi_first_guest(&machine->m) || id >= machine->m.nslots) {
+        PyErr_SetString(PyExc_ValueError, "no slot of a guest");
+        return NULL;
+    }
+    shi_guest_admit(&machine->self, id, pid);
+    Py_RETURN_NONE;
+}
+
+static int guest_arg(const Machine *machine, PyObject *arg, uint32_t *id)
+{
+    unsigned long value = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred())
+        return -1;
+    if (value < shi_first_guest(&machine->m) || value >= machine->m.nslots) {
+        PyErr_SetString(PyExc_ValueError, "no slot of a guest");
+        return -1;
+    }
+    *id = (uint32_t)value;
+    return 0;
+}
+
+METHOD(guest_bury)
+{
+    uint32_t id;
+    if (guest_arg(MACHINE(object), arg, &id) < 0)
+        return NULL;
+    shi_guest_bury(&MACHINE(object)->self, id);
+    Py_RETURN_NONE;
+}
+
+METHOD(guest_clear)
+{
+    uint32_t id;
+    if (guest_arg(MACHINE(object), arg, &id) < 0)
+        return NULL;
+    return PyLong_FromUnsignedLong(shi_guest_clear(&MACHINE(object)->self, id));
+}
+
+/* reap_mark(cpu, end=0): it is dead; `end` is what ended() says from now on. */
+METHOD(reap_mark)
+{
+    Machine *machine = MACHINE(object);
+    unsigned cpu, end = 0;
+    if (!PyArg_ParseTuple(arg, "I|I", &cpu, &end))
+        return NULL;
+    if (cpu >= machine->m.ncpus)
+        return PyErr_Format(PyExc_ValueError, "no slot %u", cpu);
+    shi_reap_mark(&machine->self, cpu, end);
+    Py_RETURN_NONE;
+}
+
+METHOD(reap_ring_all)
+{
+    (void)arg;
+    shi_reap_ring_all(&MACHINE(object)->self);
+    Py_RETURN_NONE;
+}
+
+/* The watchdog's look, if 10 ms have gone by since the last.  1: the firmware has something
+ * to do, 0, or -1. */
+static int look_after(Machine *machine)
+{
+    uint64_t now = shi_now_ns();
+    if (!machine->watch && !(machine->watch = shi_watch_new(&machine->m))) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (now - machine->looked_ns < SHI_WATCH_NS)
+        return 0;
+    machine->looked_ns = now;
+    return shi_watch_look(&machine->self, machine->watch);
+}
+
+METHOD(look_after)
+{
+    (void)arg;
+    if (look_after(MACHINE(object)) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* init_order(cpu) -> generation of the process that INIT ends, 0: none */
+CPU_METHOD(init_order, return PyLong_FromUnsignedLong(
+                           shi_load_acquire(&shi_slot(&machine->m, cpu)->pic.init)))
+
+/* watch(fd, seconds): look after the CPUs until `fd` can be read, a CPU is to be ended or
+ * started, or time is up (< 0: never).  In C, because it is the firmware's life: 100 times a second. */
+METHOD(watch)
+{
+    Machine *machine = MACHINE(object);
+    int fd, ready = 0;
+    double seconds;
+    if (!PyArg_ParseTuple(arg, "id", &fd, &seconds))
+        return NULL;
+    uint64_t end = seconds < 0 ? UINT64_MAX : shi_now_ns() + (uint64_t)(seconds * 1e9);
+    do {
+        int asked = look_after(machine);
+        if (asked < 0)
+            return NULL;
+        if (asked)
+            break;
+        uint64_t now = shi_now_ns(), next = machine->looked_ns + SHI_WATCH_NS;
+        uint64_t until = next < end ? next : end;
+        uint64_t ns = until > now ? until - now : 0;
+        struct timespec t = { .tv_sec = (time_t)(ns / 1000000000),
+                              .tv_nsec = (long)(ns % 1000000000) };
+        struct pollfd p = { .fd = fd, .events = POLLIN };
+        Py_BEGIN_ALLOW_THREADS ready = ppoll(&p, 1, &t, NULL);
+        Py_END_ALLOW_THREADS if (ready < 0 && (errno != EINTR || PyErr_CheckSignals() <
+                                                                     0)) return PyErr_Occurred()
+            ? NULL
+            : PyErr_SetFromErrno(PyExc_OSError);
+    } while (ready <= 0 && shi_now_ns() < end);
+    Py_RETURN_NONE;
+}
+
+METHOD(stop_all)
+{
+    (void)arg;
+    shi_reap_stop_all(&MACHINE(object)->self);
+    Py_RETURN_NONE;
+}
+
+PyMethodDef shi_reap_methods[] = {
+    ONE(set_firmware, "set_firmware(pid)"),
+    ONE(boot_error, "boot_error(cpu) -> errno"),
+    ONE(ended, "ended(cpu) -> how its process ended: a signal, END_EXITED | status, or 0"),
+    MANY(reap_mark, "reap_mark(cpu, end=0)"),
+    ONE(reap_complete, "reap_complete(cpu) -> how many"),
+    ONE(reap_orphans, "reap_orphans(slot) -> csds of its earlier processes that are out"),
+    ONE(reap_unguarded, "reap_unguarded(cpu) -> bool"),
+    ONE(reap_reset, "reap_reset(cpu) -> generation"),
+    MANY(guest_admit, "guest_admit(slot, pid)"),
+    ONE(guest_bury, "guest_bury(slot)"),
+    ONE(guest_clear, "guest_clear(slot) -> how many csds others still have"),
+    NOARGS(reap_ring_all, "Ring every CPU that has work."),
+    NOARGS(look_after, "The watchdog's look, if 10 ms have gone by since the last."),
+    ONE(init_order, "init_order(cpu) -> generation of the process that INIT ends"),
+    MANY(watch, "watch(fd, seconds): look after the CPUs until fd can be read"),
+    NOARGS(stop_all, "The machine stops."),
+    { NULL, NULL, 0, NULL },
+};

@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: MIT */
+/* What py/module.c puts together: methods of Machine, functions and types of the module. */
+#ifndef SHI_PY_TABLES_H
+#define SHI_PY_TABLES_H
+
+#include "py/base.h"
+
+/* Methods of Machine. */
+extern PyMethodDef shi_smp_methods[], shi_post_methods[], shi_cpu_methods[];
+extern PyMethodDef shi_chip_methods[], shi_irq_methods[], shi_waitq_methods[];
+extern PyMethodDef shi_machine_methods[], shi_slot_methods[], shi_segment_methods[];
+extern PyMethodDef shi_doorbell_methods[], shi_native_methods[], shi_hotplug_methods[];
+extern PyMethodDef shi_reap_methods[], shi_lock_methods[], shi_step_methods[];
+
+/* Functions of the module. */
+extern PyMethodDef shi_base_functions[], shi_guard_functions[], shi_smp_functions[];
+extern PyMethodDef shi_context_functions[], shi_machine_functions[], shi_barrier_functions[];
+extern PyMethodDef shi_waitq_functions[], shi_native_functions[], shi_segment_functions[];
+extern PyMethodDef shi_bench_functions[], shi_limit_functions[], shi_clock_functions[];
+extern PyMethodDef shi_process_functions[], shi_shield_functions[];
+
+/* What cpu_context() returns. */
+enum { SHI_NO_CPU, SHI_CPU_TASK, SHI_CPU_HANDLER };
+
+int shi_atomic_add(PyObject *module);
+int shi_shield_types(PyObject *module);
+
+#endif
