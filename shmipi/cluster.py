@@ -39,8 +39,9 @@ from shmipi.machine import controller as controllers
 from shmipi.machine import locks, process, segment, topology
 from shmipi.machine.arrays import Arrays, SharedArray
 from shmipi.machine.attach import Guest
-from shmipi.machine.boot import DOORBELLS, IDLE, Host, Plan
+from shmipi.machine.boot import Host, Plan
 from shmipi.machine.limits import start_thread
+from shmipi.names import DOORBELLS, IDLE
 from shmipi.smp import BoundSmp, Completion, WaitQueue
 from shmipi.task import Tasks, check_timeout
 from shmipi.trace import events

@@ -1,6 +1,7 @@
 """Measuring: latency, throughput, boot and broadcast, beside the physical limits.
 
-Each module has a ``run()`` that returns the document of ``shmipi bench`` of its name::
+Each module that ``shmipi.names.BENCHES`` lists has ``Options`` and a ``run()`` that
+returns the document of ``shmipi bench`` of its name::
 
     from shmipi.bench import latency
 

@@ -6,15 +6,34 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from shmipi.bench import option
 from shmipi.bench.runner import machine_facts
 from shmipi.cluster import Cluster
 from shmipi.irq.chips import Chip
 from shmipi.machine import segment
+from shmipi.names import IDLE_POLICIES
+from shmipi.report.cells import Table
 
-__all__ = ["SIZES", "private_kib", "run", "shared_kib"]
+__all__ = [
+    "EXAMPLE",
+    "HELP",
+    "SIZES",
+    "Options",
+    "private_kib",
+    "run",
+    "shared_kib",
+    "table",
+]
+
+HELP = """\
+Each machine is booted once, measured and shut down."""
+EXAMPLE = """\
+shmipi bench boot
+shmipi bench boot --cpus 4,64"""
 
 #: CPUs of the machines that are booted by default.
 SIZES: Final = (2, 16, 256, 1024)
@@ -22,14 +41,19 @@ SIZES: Final = (2, 16, 256, 1024)
 SAMPLE: Final = 32
 
 
+@dataclass(frozen=True)
+class Options:
+    """What to boot: a machine for each of ``sizes``."""
+
+    sizes: Sequence[int] = option.sizes(SIZES)
+    idle: str = option.choice("idle", IDLE_POLICIES, "halt", "what an idle CPU does")
+    doorbell: str = option.doorbell()
+    cores: str | Sequence[int] = option.cores()
+    controller: str | type[Chip] = option.controller()
+
+
 def run(
-    *,
-    sizes: Sequence[int] = SIZES,
-    idle: str = "halt",
-    doorbell: str = "futex",
-    controller: str | type[Chip] = "apic",
-    cores: str | Sequence[int] = "auto",
-    progress: Callable[[str], None] | None = None,
+    options: Options, progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """Boot machines of ``sizes`` CPUs and return the document of ``bench boot``.
 
@@ -37,12 +61,16 @@ def run(
     and nothing is left. Raises what a boot raises.
     """
     rows = []
-    for size in sizes:
+    for size in options.sizes:
         if progress is not None:
             progress(f"{size} CPUs")
         started = time.perf_counter()
         cluster = Cluster(
-            size, idle=idle, doorbell=doorbell, controller=controller, cores=cores
+            size,
+            idle=options.idle,
+            doorbell=options.doorbell,
+            controller=options.controller,
+            cores=options.cores,
         )
         try:
             booted = time.perf_counter()
@@ -61,8 +89,8 @@ def run(
             "private_kib_per_cpu": sum(private) / len(private) if private else None,
             "sampled": len(private),
             "shared_kib": memory,
-            "idle": idle,
-            "doorbell": doorbell,
+            "idle": options.idle,
+            "doorbell": options.doorbell,
             "controller": cluster.controller,
         }
         if not private:
@@ -90,3 +118,22 @@ def shared_kib(cluster: Cluster) -> int | None:
         path = os.path.join("/dev/shm", segment.full_name(cluster.name))
         return os.stat(path).st_blocks // 2
     return None
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return the document as a table for people."""
+    rows = []
+    for row in result["rows"]:
+        private = row["private_kib_per_cpu"]
+        rows.append(
+            [
+                str(row["ncpus"]),
+                f"{row['boot_s']:.3f} s",
+                f"{row['shutdown_s']:.3f} s",
+                "-" if private is None else f"{private / 1024:.2f} MiB",
+                "-"
+                if row["shared_kib"] is None
+                else f"{row['shared_kib'] / 1024:.2f} MiB",
+            ]
+        )
+    return ["CPUs", "boot", "shutdown", "private per CPU", "shared"], rows, []

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from shmipi import _core
+from shmipi.bench import option
 from shmipi.bench.boot import shared_kib
 from shmipi.bench.runner import Disturbance, Rig, Seen, machine_facts, median
 from shmipi.irq.chips import Chip
 from shmipi.machine import topology
+from shmipi.report.cells import Cells, Table, span, valid
 
-__all__ = ["SIZES", "broadcasts", "run"]
+__all__ = ["EXAMPLE", "HELP", "SIZES", "Options", "broadcasts", "run", "table"]
+
+HELP = """\
+CPU 0 calls a native no-op on every other CPU, all of which have halted."""
+EXAMPLE = """\
+shmipi bench broadcast
+shmipi bench broadcast --cpus 16,512"""
 
 #: How many halted CPUs are called.
 SIZES: Final = (16, 64, 128, 256, 512)
@@ -24,15 +33,25 @@ def broadcasts(calls: int, gap_ns: int) -> tuple[list[float], int]:
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    """What to measure: ``calls`` broadcasts over each of ``sizes`` CPUs."""
+
+    sizes: Sequence[int] = option.sizes(SIZES, most=option.MAX_CPUS - 1)
+    calls: int = option.calls(30, "broadcasts over each machine", like="", most=100_000)
+    gap_us: float = option.gap(1000.0, "pause before each, in microseconds")
+    doorbell: str = option.doorbell()
+    cores: str | Sequence[int] = option.cores()
+    controller: str | type[Chip] = option.controller()
+
+    @property
+    def gap_ns(self) -> int:
+        """The pause before each broadcast, in ns."""
+        return round(self.gap_us * 1000)
+
+
 def run(
-    *,
-    sizes: Sequence[int] = SIZES,
-    calls: int = 30,
-    gap_us: float = 1000.0,
-    doorbell: str = "futex",
-    controller: str | type[Chip] = "apic",
-    cores: str | Sequence[int] = "auto",
-    progress: Callable[[str], None] | None = None,
+    options: Options, progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """Measure ``calls`` broadcasts over ``sizes`` CPUs each: ``bench broadcast``.
 
@@ -42,24 +61,26 @@ def run(
     Raises what a boot raises.
     """
     rows = []
-    for size in sizes:
+    for size in options.sizes:
         if progress is not None:
             progress(f"{size} halted CPUs")
-        placement = topology.place(size + 1, cores)
+        placement = topology.place(size + 1, options.cores)
         seen = Seen()
-        with Rig(placement, doorbell=doorbell, controller=controller) as rig:
+        with Rig(
+            placement, doorbell=options.doorbell, controller=options.controller
+        ) as rig:
             before = shared_kib(rig.cluster)
             with Disturbance(rig, 1, seen):
-                spans, missed = rig.run(0, broadcasts, calls, round(gap_us * 1000))
+                spans, missed = rig.run(0, broadcasts, options.calls, options.gap_ns)
             after = shared_kib(rig.cluster)
             why = seen.why(None)  # CPUs of one core push each other off it: as meant
             row: dict[str, Any] = {
                 "bench": "broadcast",
                 "ncpus": size,
-                "calls": calls,
+                "calls": options.calls,
                 "handler": "native",
                 "target_state": "halted",
-                "doorbell": doorbell,
+                "doorbell": options.doorbell,
                 "controller": rig.cluster.controller,
                 "ns_per_cpu": median(spans) / size,
                 "total_ns": median(spans),
@@ -77,7 +98,27 @@ def run(
     return {
         "bench": "broadcast",
         "machine": machine_facts(),
-        "gap_us": gap_us,
+        "gap_us": options.gap_us,
         "gc": False,
         "rows": rows,
     }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return the document as a table for people."""
+    rows: list[Cells] = []
+    notes: list[str] = []
+    for row in result["rows"]:
+        low, high = row["ns_per_cpu_spread"]
+        rows.append(
+            [
+                str(row["ncpus"]),
+                span(row["ns_per_cpu"]),
+                f"{span(low)} - {span(high)}",
+                span(row["total_ns"]),
+                f"{row['shared_kib']} KiB",
+                valid(row, notes, f"{row['ncpus']} CPUs"),
+            ]
+        )
+    header = ["halted CPUs", "per CPU", "spread", "broadcast", "shared", "valid"]
+    return header, rows, notes

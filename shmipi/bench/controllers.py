@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from shmipi import _core
-from shmipi.bench import limits, tasks
+from shmipi.bench import limits, option, tasks
 from shmipi.bench.limits import BATCH, PLACEMENTS, Limit
+from shmipi.bench.option import HANDLERS
 from shmipi.bench.runner import (
     MISSED_SHARE,
     Disturbance,
@@ -28,10 +29,29 @@ from shmipi.bench.runner import (
     spread,
 )
 from shmipi.irq.chips import CHIPS
+from shmipi.report.cells import Cells, Table, span, valid_for
 
-__all__ = ["AT_MOST", "HANDLERS", "OF_LIMIT", "Options", "run"]
+__all__ = [
+    "AT_MOST",
+    "EXAMPLE",
+    "HANDLERS",
+    "HELP",
+    "OF_LIMIT",
+    "Options",
+    "run",
+    "table",
+]
 
-HANDLERS: Final = ("native", "python")
+HELP = """\
+Polling and running targets, native and python handlers, and a line of
+the chip raised raw, which nothing elides. The machines of all controllers
+are up at once and take turns in blocks; a ratio is the median over these,
+to the fastest. For native calls to a polling target there is a verdict:
+how much slower than the fastest a controller may be."""
+EXAMPLE = """\
+shmipi bench controllers
+shmipi bench controllers --controllers apic,xive --handler native"""
+
 #: Native calls to a polling target: the most times the fastest that a controller may
 #: take. Those with more state of their own (a message behind a source, a bank for each
 #: sender) may take more.
@@ -57,13 +77,15 @@ _COUNT: Final = "bench.lines"
 class Options:
     """What to measure. ``calls`` is for each row of each controller, in ``blocks``."""
 
-    calls: int = 20_000
-    warmup: int = 50
-    controllers: Sequence[str] = tuple(CHIPS)
-    handlers: Sequence[str] = HANDLERS
-    cores: str | Sequence[int] = "auto"
-    gap_us: float = 30.0
-    blocks: int = 10
+    calls: int = option.calls(20_000, "calls of each row of each controller")
+    warmup: int = option.warmup()
+    controllers: Sequence[str] = option.several(
+        "controllers", tuple(CHIPS), f"only these: {', '.join(CHIPS)}"
+    )
+    handlers: Sequence[str] = option.handlers()
+    cores: str | Sequence[int] = option.pair_of_cores()
+    gap_us: float = option.gap_of_calls()
+    blocks: int = option.blocks()
 
     @property
     def gap_ns(self) -> int:
@@ -401,3 +423,43 @@ def _foundation(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
                 "met": row["limit_ratio"] <= OF_LIMIT,
             }
     return None
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return the document as a table for people."""
+    rows: list[Cells] = []
+    notes: list[str] = []
+    for row in result["rows"]:
+        name = f"{row['what']} {row['target_state']} {row['handler']}"
+        low, high = row["ratio_spread"]
+        at_most, of_limit = row["at_most"], row.get("limit_ratio")
+        rows.append(
+            [
+                name,
+                row["controller"],
+                span(row["ns"]),
+                f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})",
+                "-" if at_most is None else f"{at_most:.1f}",
+                {None: "-", True: "met", False: "missed"}[row["met"]],
+                "-" if of_limit is None else f"{of_limit:.2f}",
+                valid_for(row, notes),
+            ]
+        )
+    header = ["what, target, handler", "controller", "typical"]
+    header += ["of the fastest (spread)", "at most", "verdict", "of cacheline", "valid"]
+    more = [
+        f"cacheline: {span(result['limits']['cacheline'].get('batch_ns'))}",
+        "call: smp_call_function_single(), waiting; line: a free line of the chip,"
+        " raised, until its handler has counted",
+        "typical: the median over blocks; of polling rows over batches without a clock"
+        " inside",
+    ]
+    base = result["foundation"]
+    if base is not None:
+        low, high = base["ratio_spread"]
+        more.append(
+            f"the fastest, {base['controller']}, takes {base['ratio']:.2f}"
+            f" ({low:.2f}-{high:.2f}) times cacheline, at most {base['at_most']}:"
+            f" {'met' if base['met'] else 'missed'}"
+        )
+    return header, rows, notes + more

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from shmipi import _core
-from shmipi.bench import limits, tasks
+from shmipi.bench import limits, option, tasks
 from shmipi.bench.limits import BATCH, BATCHES, PLACEMENTS, Limit
+from shmipi.bench.option import HANDLERS
 from shmipi.bench.runner import (
     MISSED_SHARE,
     Disturbance,
@@ -29,10 +30,20 @@ from shmipi.bench.runner import (
 )
 from shmipi.errors import BootError
 from shmipi.irq.chips import Chip
+from shmipi.report.cells import PERCENTILES, Cells, Table, percentiles, span, valid
 
-__all__ = ["DOORBELLS", "HANDLERS", "Options", "run"]
+__all__ = ["DOORBELLS", "EXAMPLE", "HANDLERS", "HELP", "Options", "run", "table"]
 
-HANDLERS: Final = ("native", "python")
+HELP = """\
+One row for each state of the target (polling, halted, running), doorbell
+and kind of handler. A native row is a C no-op called by a C loop; a python
+row is smp_call_function_single() of a Python function, called and timed in
+Python. Limits and rows take turns in blocks, and a ratio is the median over
+these."""
+EXAMPLE = """\
+shmipi bench latency
+shmipi bench latency --doorbell none --handler native"""
+
 #: What the rows can be chosen by: how the target is rung. "none" is the polling one.
 DOORBELLS: Final = ("none", "futex", "sem", "eventfd", "mqueue", "signal")
 
@@ -58,14 +69,18 @@ _STATES: Final = {
 class Options:
     """What to measure. ``calls`` is for each row, cut into ``blocks``."""
 
-    calls: int = 10_000
-    warmup: int = 50
-    doorbells: Sequence[str] = DOORBELLS
-    handlers: Sequence[str] = HANDLERS
-    cores: str | Sequence[int] = "auto"
-    gap_us: float = 30.0
-    blocks: int = 10
-    controller: str | type[Chip] = "apic"
+    calls: int = option.calls(10_000, "clocked calls of each row")
+    warmup: int = option.warmup()
+    doorbells: Sequence[str] = option.several(
+        "doorbell",
+        DOORBELLS,
+        f"only these rows: {', '.join(DOORBELLS)}; none is the polling target",
+    )
+    handlers: Sequence[str] = option.handlers()
+    cores: str | Sequence[int] = option.pair_of_cores()
+    gap_us: float = option.gap_of_calls()
+    blocks: int = option.blocks()
+    controller: str | type[Chip] = option.controller()
 
     @property
     def gap_ns(self) -> int:
@@ -448,3 +463,50 @@ def _rig_for(
             state.unavailable[doorbell] = str(error)
             return None
     return rigs[doorbell]
+
+
+def _row_name(row: dict[str, Any]) -> str:
+    words = [row["target_state"], row["doorbell"], row["sender_wait"]]
+    return " ".join(word for word in words if word not in ("none", "spin"))
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return the document as a table for people."""
+    rows: list[Cells] = []
+    notes: list[str] = []
+    more = []
+    for row in result["rows"]:
+        name = _row_name(row)
+        limit = result["limits"][row["limit"]]
+        beside = limit.get("batch_ns", limit.get("p50"))
+        ratio = "-"
+        if row["ratio"] is not None:
+            low, high = row["ratio_spread"]
+            ratio = f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"
+        rows.append(
+            [
+                name,
+                row["handler"],
+                span(row.get("batch_ns", row["rtt_ns"]["p50"])),
+                *percentiles(row["rtt_ns"]),
+                span(row["one_way_ns"]["p50"]),
+                row["limit"],
+                span(beside),
+                ratio,
+                valid(row, notes, f"{name} {row['handler']}"),
+            ]
+        )
+        if "times_faster_than_pipe" in row:
+            more.append(
+                f"{name} {row['handler']}: {row['times_faster_than_pipe']:.0f} times"
+                " faster than a multiprocessing.Pipe round trip between the same two"
+                f" processes ({span(row['pipe_rtt_ns']['p50'])})"
+            )
+    header = ["target", "handler", "typical", *PERCENTILES, "one way"]
+    header += ["limit", "typical", "ratio (spread)", "valid"]
+    more.append(
+        "typical: the median; of polling rows and cacheline over batches without a"
+        " clock inside"
+    )
+    more += [f"{name}: {why}" for name, why in result.get("unavailable", {}).items()]
+    return header, rows, notes + more

@@ -6,12 +6,12 @@ rig sends, another CPU answers, both in C.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from shmipi import _core
-from shmipi.bench import tasks
+from shmipi.bench import option, tasks
 from shmipi.bench.runner import (
     Disturbance,
     Rig,
@@ -25,8 +25,28 @@ from shmipi.bench.runner import (
 )
 from shmipi.errors import BootError
 from shmipi.irq.chips import Chip
+from shmipi.report.cells import PERCENTILES, Cells, Table, percentiles, span, valid
 
-__all__ = ["ABOUT", "BATCH", "BATCHES", "PLACEMENTS", "Limit", "measure", "run"]
+__all__ = [
+    "ABOUT",
+    "BATCH",
+    "BATCHES",
+    "EXAMPLE",
+    "HELP",
+    "PLACEMENTS",
+    "Limit",
+    "Options",
+    "measure",
+    "run",
+    "table",
+]
+
+HELP = """\
+What this computer and its kernel can do at best: the figures that every row
+of the other measurements stands beside."""
+EXAMPLE = """\
+shmipi bench limits
+shmipi bench limits --gap 1000 --json -"""
 
 #: Every limit, and what its round trip is.
 ABOUT: Final = {
@@ -50,6 +70,23 @@ BATCH, BATCHES = 250, 12
 _SLEEPING: Final = ("futex", "sem", "eventfd", "mqueue", "sigwait", "futex_park")
 #: More than this share of round trips to a target that was still awake: no limit.
 _AWAKE_SHARE: Final = 0.2
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure. ``calls`` is for each limit, cut into ``blocks``."""
+
+    calls: int = option.calls(2_000, "round trips of each limit")
+    warmup: int = option.warmup()
+    cores: str | Sequence[int] = option.pair_of_cores()
+    gap_us: float = option.gap_of_calls()
+    blocks: int = option.blocks()
+    names: Sequence[str] = tuple(ABOUT)
+
+    @property
+    def gap_ns(self) -> int:
+        """The pause before each round trip but those of cache lines, in ns."""
+        return round(self.gap_us * 1000)
 
 
 @dataclass
@@ -245,38 +282,50 @@ def open_base(cores: Sequence[int], controller: str | type[Chip] = "apic") -> Ri
 
 
 def run(
-    *,
-    calls: int,
-    warmup: int = 20,
-    cores: str | Sequence[int] = "auto",
-    gap_us: float = 30,
-    blocks: int = 5,
-    names: Iterable[str] = tuple(ABOUT),
-    progress: Callable[[str], None] | None = None,
+    options: Options, progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """Measure the limits named and return the document of ``bench limits``.
 
-    ``calls`` is for each limit, cut into ``blocks``; ``gap_us`` is the pause before
-    each. Raises ``CommandError`` for cores that cannot be used, and what a boot raises.
+    Raises ``CommandError`` for cores that cannot be used, and what a boot raises.
     """
-    sender, target = choose_cores(cores)
-    gap_ns = round(gap_us * 1000)
+    sender, target = choose_cores(options.cores)
     found = {}
     with open_base([sender, target]) as rig:
-        for name in names:
+        for name in options.names:
             if progress is not None:
                 progress(name)
             found[name] = measure_alone(
-                rig, name, calls=calls, blocks=blocks, gap_ns=gap_ns, warmup=warmup
+                rig,
+                name,
+                calls=options.calls,
+                blocks=options.blocks,
+                gap_ns=options.gap_ns,
+                warmup=options.warmup,
             )
         return {
             "bench": "limits",
             "machine": machine_facts(sender_core=sender, target_core=target),
             "timer_ns": rig.timer_ns,
             "clock": rig.clock,
-            "gap_us": gap_us,
-            "blocks": blocks,
+            "gap_us": options.gap_us,
+            "blocks": options.blocks,
             "gc": False,
             "limits": {name: limit.as_json() for name, limit in found.items()},
             "rows": [],
         }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return the document as a table for people."""
+    rows: list[Cells] = []
+    notes: list[str] = []
+    missing = []
+    for name, limit in result["limits"].items():
+        if "unavailable" in limit:
+            missing.append(f"{name} is unavailable: {limit['unavailable']}")
+            continue
+        batch = span(limit["batch_ns"]) if "batch_ns" in limit else "-"
+        rows.append([name, batch, *percentiles(limit), valid(limit, notes, name)])
+    about = ["", "each a round trip between two pinned processes:"]
+    about += [f"  {name:14} {text}" for name, text in ABOUT.items()]
+    return ["limit", "batched", *PERCENTILES, "valid"], rows, notes + missing + about

@@ -20,8 +20,8 @@ from shmipi.cluster import Cluster
 from shmipi.errors import CommandError
 from shmipi.irq.chips import Chip
 from shmipi.machine import topology
-from shmipi.machine.boot import IDLE
 from shmipi.machine.facts import gather, steal_seconds
+from shmipi.names import IDLE
 from shmipi.report.table import can_redraw, columns_of
 
 __all__ = [

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 from shmipi import _core
-from shmipi.bench import tasks
-from shmipi.bench.latency import HANDLERS
+from shmipi.bench import option, tasks
+from shmipi.bench.option import HANDLERS
 from shmipi.bench.runner import (
     Disturbance,
     Rig,
@@ -21,8 +22,24 @@ from shmipi.bench.runner import (
 )
 from shmipi.irq.chips import Chip
 from shmipi.machine import topology
+from shmipi.report.cells import Cells, Table, valid
 
-__all__ = ["PATTERNS", "STATES", "run"]
+__all__ = [
+    "EXAMPLE",
+    "HANDLERS",
+    "HELP",
+    "PATTERNS",
+    "STATES",
+    "Options",
+    "run",
+    "table",
+]
+
+HELP = """\
+The clock stops when the last handler has returned."""
+EXAMPLE = """\
+shmipi bench throughput
+shmipi bench throughput --calls 5M --handler native"""
 
 PATTERNS: Final = ("one_to_one", "all_to_one")
 STATES: Final = ("polling", "running")
@@ -31,42 +48,58 @@ _COUNTER: Final = {"native": "native_run", "python": "python_run"}
 _TARGET: Final = 1
 
 
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    ``calls`` is for each row, all senders together, in ``blocks`` parts; a row's figure
+    is the median over these. ``all_to_one`` has a sender on every usable core but the
+    target's, at least two.
+    """
+
+    calls: int = option.calls(
+        500_000,
+        "calls of each row, all senders together",
+        like=", such as 20000 or 1M",
+        shown="500k",
+        most=1_000_000_000,
+    )
+    handlers: Sequence[str] = option.handlers()
+    cores: str | Sequence[int] = option.pair_of_cores()
+    blocks: int = option.blocks(5)
+    doorbell: str = option.doorbell()
+    controller: str | type[Chip] = option.controller()
+    patterns: Sequence[str] = PATTERNS
+
+
 def run(
-    *,
-    calls: int = 500_000,
-    cores: str | Sequence[int] = "auto",
-    handlers: Sequence[str] = HANDLERS,
-    patterns: Sequence[str] = PATTERNS,
-    doorbell: str = "futex",
-    controller: str | type[Chip] = "apic",
-    blocks: int = 5,
-    progress: Callable[[str], None] | None = None,
+    options: Options, progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """Measure and return the document of ``bench throughput``, without its schema.
 
-    ``calls`` is for each row, all senders together, in ``blocks`` parts; a row's figure
-    is the median over these. The clock stops when the last handler has returned.
-    ``all_to_one`` has a sender on every usable core but the target's, at least two.
-
-    Raises ``CommandError`` for cores that cannot be used, and what a boot raises.
+    The clock stops when the last handler has returned. Raises ``CommandError`` for
+    cores that cannot be used, and what a boot raises.
     """
-    sender, target = choose_cores(cores)
+    sender, target = choose_cores(options.cores)
     others = [core for core in topology.usable_cores() if core not in (sender, target)]
-    if not isinstance(cores, str) or not others:
+    if not isinstance(options.cores, str) or not others:
         others = [sender]  # the two that were named, or all there are
     rows = []
     placement = [sender, target, *others]
-    with Rig(placement, doorbell=doorbell, controller=controller) as rig:
-        for pattern in patterns:
+    with Rig(
+        placement, doorbell=options.doorbell, controller=options.controller
+    ) as rig:
+        for pattern in options.patterns:
             senders = [0] if pattern == "one_to_one" else [0, *range(2, len(placement))]
             for state in STATES:
-                for handler in handlers:
+                for handler in options.handlers:
                     if progress is not None:
                         progress(f"{pattern}, target {state}, {handler}")
-                    row = _row(rig, senders, state, handler, split(calls, blocks))
+                    parts = split(options.calls, options.blocks)
+                    row = _row(rig, senders, state, handler, parts)
                     row.update(
                         pattern=pattern,
-                        doorbell=doorbell,
+                        doorbell=options.doorbell,
                         controller=rig.cluster.controller,
                     )
                     rows.append(row)
@@ -78,8 +111,8 @@ def run(
             ),
             "timer_ns": rig.timer_ns,
             "clock": rig.clock,
-            "calls": calls,
-            "blocks": blocks,
+            "calls": options.calls,
+            "blocks": options.blocks,
             "gc": False,
             "rows": rows,
         }
@@ -172,3 +205,26 @@ def _target(rig: Rig, state: str) -> Iterator[None]:
 def _reach(cpu: int, state: int) -> int:
     """Task: wait until ``cpu`` is in ``state``."""
     return _core.bench_await(cpu, state, 1000)
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return the document as a table for people."""
+    rows: list[Cells] = []
+    notes: list[str] = []
+    for row in result["rows"]:
+        name = f"{row['pattern']} {row['target_state']}"
+        low, high = row["calls_per_s_spread"]
+        rows.append(
+            [
+                name,
+                row["handler"],
+                str(row["senders"]),
+                f"{row['calls_per_s'] / 1e6:.2f} M",
+                f"{low / 1e6:.2f}-{high / 1e6:.2f} M",
+                f"{row['ns_per_call']:.0f} ns",
+                f"{row['doorbells_per_call']:.4f}",
+                valid(row, notes, f"{name} {row['handler']}"),
+            ]
+        )
+    header = ["pattern, target", "handler", "senders", "calls/s", "spread"]
+    return [*header, "per call", "doorbells/call", "valid"], rows, notes

@@ -62,15 +62,22 @@ class Parser(argparse.ArgumentParser):
     ``add_subparsers().add_parser(name, help=..., example=...)`` makes others like it.
     """
 
-    def __init__(self, *, example: str = "", **kwargs: Any) -> None:
-        lines = [f"  {line.strip()}" for line in example.strip().splitlines()]
-        title = "examples" if len(lines) > 1 else "example"
+    def __init__(
+        self, *, description: str = "", example: str = "", **kwargs: Any
+    ) -> None:
         super().__init__(
-            epilog="\n".join([f"{title}:", *lines]) if lines else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             **kwargs,
         )
+        self.describe(description, example)
+
+    def describe(self, description: str, example: str) -> None:
+        """Say what stands above and below the options in ``--help``."""
+        lines = [f"  {line.strip()}" for line in example.strip().splitlines()]
+        title = "examples" if len(lines) > 1 else "example"
+        self.description = description or None
+        self.epilog = "\n".join([f"{title}:", *lines]) if lines else None
 
     def print_help(self, file: SupportsWrite[str] | None = None) -> None:
         """Print it; unlike argparse, say so when that is not possible."""

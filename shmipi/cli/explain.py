@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from shmipi.cli.options import (
-    CONTROLLERS,
-    DOORBELLS,
     add_json_option,
     core_list,
     document,
@@ -19,6 +17,7 @@ from shmipi.cli.options import (
     write_json,
 )
 from shmipi.errors import CommandError, RemoteCallError, ShmipiError
+from shmipi.names import CONTROLLERS, DOORBELLS
 from shmipi.report.table import columns_of, folded
 
 if TYPE_CHECKING:

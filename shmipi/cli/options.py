@@ -21,15 +21,13 @@ from shmipi.errors import (
     DeviceTreeError,
     ShmipiError,
 )
+from shmipi.names import CONTROLLERS, DOORBELLS, IDLE_POLICIES
 
 if TYPE_CHECKING:
     from shmipi.cluster import Cluster
     from shmipi.irq.chips import Chip
 
 __all__ = [
-    "CONTROLLERS",
-    "DOORBELLS",
-    "IDLE_POLICIES",
     "above_zero",
     "add_attach_option",
     "add_json_option",
@@ -50,10 +48,6 @@ __all__ = [
     "usage_errors",
     "write_json",
 ]
-
-IDLE_POLICIES: Final = ("auto", "poll", "haltpoll", "halt")
-DOORBELLS: Final = ("futex", "sem", "signal", "eventfd", "mqueue")
-CONTROLLERS: Final = ("apic", "xive", "mips", "mips-gic", "gicv2", "gicv3", "riscv")
 
 _UNITS: Final = {
     "": 1.0,

@@ -27,11 +27,12 @@ from shmipi.errors import (
     ShmipiOSError,
 )
 from shmipi.machine import segment
-from shmipi.machine.boot import DOORBELLS, IDLE, Plan
+from shmipi.machine.boot import Plan
 from shmipi.machine.guests import FDS_AT_ONCE, address, peer
 from shmipi.machine.inspect import Inspector, MachineView
 from shmipi.machine.limits import start_thread
 from shmipi.machine.orders import BOOT_S, MESSAGE_MAX, Orders
+from shmipi.names import DOORBELLS, IDLE
 
 __all__ = ["Guest"]
 

@@ -29,12 +29,9 @@ from shmipi.machine import byvalue, limits, process, remote, segment
 from shmipi.machine.controller import Controller
 from shmipi.machine.limits import start_thread
 from shmipi.machine.orders import BOOT_S, Orders, machine_died
+from shmipi.names import DOORBELLS, IDLE
 
-__all__ = ["DOORBELLS", "IDLE", "Host", "Plan"]
-
-#: Names of the doorbells and idle policies, by their number in the segment.
-DOORBELLS = ("futex", "sem", "signal", "eventfd", "mqueue")
-IDLE = ("poll", "haltpoll", "halt")
+__all__ = ["Host", "Plan"]
 
 _STOP_GRACE_S = 2.0
 _PATH_MAX = 64 << 10

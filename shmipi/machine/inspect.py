@@ -26,8 +26,8 @@ from shmipi import _core
 from shmipi.cpumask import CpuMask
 from shmipi.errors import LayoutError
 from shmipi.machine import segment
-from shmipi.machine.boot import DOORBELLS, IDLE
 from shmipi.machine.ending import ending
+from shmipi.names import DOORBELLS, IDLE
 
 __all__ = [
     "CpuView",

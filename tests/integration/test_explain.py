@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from shmipi import _core
-from shmipi.cli import explain, main, options
+from shmipi import _core, names
+from shmipi.cli import explain, main
 from shmipi.trace import chains
 
-CONTROLLERS = options.CONTROLLERS
+CONTROLLERS = names.CONTROLLERS
 
 #: The call chains of the texts that the project comes from: x86, powerpc, mips.
 SENT = {

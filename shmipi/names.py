@@ -1,0 +1,27 @@
+"""Names that options are checked against before anything heavy is imported.
+
+Each list is the order in which ``--help`` shows what it names.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["BENCHES", "CONTROLLERS", "DOORBELLS", "IDLE", "IDLE_POLICIES"]
+
+#: What wakes a halted CPU, by its number in the segment.
+DOORBELLS: Final = ("futex", "sem", "signal", "eventfd", "mqueue")
+#: What an idle CPU does, by its number in the segment.
+IDLE: Final = ("poll", "haltpoll", "halt")
+IDLE_POLICIES: Final = ("auto", *IDLE)
+CONTROLLERS: Final = ("apic", "xive", "mips", "mips-gic", "gicv2", "gicv3", "riscv")
+
+#: Every module of ``shmipi.bench`` that measures, with its line in ``bench --help``.
+BENCHES: Final = {
+    "limits": "round trips between two processes with nothing of shmipi in between",
+    "latency": "waiting calls from one CPU to another, beside their limits",
+    "controllers": "the same calls through each interrupt controller",
+    "throughput": "calls per second that nobody waits for",
+    "boot": "boot and shutdown time, and memory per CPU",
+    "broadcast": "on_each_cpu(wait=True) over many halted CPUs",
+}
