@@ -7,6 +7,7 @@ not end: one that leaks fails, whatever it was about.
 import atexit
 import compileall
 import contextlib
+import importlib.util
 import os
 import secrets
 import signal
@@ -66,6 +67,41 @@ for _number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(
             _number, signal.default_int_handler if _default else signal.SIG_DFL
         )
+
+
+# ---- several processes that share a run ----------------------------------------------
+
+#: The file in which the workers say which tests are `alone`: who deals the tests out
+#: collects none itself.
+_ALONE = "SHMIPI_TESTS_ALONE"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make that file, in the process that deals out."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        handle, os.environ[_ALONE] = tempfile.mkstemp(prefix="shmipi-tests-alone-")
+        os.close(handle)
+        atexit.register(Path(os.environ[_ALONE]).unlink, missing_ok=True)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Write it, in one of the workers: all collect the same."""
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw0":
+        alone = [i.nodeid for i in session.items if i.get_closest_marker("alone")]
+        Path(os.environ[_ALONE]).write_text("\n".join(alone))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal out as tests/schedule.py does, unless another way was asked for."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    path = Path(__file__).with_name("schedule.py")
+    spec: Any = importlib.util.spec_from_file_location("schedule", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    alone = Path(os.environ[_ALONE])
+    return module.Schedule(config, log, lambda: alone.read_text().splitlines())
 
 
 # ---- the look for leaks --------------------------------------------------------------

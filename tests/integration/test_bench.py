@@ -19,9 +19,12 @@ from shmipi.bench.runner import Rig
 from shmipi.cli import main
 from shmipi.machine.topology import usable_cores
 
-pytestmark = pytest.mark.skipif(
-    len(usable_cores()) < 2, reason="sender and target need a core each"
-)
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(
+        len(usable_cores()) < 2, reason="sender and target need a core each"
+    ),
+]
 
 STATS = {"min", "p50", "p90", "p99", "p999", "max", "mean"}
 
