@@ -95,8 +95,8 @@ class Cluster:
         idle: what a CPU with nothing to do does: "poll" (spin), "haltpoll" (spin for an
             adaptive window, then halt), "halt", or "auto": poll only when every CPU has
             a core to itself and one is left for the host, else haltpoll.
-        doorbell: what wakes a halted CPU: "futex", "sem" (POSIX semaphore), "signal",
-            "eventfd" or "mqueue" (POSIX message queue).
+        doorbell: what wakes a halted CPU, one of ``shmipi.names.DOORBELLS`` (the README
+            says what each is).
         kick: True: a running CPU is interrupted by a real-time signal, SIGRTMIN+8; a
             signal number: by that one; False: CPUs are cooperative and take interrupts
             when a task ends, waits, or calls ``smp.cond_resched()``.

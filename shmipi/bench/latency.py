@@ -30,6 +30,7 @@ from shmipi.bench.runner import (
 )
 from shmipi.errors import BootError
 from shmipi.irq.chips import Chip
+from shmipi.machine import doorbells
 from shmipi.report.cells import PERCENTILES, Cells, Table, percentiles, span, valid
 
 __all__ = ["DOORBELLS", "EXAMPLE", "HANDLERS", "HELP", "Options", "run", "table"]
@@ -45,16 +46,7 @@ shmipi bench latency
 shmipi bench latency --doorbell none --handler native"""
 
 #: What the rows can be chosen by: how the target is rung. "none" is the polling one.
-DOORBELLS: Final = ("none", "futex", "sem", "eventfd", "mqueue", "signal")
-
-#: The raw limit that has a doorbell's system calls and nothing else.
-_LIMIT_OF: Final = {
-    "futex": "futex",
-    "sem": "sem",
-    "eventfd": "eventfd",
-    "mqueue": "mqueue",
-    "signal": "sigwait",
-}
+DOORBELLS: Final = ("none", *(bell.name for bell in limits.BELLS))
 #: How long a Python sender spins before it would sleep: for ever, or not at all.
 _SPIN_NS: Final = {"spin": 10**9, "park": 0}
 _PIPE_CALLS: Final = 200
@@ -156,7 +148,7 @@ def _groups(options: Options) -> list[Group]:
         if doorbell == "none":
             wanted.append(("polling", "none", "spin", "cacheline"))
             continue
-        wanted.append(("halted", doorbell, "spin", _LIMIT_OF[doorbell]))
+        wanted.append(("halted", doorbell, "spin", doorbells.BY_NAME[doorbell].limit))
         if doorbell == "futex":
             wanted.append(("halted", doorbell, "park", "futex_park"))
         if doorbell == "signal":

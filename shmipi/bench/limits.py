@@ -25,12 +25,14 @@ from shmipi.bench.runner import (
 )
 from shmipi.errors import BootError
 from shmipi.irq.chips import Chip
+from shmipi.machine import doorbells
 from shmipi.report.cells import PERCENTILES, Cells, Table, percentiles, span, valid
 
 __all__ = [
     "ABOUT",
     "BATCH",
     "BATCHES",
+    "BELLS",
     "EXAMPLE",
     "HELP",
     "PLACEMENTS",
@@ -48,15 +50,13 @@ EXAMPLE = """\
 shmipi bench limits
 shmipi bench limits --gap 1000 --json -"""
 
+#: The doorbells, in the order of the tables: the one that is the kick signal last.
+BELLS: Final = sorted(doorbells.BY_NAME.values(), key=lambda bell: bell.by_signal)
 #: Every limit, and what its round trip is.
 ABOUT: Final = {
     "cacheline": "a flag in shared memory: a store, the other spins on loads, back",
     "cacheline_cas": "the same where both poll by compare-and-swap: half the transfers",
-    "futex": "FUTEX_WAKE to a sleeper, the sender spins for the answer",
-    "sem": "sem_post to a sleeper, the sender spins",
-    "eventfd": "write to a sleeper in read, the sender spins",
-    "mqueue": "mq_send to a sleeper in mq_receive, the sender spins",
-    "sigwait": "tgkill to a sleeper in sigwaitinfo, the sender spins",
+    **{bell.limit: bell.limit_about for bell in BELLS},
     "futex_park": "FUTEX_WAKE there and back, both sleep",
     "signal": "tgkill to a busy process, its handler stores, the sender spins",
     "membarrier": "a private expedited membarrier: a real kernel IPI to the other core",
@@ -67,7 +67,7 @@ PLACEMENTS: Final = 16
 #: Round trips without a clock inside, and how many such batches at each placement.
 BATCH, BATCHES = 250, 12
 
-_SLEEPING: Final = ("futex", "sem", "eventfd", "mqueue", "sigwait", "futex_park")
+_SLEEPING: Final = (*(bell.limit for bell in BELLS), "futex_park")
 #: More than this share of round trips to a target that was still awake: no limit.
 _AWAKE_SHARE: Final = 0.2
 

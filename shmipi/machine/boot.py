@@ -25,8 +25,9 @@ from typing import Any
 
 from shmipi import _core
 from shmipi.errors import BootError, MachineDiedError, ShmipiError
-from shmipi.machine import byvalue, limits, process, remote, segment
+from shmipi.machine import byvalue, doorbells, limits, process, remote, segment
 from shmipi.machine.controller import Controller
+from shmipi.machine.doorbells import Doorbell
 from shmipi.machine.limits import start_thread
 from shmipi.machine.orders import BOOT_S, Orders, machine_died
 from shmipi.names import DOORBELLS, IDLE
@@ -65,6 +66,10 @@ class Plan:
     def ncpus(self) -> int:
         return len(self.cores)
 
+    @property
+    def bell(self) -> Doorbell:
+        return doorbells.BY_NAME[self.doorbell]
+
 
 class Host(Orders):
     """A machine as its host process holds it.
@@ -81,7 +86,7 @@ class Host(Orders):
         self.plan = plan
         self.full = segment.full_name(plan.name)
         self.owner = os.getpid()
-        self._eventfds: list[io.FileIO] = []
+        self._doorbells: list[io.FileIO] = []  # those that are inherited
         self._closing = threading.RLock()
         self._hurry = False
         self._up = False
@@ -140,10 +145,10 @@ class Host(Orders):
                 errno=error.errno,
             ) from None
         plan.controller.prepare(_core.Machine(self._segment.fileno(), plan.ncpus))
-        if plan.kick or plan.doorbell == "signal":
+        if plan.kick or plan.bell.by_signal:
             _check_signal_queue(plan.ncpus)
-        if plan.doorbell == "eventfd":
-            self._make_eventfds()
+        if plan.bell.is_inherited:
+            self._make_doorbells()
         self._start_firmware()
         self._await_boot()
         self._up = True
@@ -153,12 +158,13 @@ class Host(Orders):
         )
         start_thread(self._watcher)
 
-    def _make_eventfds(self) -> None:
+    def _make_doorbells(self) -> None:
+        bell = self.plan.bell
         try:
             for _ in range(self.plan.ncpus):
-                self._eventfds.append(_keep(os.eventfd(0, os.EFD_CLOEXEC)))
+                self._doorbells.append(_keep(bell.make()))
         except OSError as error:
-            raise _doorbell_error("eventfd", self.plan.ncpus, error.errno) from None
+            raise _doorbell_error(bell, self.plan.ncpus, error.errno) from None
 
     def _join(self) -> None:
         """Open the machine that the firmware has booted."""
@@ -172,10 +178,10 @@ class Host(Orders):
         assert before is not None
         before.close()
         self.machine = _core.Machine(self._segment.fileno(), plan.ncpus)
-        self.machine.open_doorbells(self.full, [f.fileno() for f in self._eventfds])
-        if plan.doorbell in ("sem", "mqueue"):
+        self.machine.open_doorbells(self.full, [f.fileno() for f in self._doorbells])
+        if plan.bell.folder is not None:
             # Every process has them open: their names are needed no more.
-            segment.unlink_doorbells(self.full, plan.ncpus)
+            doorbells.unlink(self.full, plan.ncpus)
 
     def _start_firmware(self) -> None:
         plan = self.plan
@@ -183,7 +189,7 @@ class Host(Orders):
         environment = dict(os.environ)
         saved = {key: environment.get(key) for key in _SINGLE_THREADED}
         environment.update(dict.fromkeys(_SINGLE_THREADED, "1"))
-        eventfds = [file.fileno() for file in self._eventfds]
+        inherited = [file.fileno() for file in self._doorbells]
         config = {
             "segment": self.full,
             "ncpus": plan.ncpus,
@@ -193,7 +199,7 @@ class Host(Orders):
             "kick_signal": plan.kick_signal,
             "nmi_signal": plan.nmi_signal,
             "controller": remote.dumps(plan.controller),
-            "eventfds": eventfds,
+            "inherited": inherited,
             "host_pid": self.owner,
             "main": byvalue.whose_main(),
             "path": list(sys.path),
@@ -228,7 +234,7 @@ class Host(Orders):
                     stdin=subprocess.DEVNULL,
                     stdout=_standard(sys.__stdout__, 1),
                     stderr=_standard(sys.__stderr__, 2),
-                    pass_fds=[*shared, *eventfds],
+                    pass_fds=[*shared, *inherited],
                     cwd=None if here is None else "/",
                     env=environment,
                     start_new_session=True,  # a terminal's signals are the host's
@@ -276,7 +282,7 @@ class Host(Orders):
         if what == "name" and code == errno.EEXIST:
             return BootError(segment.name_is_taken(plan.name), errno=code)
         if what == "doorbell":
-            return _doorbell_error(plan.doorbell, plan.ncpus, code, text)
+            return _doorbell_error(plan.bell, plan.ncpus, code, text)
         if code == errno.EPERM:
             text += ": may this process pin itself (sched_setaffinity)?"
         return BootError(
@@ -377,7 +383,7 @@ class Host(Orders):
         """Close this process's descriptors."""
         if self._control is not None:
             self._control.close()
-        for file in (self._segment, self._pidfd, *self._eventfds):
+        for file in (self._segment, self._pidfd, *self._doorbells):
             if file is not None:
                 with contextlib.suppress(OSError):
                     file.close()
@@ -526,16 +532,10 @@ def _refused(error: OSError) -> BootError:
 
 
 def _doorbell_error(
-    kind: str, ncpus: int, code: int | None, text: str | None = None
+    bell: Doorbell, ncpus: int, code: int | None, text: str | None = None
 ) -> BootError:
-    remedy = {
-        "eventfd": "",
-        "sem": "; make /dev/shm larger",
-        "mqueue": "; raise fs.mqueue.queues_max (sysctl) and RLIMIT_MSGQUEUE"
-        " (ulimit -q)",
-    }[kind]
     return BootError(
-        f"no {kind} for each of {ncpus} CPUs: {text or limits.explain(code)}{remedy};"
-        " or use doorbell='futex', which needs none",
+        f"no {bell.name} for each of {ncpus} CPUs: {text or limits.explain(code)}"
+        f"{bell.remedy}; or use doorbell='futex', which needs none",
         errno=code or errno.ENOSPC,
     )

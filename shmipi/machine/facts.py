@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+from shmipi.machine import doorbells
 from shmipi.machine.topology import (
     cgroup_folders,
     cgroup_quota,
@@ -87,8 +88,8 @@ class Facts:
     pids_current: int | None
     pid_max: int | None
     threads_max: int | None
-    #: ``queues_max``, ``msg_max`` and ``msgsize_max``; empty without POSIX queues.
-    mqueue: Mapping[str, int]
+    #: What doorbells want to know of /proc/sys, by its path there, where there is such.
+    sysctls: Mapping[str, int]
     shm_size_bytes: int | None
     shm_free_bytes: int | None
     memory_available_bytes: int | None
@@ -154,10 +155,10 @@ def gather(*, sys: Path = Path("/sys"), proc: Path = Path("/proc")) -> Facts:
         "pids_current": _cgroup_pids("pids.current", sys, proc),
         "pid_max": _int(_read(proc / "sys/kernel/pid_max")),
         "threads_max": _int(_read(proc / "sys/kernel/threads-max")),
-        "mqueue": {
+        "sysctls": {
             name: value
-            for name in ("queues_max", "msg_max", "msgsize_max")
-            if (value := _int(_read(proc / "sys/fs/mqueue" / name))) is not None
+            for name in doorbells.SYSCTLS
+            if (value := _int(_read(proc / "sys" / name))) is not None
         },
         "shm_size_bytes": shm[0],
         "shm_free_bytes": shm[1],

@@ -31,7 +31,15 @@ from typing import Any, NoReturn
 
 from shmipi import _core
 from shmipi.errors import ShmipiOSError, TaskInterrupt
-from shmipi.machine import arrays, byvalue, controller, process, segment, title
+from shmipi.machine import (
+    arrays,
+    byvalue,
+    controller,
+    doorbells,
+    process,
+    segment,
+    title,
+)
 from shmipi.machine.ending import ending_number
 from shmipi.machine.guests import Guests
 
@@ -95,29 +103,17 @@ class Firmware:
         self.machine.set_state(_core.BOOTING)
 
     def make_doorbells(self) -> None:
-        """Make a semaphore or queue for each CPU, where these are the doorbells."""
+        """Make those of all CPUs, where they are what bears a name."""
         config = self.config
-        if config["doorbell"] not in ("sem", "mqueue"):
+        bell = doorbells.BY_NAME[config["doorbell"]]
+        if bell.folder is None:
             return
-        import posix_ipc
-
         try:
             for cpu in range(config["ncpus"]):
-                name = f"/{config['segment']}.{cpu}"
-                if config["doorbell"] == "sem":
-                    posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600).close()
-                else:
-                    posix_ipc.MessageQueue(
-                        name,
-                        posix_ipc.O_CREX,
-                        mode=0o600,
-                        max_messages=1,
-                        max_message_size=8,
-                    ).close()
-        except (OSError, posix_ipc.Error) as error:
-            code = getattr(error, "errno", None)
-            text = getattr(error, "strerror", None) or str(error)
-            raise _Refusal("doorbell", code, text) from None
+                bell.create(f"{config['segment']}.{cpu}")
+        except OSError as error:
+            text = error.strerror or str(error)
+            raise _Refusal("doorbell", error.errno, text) from None
 
     def prepare(self) -> None:
         """Load handlers, open doorbells, and get ready to fork."""
@@ -127,7 +123,7 @@ class Firmware:
             _core.native_name(name)
         for spec in config["handlers"]:
             _core.native_load(spec)
-        self.machine.open_doorbells(config["segment"], config["eventfds"])
+        self.machine.open_doorbells(config["segment"], config["inherited"])
         self.guests.keep_doorbells()
         _core.shield()
         self.arrays = arrays.Arrays(self.machine)
@@ -287,7 +283,7 @@ class Firmware:
         elif message["op"] == "kill":
             self.kill_cpu(message["cpu"], message["generation"])
         elif message["op"] == "unlink_doorbells":
-            segment.unlink_doorbells(self.config["segment"], self.config["ncpus"])
+            doorbells.unlink(self.config["segment"], self.config["ncpus"])
 
     def obey_guest(
         self, message: dict[str, Any], send: Callable[[dict[str, Any]], None]

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shmipi import _core
-from shmipi.machine import segment
+from shmipi.machine import doorbells
 from shmipi.machine.orders import MESSAGE_MAX
 
 __all__ = ["FDS_AT_ONCE", "Guests", "address", "peer"]
@@ -32,7 +32,6 @@ FDS_AT_ONCE = 200  # the kernel takes 253 in a message (SCM_MAX_FD)
 
 _WAITING = 16  # connections that have not asked for a slot
 _CLEAR_S = 0.05
-_SEM = 1  # enum shi_doorbell
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
@@ -97,7 +96,8 @@ class Guests:
         self._config = config
         self._orders = orders
         self._guests: list[_Guest] = []
-        self._semaphores: list[int] = []
+        self._bell = doorbells.BY_NAME[config["doorbell"]]
+        self._kept: list[int] = []  # descriptors of doorbells, for them alone
         first = machine.nslots - _core.GUESTS
         self._free = list(range(first, machine.nslots))  # the one freed first, first
         self._unclear: set[int] = set()  # of those, with csds that others still have
@@ -114,18 +114,16 @@ class Guests:
             selector.register(listener, selectors.EVENT_READ, self._accept)
 
     def keep_doorbells(self) -> None:
-        """Open the semaphores' files while they have names: a guest comes later.
+        """Open what can be opened while it has a name: a guest comes later.
 
         Not when descriptors are so few that the machine's CPUs would miss them.
         """
         count = self._config["ncpus"]
         room = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if self._machine.doorbell != _SEM or 4 * count > room:
+        if self._bell.is_descriptor or not self._bell.is_handed or 4 * count > room:
             return
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         for cpu in range(count):
-            name = f"sem.{self._config['segment']}.{cpu}"
-            self._semaphores.append(os.open(segment.SHM / name, flags))
+            self._kept.append(self._bell.keep(f"{self._config['segment']}.{cpu}"))
 
     def private(self) -> list[int]:
         """Return the descriptors that are no child's business."""
@@ -229,12 +227,13 @@ class Guests:
             if not self._free:
                 full = f"{_core.GUESTS} hosts are attached already"
                 raise OSError(errno.EAGAIN, full)
-            fds = self._semaphores or self._machine.doorbell_fds()
-            if self._machine.doorbell == _SEM and not fds:
+            fds = self._kept or self._machine.doorbell_fds()
+            if self._bell.is_handed and not fds:
                 raise OSError(
                     errno.EMFILE,
-                    "its firmware could not keep the semaphores for you: raise ulimit"
-                    " -n before it boots, or boot it with another doorbell",
+                    f"its firmware could not keep each CPU's {self._bell.name} for"
+                    " you: raise ulimit -n before it boots, or boot it with another"
+                    " doorbell",
                 )
             guest.pidfd = os.pidfd_open(guest.pid)
             self._selector.register(

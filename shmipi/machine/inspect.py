@@ -8,14 +8,10 @@ longer than it takes to try one. What it opened stays readable after the machine
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -390,22 +386,12 @@ def _text(raw: Any) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def _orphan(full: str) -> segment.Found:
+    name = full.split(".", 2)[2]
+    return segment.Found(name, os.getuid(), segment.SHM / full, None, alive=False)
+
+
 def leftovers() -> list[segment.Found]:
     """Return what ``segment.clean()`` would remove now: nothing is touched."""
     dead = [found for found in segment.find() if not found.alive]
-    return dead + [
-        segment.Found(name, os.getuid(), segment.SHM / full, None, alive=False)
-        for name, full in sorted(set(_doorbells()))
-        if not (segment.SHM / full).exists()
-    ]
-
-
-def _doorbells() -> Iterator[tuple[str, str]]:
-    """Machine and its full name, for each semaphore and queue that has an old name."""
-    pattern = re.compile(rf"(?:sem\.)?(shmipi\.{os.getuid()}\.([^.]+))\.\d+")
-    for folder in (segment.SHM, Path("/dev/mqueue")):
-        with contextlib.suppress(OSError):
-            for path in folder.iterdir():
-                match = pattern.fullmatch(path.name)
-                if match and time.time() - path.stat().st_mtime >= segment._YOUNG_S:
-                    yield match[2], match[1]
+    return dead + [_orphan(full) for full in sorted(segment.orphans())]

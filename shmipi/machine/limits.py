@@ -9,7 +9,7 @@ import threading
 
 from shmipi.errors import BootError
 
-__all__ = ["explain", "no_address_space", "start_thread", "why"]
+__all__ = ["explain", "limit_text", "no_address_space", "start_thread", "why"]
 
 
 def explain(code: int | None) -> str:
@@ -79,6 +79,12 @@ def why(text: str, code: int | None) -> str:
     if code in limited and "RLIMIT" not in text:  # it may have said it already
         text += f" ({explain(code)})"
     return text
+
+
+def limit_text(limit: tuple[int | None, int | None]) -> str:
+    """Return a soft and a hard limit as text; None is none."""
+    soft, hard = ("unlimited" if value is None else str(value) for value in limit)
+    return soft if soft == hard else f"{soft}, can be raised to {hard}"
 
 
 def start_thread(thread: threading.Thread) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shmipi.errors import BootError
+from shmipi.machine import doorbells
 
 __all__ = [
     "SHM",
@@ -180,39 +181,8 @@ def remove(full: str, which: tuple[int, int], ncpus: int = 0) -> None:
         status = os.stat(SHM / full)
         if (status.st_dev, status.st_ino) != which:
             return
-        unlink_doorbells(full, ncpus)
+        doorbells.unlink(full, ncpus)
         posix_ipc.unlink_shared_memory("/" + full)
-
-
-def unlink_doorbells(full: str, ncpus: int = 0) -> int:
-    """Unlink the semaphores and queues of a machine; return how many there were.
-
-    Names are found in /dev/shm and /dev/mqueue; where the latter is not mounted, the
-    names of CPUs 0 to ``ncpus`` - 1 are tried.
-    """
-    import posix_ipc
-
-    done = 0
-    pattern = re.compile(rf"(?:sem\.)?({re.escape(full)}\.\d+)")
-    names: dict[str, set[str]] = {
-        "sem": set(),
-        "mq": {f"{full}.{i}" for i in range(ncpus)},
-    }
-    for folder, kind in ((SHM, "sem"), (Path("/dev/mqueue"), "mq")):
-        with contextlib.suppress(OSError):
-            for path in folder.iterdir():
-                match = pattern.fullmatch(path.name)
-                if match:
-                    names[kind].add(match[1])
-    for name in names["sem"]:
-        with contextlib.suppress(OSError, posix_ipc.Error):
-            posix_ipc.unlink_semaphore("/" + name)
-            done += 1
-    for name in names["mq"]:
-        with contextlib.suppress(OSError, posix_ipc.Error):
-            posix_ipc.unlink_message_queue("/" + name)
-            done += 1
-    return done
 
 
 def clean(*, every_user: bool = False) -> list[Found]:
@@ -231,11 +201,11 @@ def clean(*, every_user: bool = False) -> list[Found]:
                 if _try_lock(fd) and _still_dead(fd, found.path):
                     head = os.pread(fd, 4096, 0)
                     os.unlink(found.path)
-                    unlink_doorbells(found.full_name, _ncpus(head))
+                    doorbells.unlink(found.full_name, _ncpus(head))
                     removed.append(found)
             finally:
                 os.close(fd)
-    removed += _orphan_doorbells(every_user)
+    removed += _remove_orphans(every_user)
     return removed
 
 
@@ -265,24 +235,25 @@ def _ncpus(head: bytes) -> int:
     return min(int(ncpus), _core.MAX_CPUS)
 
 
-def _orphan_doorbells(every_user: bool) -> list[Found]:
-    """Semaphores and queues whose machine's object is gone."""
+def orphans(*, every_user: bool = False) -> dict[str, Path]:
+    """Return what has a doorbell's name although its machine's object is gone.
+
+    By the machine's full name, one file of each; nothing that is young.
+    """
+    user = r"\d+" if every_user else str(os.getuid())
+    found = {}
+    for full, path in doorbells.named(rf"{_PREFIX}\.{user}\.[^.]+"):
+        with contextlib.suppress(OSError):
+            old = time.time() - path.stat().st_mtime >= _YOUNG_S
+            if old and not (SHM / full).exists():
+                found[full] = path
+    return found
+
+
+def _remove_orphans(every_user: bool) -> list[Found]:
     removed = []
-    owners: dict[str, Path] = {}
-    pattern = re.compile(rf"(?:sem\.)?({_PREFIX}\.(\d+)\.([^.]+))\.\d+")
-    for folder in (SHM, Path("/dev/mqueue")):
-        with contextlib.suppress(OSError):
-            for path in folder.iterdir():
-                match = pattern.fullmatch(path.name)
-                if match and (every_user or int(match[2]) == os.getuid()):
-                    owners[match[1]] = path
-    for full, path in owners.items():
-        if (SHM / full).exists():
-            continue
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime < _YOUNG_S:
-                continue
-        if unlink_doorbells(full):
+    for full in orphans(every_user=every_user):
+        if doorbells.unlink(full):
             _, uid, name = full.split(".", 2)
             removed.append(Found(name, int(uid), SHM / full, None, alive=False))
     return removed

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, TextIO
 
-from shmipi.machine.facts import Facts, Limit
+from shmipi.machine import doorbells
+from shmipi.machine.facts import Facts
+from shmipi.machine.limits import limit_text
 
 __all__ = ["Finding", "examine", "findings_json", "render", "summary"]
 
@@ -341,14 +343,16 @@ def _quota(facts: Facts, ncpus: int) -> Iterator[Finding]:
 
 
 def _files(facts: Facts, ncpus: int) -> Iterator[Finding]:
-    # A pidfd of each CPU and, with eventfd or mqueue, a doorbell of each; and the rest.
+    # A pidfd of each CPU and, with some, a doorbell of each; and the rest.
+    bells = [bell.name for bell in doorbells.BY_NAME.values() if bell.is_descriptor]
     yield _rlimit_finding(
         facts,
         "NOFILE",
         need=2 * ncpus + 64,
         per_cpu=2,
-        why="the firmware holds a pidfd of each CPU, and with the eventfd and mqueue"
-        " doorbells every process holds a descriptor of each CPU",
+        why="the firmware holds a pidfd of each CPU, and with the"
+        f" {', '.join(bells[:-1])} and {bells[-1]} doorbells every process holds a"
+        " descriptor of each CPU",
         flag="n",
     )
 
@@ -383,47 +387,20 @@ def _rlimit_finding(
     elif not enough_soft:
         level = "note"
         advice = f"ulimit -{flag} {need} before you start a machine that large"
-    return Finding(f"RLIMIT_{name}", level, _limit_text((soft, hard)), why, advice)
+    return Finding(f"RLIMIT_{name}", level, limit_text((soft, hard)), why, advice)
 
 
-def _queues(facts: Facts, ncpus: int) -> Iterator[Finding]:
-    why = "the mqueue doorbell is one POSIX message queue for each CPU and the host"
-    if not facts.mqueue:
-        yield Finding(
-            "fs.mqueue",
-            "note",
-            "not available",
-            why,
-            "choose another doorbell: futex, the default, needs nothing",
-        )
-        return
-    most = facts.mqueue.get("queues_max")
-    if most is not None:
-        small = most < ncpus + 1
-        yield Finding(
-            "fs.mqueue",
-            "note" if small else "ok",
-            f"queues_max {most}",
-            why,
-            f"for --doorbell mqueue with {ncpus} CPUs: sysctl fs.mqueue.queues_max="
-            f"{ncpus + 16}, or choose another doorbell"
-            if small
-            else _NOTHING,
-        )
-    soft, hard = facts.rlimits.get("MSGQUEUE", (None, None))
-    # For each message that fits a queue the kernel charges its size and about 100 bytes
-    # of its own (mqueue_get_inode); a doorbell holds one or two short ones.
-    need = 256 * (ncpus + 1)
-    small = soft is not None and soft < need
-    yield Finding(
-        "RLIMIT_MSGQUEUE",
-        "note" if small else "ok",
-        _limit_text((soft, hard)),
-        "it counts the bytes of all your message queues",
-        f"for --doorbell mqueue with {ncpus} CPUs: ulimit -q {need}"
-        if small
-        else _NOTHING,
-    )
+def _doorbells(facts: Facts, ncpus: int) -> Iterator[Finding]:
+    limits = doorbells.Limits(facts.rlimits, facts.sysctls)
+    for bell in doorbells.BY_NAME.values():
+        for need in bell.needs(limits, ncpus):
+            yield Finding(
+                need.name,
+                "note" if need.advice else "ok",
+                need.value,
+                need.why,
+                need.advice or _NOTHING,
+            )
 
 
 def _processes(facts: Facts, ncpus: int) -> Iterator[Finding]:
@@ -434,7 +411,7 @@ def _processes(facts: Facts, ncpus: int) -> Iterator[Finding]:
     yield Finding(
         "RLIMIT_NPROC",
         "warning" if small else "ok",
-        _limit_text((soft, hard))
+        limit_text((soft, hard))
         + (
             ", not for this user"
             if facts.privileged and soft is not None
@@ -532,7 +509,7 @@ def _address_space(facts: Facts, ncpus: int) -> Iterator[Finding]:
     yield Finding(
         "RLIMIT_AS",
         "warning" if small else "ok",
-        _limit_text((soft, hard)),
+        limit_text((soft, hard)),
         "every process maps the whole machine, most of it room that is never used",
         "ulimit -v unlimited; limit memory by cgroup and not by address space"
         if small
@@ -601,14 +578,9 @@ _CHECKS: Final[tuple[Callable[[Facts, int], Iterator[Finding]], ...]] = (
     _processes,
     _files,
     _signals,
-    _queues,
+    _doorbells,
     _software,
 )
-
-
-def _limit_text(limit: Limit) -> str:
-    soft, hard = ("unlimited" if value is None else str(value) for value in limit)
-    return soft if soft == hard else f"{soft}, can be raised to {hard}"
 
 
 def _mib(size: int) -> str:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from shmipi import _core
+from shmipi.machine import doorbells
 
 __all__ = ["CALLS", "CHAINS", "Chain", "Explained", "Stage", "Step", "read"]
 
@@ -565,14 +566,6 @@ _HERE: Final[Mapping[str, str]] = {
     "nmi_handler": "the handler begins",
     "nmi_exit": "the handler has returned",
 }
-#: What rings a halted CPU, by doorbell, and what it then returns from.
-_DOORBELLS: Final = {
-    "futex": ("FUTEX_WAKE", "FUTEX_WAIT"),
-    "sem": ("sem_post", "sem_wait"),
-    "eventfd": ("write() to its eventfd", "read() of its eventfd"),
-    "mqueue": ("mq_send", "mq_receive"),
-    "signal": ("a signal", "sigwaitinfo"),
-}
 _PQ: Final = (
     "00: it notifies",
     "01: off",
@@ -676,7 +669,8 @@ class _Reader:
         self.sender = sender
         self.lines = lines
         self.hardware = _HARDWARE[controller]
-        self.ring, self.sleep = _DOORBELLS[doorbell]
+        bell = doorbells.BY_NAME[doorbell]
+        self.ring, self.sleep = bell.rings, bell.sleeps
         self.ncpus = 0
         self.steps: list[Step] = []
         self.first = self.last = 0

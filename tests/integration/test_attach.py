@@ -28,9 +28,9 @@ from shmipi import (
 )
 from shmipi.machine import segment
 from shmipi.machine.guests import address
+from shmipi.names import DOORBELLS
 
 SOON_S = 2.0  # hard; what is meant is a second at most
-DOORBELLS = ["futex", "sem", "signal", "eventfd", "mqueue"]
 
 # What another process does with the machine that it is told the name of.
 EVERYTHING = """

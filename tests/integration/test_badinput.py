@@ -14,6 +14,7 @@ from shmipi import (
     CpuOfflineError,
     RemoteCallError,
 )
+from shmipi.names import DOORBELLS
 
 ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
@@ -34,7 +35,7 @@ ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
         (
             {"doorbell": "bell"},
             ValueError,
-            "'futex', 'sem', 'signal', 'eventfd', 'mqueue'",
+            ", ".join(map(repr, DOORBELLS)),
         ),
         ({"doorbell": None}, ValueError, "futex"),
         ({"idle": "lazy"}, ValueError, "'auto', 'poll', 'haltpoll', 'halt'"),

@@ -11,6 +11,7 @@ import pytest
 
 from shmipi import Cluster, CpuMask, smp
 from shmipi.machine import topology
+from shmipi.names import DOORBELLS
 
 
 def test_the_default_machine(boot):
@@ -154,7 +155,7 @@ def test_boot_and_shutdown_leave_nothing_in_the_host():
     with Cluster(2, idle="halt") as cluster:
         cluster.call(1, int)
     before = load()
-    for doorbell in ("futex", "sem", "signal", "eventfd", "mqueue"):
+    for doorbell in DOORBELLS:
         with Cluster(2, idle="halt", doorbell=doorbell) as cluster:
             cluster.submit(1, int).result(5)
             cluster.run(lambda: None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from shmipi import CpuDiedError, CpuOfflineError, MachineDiedError, smp
+from shmipi.names import DOORBELLS
 
 LIMIT_S = 2.0  # hard; the promise of 0.1 s is printed as measured
 
@@ -306,7 +307,7 @@ def test_the_host_killed(host, eventually, work):
     print(f"all gone after {took * 1e3:.0f} ms")
 
 
-@pytest.mark.parametrize("doorbell", ["sem", "mqueue", "eventfd", "signal"])
+@pytest.mark.parametrize("doorbell", DOORBELLS[1:])
 def test_the_host_killed_whatever_the_doorbell(host, eventually, doorbell):
     process = host(doorbell=doorbell)
     process.kill()

@@ -7,6 +7,7 @@ import pytest
 
 import shmipi
 from shmipi import CpuOfflineError, IpiTimeoutError, smp
+from shmipi.names import DOORBELLS
 
 
 def test_offline_parks_and_online_brings_back(boot):
@@ -29,7 +30,7 @@ def test_offline_parks_and_online_brings_back(boot):
 
 
 @pytest.mark.parametrize("idle", ["poll", "haltpoll", "halt"])
-@pytest.mark.parametrize("doorbell", ["futex", "sem", "signal", "eventfd", "mqueue"])
+@pytest.mark.parametrize("doorbell", DOORBELLS)
 def test_again_and_again(boot, idle, doorbell):
     cluster = boot(2, idle=idle, doorbell=doorbell)
     for n in range(10):

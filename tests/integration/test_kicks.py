@@ -18,8 +18,8 @@ import pytest
 
 import shmipi
 from shmipi import CallSingleData, smp
+from shmipi.names import DOORBELLS
 
-DOORBELLS = ["futex", "sem", "signal", "eventfd", "mqueue"]
 LOST_S = 5.0  # a kick that nobody looks at waits for ever
 BUSY = 4_000_000  # numbers to look through in C: 50 ms and more
 

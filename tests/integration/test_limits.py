@@ -7,7 +7,9 @@ import threading
 import pytest
 
 from shmipi import BootError
+from shmipi.machine import doorbells
 from shmipi.machine.limits import start_thread
+from shmipi.names import DOORBELLS
 
 BOOT = """
 import os, resource, sys, threading, time
@@ -216,7 +218,7 @@ with Cluster(2, idle="halt", doorbell=doorbell) as cluster:
 """
 
 
-@pytest.mark.parametrize("doorbell", ["futex", "sem", "signal", "eventfd", "mqueue"])
+@pytest.mark.parametrize("doorbell", DOORBELLS)
 def test_a_task_that_closes_all_descriptors(script, tmp_path, doorbell):
     """Its own files stay as they are; where the doorbells were descriptors, it ends."""
     path = tmp_path / "file"
@@ -224,7 +226,7 @@ def test_a_task_that_closes_all_descriptors(script, tmp_path, doorbell):
     path.write_bytes(content)
     done = script(CLOSES, doorbell, str(path))
     text = done.text.splitlines()
-    if doorbell in ("eventfd", "mqueue"):
+    if doorbells.BY_NAME[doorbell].is_descriptor:
         assert "closed the descriptors of its CPU's doorbells" in text.pop(0)
         assert text.pop(0) == "CPU 1 died"
     else:

@@ -16,6 +16,7 @@ from shmipi import (
     RemoteCallError,
     smp,
 )
+from shmipi.names import DOORBELLS
 
 # The names of the machines that tasks boot: of none is anything left.
 NAME = f"inner{os.getpid()}"
@@ -36,7 +37,7 @@ def inner(eventually):
     eventually(lambda: not [x for x in os.listdir("/dev/shm") if f".{NAME}" in x], 5)
 
 
-@pytest.mark.parametrize("doorbell", ["futex", "sem", "signal", "eventfd", "mqueue"])
+@pytest.mark.parametrize("doorbell", DOORBELLS)
 def test_a_task_boots_a_machine(boot, eventually, inner, doorbell):
     """It is a CPU of the one and host of the other, before, in, and after."""
     cluster = boot(3, idle="halt", doorbell=doorbell)

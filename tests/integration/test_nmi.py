@@ -8,6 +8,7 @@ import pytest
 
 import shmipi
 from shmipi import Cluster, CpuOfflineError, IrqError, atomic, smp
+from shmipi.names import DOORBELLS
 
 NMI_S = 5_000_000  # us: far more than any of this takes
 
@@ -49,7 +50,7 @@ def rig(boot):
     return lambda **options: Rig(boot(3, **{"idle": "halt", **options}))
 
 
-@pytest.mark.parametrize("doorbell", ["futex", "sem", "signal", "eventfd", "mqueue"])
+@pytest.mark.parametrize("doorbell", DOORBELLS)
 def test_all_others_whatever_they_sleep_on(rig, doorbell):
     found = rig(doorbell=doorbell)
     send = found.cluster.smp.smp_send_nmi_ipi

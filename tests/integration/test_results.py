@@ -25,6 +25,7 @@ from shmipi import (
     atomic,
     smp,
 )
+from shmipi.names import DOORBELLS
 
 
 def tagged(tag, size):
@@ -54,7 +55,7 @@ def test_no_large_result_is_lost(cluster, size):
     assert all(f.result(30) == (n, b"x" * size) for n, f in enumerate(futures))
 
 
-@pytest.mark.parametrize("doorbell", ["futex", "sem", "signal", "eventfd", "mqueue"])
+@pytest.mark.parametrize("doorbell", DOORBELLS)
 def test_results_wait_for_room_and_all_arrive(boot, background, eventually, doorbell):
     """Far more than the arena holds, from handlers and a task, read by and by."""
     cluster = boot(2, idle="halt", doorbell=doorbell, arena_bytes=1 << 20)

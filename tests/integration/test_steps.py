@@ -21,6 +21,7 @@ from shmipi import (
     _core,
     smp,
 )
+from shmipi.names import DOORBELLS
 
 SENDER, TARGET, THIRD = 0, 1, 2
 LIMIT_S = 2.0  # hard; the promise is 0.1, printed as measured
@@ -329,7 +330,7 @@ def test_a_csd_that_a_killed_cpu_never_queued_comes_home(boot):
 
 
 @pytest.mark.parametrize("step", ["pushed", "raise", "ring"])
-@pytest.mark.parametrize("doorbell", ["sem", "signal", "eventfd", "mqueue"])
+@pytest.mark.parametrize("doorbell", DOORBELLS[1:])
 def test_a_ring_dies_with_its_ringer_whatever_the_doorbell(rig, step, doorbell):
     """A third CPU's call to a halted target whose ringer is stopped returns."""
     rig.arm(SENDER, step, STOP, 0)

@@ -9,6 +9,10 @@ import sys
 
 import pytest
 
+from shmipi.machine import doorbells
+
+DESCRIPTORS = [bell.name for bell in doorbells.BY_NAME.values() if bell.is_descriptor]
+
 # ---- signals that are ignored or blocked ---------------------------------------------
 
 
@@ -156,7 +160,7 @@ with Cluster(2, idle="halt") as cluster:
 @pytest.mark.parametrize(
     "closed", [(1,), (2,), (0, 1, 2), (0,)], ids=["stdout", "stderr", "all", "stdin"]
 )
-@pytest.mark.parametrize("doorbell", ["futex", "eventfd", "mqueue"])
+@pytest.mark.parametrize("doorbell", ["futex", *DESCRIPTORS])
 def test_standard_files_that_are_closed(tmp_path, closed, doorbell):
     """A machine boots, and what is printed gets into no file and no socket of ours."""
     program = tmp_path / "prog.py"

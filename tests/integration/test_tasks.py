@@ -24,8 +24,8 @@ from shmipi import (
     atomic,
     smp,
 )
+from shmipi.names import DOORBELLS
 
-DOORBELLS = ["futex", "sem", "signal", "eventfd", "mqueue"]
 SOON_S = 5.0  # a lost wake-up is for ever; a loaded machine is slow
 
 

@@ -9,8 +9,8 @@ import pytest
 
 import shmipi
 from shmipi import ClusterStateError, CpuDiedError, RemoteCallError, _core, atomic, smp
+from shmipi.names import DOORBELLS
 
-DOORBELLS = ["futex", "sem", "signal", "eventfd", "mqueue"]
 LONG_S = 20.0  # a wake-up that is lost is not made good by chance in that time
 
 

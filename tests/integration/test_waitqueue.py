@@ -20,8 +20,8 @@ from shmipi import (
     atomic,
     smp,
 )
+from shmipi.names import DOORBELLS
 
-DOORBELLS = ["futex", "sem", "signal", "eventfd", "mqueue"]
 LONG_S = 20.0
 LIMIT_S = 3.0  # a wake-up that is made good takes far less
 

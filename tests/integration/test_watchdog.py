@@ -17,9 +17,9 @@ import pytest
 
 import shmipi
 from shmipi import CallSingleData, IpiDeadlockError, _core, atomic, smp
+from shmipi.names import DOORBELLS
 
 FIRST, SENDER, TARGET = 0, 1, 2
-DOORBELLS = ["futex", "sem", "signal", "eventfd", "mqueue"]
 
 
 def hit(place):

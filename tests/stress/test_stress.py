@@ -15,12 +15,12 @@ import pytest
 import shmipi
 from shmipi import errors
 from shmipi.cli import main
+from shmipi.names import DOORBELLS
 from shmipi.stress import PRIMITIVES, Options, run
 
 pytestmark = pytest.mark.stress
 
 SECONDS = float(os.environ.get("SHMIPI_STRESS") or 0)
-DOORBELLS = ("futex", "sem", "signal", "eventfd", "mqueue")
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ def facts() -> Facts:
         pids_current=None,
         pid_max=4194304,
         threads_max=1_000_000,
-        mqueue={"queues_max": 4096, "msg_max": 10, "msgsize_max": 8192},
+        sysctls={"fs/mqueue/queues_max": 4096},
         shm_size_bytes=16 << 30,
         shm_free_bytes=16 << 30,
         memory_available_bytes=32 << 30,
@@ -96,8 +96,8 @@ def test_a_quiet_computer_has_nothing_against_it(facts: Facts) -> None:
         ({"pids_max": 1030, "pids_current": 30}, "pids.max", "warning"),
         ({"pid_max": 1000}, "kernel.pid_max", "warning"),
         ({"threads_max": 1000}, "kernel.threads-max", "warning"),
-        ({"mqueue": {"queues_max": 256}}, "fs.mqueue", "note"),
-        ({"mqueue": {}}, "fs.mqueue", "note"),
+        ({"sysctls": {"fs/mqueue/queues_max": 256}}, "fs.mqueue", "note"),
+        ({"sysctls": {}}, "fs.mqueue", "note"),
     ],
 )
 def test_each_trouble_is_found_alone(
@@ -165,7 +165,7 @@ def test_gather_where_nothing_can_be_read(tmp_path: Path) -> None:
     assert blank.ncores == len(os.sched_getaffinity(0))
     assert blank.steal_s is None
     assert blank.cgroup_quota_cores is None
-    assert blank.mqueue == {}
+    assert blank.sysctls == {}
     assert steal_seconds(proc=tmp_path) is None
     findings = examine(blank, 4)
     assert "fs.mqueue" in {finding.name for finding in findings}
@@ -221,7 +221,7 @@ def test_gather_reads_what_is_there(tmp_path: Path) -> None:
     assert facts.steal_share == pytest.approx(0.1)
     assert facts.load_1m == 1.25
     assert facts.memory_available_bytes == 2048 * 1024
-    assert facts.mqueue == {"queues_max": 256}
+    assert facts.sysctls == {"fs/mqueue/queues_max": 256}
     assert (facts.pid_max, facts.timer_slack_ns) == (32768, 50000)
 
 
