@@ -234,8 +234,10 @@ class Machine:
     def pic_change(
         self, cpu: int, register: str, index: int, clear: int, set: int, /
     ) -> int: ...
-    def irq_trylock(self) -> bool: ...
-    def irq_unlock(self) -> None: ...
+    def irq_lock(
+        self, seconds: float = ..., must: bool = ..., anywhere: bool = ..., /
+    ) -> IrqLock: ...
+    def irq_free_undo(self) -> None: ...
     def irq_request(
         self,
         virq: int,
@@ -368,6 +370,20 @@ class NativeHandler:
 
     def __new__(cls, name: str) -> NativeHandler: ...
     def __reduce__(self) -> tuple[type[NativeHandler], tuple[str]]: ...
+
+@final
+class IrqLock:
+    """The lock of a machine's irq tables, for ``with``: ``Machine.irq_lock()``.
+
+    It waits for at most ``seconds``, and as long as it is held interrupts are off on
+    the CPU that holds it. ``must``: ``IpiTimeoutError`` then, which says who holds it;
+    else ``__enter__`` returns False. ``anywhere``: also in handlers and with interrupts
+    off, where it is ``ClusterStateError`` else. ``IpiDeadlockError`` on the CPU that
+    holds it.
+    """
+
+    def __enter__(self) -> bool: ...
+    def __exit__(self, *exception: object) -> None: ...
 
 # ---- the call-function layer, on the current machine --------------------------------
 

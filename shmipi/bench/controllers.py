@@ -274,16 +274,12 @@ def _listen(rig: Rig) -> dict[int, int]:
     ]
     targets = range(1, cluster.ncpus)
     chosen = dict(zip(targets, free, strict=False))
-    while not machine.irq_trylock():
-        pass  # a machine just booted: nobody holds it for long
-    try:
+    with machine.irq_lock():
         for target, line in chosen.items():
             virq = _core.NR_IRQS - target
             machine.irq_request(virq, _core.NativeHandler("count"), count)
             machine.pic_write(0, "line_virq", line, virq)
             machine.pic_write(0, "route", line, target + 1)
-    finally:
-        machine.irq_unlock()
     for target, line in chosen.items():
         machine.irq_enable_line(target, line, True)
     return chosen

@@ -10,10 +10,8 @@ died frees what he was about to make, or to free.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import Any, Final
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 
 from shmipi import _core
 from shmipi.cpumask import CpuMask, MaskLike
-from shmipi.errors import ClusterStateError, IpiTimeoutError, IrqError, LayoutError
+from shmipi.errors import IrqError, LayoutError
 from shmipi.irq.chips.base import Chip
 
 __all__ = [
@@ -41,9 +39,6 @@ __all__ = [
 INVALID_HWIRQ: Final = _core.NO_LINE
 #: How many descriptors a machine has; virq 0 is none.
 NR_IRQS: Final = _core.NR_IRQS
-
-_LOCK_S = 5.0
-_LOCK_LOOK_S = 0.0005
 
 
 class IrqFlags(IntFlag):
@@ -165,48 +160,15 @@ class IrqTable:
 
     # ---- the lock -------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the table's lock. It is short, and taken from a holder that died.
+    def locked(self) -> _core.IrqLock:
+        """Hold the tables' lock, for ``with``: see ``_core.IrqLock``.
 
-        Raises ``ClusterStateError`` in an interrupt handler or with interrupts disabled
-        (the kernel's ``might_sleep``), ``IpiTimeoutError`` when a live holder does not
-        let go.
+        Whoever takes it from a dead holder, and a holder that fails, frees what
+        ``undo`` names. ``ClusterStateError`` in an interrupt handler or with interrupts
+        disabled (the kernel's ``might_sleep``), ``IpiTimeoutError`` when a live holder
+        does not let go.
         """
-        machine = self.machine
-        if machine.is_cpu and (_core.in_interrupt() or _core.irqs_disabled()):
-            raise ClusterStateError(
-                "irqs are reserved, destroyed, requested and freed under a lock that"
-                " may have to wait: not in interrupt handlers, nor with interrupts"
-                " disabled"
-            )
-        flags = self._take()
-        try:
-            undo = machine.pic_read(0, "undo")
-            if undo:
-                self._free(undo & 0xFFFFFFFF, undo >> 32)
-                self._store("undo", 0, 0)
-            yield
-        finally:
-            machine.irq_unlock()
-            if machine.is_cpu:
-                _core.local_irq_restore(flags)
-
-    def _take(self) -> int:
-        deadline = time.monotonic() + _LOCK_S
-        while True:
-            # A CPU is not taken offline, and runs no handler, while it holds the lock.
-            flags = _core.local_irq_save() if self.machine.is_cpu else 0
-            if self.machine.irq_trylock():
-                return flags
-            if self.machine.is_cpu:
-                _core.local_irq_restore(flags)
-            if time.monotonic() > deadline:
-                raise IpiTimeoutError(
-                    f"the irq table's lock is not free in {_LOCK_S:g} s: is the process"
-                    " that holds it stopped?"
-                )
-            time.sleep(_LOCK_LOOK_S)
+        return self.machine.irq_lock()
 
     # ---- stores ---------------------------------------------------------------------
 
@@ -246,10 +208,6 @@ class IrqTable:
     def line_is_free(self, line: int) -> bool:
         """Does no irq have this line?"""
         return not self._line_virq[line]
-
-    def lines_of(self, virq: int) -> list[int]:
-        """Return the lines of a block, least first."""
-        return [int(line) for line in np.flatnonzero(self._line_virq == virq)]
 
     # ---- descriptors ----------------------------------------------------------------
 
@@ -369,8 +327,7 @@ class IrqTable:
     def destroy(self, first: int, count: int) -> None:
         """Free a whole block: its descriptors and lines."""
         self._store("undo", 0, first | count << 32)
-        self._free(first, count)
-        self._store("undo", 0, 0)
+        self.machine.irq_free_undo()
 
     def shrink(self, first: int, gone: Mapping[int, int]) -> None:
         """Free the lines of some CPUs of a block; its virqs stay taken.
@@ -391,14 +348,6 @@ class IrqTable:
         if self._routed:
             self._store("route", line, 0)
         self._store("line_virq", line, 0)
-
-    def _free(self, first: int, count: int) -> None:
-        """Whatever state they are in: also half made, or half freed."""
-        for line in self.lines_of(first):
-            self._take_line(line)
-        for virq in range(max(first, 1), min(first + count, NR_IRQS)):
-            self._store("action", virq, 0)
-            self._store("used", virq, 0)
 
     # ---- domains --------------------------------------------------------------------
 

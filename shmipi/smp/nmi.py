@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -25,7 +25,7 @@ _NMI_DESC = 0  # the descriptor of the NMI's handler
 _LOOK_S = 0.0002
 _AGAIN_S = 0.01
 _AGAIN_MAX_S = 0.64
-_LOCK_S = 10.0
+_LOCK_S = 5.0
 
 
 def register_nmi_handler(
@@ -44,7 +44,7 @@ def register_nmi_handler(
     interrupt handler.
     """
     here = _machine(machine)
-    with _locked(here):
+    with here.irq_lock():
         _publish(here, handler, info)
 
 
@@ -66,7 +66,8 @@ def smp_send_nmi_ipi(
     here = _machine(machine)
     targets = _targets(here, cpu)
     deadline = time.monotonic() + delay_us / 1e6 if delay_us else None
-    with _locked(here, deadline) as held:
+    left = _LOCK_S if deadline is None else deadline - time.monotonic()
+    with here.irq_lock(max(0.0, min(left, _LOCK_S)), left > _LOCK_S) as held:
         if not held:
             return 0
         try:
@@ -107,36 +108,6 @@ def _machine(machine: _core.Machine | None) -> _core.Machine:
             "the NMI handler is changed under a lock: not in an interrupt handler"
         )
     return here
-
-
-@contextlib.contextmanager
-def _locked(machine: _core.Machine, deadline: float | None = None) -> Iterator[bool]:
-    """Hold the lock of the irq tables: False when it is not free by ``deadline``."""
-    limit = time.monotonic() + _LOCK_S
-    while True:
-        # As nmi_ipi_lock_start(): with interrupts off a CPU that holds it neither runs
-        # a handler nor goes offline, and on in between, where NMIs can be masked.
-        flags = _core.local_irq_save() if machine.is_cpu else 0
-        if machine.irq_trylock():
-            break
-        if machine.is_cpu:
-            _core.local_irq_restore(flags)
-        now = time.monotonic()
-        if deadline is not None and now >= deadline:
-            yield False
-            return
-        if now >= limit:
-            raise ClusterStateError(
-                f"the irq tables of machine {machine.name} are locked by somebody who"
-                " does not go on"
-            )
-        time.sleep(_LOOK_S)
-    try:
-        yield True
-    finally:
-        machine.irq_unlock()
-        if machine.is_cpu:
-            _core.local_irq_restore(flags)
 
 
 def _publish(machine: _core.Machine, handler: Any, info: Any) -> None:

@@ -86,11 +86,8 @@ class Lines:
     def request(self, line: int, handler: Any, info: Any = None) -> int:
         """Give a line a handler; unmask it at every CPU that it can go to."""
         virq = _VIRQ + len(self._kept)
-        assert self.machine.irq_trylock()
-        try:
+        with self.machine.irq_lock():
             self.machine.irq_request(virq, handler, info)
-        finally:
-            self.machine.irq_unlock()
         self.machine.pic_write(0, "line_virq", line, virq)
         self._kept.append(handler)
         self._taken.append((line, virq))
@@ -291,9 +288,8 @@ def request_irq(machine: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
 
     def start(handler: Any, info: Any = None, cpus: Any = (0, 1, 2)) -> None:
         kept.append(handler)
-        assert m.irq_trylock()
-        m.irq_request(virq, handler, info)
-        m.irq_unlock()
+        with m.irq_lock():
+            m.irq_request(virq, handler, info)
         m.pic_write(0, "line_virq", line, virq)
         for cpu in cpus:
             machine.chip.unmask_line(line, cpu)

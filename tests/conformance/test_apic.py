@@ -83,10 +83,8 @@ def on_vector():
     def request(where, vector, handler, info=None):
         machine, virq = where._machine, next(_virqs)
         _kept.append(handler)
-        while not machine.irq_trylock():
-            time.sleep(0.001)
-        machine.irq_request(virq, handler, info)
-        machine.irq_unlock()
+        with machine.irq_lock():
+            machine.irq_request(virq, handler, info)
         machine.pic_write(0, "line_virq", vector, virq)
         taken.append((where, vector, virq))
         for cpu in range(where.ncpus):

@@ -61,9 +61,8 @@ def request_irq(machine):
     m, done = machine._machine, []
 
     def start(handler, info, *interrupts):
-        assert m.irq_trylock()
-        m.irq_request(VIRQ, handler, info)
-        m.irq_unlock()
+        with m.irq_lock():
+            m.irq_request(VIRQ, handler, info)
         done.append((handler, interrupts))
         for intr in interrupts:
             m.pic_write(0, "line_virq", intr, VIRQ)
@@ -479,9 +478,8 @@ def test_a_killed_cpu_leaves_nothing_in_service(boot, eventually):
         shmipi.shared("killed")[0] += 1
 
     killed = cluster.shared("killed", "i8", 1)
-    assert m.irq_trylock()
-    m.irq_request(VIRQ, handler, None)
-    m.irq_unlock()
+    with m.irq_lock():
+        m.irq_request(VIRQ, handler, None)
     m.pic_write(0, "line_virq", FREE, VIRQ)
     chip.map_to_vp(FREE, 1)
     chip.write_gic_smask(FREE)

@@ -105,10 +105,8 @@ class Rig:
     def handler(self, line, virq, handler, info=None):
         """Give `line` a handler, and unmask it everywhere."""
         self.handlers.append(handler)
-        while not self.machine.irq_trylock():
-            pass
-        self.machine.irq_request(virq, handler, info)
-        self.machine.irq_unlock()
+        with self.machine.irq_lock():
+            self.machine.irq_request(virq, handler, info)
         self.machine.pic_write(0, "line_virq", line, virq)
         for cpu in range(self.chip.ncpus):
             self.chip.unmask_line(line, cpu)

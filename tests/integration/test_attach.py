@@ -498,9 +498,9 @@ def test_a_killed_hosts_locks_are_taken_from_it(lab, script, eventually):
         here = Cluster.attach(sys.argv[1])
         for name in ("array", "hotplug", "tool"):
             assert here._machine.trylock(name)
-        assert here._machine.irq_trylock()
-        print("held", flush=True)
-        os.kill(os.getpid(), int(sys.argv[2]))
+        with here._machine.irq_lock():
+            print("held", flush=True)
+            os.kill(os.getpid(), int(sys.argv[2]))
     """
     stopped = script(program, lab.name, str(int(signal.SIGSTOP)), wait=False)
     assert stopped.stdout.readline() == "held\n"

@@ -191,8 +191,8 @@ def test_the_lock_of_a_dead_cpu_is_taken_over(rig):
     found = rig()
 
     def die():
-        assert shmipi._core.current_machine().irq_trylock()
-        os.kill(os.getpid(), signal.SIGKILL)
+        with shmipi._core.current_machine().irq_lock():
+            os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(shmipi.CpuDiedError):
         found.cluster.run(die, cpus=[0])

@@ -458,7 +458,7 @@ struct shi_irq_area {
     _Alignas(SHI_PAIR) shi_a64 mask[SHI_NLINES / 64];   /* shared: enabled */
     shi_a32 route[SHI_NLINES];       /* shared: 1 + the CPU a line is mapped to */
     shi_a32 line_virq[SHI_NLINES];   /* descriptor (head) of a SHI_USE_IRQ line, 0: none */
-    _Alignas(SHI_PAIR) shi_a64 lock; /* 0, or slot + 1 | generation << 32 */
+    _Alignas(SHI_PAIR) shi_a64 lock; /* 0, or its holder (shi_lock_try) */
     /* Descriptors that a change is about, first | how many << 32: who takes the lock from
      * a dead holder finds here what to free. */
     shi_a64 undo;

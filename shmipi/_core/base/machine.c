@@ -279,8 +279,8 @@ void shi_hosts_ring(const struct shi_machine *m)
 
 static bool holder_lives(const struct shi_machine *m, uint64_t held)
 {
-    uint32_t slot = (uint32_t)held - 1;
-    uint16_t gen = (uint16_t)(held >> 32);
+    uint32_t slot = shi_holder_slot(held);
+    uint16_t gen = (uint16_t)(held >> (SHI_HOLDER_SLOT_BITS + SHI_HOLDER_PID_BITS));
     if (slot >= m->nslots)
         return false; /* damaged */
     /* The end of the host (or the firmware) is the machine's, so that theirs stays 0;
@@ -291,9 +291,15 @@ static bool holder_lives(const struct shi_machine *m, uint64_t held)
     return shi_word_state(w) != SHI_DEAD && shi_word_gen(w) == gen;
 }
 
+static uint64_t holder(const struct shi_self *self, uint32_t pid)
+{
+    return (uint64_t)(self->id + 1) | (uint64_t)pid << SHI_HOLDER_SLOT_BITS |
+           (uint64_t)self->gen << (SHI_HOLDER_SLOT_BITS + SHI_HOLDER_PID_BITS);
+}
+
 static uint64_t as_holder(const struct shi_self *self)
 {
-    return (uint64_t)(self->id + 1) | (uint64_t)self->gen << 32;
+    return holder(self, (uint32_t)getpid());
 }
 
 bool shi_lock_mine(const struct shi_self *self, const shi_a64 *lock)
@@ -315,6 +321,14 @@ void shi_lock_release(struct shi_self *self, shi_a64 *lock)
     uint64_t held = as_holder(self);
     /* Releases what was changed under it.  Not if it was taken from us: then we are dead. */
     shi_cas_full(lock, &held, 0);
+}
+
+void shi_lock_orphan(const struct shi_self *self, shi_a64 *lock, uint32_t pid)
+{
+    uint64_t held = holder(self, pid);
+    /* Not freed: who takes it next has to learn, as of every dead holder, that what it
+     * protects may be half changed. */
+    shi_cas_full(lock, &held, SHI_HOLDER_ORPHAN);
 }
 
 /* ---- a guest's end ---------------------------------------------------------------- */

@@ -286,12 +286,32 @@ static inline bool shi_ended(const struct shi_self *self)
 /* Wake every host that waits: the machine's owner and its guests. */
 void shi_hosts_ring(const struct shi_machine *m);
 
-/* A lock in the segment: 0, or slot + 1 | generation << 32 of its holder.  0 or -EAGAIN;
- * a holder that died loses it. */
+/* A lock in the segment: 0, or its holder.  The pid tells processes apart that share a slot:
+ * the firmware and the coprocessors that it has forked, a host and its children. */
+#define SHI_HOLDER_SLOT_BITS 20
+#define SHI_HOLDER_PID_BITS 24 /* the kernel's PID_MAX_LIMIT is 2^22 */
+_Static_assert(SHI_MAX_CPUS + SHI_EXTRA_SLOTS + 1 < (1 << SHI_HOLDER_SLOT_BITS) - 1,
+               "a holder's word has room for every slot, and for the orphan");
+/* Of a holder of which it is known that it has died: no slot's. */
+#define SHI_HOLDER_ORPHAN ((UINT64_C(1) << SHI_HOLDER_SLOT_BITS) - 1)
+
+static inline uint32_t shi_holder_slot(uint64_t held)
+{
+    return ((uint32_t)held & ((1u << SHI_HOLDER_SLOT_BITS) - 1)) - 1;
+}
+
+static inline uint32_t shi_holder_pid(uint64_t held)
+{
+    return (uint32_t)(held >> SHI_HOLDER_SLOT_BITS) & ((1u << SHI_HOLDER_PID_BITS) - 1);
+}
+
+/* 0 or -EAGAIN; a holder that died loses it. */
 int shi_lock_try(struct shi_self *self, shi_a64 *lock);
 /* Does this process hold it? */
 bool shi_lock_mine(const struct shi_self *self, const shi_a64 *lock);
 void shi_lock_release(struct shi_self *self, shi_a64 *lock);
+/* A child that shares this process's slot has been waited for: what it held can be taken. */
+void shi_lock_orphan(const struct shi_self *self, shi_a64 *lock, uint32_t pid);
 
 /* Give the own slot up, for another to have: what this process still writes to it goes to
  * private memory from here on.  The caller is the only thread in the core.  0 or -errno. */

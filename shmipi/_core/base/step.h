@@ -32,7 +32,8 @@
     X(offline)     /* drained, about to publish OFFLINE */                                     \
     X(line)        /* target: line taken from the chip, nothing done for it */                 \
     X(nmi)         /* NMI pending, not yet signalled */                                        \
-    X(complete)    /* a completion counted, nobody woken yet */
+    X(complete)    /* a completion counted, nobody woken yet */                                \
+    X(undo)        /* irq tables: about to free one thing more of what is half there */
 
 enum shi_step {
     SHI_STEP_none = 0,

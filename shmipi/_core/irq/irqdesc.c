@@ -7,6 +7,7 @@
 #include "irq/doorbell.h"
 #include "irq/irqdesc.h"
 #include "base/native.h"
+#include "base/step.h"
 
 struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq)
 {
@@ -15,14 +16,53 @@ struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq)
 
 /* ---- the lock -------------------------------------------------------------------- */
 
+static void take_line(struct shi_self *self, uint32_t line)
+{
+    shi_irqdesc_reset_line(self, line);
+    SHI_STEP(self, undo);
+    if (self->m->chip.flow == SHI_FLOW_SHARED)
+        shi_chip_route(self, line, SHI_NO_LINE);
+    shi_store_full(&shi_irq_area(self->m)->line_virq[line], 0);
+}
+
+void shi_irq_free_undo(struct shi_self *self)
+{
+    struct shi_irq_area *area = shi_irq_area(self->m);
+    uint64_t undo = shi_load_relaxed(&area->undo);
+    uint32_t first = (uint32_t)undo, count = (uint32_t)(undo >> 32), line, virq;
+    if (!undo)
+        return;
+    /* Whatever state they are in, and however often: who does this can be killed, too. */
+    for (line = 0; first && line < self->m->chip.nlines; line++)
+        if (shi_load_relaxed(&area->line_virq[line]) == first) {
+            SHI_STEP(self, undo);
+            take_line(self, line);
+        }
+    for (virq = first ? first : 1; virq < SHI_NR_IRQS && virq - first < count; virq++) {
+        SHI_STEP(self, undo);
+        shi_store_full(&area->desc[virq].action, SHI_IA_NONE);
+        SHI_STEP(self, undo);
+        shi_store_full(&area->desc[virq].used, 0);
+    }
+    SHI_STEP(self, undo);
+    shi_store_release(&area->undo, 0);
+}
+
 int shi_irq_trylock(struct shi_self *self)
 {
-    return shi_lock_try(self, &shi_irq_area(self->m)->lock);
+    int err = shi_lock_try(self, &shi_irq_area(self->m)->lock);
+    if (!err)
+        shi_irq_free_undo(self);
+    return err;
 }
 
 void shi_irq_unlock(struct shi_self *self)
 {
-    shi_lock_release(self, &shi_irq_area(self->m)->lock);
+    shi_a64 *lock = &shi_irq_area(self->m)->lock;
+    if (!shi_lock_mine(self, lock))
+        return;
+    shi_irq_free_undo(self);
+    shi_lock_release(self, lock);
 }
 
 /* ---- handlers -------------------------------------------------------------------- */
@@ -176,6 +216,15 @@ int shi_coproc_raise(struct shi_self *self, uint32_t number, uint32_t virq)
     shi_fetch_or_full(&coproc->pending, 1);
     shi_event_ring(&coproc->event);
     return 0;
+}
+
+void shi_coproc_ended(const struct shi_self *self, uint32_t pid)
+{
+    struct shi_header *h = self->m->header;
+    shi_lock_orphan(self, &shi_irq_area(self->m)->lock, pid);
+    shi_lock_orphan(self, &h->array_lock, pid);
+    shi_lock_orphan(self, &h->hotplug_lock, pid);
+    shi_lock_orphan(self, &h->tool_lock, pid);
 }
 
 void shi_coproc_ring_all(const struct shi_machine *m)

@@ -32,9 +32,13 @@ static inline uint64_t shi_affinity_offset(const struct shi_machine *m)
 
 struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq);
 
-/* Take the lock of the table: 0, -EAGAIN when a live process holds it. */
+/* Take the lock of the tables, interrupts off: 0, -EAGAIN when a live process holds it.  What
+ * a holder has left half made, or half freed, is freed: by who takes it from the dead, and by
+ * a holder that gives it back because something failed. */
 int shi_irq_trylock(struct shi_self *self);
 void shi_irq_unlock(struct shi_self *self);
+/* Free the descriptors, and their lines, that `undo` names.  The lock is held. */
+void shi_irq_free_undo(struct shi_self *self);
 
 /* Publish or withdraw the handler.  The table's lock is held. */
 void shi_irqdesc_set_native(struct shi_irqdesc *desc, uint32_t native, uint32_t kind,
@@ -63,6 +67,8 @@ bool shi_irqdesc_still(const struct shi_self *self, uint32_t line);
 
 /* Interrupt the coprocessor whose irq is `virq`: 0, or -ENXIO when it is not there. */
 int shi_coproc_raise(struct shi_self *self, uint32_t coproc, uint32_t virq);
+/* The firmware: a coprocessor's process has been waited for. */
+void shi_coproc_ended(const struct shi_self *self, uint32_t pid);
 /* The machine stops: let each of them look. */
 void shi_coproc_ring_all(const struct shi_machine *m);
 

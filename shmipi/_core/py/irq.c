@@ -14,18 +14,16 @@
 
 /* ---- descriptors ----------------------------------------------------------------- */
 
-METHOD(irq_trylock)
+/* irq_free_undo(): free the descriptors that `undo` names.  The tables are locked. */
+METHOD(irq_free_undo)
 {
+    Machine *machine = MACHINE(object);
     (void)arg;
-    return shi_use(MACHINE(object)) < 0
-               ? NULL
-               : PyBool_FromLong(shi_irq_trylock(&MACHINE(object)->self) == 0);
-}
-
-METHOD(irq_unlock)
-{
-    (void)arg;
-    shi_irq_unlock(&MACHINE(object)->self);
+    if (shi_use(machine) < 0)
+        return NULL;
+    shi_enter(&machine->self);
+    shi_irq_free_undo(&machine->self);
+    shi_leave(&machine->self);
     Py_RETURN_NONE;
 }
 
@@ -240,9 +238,11 @@ METHOD(coproc_set)
     struct shi_coproc *c = coproc_arg(MACHINE(object), which);
     if (!c)
         return NULL;
-    shi_store_relaxed(&c->pid, pid);
-    if (!virq)
+    if (!virq) {
+        shi_coproc_ended(&MACHINE(object)->self, shi_load_relaxed(&c->pid));
         shi_store_relaxed(&c->pending, 0);
+    }
+    shi_store_relaxed(&c->pid, pid);
     shi_store_release(&c->virq, virq);
     shi_event_ring(&MACHINE(object)->m.header->hotplug_event); /* whoever waits for its end */
     Py_RETURN_NONE;
@@ -260,9 +260,7 @@ METHOD(coproc)
 }
 
 PyMethodDef shi_irq_methods[] = {
-    { "irq_trylock", machine_irq_trylock, METH_NOARGS,
-      "irq_trylock() -> bool: of the descriptors" },
-    { "irq_unlock", machine_irq_unlock, METH_NOARGS, "irq_unlock()" },
+    { "irq_free_undo", machine_irq_free_undo, METH_NOARGS, "irq_free_undo()" },
     { "irq_request", machine_irq_request, METH_VARARGS,
       "irq_request(virq, handler, info, stride=0)" },
     { "irq_free", machine_irq_free, METH_O, "irq_free(virq)" },

@@ -23,7 +23,7 @@ static PyMethodDef *all_methods(void)
         shi_machine_methods, shi_smp_methods,      shi_post_methods,   shi_cpu_methods,
         shi_chip_methods,    shi_irq_methods,      shi_waitq_methods,  shi_slot_methods,
         shi_segment_methods, shi_doorbell_methods, shi_native_methods, shi_hotplug_methods,
-        shi_reap_methods,    shi_lock_methods,     shi_step_methods,
+        shi_reap_methods,    shi_lock_methods,     shi_step_methods,   shi_irqlock_methods,
     };
     size_t n = 0, p;
     for (p = 0; p < sizeof parts / sizeof *parts; p++) {
@@ -203,7 +203,8 @@ static int module_exec(PyObject *module)
     if (add_methods(module, parts, sizeof parts / sizeof *parts) < 0 ||
         shi_atomic_add(module) < 0 || shi_function_types() < 0 ||
         shi_native_types(module) < 0 || machine_type(module) < 0 || shi_csd_types(module) < 0 ||
-        shi_hist_types(module) < 0 || shi_shield_types(module) < 0)
+        shi_hist_types(module) < 0 || shi_shield_types(module) < 0 ||
+        shi_irqlock_types(module) < 0)
         return -1;
     if (add_names(module, "COUNTERS", counter_names, SHI_NCOUNTERS) < 0 ||
         add_names(module, "TRACE_EVENTS", shi_trace_names, SHI_T_COUNT) < 0 ||

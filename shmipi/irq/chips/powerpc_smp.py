@@ -29,7 +29,6 @@ of the IPI and of the message, ``flush``, ``line_eoi`` of the message and ``chip
 from __future__ import annotations
 
 import errno
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -234,9 +233,7 @@ class PowerpcSmp(Chip):
                 irq=virq,
             )
         machine = self.machine
-        while not machine.irq_trylock():
-            time.sleep(0)
-        try:
+        with machine.irq_lock():
             if _irq_has_action(machine, virq):
                 raise IrqError(
                     f"{self.name}: unable to request irq {virq} for"
@@ -246,8 +243,6 @@ class PowerpcSmp(Chip):
                     domain=self.name,
                 )
             machine.irq_request(virq, msg, None)
-        finally:
-            machine.irq_unlock()
         return 0
 
     # ---- smp.c: receiving, by hand --------------------------------------------------
