@@ -300,6 +300,42 @@ def test_least_number_first(machine, chip, counted, masked):
     assert handled() == 5
 
 
+def test_what_is_pending_is_copied_once(machine, chip, request_irq):
+    """gic_handle_shared_int: one that sends itself again does not starve those above.
+
+    What comes again waits for the next copy, though its number is less; and what is
+    masked or taken back while it stands in the copy is not dispatched from it.
+    """
+    start, low, high, hidden, back = 5, 10, 20, 30, 40
+
+    def handler(irq):  # on an idle CPU: right where the interrupt is dispatched
+        here, log = shmipi.irq.chip(), shmipi.shared("order")
+        [intr] = here.in_service(1)
+        log[0] += 1
+        log[log[0]] = intr
+        if intr == 5:
+            for pending in (40, 30, 20, 10):
+                here.write_gic_wedge(1 << 31 | pending)
+        if intr == 10 and log[0] < 10:
+            here.write_gic_wedge(1 << 31 | 10)
+            here.write_gic_rmask(30)
+            here.write_gic_wedge(40)
+
+    log = machine.shared("order", "i8", 32)
+    log[:] = 0
+    for intr in (start, low, high, hidden, back):
+        chip.map_to_vp(intr, 1)
+    request_irq(handler, None, start, low, high, hidden, back)
+    wedge(chip, start)
+    quiet(machine)
+    taken = [start, low, high, *[low] * 7]
+    assert log[1 : 1 + log[0]].tolist() == taken
+    assert [1 << hidden] == [chip.PEND]
+    chip.write_gic_smask(hidden)
+    quiet(machine)
+    assert log[1 : 1 + log[0]].tolist() == [*taken, hidden]
+
+
 def test_acknowledged_before_it_is_handled(machine, chip, request_irq):
     """Sent once more by its own handler: taken once more, after it."""
 

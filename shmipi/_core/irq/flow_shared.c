@@ -5,6 +5,10 @@
  * WEDGE, and acknowledged by clearing it there before it is handled.  SMASK and RMASK
  * set and reset its mask bit; what comes while it is masked stays pending.
  *
+ * Its handler copies what is pending once and dispatches the copy, least number first
+ * (gic_handle_shared_int): one that comes again meanwhile waits for the next copy, so none
+ * keeps those above it from being taken.
+ *
  * Which lines are a CPU's is in a mask of that CPU (the driver's pcpu_masks): a look is
  * three loads and an AND for 64 lines.
  */
@@ -48,23 +52,39 @@ static uint64_t mine(const struct shi_machine *m, uint32_t cpu, uint32_t word)
            ~shi_load_relaxed(&pic->isr[word]);
 }
 
-static uint32_t shared_next(struct shi_self *self)
+/* The next line of the copy, or SHI_NO_LINE. */
+static uint32_t dispatch(struct shi_self *self)
 {
     struct shi_irq_area *area = shi_irq_area(self->m);
     uint32_t i;
     for (i = 0; i < WORDS; i++) {
-        uint64_t found;
-        while ((found = mine(self->m, self->id, i))) {
-            uint64_t bit = found & (0 - found);
-            uint32_t line = i * 64 + (uint32_t)__builtin_ctzll(found);
-            /* WEDGE, cleared.  Not set any more: routed away, and taken there. */
-            if (!(shi_fetch_and_full(&area->shared[i], ~bit) & bit))
+        while (self->taken[i]) {
+            uint64_t bit = self->taken[i] & (0 - self->taken[i]);
+            uint32_t line = i * 64 + (uint32_t)__builtin_ctzll(bit);
+            self->taken[i] &= ~bit;
+            /* Masked since, or routed away: it stays pending for whoever unmasks it, or is
+             * taken there.  WEDGE, cleared; not set any more: taken back. */
+            if (!(mine(self->m, self->id, i) & bit) ||
+                !(shi_fetch_and_full(&area->shared[i], ~bit) & bit))
                 continue;
             if (shi_kept_in_service(self->m, line))
                 shi_set_in_service(self, line, true);
             return line;
         }
     }
+    return SHI_NO_LINE;
+}
+
+static uint32_t shared_next(struct shi_self *self)
+{
+    uint32_t i, line;
+    uint64_t found;
+    do {
+        if ((line = dispatch(self)) != SHI_NO_LINE)
+            return line;
+        for (i = 0, found = 0; i < WORDS; i++)
+            found |= self->taken[i] = mine(self->m, self->id, i);
+    } while (found);
     return SHI_NO_LINE;
 }
 
