@@ -51,6 +51,7 @@ from shmipi.irq.chips.apic import (
     Apic,
 )
 
+APIC_ESR_REDIR = 0x10
 VECTOR = 0xA5
 INIT = APIC_DM_INIT | APIC_INT_ASSERT
 
@@ -1020,6 +1021,31 @@ def test_reschedule(cluster, eventually):
 
 
 # ---- what is refused -----------------------------------------------------------------
+
+
+def test_an_x2apic_has_no_lowest_priority(x2apic, counted):
+    """SDM figure 10-18: reserved. ESR says "redirectable IPI", and nothing is sent."""
+    taken = counted(x2apic)
+    writes = x2apic.host_counters()["chip_writes"]
+    for low, dest in ((APIC_DM_LOWEST, 1), (APIC_DM_LOWEST | APIC_DEST_LOGICAL, 6)):
+        with pytest.raises(IrqError, match="reserved on an x2APIC") as caught:
+            x2apic.chip.write_icr(VECTOR | low, dest)
+        assert caught.value.errno == errno.EINVAL
+    assert taken() == [0, 0, 0]
+    assert x2apic.host_counters()["chip_writes"] == writes
+
+    def task():
+        chip = this_chip()
+
+        def esr():
+            chip.write(APIC_ESR, 0)
+            return chip.read_register(APIC_ESR)
+
+        esr()
+        refused = refusal(chip.write, APIC_ICR, 1 << 32 | VECTOR | APIC_DM_LOWEST)
+        return refused[0], esr(), esr()
+
+    assert on(x2apic, 1, task) == (errno.EINVAL, APIC_ESR_REDIR, 0)
 
 
 def test_vectors_below_16_are_illegal(either):

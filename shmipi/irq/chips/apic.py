@@ -8,8 +8,9 @@ Controller (APIC)", and of the kernel's
 
 What there is of it, and what is not:
 
-* Fixed and lowest-priority IPIs go through IRR (accepted), TPR and PPR (how important
-  must it be) and ISR (in service until EOI). NMI, INIT and STARTUP bypass all of that.
+* Fixed IPIs, and an xAPIC's lowest-priority ones, go through IRR (accepted), TPR and
+  PPR (how important must it be) and ISR (in service until EOI). NMI, INIT and STARTUP
+  bypass all of that.
 * The kernel's system vectors (``SYSVEC``) are taken by the core: they write EOI before
   they do anything else, so they are never seen in service. The other vectors from 0x20
   to 0xea are free for IPI domains.
@@ -134,6 +135,8 @@ APIC_ISR: Final = 0x100
 APIC_TMR: Final = 0x180
 APIC_IRR: Final = 0x200
 APIC_ESR: Final = 0x280
+#: Bit 4 (SDM, "Redirectable IPI"; apic.c's error_interrupt_reason has no macro for it).
+APIC_ESR_REDIR: Final = 0x10
 APIC_ESR_SENDILL: Final = 0x20
 APIC_ESR_ILLREGA: Final = 0x80
 APIC_ICR: Final = 0x300
@@ -497,8 +500,9 @@ class Apic(Chip):
         xAPIC: two writes, ICR2 and then ICR, with interrupts off (a shorthand: ICR
         alone); x2APIC: one write of 64 bits. Destinations that do not exist ignore it.
 
-        * APIC_DM_FIXED: the vector. APIC_DM_LOWEST: at that one of the CPUs addressed
-          whose PPR is lowest (the least id of several). Offline CPUs accept neither.
+        * APIC_DM_FIXED: the vector. APIC_DM_LOWEST, which only an xAPIC has: at that
+          one of the CPUs addressed whose PPR is lowest (the least id of several).
+          Offline CPUs accept neither.
         * APIC_DM_NMI: two may be pending while none is in service, one while one is.
         * APIC_DM_INIT: reset: the CPU's process ends, whatever it does. A secondary CPU
           then waits for STARTUP; CPU 0, the bootstrap processor, starts anew by itself.
@@ -507,9 +511,10 @@ class Apic(Chip):
           process of a new generation; others drop it.
 
         Raises ``IrqError`` EINVAL, with nothing sent: a vector below 16
-        (APIC_ESR_SENDILL), a delivery mode that is reserved here, a combination with a
-        shorthand that the SDM calls invalid, reserved bits, a destination that does not
-        fit. EPERM: a broadcast shorthand while some CPU has never been up.
+        (APIC_ESR_SENDILL), a delivery mode that is reserved here (APIC_DM_LOWEST on an
+        x2APIC: APIC_ESR_REDIR), a combination with a shorthand that the SDM calls
+        invalid, reserved bits, a destination that does not fit. EPERM: a broadcast
+        shorthand while some CPU has never been up.
         ``ClusterStateError``: "self" in the host.
         """
         if not 0 <= dest <= (0xFFFFFFFF if self.x2apic else 0xFF):
@@ -574,6 +579,12 @@ class Apic(Chip):
             raise self._einval(
                 f"vector {vector} is illegal: an APIC sends 16 to 255 (send an NMI with"
                 " APIC_DM_NMI)"
+            )
+        if delivery == APIC_DM_LOWEST and self.x2apic:
+            self._errors |= APIC_ESR_REDIR
+            raise self._einval(
+                "delivery mode lowest priority is reserved on an x2APIC: send fixed, or"
+                " boot with Apic(mode='xapic')"
             )
 
     def _addressed(self, low: int, dest: int) -> list[int]:
