@@ -22,6 +22,7 @@ from shmipi.irq.chips.gic import (
 
 NCPUS = 4
 SENDER = 1
+GICV3_PRIO_IRQ = 0xC0
 SGI, OTHER = 8, 9
 
 
@@ -103,6 +104,11 @@ def prio(chip, sgi, priority, cpu=None):
     shift = 8 * (sgi % 4)
     now = register(sgi // 4, cpu=cpu)
     register(sgi // 4, now & ~(0xFF << shift) | priority << shift, cpu)
+
+
+def prio_of(chip):
+    """The priority that the driver gives every SGI."""
+    return GICD_INT_DEF_PRI if chip.banked else GICV3_PRIO_IRQ
 
 
 def pmr(chip, value=None, cpu=None):
@@ -244,9 +250,49 @@ def test_active_until_its_handler_has_returned(gic, lines, settle):
     for _ in range(2):  # the second: it is taken again after either
         seen[:] = -1
         gic.chip.raise_line(SGI, [0, 1, 2])
-        busy, idle = [1 << SGI, GICD_INT_DEF_PRI], [0, 0xFF]
-        settle(lambda: seen, [busy + idle, busy + idle, busy + busy])
+        busy, idle = [1 << SGI, prio_of(gic.chip)], [0, 0xFF]
+        only_running = [0, prio_of(gic.chip)]
+        settle(lambda: seen, [busy + only_running, busy + idle, busy + busy])
         settle(lambda: [gic.chip.in_service(cpu) for cpu in range(3)], [[], [], []])
+
+
+def test_only_eoir_drops_the_running_priority(gic, lines, settle):
+    """ICACTIVER deactivates, and RPR stays; sent once more, it is taken after EOIR."""
+    mine = gic.shared("drops", "i8", 5)
+    mine[:] = 0
+    banked = gic.chip.banked
+
+    def handler(_):
+        chip, me = irq.chip(), smp.smp_processor_id()
+        mine[0] += 1
+        if mine[0] > 1:
+            return
+        running = chip.gicc_rpr if banked else chip.icc_rpr_el1
+        (chip.gicd_icactiver if banked else chip.gicr_icactiver0)(1 << SGI)
+        chip.raise_line(SGI, me, 1)
+        mine[1] = len(chip.in_service(me))
+        mine[2] = running()
+        mine[3] = mine[0]
+        if banked:
+            chip.gicc_eoir(chip.gicc_iar())
+        else:
+            chip.icc_eoir1_el1(SGI)
+        mine[4] = running()
+
+    lines(gic).request(SGI, handler)
+    gic.chip.raise_line(SGI, 1)
+    settle(lambda: mine, [2, 0, prio_of(gic.chip), 1, 0xFF])
+    settle(lambda: gic.chip.in_service(1), [])
+    assert gic.chip.read("running", 1) == 0
+
+
+def test_the_priorities_are_the_drivers(gic):
+    """irq-gic.c: 0xa0 each; irq-gic-v3.c since 6.11: 0xc0, and 0x80 for pseudo-NMIs."""
+    wanted = 0xA0 if gic.chip.banked else 0xC0
+    assert [gic.chip.priority(sgi, 1) for sgi in range(16)] == [wanted] * 16
+    gic.offline(1)
+    gic.online(1)  # gic_cpu_config, once more
+    assert gic.chip.priority(SGI, 1) == wanted
 
 
 @pytest.mark.parametrize("handler", ["python", "native"])
@@ -309,7 +355,7 @@ def test_active_while_its_handler_waits_for_the_interpreter(
     if n.banked:
         assert [sgi >> 10 for sgi in got.of(2)] == [SENDER, SENDER, SENDER, 3]
     eventually(lambda: n.in_service(2) == [])
-    prio(n, OTHER, GICD_INT_DEF_PRI, 2)
+    prio(n, OTHER, prio_of(n), 2)
 
 
 def test_highest_priority_first_then_the_least_number(gic, taken, held):
@@ -350,8 +396,8 @@ def test_pmr_holds_back_and_lets_through(gic, taken):
         seen.append(chip.pending_lines(me))
         prio(chip, SGI, 0xFE)
         seen.append(chip.pending_lines(me))
-        prio(chip, SGI, GICD_INT_DEF_PRI)
-        prio(chip, OTHER, GICD_INT_DEF_PRI)
+        prio(chip, SGI, prio_of(chip))
+        prio(chip, OTHER, prio_of(chip))
         return seen
 
     # GICv2: its own CPU's name; it is CPU 0, so that the log is of bare numbers.
@@ -397,7 +443,7 @@ def test_none_is_lost_while_pmr_goes_up_and_down(gic, lines):
         chip = irq.chip()
         if smp.smp_processor_id() == 2:
             while not n[1]:
-                pmr(chip, GICD_INT_DEF_PRI)
+                pmr(chip, prio_of(chip))
                 pmr(chip, 0xFF)
             return None
         try:
@@ -627,7 +673,7 @@ def test_pseudo_nmis_are_not_masked(boot, held, settle):
     with pytest.raises(shmipi.IrqError, match="smp_cross_call"):
         chip.gicr_ispendr0(1 << IPI_CPU_BACKTRACE, 1)
     prio(chip, 4, 0x90, 1)  # next to an NMI in its register
-    assert chip.gicr_ipriorityr(1, cpu=1) == 0x8080A090
+    assert chip.gicr_ipriorityr(1, cpu=1) == 0x8080C090
 
 
 def test_without_them_a_backtrace_is_a_normal_ipi(gic, held, settle):

@@ -21,7 +21,7 @@
 #include "base/clock.h"
 
 #define SHI_MAGIC "shmipi\n\x1a"
-#define SHI_ABI 3u
+#define SHI_ABI 4u
 
 #define SHI_LINE 64u
 #define SHI_PAIR 128u /* two lines: the adjacent-line prefetcher moves pairs */
@@ -386,6 +386,7 @@ struct shi_pic {
     shi_a32 spurious;    /* 1: asserted, and masked before it was taken */
     shi_a32 happened;    /* esb: paca->irq_happened */
     shi_a32 iar;         /* sgi: what the last acknowledge read; esb: priority in service */
+    shi_a32 running;     /* sgi: lines that were acknowledged, and not ended by EOIR yet */
     shi_a64 senders;     /* sgi: 4 bits a line, who sent what was acknowledged last */
     shi_a8 priority[32]; /* sgi: of each line, 0 is the highest */
     shi_a32 eq_at;       /* esb: how many entries were read */

@@ -4,8 +4,10 @@
  *
  * The distributor holds an SGI pending and forwards it while it is enabled.  The CPU
  * interface signals it when its priority is above (its number below) PMR and above the
- * running priority, which is that of what is active.  The acknowledge makes it active,
- * and until it is deactivated it can become pending again but is not taken again.
+ * running priority, which is that of what was acknowledged and not ended.  The acknowledge
+ * makes it active, and until it is deactivated it can become pending again but is not taken
+ * again.  EOIR drops the running priority and, with EOImode 0, deactivates; ICACTIVER
+ * deactivates and nothing else.
  *
  * GICv2 keeps it pending for each sending CPU apart, and an acknowledge takes one of them
  * and names it; GICv3 has one pending bit.
@@ -15,7 +17,9 @@
 #include "irq/chip.h"
 
 #define SPURIOUS_INTID 1023u
-#define IDLE_PRIORITY 0x100u /* below all there are */
+#define GICD_INT_DEF_PRI 0xa0u /* of GICv2's SGIs as the driver sets them up */
+#define GICV3_PRIO_IRQ 0xc0u   /* of GICv3's: since 6.11, one for all security states */
+#define IDLE_PRIORITY 0x100u   /* below all there are */
 
 /* GICv2: a byte for each SGI, eight of them a word. */
 static inline uint64_t bank_bit(uint32_t line, uint32_t source)
@@ -81,6 +85,7 @@ static uint32_t deliverable(const struct shi_machine *m, uint32_t cpu)
 {
     const struct shi_pic *pic = shi_pic(m, cpu);
     uint64_t active = shi_load_relaxed(&pic->isr[0]) & 0xffff, bits = pending_bits(m, cpu);
+    uint64_t acknowledged = shi_load_relaxed(&pic->running) & 0xffff;
     uint32_t priority, running, line;
     /* The PMR is kept inverted: 0, as after reset, lets everything through. */
     uint32_t pmr = 0xffu - (shi_load_relaxed(&pic->threshold) & 0xffu);
@@ -88,7 +93,7 @@ static uint32_t deliverable(const struct shi_machine *m, uint32_t cpu)
     if (!bits)
         return SHI_NO_LINE;
     line = best(pic, bits, &priority);
-    best(pic, active, &running);
+    best(pic, acknowledged, &running);
     return priority < pmr && priority < running ? line : SHI_NO_LINE;
 }
 
@@ -136,14 +141,16 @@ static uint32_t sgi_next(struct shi_self *self)
     }
     shi_store_relaxed(&pic->iar, line | source << 10); /* GICC_IAR: CPUID in 12 to 10 */
     shi_store_relaxed(&pic->isr[0], shi_load_relaxed(&pic->isr[0]) | 1ull << line);
+    shi_store_relaxed(&pic->running, shi_load_relaxed(&pic->running) | 1u << line);
     return line;
 }
 
 /* EOIR with EOImode 0: priority drop and deactivation in one. */
 static void sgi_end(struct shi_self *self, uint32_t line)
 {
-    shi_a64 *active = &self->slot->pic.isr[0];
-    shi_store_relaxed(active, shi_load_relaxed(active) & ~(1ull << line));
+    struct shi_pic *pic = &self->slot->pic;
+    shi_store_relaxed(&pic->running, shi_load_relaxed(&pic->running) & ~(1u << line));
+    shi_store_relaxed(&pic->isr[0], shi_load_relaxed(&pic->isr[0]) & ~(1ull << line));
 }
 
 /* GICD_CPENDSGIR for all its senders, or GICR_ICPENDR0. */
@@ -164,9 +171,11 @@ static bool sgi_pending(const struct shi_machine *m, uint32_t cpu)
 static void sgi_reset(const struct shi_machine *m, uint32_t cpu)
 {
     struct shi_pic *pic = shi_pic(m, cpu);
+    uint8_t priority = m->chip.banked ? GICD_INT_DEF_PRI : GICV3_PRIO_IRQ;
     uint32_t i;
     for (i = 0; i < sizeof pic->priority; i++)
-        shi_store_relaxed(&pic->priority[i], 0xa0); /* GICD_INT_DEF_PRI */
+        shi_store_relaxed(&pic->priority[i], priority);
+    shi_store_relaxed(&pic->running, 0);
     shi_store_relaxed(&pic->senders, 0);
     shi_store_relaxed(&pic->iar, SPURIOUS_INTID); /* nothing acknowledged yet */
 }

@@ -382,6 +382,7 @@ static const struct reg regs[] = {
     PIC(threshold, 1, 0),
     PIC(happened, 1, 0),
     PIC(iar, 1, 0),
+    PIC(running, 1, 0),
     PIC(priority, 32, 1),
     PIC(eq_at, 1, 0),
     PIC(eq_put, 1, 0),
@@ -467,7 +468,8 @@ METHOD(pic_write)
 }
 
 /* pic_change(cpu, name, index, clear, set) -> int: pending bits as software may change
- * them, in one step; as they were before.  What is to be taken now is. */
+ * them, in one step, or this CPU's own active bits; as they were before.  What is to be
+ * taken now is. */
 METHOD(pic_change)
 {
     Machine *machine = MACHINE(object);
@@ -481,12 +483,15 @@ METHOD(pic_change)
     shi_a64 *at = find_reg(machine, cpu, name, index, false, &r);
     if (!at)
         return NULL;
-    if (strcmp(name, "irr") && strcmp(name, "bank")) {
+    /* isr is written without read-modify-writes, by its owner in core sections alone. */
+    bool own = !strcmp(name, "isr") && machine->m.chip.flow == SHI_FLOW_SGI &&
+               !machine->self.host && cpu == machine->self.id;
+    if (strcmp(name, "irr") && strcmp(name, "bank") && !own) {
         PyErr_Format(PyExc_ValueError, "no pending bits in register %s", name);
         return NULL;
     }
-    uint64_t was = shi_load_relaxed(at);
     shi_enter(&machine->self);
+    uint64_t was = shi_load_relaxed(at);
     while (!shi_cas_full(at, &was, (was & ~(uint64_t)clear) | (uint64_t)set))
         ;
     shi_chip_look(&machine->self, cpu, false);

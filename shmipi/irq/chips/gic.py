@@ -3,7 +3,8 @@
 A software generated interrupt (SGI) is one of 16 that each CPU has for itself. arm64
 gives the first eight of them to its IPIs (``enum ipi_msg_type``); 8 to 15 are free for
 IPI domains. An SGI is taken when its priority is above the CPU's mask (PMR) and above
-the priority of what is active there; a smaller number is a higher priority.
+the priority of what was acknowledged there and not ended; a smaller number is a higher
+priority.
 
 Registers are methods under their names of the architecture (IHI 0048 for GICv2, IHI
 0069 for GICv3), in lower case. Without a value they read, with one they write; either
@@ -54,9 +55,10 @@ NR_SGIS = 16
 _SGIS = (1 << NR_SGIS) - 1
 #: What an acknowledge reads when there is nothing to take.
 INTID_SPURIOUS = 1023
-#: The priority of every SGI after reset (GICD_INT_DEF_PRI).
+#: The priority of every SGI of a GICv2, as its driver sets them up.
 GICD_INT_DEF_PRI = 0xA0
-#: The priority of pseudo-NMIs.
+#: Of a GICv3, and of its pseudo-NMIs (linux/irqchip/arm-gic-v3-prio.h, since 6.11).
+GICV3_PRIO_IRQ = 0xC0
 GICV3_PRIO_NMI = 0x80
 _IDLE_PRIORITY = 0xFF
 
@@ -199,14 +201,14 @@ class _Gic(Chip):
 
     def _running(self, cpu: int | None) -> int:
         of = self._of(cpu)
-        active = [self.priority(sgi, of) for sgi in self.in_service(of)]
-        return min(active, default=_IDLE_PRIORITY)
+        acknowledged = _set_bits(self.read("running", of))
+        return min((self.priority(n, of) for n in acknowledged), default=_IDLE_PRIORITY)
 
     def _deactivate(self, register: str, value: int | None) -> int:
         own = self.cpu()
-        for sgi in _set_bits(self._word(register, value or 0, _SGIS)):
-            if sgi in self.in_service(own):
-                self.machine.irq_end(sgi)
+        bits = self._word(register, value or 0, _SGIS)
+        if bits:
+            self.machine.pic_change(own, "isr", 0, bits, 0)
         return sum(1 << sgi for sgi in self.in_service(own))
 
     def _eoi(self, register: str, value: int, valid: int) -> None:
@@ -215,7 +217,7 @@ class _Gic(Chip):
             return  # nothing was acknowledged, so there is nothing to end
         if intid >= NR_SGIS:
             raise self.invalid(f"{register}: INTID {intid} is no SGI")
-        if intid in self.in_service(self.cpu()):
+        if self.read("running", self.cpu()) >> intid & 1:
             self.machine.irq_end(intid)
 
 
@@ -322,7 +324,10 @@ class Gicv2(_Gic):
         return self._priority("GICD_IPRIORITYR", n, value, cpu)
 
     def gicd_icactiver(self, value: int | None = None) -> int:
-        """GICD_ICACTIVER0 of this CPU: which SGIs are active. Written: those not."""
+        """GICD_ICACTIVER0 of this CPU: which SGIs are active. Written: those not.
+
+        The running priority stays until EOIR is written, by the core at the latest.
+        """
         return self._deactivate("GICD_ICACTIVER0", value)
 
     def gicc_pmr(self, value: int | None = None, cpu: int | None = None) -> int:
@@ -333,7 +338,7 @@ class Gicv2(_Gic):
         return self._pmr("GICC_PMR", value, cpu)
 
     def gicc_rpr(self, cpu: int | None = None) -> int:
-        """GICC_RPR: the highest priority of what is active; 0xff: idle."""
+        """GICC_RPR: the highest priority acknowledged and not ended; 0xff: idle."""
         return self._running(cpu)
 
     def gicc_iar(self, cpu: int | None = None) -> int:
@@ -346,7 +351,8 @@ class Gicv2(_Gic):
     def gicc_eoir(self, value: int) -> None:
         """Write GICC_EOIR (EOImode 0) in an SGI's handler: it is active no more.
 
-        The core does the same when the handler returns. What is not active is ignored.
+        The core does the same when the handler returns. What was not acknowledged, or
+        was ended already, is ignored.
         """
         self._eoi("GICC_EOIR", value, 0x1FFF)
 
@@ -485,7 +491,10 @@ class Gicv3(_Gic):
             )
 
     def gicr_icactiver0(self, value: int | None = None) -> int:
-        """GICR_ICACTIVER0 of this CPU: which SGIs are active. Written: those not."""
+        """GICR_ICACTIVER0 of this CPU: which SGIs are active. Written: those not.
+
+        The running priority stays until EOIR is written, by the core at the latest.
+        """
         return self._deactivate("GICR_ICACTIVER0", value)
 
     def icc_pmr_el1(self, value: int | None = None, cpu: int | None = None) -> int:
@@ -496,7 +505,7 @@ class Gicv3(_Gic):
         return self._pmr("ICC_PMR_EL1", value, cpu)
 
     def icc_rpr_el1(self, cpu: int | None = None) -> int:
-        """ICC_RPR_EL1: the highest priority of what is active; 0xff: idle."""
+        """ICC_RPR_EL1: the highest priority acknowledged and not ended; 0xff: idle."""
         return self._running(cpu)
 
     def icc_iar1_el1(self, cpu: int | None = None) -> int:
@@ -509,7 +518,8 @@ class Gicv3(_Gic):
     def icc_eoir1_el1(self, value: int) -> None:
         """Write ICC_EOIR1_EL1 (EOImode 0) in an SGI's handler: it is active no more.
 
-        The core does the same when the handler returns. What is not active is ignored.
+        The core does the same when the handler returns. What was not acknowledged, or
+        was ended already, is ignored.
         """
         self._eoi("ICC_EOIR1_EL1", value, 0xFFFFFF)
 
