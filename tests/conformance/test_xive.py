@@ -55,6 +55,7 @@ MESSAGES = {
 LINE, LINE2 = 8, 27  # the first and the last that IPI domains may have
 VIRQ, VIRQ2 = 900, 901
 RESET, OFF, PENDING, QUEUED = EsbState
+XIVE_ESB_LD_ST_MO = 0x40
 
 
 # ---- tools ---------------------------------------------------------------------------
@@ -467,6 +468,47 @@ def test_the_esb_page(rig, line):
             assert rig.state(2, other) is RESET
 
 
+@pytest.mark.parametrize("line", [IPI_LINE, LINE2])
+def test_the_esb_page_is_decoded_by_range(rig, line):
+    """As QEMU's xive_source_esb_read and _write; the kernel's own load is at 0xe40."""
+    source = rig.source(2, line)
+    page = source.eoi_mmio
+    for old in SETS:
+        for new, offset in SETS.items():
+            for at in (
+                offset,
+                offset + XIVE_ESB_LD_ST_MO,
+                offset + 0x08,
+                offset + 0xF8,
+            ):
+                page.read(SETS[old])
+                assert page.read(at) == old
+                assert page.read(0x808) == page.read(0xBF8) == source.esb_state == new
+                page.read(SETS[old])
+                page.write(0, at)
+                assert source.esb_state is new
+        for at in (0x000, 0x008, 0x400, 0x7F8):  # each of these loads is an EOI
+            if old is not QUEUED:  # which would notify
+                page.read(SETS[old])
+                assert page.read(at) == 0
+                assert source.esb_state is (OFF if old is OFF else RESET)
+        for at in (0x400, 0x408, 0x7F8):  # and each of these stores
+            if old is not QUEUED:
+                page.read(SETS[old])
+                page.write(0, at)
+                assert source.esb_state is (OFF if old is OFF else RESET)
+    # A store below is a trigger, though the page is not the trigger page.
+    page.read(XIVE_ESB_SET_PQ_10)
+    page.write(0, 0x3F8)
+    assert source.esb_state is QUEUED
+    page.read(XIVE_ESB_SET_PQ_00)
+    if line == IPI_LINE:
+        before = rig.rows(2)["IPI"]
+        page.write(0, 0x000)
+        rig.wait(lambda: rig.rows(2)["IPI"] == before + 1)
+        rig.wait(lambda: rig.state(2) is RESET)
+
+
 def test_an_eoi_by_hand_of_a_queued_source_notifies(rig):
     page = rig.source(2).eoi_mmio
     before = rig.rows(2)["IPI"]
@@ -648,6 +690,63 @@ def test_the_generation_flips_when_the_queue_wraps(rig):
     flips = np.flatnonzero(np.diff(toggles))
     assert len(flips) >= 3
     assert set(np.diff(flips)) == {64}
+
+
+def test_the_queue_is_first_in_first_out(rig, background):
+    """xive_read_eq: in the order of the triggers, whatever the sources' numbers are.
+
+    An entry is written at trigger time. One more trigger of a queued source moves
+    nothing; a source that is masked when its entry is read is queued anew on unmask.
+    """
+    sent = [20, 12, 8, 27, 9, 26, IPI_LINE, 10, 25, 11, *range(13, 20)]
+    sources = [line for line in sent if line != IPI_LINE]
+    queue = rig.chip.xive_cpu(1).queue
+    count = smp.NativeHandler("noop")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rig.handler(sources[0], VIRQ, count))
+        for line in sources[1:]:
+            rig.machine.pic_write(0, "line_virq", line, VIRQ)
+            stack.callback(rig.machine.pic_write, 0, "line_virq", line, 0)
+            rig.chip.unmask_line(line, 1)
+            stack.callback(rig.chip.mask_line, line, 1)
+
+        def taken_after(act):
+            """`act()` with interrupts off on CPU 1; what it takes when they are on."""
+            rig.settle()
+            task = rig.start(background, hold)
+            mark = time.monotonic_ns()
+            act()
+            rig.flag[1] = 1
+            task.end()
+            rig.settle()
+            acks = [e[3] for e in rig.events(mark) if (e[1], e[2]) == ("line_ack", 1)]
+            return [line for line in acks if line >= LINE or line == IPI_LINE]
+
+        def trigger(*lines):
+            at, produced = queue.idx, queue.produced
+            for line in lines:
+                rig.source(1, line).trig_mmio.write(0)
+            first = list(dict.fromkeys(lines))  # the others found P: only Q is set
+            assert queue.produced == produced + len(first)
+            page = [queue.qpage[(at + i) % 64] & 0x7FFFFFFF for i in range(len(first))]
+            assert page == rig.chip.xive_cpu(1).notified == first
+
+        for _ in range(3):  # the last is across the wrap of turns, and of the queue
+            assert taken_after(lambda: trigger(*sent)) == sent
+        # Q: once more, in the order of the EOIs.
+        order = taken_after(lambda: trigger(20, 12, 20, 8, 12))
+        assert order == [20, 12, 8, 20, 12]
+
+        def unmask_between():
+            rig.chip.raise_line(12, 1)
+            rig.chip.raise_line(8, 1)
+            rig.chip.unmask_line(20, 1)
+            rig.chip.raise_line(9, 1)
+
+        rig.chip.mask_line(20, 1)
+        rig.chip.raise_line(20, 1)
+        rig.chip.raise_line(IPI_LINE, 1)  # it looks, and holds 20
+        assert taken_after(unmask_between) == [12, 8, 20, 9]
 
 
 # ---- CPPR ----------------------------------------------------------------------------
@@ -1049,11 +1148,12 @@ def test_what_else_is_refused(rig):
         with pytest.raises(IrqError, match="has no source"):
             chip.irq_data(line, 1)
     page = rig.source(1).eoi_mmio
-    for offset in (0x400, 0x801, 0xB00, 0x1000, -1):
+    for offset in (0x801, 0xC04, 0x1000, -8):
         with pytest.raises(IrqError, match="no load"):
             page.read(offset)
-    with pytest.raises(IrqError, match="no store"):
-        page.write(0, XIVE_ESB_LOAD_EOI)
+    for offset in (0x800, 0xB08, 0x404, 0x1000, -8):
+        with pytest.raises(IrqError, match="no store"):
+            page.write(0, offset)
     with pytest.raises(IrqError, match="irq 1024") as info:
         chip.smp_request_message_ipi(1024, PPC_MSG_RESCHEDULE)
     assert info.value.errno == 22

@@ -40,9 +40,10 @@ extern const struct shi_flow shi_flow_vector, shi_flow_mailbox, shi_flow_mux, sh
 void shi_esb_message(struct shi_self *self, uint32_t dst, uint32_t message);
 /* esb: smp_ipi_demux called by hand.  In a core section of the owner's. */
 void shi_esb_demux(struct shi_self *self);
-/* esb: a load from (0x400: a store to) the ESB page of a source; what it gives, or
- * -EINVAL.  Between shi_enter and shi_leave. */
-int shi_esb_access(struct shi_self *self, uint32_t cpu, uint32_t line, uint32_t offset);
+/* esb: a load from, or a store to, the ESB page of a source: what it gives (0 for a
+ * store), or -EINVAL.  Between shi_enter and shi_leave. */
+int shi_esb_load(struct shi_self *self, uint32_t cpu, uint32_t line, uint32_t offset);
+int shi_esb_store(struct shi_self *self, uint32_t cpu, uint32_t line, uint32_t offset);
 
 /* Check a description and find its flow: -EINVAL for one that cannot be. */
 int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus);

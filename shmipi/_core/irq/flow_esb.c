@@ -7,10 +7,12 @@
  * and sends a notification; one that finds P sets Q and is absorbed.  An EOI clears P, or
  * when Q was set clears that and notifies again.  Q without P is off: triggers are lost.
  *
- * A notification is an entry of the CPU's event queue.  Here it is a bit on its way there
- * (`N`), which its CPU puts in the queue itself before it reads it: so a trigger is one
- * compare-and-swap of P, Q and N, and nobody can die between P and its notification.
- * What is on its way for a masked source stays there until it is unmasked.
+ * A notification is an entry of the CPU's event queue, written as the source notifies and
+ * read first in, first out (xive_read_eq).  Here it is a bit (`N`) and, behind others, a
+ * turn; its CPU writes the entries of all that have notified, in that order, before it
+ * reads one.  So a trigger is one compare-and-swap of P, Q and N, and nobody can die between
+ * P and its notification.  That of a source that is masked when its CPU looks is held until
+ * it is unmasked, and then queued anew, as a retrigger does.
  *
  * Source 0 is the one IPI that a CPU has.  Behind it are `messages`, a byte each; its
  * handler (xive_muxed_ipi_action, smp_ipi_demux) exchanges them with zero until there
@@ -38,16 +40,24 @@
 #define ALL ((1ull << SOURCES) - 1)
 #define DOORBELL (1ull << 63)
 
+/* irr[1] to irr[3], in the line of irr[0]: a byte for each source, its turn among those
+ * that have notified, and behind them the byte that counts turns.  0: it found no other
+ * notification when it came, and is before all that have a turn; HELD: after them, and
+ * not at all while it is masked.  Turns are modulo 128, from 1: that far apart are
+ * no two of the 21 that there can be. */
+#define TURNS 128u
+#define HELD 0xffu
+
 #define IPI_SOURCE 0u
 #define PRIORITY 7u /* xive_irq_priority, of IPIs and devices alike */
 #define EQ_GENERATION 0x80000000u
 
-/* ESB pages (asm/xive-regs.h): offsets of loads, but for the store. */
-#define ESB_LOAD_EOI 0x000u
+/* ESB pages (asm/xive-regs.h): each of these is where a range begins.  A load below
+ * ESB_GET is an EOI, a store below ESB_STORE_EOI a trigger. */
 #define ESB_STORE_EOI 0x400u
 #define ESB_GET 0x800u
 #define ESB_SET_PQ_00 0xc00u
-#define ESB_SET_PQ_11 0xf00u
+#define ESB_END 0x1000u
 #define ESB_VAL_P 2u
 #define ESB_VAL_Q 1u
 
@@ -60,6 +70,7 @@ enum { NOT_DEMUXING, BY_XIVE, BY_DOORBELL, BY_HAND };
 
 _Static_assert(3 * SOURCES == 63, "P, Q, N and the doorbell fill a word");
 _Static_assert(MESSAGES - 1 + SOURCES == SHI_ESB_LINES, "a line for each source");
+_Static_assert(SOURCES + 1 <= (SHI_NLINES / 64 - 1) * 8, "turns are in irr[1] and up");
 
 static uint32_t source_of(uint32_t line)
 {
@@ -103,6 +114,46 @@ static bool esb_pending(const struct shi_machine *m, uint32_t cpu)
     return esb & DOORBELL || external_pending(shi_pic(m, cpu), esb);
 }
 
+/* ---- the order of notifications -------------------------------------------------- */
+
+static shi_a8 *turn_of(const struct shi_machine *m, uint32_t cpu, uint32_t source)
+{
+    return (shi_a8 *)(void *)&shi_slot(m, cpu)->irr[1] + source;
+}
+
+/* A turn after all that were given, in place of `was`. */
+static void give_turn(const struct shi_machine *m, uint32_t cpu, uint32_t source, uint8_t was)
+{
+    uint32_t n = shi_fetch_add_full(turn_of(m, cpu, SOURCES), 1);
+    /* Full, and before N is set: the owner that finds N finds the turn.  Only in place of
+     * `was`: of two that trigger one source at once the second is absorbed, and must not
+     * move what the first has queued behind what came in between. */
+    shi_cas_full(turn_of(m, cpu, source), &was, (uint8_t)(1 + n % TURNS));
+}
+
+/* To be called before N of `source` is set in what is `esb` now. */
+static inline void queue_up(const struct shi_machine *m, uint32_t cpu, uint32_t source,
+                            uint64_t esb)
+{
+    if (__builtin_expect((esb >> 2 * SOURCES & ALL & ~P(source)) != 0, 0) &&
+        !shi_load_relaxed(turn_of(m, cpu, source)))
+        give_turn(m, cpu, source, 0);
+}
+
+/* Of these notifications the first that came. */
+static uint32_t oldest(struct shi_self *self, uint64_t found)
+{
+    uint32_t first = (uint32_t)__builtin_ctzll(found), source;
+    for (found &= found - 1; found; found &= found - 1) {
+        source = (uint32_t)__builtin_ctzll(found);
+        uint32_t a = shi_load_relaxed(turn_of(self->m, self->id, source));
+        uint32_t b = shi_load_relaxed(turn_of(self->m, self->id, first));
+        if (b && a != HELD && (!a || b == HELD || (a - b) % TURNS > TURNS / 2))
+            first = source;
+    }
+    return first;
+}
+
 /* ---- the sender's side ----------------------------------------------------------- */
 
 static void trigger(struct shi_self *self, uint32_t dst, uint32_t source)
@@ -113,9 +164,10 @@ static void trigger(struct shi_self *self, uint32_t dst, uint32_t source)
     uint64_t was = shi_load_relaxed(esb), next;
     do {
         next = was;
-        if (!(was & (P(source) | Q(source))))
+        if (!(was & (P(source) | Q(source)))) {
+            queue_up(self->m, dst, source, was);
             next |= P(source) | N(source);
-        else if (was & P(source) && !(was & N(source) && masked))
+        } else if (was & P(source) && !(was & N(source) && masked))
             next |= Q(source);
         /* Full, changed or not: cause_ipi's barrier between message and trigger. */
     } while (!shi_cas_full(esb, &was, next));
@@ -170,9 +222,10 @@ static bool source_eoi(struct shi_self *self, uint32_t cpu, uint32_t source)
     uint64_t was = shi_load_relaxed(esb), next;
     do {
         next = was;
-        if (pq(was, source) == (ESB_VAL_P | ESB_VAL_Q))
+        if (pq(was, source) == (ESB_VAL_P | ESB_VAL_Q)) {
+            queue_up(self->m, cpu, source, was);
             next = (was & ~Q(source)) | N(source);
-        else if (was & P(source))
+        } else if (was & P(source))
             next = was & ~P(source);
         /* Full: the masks that its caller opened stand before the bits. */
     } while (!shi_cas_full(esb, &was, next));
@@ -181,43 +234,85 @@ static bool source_eoi(struct shi_self *self, uint32_t cpu, uint32_t source)
     return again;
 }
 
-int shi_esb_access(struct shi_self *self, uint32_t cpu, uint32_t line, uint32_t offset)
+static bool has_esb(const struct shi_self *self, uint32_t line, uint32_t offset)
+{
+    return self->m->chip.flow == SHI_FLOW_ESB && (line == IPI_LINE || line >= MESSAGES) &&
+           offset < ESB_END;
+}
+
+/* P and Q as offset bits 9 and 8 say; what they were. */
+static uint32_t set_pq(struct shi_self *self, uint32_t cpu, uint32_t source, uint32_t offset)
 {
     shi_a64 *esb = &shi_slot(self->m, cpu)->irr[0];
-    uint32_t source = source_of(line), set = offset >> 8 & 3;
-    uint64_t was, next;
-    if (self->m->chip.flow != SHI_FLOW_ESB || (line != IPI_LINE && line < MESSAGES))
-        return -EINVAL;
-    if (offset == ESB_GET)
-        return (int)pq(shi_load_full(esb), source);
-    if (offset == ESB_LOAD_EOI || offset == ESB_STORE_EOI) {
-        bool again = source_eoi(self, cpu, source);
-        shi_chip_look(self, cpu, false);
-        return again;
-    }
-    if (offset < ESB_SET_PQ_00 || offset > ESB_SET_PQ_11 || offset & 0xff)
-        return -EINVAL;
-    was = shi_load_relaxed(esb);
+    uint64_t was = shi_load_relaxed(esb), next;
+    uint32_t set = offset >> 8 & 3;
     do {
         next = was & ~(P(source) | Q(source));
         next |= (set & ESB_VAL_P ? P(source) : 0) | (set & ESB_VAL_Q ? Q(source) : 0);
         /* What was notified is in the queue, or as good as: it stays. */
     } while (!shi_cas_full(esb, &was, next));
-    return (int)pq(was, source);
+    return pq(was, source);
+}
+
+int shi_esb_load(struct shi_self *self, uint32_t cpu, uint32_t line, uint32_t offset)
+{
+    uint32_t source = source_of(line);
+    if (!has_esb(self, line, offset))
+        return -EINVAL;
+    if (offset >= ESB_SET_PQ_00)
+        return (int)set_pq(self, cpu, source, offset);
+    if (offset >= ESB_GET)
+        return (int)pq(shi_load_full(&shi_slot(self->m, cpu)->irr[0]), source);
+    bool again = source_eoi(self, cpu, source);
+    shi_chip_look(self, cpu, false);
+    return again;
+}
+
+int shi_esb_store(struct shi_self *self, uint32_t cpu, uint32_t line, uint32_t offset)
+{
+    uint32_t source = source_of(line);
+    if (!has_esb(self, line, offset))
+        return -EINVAL;
+    if (offset >= ESB_SET_PQ_00) {
+        set_pq(self, cpu, source, offset);
+        return 0;
+    }
+    if (offset >= ESB_GET)
+        return -EINVAL; /* undefined */
+    if (offset < ESB_STORE_EOI)
+        trigger(self, cpu, source);
+    else
+        source_eoi(self, cpu, source);
+    shi_chip_look(self, cpu, false);
+    return 0;
 }
 
 /* ---- the CPU's side -------------------------------------------------------------- */
 
-/* XIVE: what was notified goes to the event queue while that has room. */
+/* The kernel reads the entry of a masked source and sets it aside (IRQS_PENDING). */
+static void hold(struct shi_self *self, uint64_t masked)
+{
+    for (; masked; masked &= masked - 1)
+        shi_store_relaxed(turn_of(self->m, self->id, (uint32_t)__builtin_ctzll(masked)), HELD);
+}
+
+/* XIVE: what was notified goes to the event queue, in its order. */
 static void enqueue(struct shi_self *self)
 {
     struct shi_pic *pic = &self->slot->pic;
-    uint64_t found = shi_load_full(&self->slot->irr[0]) >> 2 * SOURCES & enabled(pic);
+    uint64_t all = shi_load_full(&self->slot->irr[0]) >> 2 * SOURCES & ALL;
+    uint64_t found = all & enabled(pic);
     uint32_t put = shi_load_relaxed(&pic->eq_put);
-    for (; found && put - shi_load_relaxed(&pic->eq_at) < SHI_EQ; found &= found - 1) {
-        uint32_t source = (uint32_t)__builtin_ctzll(found);
+    if (__builtin_expect(all != found, 0))
+        hold(self, all & ~found);
+    while (found && put - shi_load_relaxed(&pic->eq_at) < SHI_EQ) {
+        uint32_t source = oldest(self, found);
         /* The first turn's generation is 1: a ring of zeros is empty. */
         uint32_t generation = put / SHI_EQ % 2 ? 0 : EQ_GENERATION;
+        found &= ~P(source);
+        /* The turn first: who sets N again takes a new one. */
+        if (shi_load_relaxed(turn_of(self->m, self->id, source)))
+            shi_store_relaxed(turn_of(self->m, self->id, source), 0);
         shi_fetch_and_full(&self->slot->irr[0], ~N(source));
         shi_store_relaxed(&pic->eq[put % SHI_EQ], generation | line_of(source));
         shi_store_relaxed(&pic->eq_put, ++put);
@@ -255,6 +350,8 @@ static uint32_t get_irq(struct shi_self *self)
         /* Masked since it was put there: kept for its unmasking, as IRQS_PENDING is, which
          * may have come in between.  But without P it was taken back, and is stale. */
         uint64_t was = shi_load_relaxed(&self->slot->irr[0]);
+        if (was & P(source))
+            shi_store_relaxed(turn_of(self->m, self->id, source), HELD);
         while (was & P(source) && !shi_cas_full(&self->slot->irr[0], &was, was | N(source)))
             ;
         enqueue(self);
@@ -353,12 +450,28 @@ static void esb_end(struct shi_self *self, uint32_t line)
         end(self, line);
 }
 
+/* What was held for the mask comes again, behind what has come meanwhile. */
+static void esb_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on)
+{
+    shi_a64 *word = &shi_pic(self->m, cpu)->enable[0];
+    if (!on) {
+        shi_fetch_and_full(word, ~(1ull << line));
+        return;
+    }
+    if (line >= MESSAGES && shi_load_relaxed(turn_of(self->m, cpu, source_of(line))) == HELD)
+        give_turn(self->m, cpu, source_of(line), HELD);
+    /* If the owner holds it only now, it finds it unmasked when it looks once more. */
+    shi_fetch_or_full(word, 1ull << line);
+}
+
 static void esb_clear(struct shi_self *self, uint32_t cpu, uint32_t line)
 {
     shi_a64 *esb = &shi_slot(self->m, cpu)->irr[0];
     uint32_t source = source_of(line);
-    if (line >= MESSAGES)
-        shi_fetch_and_full(esb, ~(P(source) | Q(source) | N(source)));
+    if (line < MESSAGES)
+        return;
+    shi_fetch_and_full(esb, ~(P(source) | Q(source) | N(source)));
+    shi_store_relaxed(turn_of(self->m, cpu, source), 0);
 }
 
 static void esb_reset(const struct shi_machine *m, uint32_t cpu)
@@ -394,6 +507,7 @@ const struct shi_flow shi_flow_esb = {
     .next = esb_next,
     .end = esb_end,
     .pending = esb_pending,
+    .enable = esb_enable,
     .clear = esb_clear,
     .reset = esb_reset,
     .masked = esb_masked,

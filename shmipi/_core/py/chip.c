@@ -238,16 +238,18 @@ METHOD(irq_end)
     Py_RETURN_NONE;
 }
 
-/* esb_access(cpu, line, offset) -> int: a load from a source's ESB page (0x400: a store). */
+/* esb_access(cpu, line, offset, store) -> int: to a source's ESB page. */
 METHOD(esb_access)
 {
     Machine *machine = MACHINE(object);
     unsigned cpu, line, offset;
-    if (!PyArg_ParseTuple(arg, "III", &cpu, &line, &offset) || shi_use(machine) < 0 ||
+    int store;
+    if (!PyArg_ParseTuple(arg, "IIIp", &cpu, &line, &offset, &store) || shi_use(machine) < 0 ||
         shi_check_line(machine, line) < 0 || check_cpu(machine, cpu) < 0)
         return NULL;
     shi_enter(&machine->self);
-    int value = shi_esb_access(&machine->self, cpu, line, offset);
+    int value = store ? shi_esb_store(&machine->self, cpu, line, offset)
+                      : shi_esb_load(&machine->self, cpu, line, offset);
     shi_leave(&machine->self);
     settle(machine);
     if (value >= 0)
@@ -510,7 +512,8 @@ PyMethodDef shi_chip_methods[] = {
     { "irq_threshold", machine_irq_threshold, METH_O, "irq_threshold(value): of this CPU" },
     { "irq_end", machine_irq_end, METH_O,
       "irq_end(line): EOI before the handler has returned" },
-    { "esb_access", machine_esb_access, METH_VARARGS, "esb_access(cpu, line, offset) -> int" },
+    { "esb_access", machine_esb_access, METH_VARARGS,
+      "esb_access(cpu, line, offset, store) -> int" },
     { "esb_message", machine_esb_message, METH_VARARGS, "esb_message(cpu, message): store it" },
     { "esb_demux", machine_esb_demux, METH_NOARGS, "esb_demux(): take this CPU's messages" },
     { "nmi_send", machine_nmi_send, METH_VARARGS,

@@ -27,6 +27,7 @@ no priority.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
@@ -57,8 +58,8 @@ XIVE_PRIORITY = 7
 CPPR_ALL = 0xFF
 CPPR_NONE = 0x00
 
-# The ESB page (asm/xive-regs.h). All but the first are loads, and the SETs, as GET,
-# return what P and Q were: XIVE_ESB_VAL_P | XIVE_ESB_VAL_Q.
+# The ESB page (asm/xive-regs.h): each is where a range begins that means the same. GET
+# and the SETs return what P and Q were: XIVE_ESB_VAL_P | XIVE_ESB_VAL_Q.
 XIVE_ESB_STORE_EOI = 0x400
 XIVE_ESB_LOAD_EOI = 0x000
 XIVE_ESB_GET = 0x800
@@ -66,23 +67,21 @@ XIVE_ESB_SET_PQ_00 = 0xC00
 XIVE_ESB_SET_PQ_01 = 0xD00
 XIVE_ESB_SET_PQ_10 = 0xE00
 XIVE_ESB_SET_PQ_11 = 0xF00
+#: Added to a load's offset: it is ordered after the stores before it. All are, here.
+XIVE_ESB_LD_ST_MO = 0x40
 XIVE_ESB_VAL_P = 0x2
 XIVE_ESB_VAL_Q = 0x1
 
-_LOADS = {
-    XIVE_ESB_LOAD_EOI,
-    XIVE_ESB_GET,
-    XIVE_ESB_SET_PQ_00,
-    XIVE_ESB_SET_PQ_01,
-    XIVE_ESB_SET_PQ_10,
-    XIVE_ESB_SET_PQ_11,
-}
+_ESB_BYTES = 0x1000
 
-# How the core keeps it: P, Q and N (notified, on its way to the queue) of each source,
-# and the doorbell in the last bit of irr[0].
+# How the core keeps it: P, Q and N (notified, in the queue) of each source, and the
+# doorbell in the last bit of irr[0]; a byte for the turn of each source behind it.
 _SOURCES = 21
 _ALL = (1 << _SOURCES) - 1
+_TURNS = 128
+_HELD = 0xFF
 _EQ_ENTRIES = 64
+_EQ_GENERATION = 1 << 31
 
 
 class EsbState(IntEnum):
@@ -109,20 +108,31 @@ class EsbPage(TriggerPage):
     """The page of a source that changes P and Q."""
 
     def read(self, offset: int) -> int:
-        """Load 8 bytes (in_be64) at XIVE_ESB_GET, _SET_PQ_* or _LOAD_EOI.
+        """Load 8 bytes (in_be64): what it does depends on the offset's range.
 
-        Returns what P and Q were; for LOAD_EOI, 1 if it notified again. Raises
-        ``IrqError`` (EINVAL) for other offsets.
+        From 0 (XIVE_ESB_LOAD_EOI) on: an EOI; 1 if it notified again. From 0x800
+        (XIVE_ESB_GET) on: what P and Q are. From 0xc00 on (XIVE_ESB_SET_PQ_*, 0x100
+        each): what they were, before they are set. Raises ``IrqError`` (EINVAL) for an
+        offset that is not in the page, or no multiple of 8.
         """
-        if offset not in _LOADS:
-            raise self._chip.invalid(f"an ESB page has no load at offset {offset:#x}")
-        return self._chip.machine.esb_access(self._cpu, self._line, offset)
+        return self._access("load", offset, False)
 
     def write(self, value: int = 0, offset: int = XIVE_ESB_STORE_EOI) -> None:
-        """Store 8 bytes at XIVE_ESB_STORE_EOI: an EOI. ``IrqError`` elsewhere."""
-        if offset != XIVE_ESB_STORE_EOI:
-            raise self._chip.invalid(f"an ESB page has no store at offset {offset:#x}")
-        self._chip.machine.esb_access(self._cpu, self._line, offset)
+        """Store 8 bytes (out_be64), whatever they are, likewise.
+
+        From 0 on: a trigger. From 0x400 (XIVE_ESB_STORE_EOI) on: an EOI. From 0xc00 on:
+        P and Q are set. ``IrqError`` (EINVAL) as ``read``, and from 0x800 on, where a
+        store is undefined.
+        """
+        self._access("store", offset, True)
+
+    def _access(self, what: str, offset: int, store: bool) -> int:
+        undefined = store and XIVE_ESB_GET <= offset < XIVE_ESB_SET_PQ_00
+        if not 0 <= offset < _ESB_BYTES or offset % 8 or undefined:
+            raise self._chip.invalid(
+                f"an ESB page has no {what} of 8 bytes at offset {offset:#x}"
+            )
+        return self._chip.machine.esb_access(self._cpu, self._line, offset, store)
 
 
 class XiveIrqData:
@@ -147,8 +157,9 @@ class XiveIrqData:
 class XiveQueue:
     """``struct xive_q``: the event queue of a CPU, a ring of 64 words.
 
-    The CPU puts an entry in it when it is about to look, here; until then the
-    notification is on its way to it (``XiveCpu.notified``).
+    An entry is written when a source notifies, and read first in, first out. That of a
+    masked source stays at the end until it is unmasked, where the kernel takes it out
+    and triggers the source again.
     """
 
     msk = _EQ_ENTRIES - 1
@@ -169,12 +180,19 @@ class XiveQueue:
     @property
     def qpage(self) -> list[int]:
         """The 64 entries: generation << 31 | line."""
-        return [self._chip.read("eq", self._cpu, i) for i in range(_EQ_ENTRIES)]
+        entries = [self._chip.read("eq", self._cpu, i) for i in range(_EQ_ENTRIES)]
+        # The core writes what has notified since when the CPU looks.
+        put = self._chip.read("eq_put", self._cpu)
+        for at, line in enumerate(self._chip.xive_cpu(self._cpu).notified, put):
+            generation = 0 if at // _EQ_ENTRIES % 2 else _EQ_GENERATION
+            entries[at % _EQ_ENTRIES] = generation | line
+        return entries
 
     @property
     def produced(self) -> int:
         """How many entries were written since the CPU came up, modulo 2**32."""
-        return self._chip.read("eq_put", self._cpu)
+        notified = self._chip.read("irr", self._cpu) >> 2 * _SOURCES & _ALL
+        return self._chip.read("eq_put", self._cpu) + notified.bit_count() & 0xFFFFFFFF
 
 
 class XiveCpu:
@@ -212,9 +230,24 @@ class XiveCpu:
 
     @property
     def notified(self) -> list[int]:
-        """Lines whose notification is on its way to the queue, or held for a mask."""
-        notified = self._chip.read("irr", self._cpu) >> 2 * _SOURCES & _ALL
-        return _lines(notified)
+        """Lines whose notification the CPU has not looked at yet, or that is held.
+
+        In the order in which they came, those that are held for a mask last.
+        """
+        chip, cpu = self._chip, self._cpu
+        words = [chip.read("irr", cpu, i) for i in range(1, 4)]
+        turns = b"".join(word.to_bytes(8, sys.byteorder) for word in words)
+        notified = chip.read("irr", cpu) >> 2 * _SOURCES & _ALL
+        given = turns[_SOURCES]  # by now; the next one's place
+
+        def order(source: int) -> int:
+            turn = turns[source]
+            if turn in (0, _HELD):
+                return _TURNS if turn else -_TURNS
+            return (turn - 1 - given + _TURNS // 2) % _TURNS
+
+        sources = [source for source in range(_SOURCES) if notified >> source & 1]
+        return [_line_of(source) for source in sorted(sources, key=order)]
 
     @property
     def messages(self) -> list[int]:
@@ -356,8 +389,8 @@ class Xive(PowerpcSmp):
 
 
 def _lines(sources: int) -> list[int]:
-    return [
-        IPI_LINE if source == 0 else source + FIRST_SOURCE_LINE - 1
-        for source in range(_SOURCES)
-        if sources >> source & 1
-    ]
+    return [_line_of(source) for source in range(_SOURCES) if sources >> source & 1]
+
+
+def _line_of(source: int) -> int:
+    return IPI_LINE if source == 0 else source + FIRST_SOURCE_LINE - 1
