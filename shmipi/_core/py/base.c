@@ -6,7 +6,6 @@
 #include <stdarg.h>
 
 #include "base/clock.h"
-#include "py/tables.h"
 
 struct shi_python shi_py;
 PyTypeObject *shi_machine_type;

@@ -146,4 +146,6 @@ int shi_as_mask(Machine *machine, PyObject *mask, uint32_t **cpus, uint32_t *n);
 typedef PyObject *shi_smp_function(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
                                    PyObject *kwnames);
 
+extern PyMethodDef shi_base_functions[]; /* of the module */
+
 #endif

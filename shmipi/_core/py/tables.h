@@ -14,7 +14,7 @@ extern PyMethodDef shi_reap_methods[], shi_lock_methods[], shi_step_methods[];
 extern PyMethodDef shi_irqlock_methods[];
 
 /* Functions of the module. */
-extern PyMethodDef shi_base_functions[], shi_guard_functions[], shi_smp_functions[];
+extern PyMethodDef shi_guard_functions[], shi_smp_functions[];
 extern PyMethodDef shi_context_functions[], shi_machine_functions[], shi_barrier_functions[];
 extern PyMethodDef shi_waitq_functions[], shi_native_functions[], shi_segment_functions[];
 extern PyMethodDef shi_bench_functions[], shi_limit_functions[], shi_clock_functions[];
