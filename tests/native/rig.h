@@ -15,15 +15,16 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "smp/call.h"
-#include "irq/chip.h"
 #include "base/clock.h"
-#include "smp/csd.h"
-#include "smp/idle.h"
-#include "irq/irq.h"
 #include "base/machine.h"
 #include "base/native.h"
+#include "irq/chip.h"
+#include "smp/cpu.h"
+#include "smp/csd.h"
+#include "smp/entry.h"
+#include "smp/idle.h"
 #include "smp/reap.h"
+#include "smp/smp.h"
 #include "smp/wait.h"
 
 #define CHECK(what)                                                                            \

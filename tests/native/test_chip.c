@@ -4,6 +4,7 @@
 #include "rig.h"
 
 #include "irq/chip.h"
+#include "irq/flows.h"
 #include "irq/irqdesc.h"
 
 #define CPUS 3

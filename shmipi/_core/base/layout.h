@@ -344,6 +344,7 @@ enum shi_line_use {
     SHI_USE_NMI = 4,   /* chips without one: a line that can be masked stands in */
     SHI_USE_IRQ = 5,   /* of an IPI domain: whoever requested the irq */
     SHI_USE_COUNT = 6, /* counted and nothing else */
+    SHI_NUSES = 7,
 };
 
 /* A chip, as its class in shmipi/irq/chips/ describes it. */

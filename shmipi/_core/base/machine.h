@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* A process's own view of a machine: the mapping, and who it is in it. */
+/* Who a process is in a machine: its slot, what it owns, what it counts. */
 #ifndef SHI_MACHINE_H
 #define SHI_MACHINE_H
 
@@ -8,35 +8,10 @@
 #include <pthread.h>
 #include <time.h>
 
-#include "smp/arena.h"
-#include "base/layout.h"
+#include "base/arena.h"
+#include "base/segment.h"
 
 struct shi_self;
-struct shi_flow;
-
-/* Geometry, copied out of the header once and checked: never read from there again. */
-struct shi_machine {
-    uint8_t *base;
-    struct shi_header *header;
-    uint64_t total_bytes;
-    uint64_t slot_offset, irq_offset, region_offset, region_bytes, func_offset, arena_offset;
-    uint64_t arena_bytes, trace_offset, array_offset, array_bytes, sum_key;
-    uint64_t payload_max; /* the largest single payload */
-    uint32_t ncpus, nslots, csd_shift, csds_per_slot, ncsds, trace_records;
-    uint32_t cookie, kick_signal, nmi_signal;
-    enum shi_doorbell doorbell;
-    bool kick;
-    bool oversubscribed;
-    int fd;               /* of the segment: only by shi_machine_fd and _close */
-    uint64_t dev, ino;    /* of the file that it is, 0 for none (native tests) */
-    char path[64];        /* of that file, to open it again */
-    struct shi_chip chip; /* checked */
-    const struct shi_flow *flow;
-    int *eventfds; /* per CPU, or NULL */
-    void **sems;   /* sem_t *, per CPU, or NULL */
-    int *mqueues;  /* mqd_t, per CPU, or NULL */
-    bool adopted;  /* of a guest: semaphores are mapped here, not opened by name */
-};
 
 /* What a sender knows about each of its csds and functions, in private memory. */
 struct shi_csd_note {
@@ -151,64 +126,6 @@ struct shi_self {
     timer_t timer; /* of the CPU's own thread: asks the interpreter again */
 };
 
-/* Geometry for a machine of this shape; fills everything of `h` but the name. */
-int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records,
-                    uint64_t arena_bytes, uint64_t array_bytes);
-/* Bytes that must be allocated at boot: header, directory, slots. */
-uint64_t shi_layout_fixed(const struct shi_header *h);
-/* Check a mapped header against `mapped` bytes; -EINVAL, or -EPROTO for another ABI. */
-int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int fd);
-/* A descriptor of the segment's file, or -1.  A task may close every descriptor it finds,
- * and open a file that then has our number: that one is never touched. */
-int shi_machine_fd(const struct shi_machine *m);
-/* Close the descriptor, if it is ours still. */
-void shi_machine_close(struct shi_machine *m);
-/* Allocate a range of the segment's file: 0, -ENOSPC, ... */
-int shi_machine_back(const struct shi_machine *m, uint64_t offset, uint64_t length);
-/* Give a range back: it reads as zeros.  False: the pages are kept as they are. */
-bool shi_machine_punch(const struct shi_machine *m, uint64_t offset, uint64_t length);
-
-/* Become slot `id`.  `gen` is 0 for the host and the firmware. */
-int shi_self_init(struct shi_self *self, struct shi_machine *m, uint32_t id);
-void shi_self_fini(struct shi_self *self);
-/* CPU: take the slot (pid, start time, thread) and go online, polling. */
-int shi_self_online(struct shi_self *self);
-
-/* Where the arrays made so far end. */
-static inline uint64_t shi_array_end(const struct shi_machine *m)
-{
-    uint64_t used = shi_load_acquire(&m->header->array_used);
-    return m->array_offset + (used < m->array_bytes ? used : m->array_bytes);
-}
-
-static inline struct shi_slot *shi_slot(const struct shi_machine *m, uint32_t id)
-{
-    return (struct shi_slot *)(m->base + m->slot_offset + (uint64_t)id * SHI_SLOT_BYTES);
-}
-
-static inline uint8_t *shi_region(const struct shi_machine *m, uint32_t id)
-{
-    return m->base + m->region_offset + (uint64_t)id * m->region_bytes;
-}
-
-/* `index` counts through all slots; the caller has checked it. */
-static inline struct shi_csd *shi_csd(const struct shi_machine *m, uint32_t index)
-{
-    return (struct shi_csd *)shi_region(m, index >> m->csd_shift) +
-           (index & (m->csds_per_slot - 1));
-}
-
-static inline struct shi_func *shi_func_entry(const struct shi_machine *m, uint32_t id,
-                                              uint32_t index)
-{
-    return (struct shi_func *)(shi_region(m, id) + m->func_offset) + index;
-}
-
-static inline uint8_t *shi_arena_base(const struct shi_machine *m, uint32_t id)
-{
-    return shi_region(m, id) + m->arena_offset;
-}
-
 static inline void shi_count_n(struct shi_self *self, enum shi_counter c, uint64_t n)
 {
     shi_a64 *p = &self->counts[c];
@@ -221,36 +138,6 @@ static inline void shi_count_n(struct shi_self *self, enum shi_counter c, uint64
 static inline void shi_count(struct shi_self *self, enum shi_counter c)
 {
     shi_count_n(self, c, 1);
-}
-
-/*
- * A core section: between these the kick handler only notes that it was called, so
- * the sender's private lists never change under it.  On the host, whose threads share
- * one sender and which takes no interrupts, it is a mutex.
- */
-static inline void shi_enter(struct shi_self *self)
-{
-    if (self->host) {
-        pthread_mutex_lock(&self->lock);
-        return;
-    }
-    self->in_core++;
-    shi_signal_fence();
-}
-
-void shi_leave_slow(struct shi_self *self);
-
-static inline void shi_leave(struct shi_self *self)
-{
-    if (self->host) {
-        pthread_mutex_unlock(&self->lock);
-        return;
-    }
-    shi_signal_fence();
-    self->in_core--;
-    shi_signal_fence();
-    if (__builtin_expect(self->happened, 0))
-        shi_leave_slow(self);
 }
 
 static inline bool shi_masked(const struct shi_self *self)
@@ -269,11 +156,6 @@ static inline bool shi_irqs_wait(const struct shi_self *self)
 static inline bool shi_python_waits(const struct shi_self *self)
 {
     return self->nmi_waits || shi_irqs_wait(self);
-}
-
-static inline uint32_t shi_first_guest(const struct shi_machine *m)
-{
-    return m->ncpus + 2;
 }
 
 /* Has the machine ended for this process?  A guest is told when its end has begun. */
@@ -313,10 +195,6 @@ void shi_lock_release(struct shi_self *self, shi_a64 *lock);
 /* A child that shares this process's slot has been waited for: what it held can be taken. */
 void shi_lock_orphan(const struct shi_self *self, shi_a64 *lock, uint32_t pid);
 
-/* Give the own slot up, for another to have: what this process still writes to it goes to
- * private memory from here on.  The caller is the only thread in the core.  0 or -errno. */
-int shi_self_leave(struct shi_self *self);
-
 /* Is the task that runs here to be interrupted?  The flag is in its own csd, so that it is
  * never the next task's. */
 static inline bool shi_cancel_asked(const struct shi_self *self)
@@ -324,8 +202,5 @@ static inline bool shi_cancel_asked(const struct shi_self *self)
     const struct shi_csd *csd = self->cancellable;
     return csd && (shi_load_acquire(&csd->lock) & SHI_CSD_CANCEL) != 0;
 }
-
-/* Keyed checksum of a payload: guards against damage, not against an attacker. */
-uint64_t shi_checksum(const struct shi_machine *m, const void *data, uint64_t length);
 
 #endif

@@ -1,52 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 #include "base/sys.h"
 
-#include <errno.h>
 #include <string.h>
 
-#include "irq/chip.h"
-#include "irq/doorbell.h"
-#include "irq/irq.h"
-#include "irq/irqdesc.h"
-#include "irq/nmi.h"
 #include "base/step.h"
 #include "base/trace.h"
-
-#define STARTUP_LOOK_NS 100000000
-
-static const struct shi_flow *const flows[SHI_NFLOWS] = {
-    [SHI_FLOW_VECTOR] = &shi_flow_vector, [SHI_FLOW_MAILBOX] = &shi_flow_mailbox,
-    [SHI_FLOW_MUX] = &shi_flow_mux,       [SHI_FLOW_SGI] = &shi_flow_sgi,
-    [SHI_FLOW_SHARED] = &shi_flow_shared, [SHI_FLOW_ESB] = &shi_flow_esb,
-};
-
-const struct shi_flow *shi_flow_of(uint32_t kind)
-{
-    return kind < SHI_NFLOWS ? flows[kind] : NULL;
-}
-
-int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus)
-{
-    uint32_t span = chip->per_cpu ? ncpus : 1;
-    const uint32_t lines[] = { chip->call_single, chip->call, chip->reschedule };
-    size_t i;
-    if (!shi_flow_of(chip->flow) || !chip->name[0] ||
-        !memchr(chip->name, 0, sizeof chip->name) || chip->nlines > SHI_NLINES ||
-        chip->nrows > SHI_NROWS || span > SHI_NLINES)
-        return -EINVAL;
-    for (i = 0; i < sizeof lines / sizeof *lines; i++)
-        if (lines[i] >= chip->nlines || lines[i] + span > chip->nlines)
-            return -EINVAL;
-    if (chip->nmi != SHI_NO_LINE &&
-        (chip->nmi >= chip->nlines || chip->nmi + span > chip->nlines))
-        return -EINVAL;
-    /* What each flow keeps per line. */
-    if ((chip->flow == SHI_FLOW_SGI && chip->nlines > 16) ||
-        (chip->flow == SHI_FLOW_ESB && chip->nlines > SHI_ESB_LINES) ||
-        (chip->banked && (chip->flow != SHI_FLOW_SGI || ncpus > 8)))
-        return -EINVAL;
-    return 0;
-}
+#include "irq/chip.h"
+#include "irq/ring.h"
 
 /* ---- sending --------------------------------------------------------------------- */
 
@@ -142,32 +102,12 @@ void shi_chip_count_row(struct shi_self *self, uint32_t line)
 /* The kernel's sysvec handlers and handle_percpu_irq: false when Python has it now. */
 bool shi_chip_act(struct shi_self *self, uint32_t line)
 {
-    switch ((enum shi_line_use)self->m->chip.use[line]) {
-    case SHI_USE_RESCHEDULE:
-        SHI_TRACE(self, scheduler_ipi, self->id, 0, 0, line);
-        shi_count(self, SHI_C_irq_resched); /* the nudge is all there is to it */
-        return true;
-    case SHI_USE_CALL:
-        SHI_TRACE(self, call_interrupt, self->id, 0, 0, line);
-        shi_count(self, SHI_C_irq_call);
-        shi_flush_queue(self);
-        return true;
-    case SHI_USE_CALL_SINGLE:
-        SHI_TRACE(self, call_interrupt, self->id, 0, 0, line);
-        shi_count(self, SHI_C_irq_call_single);
-        shi_flush_queue(self);
-        return true;
-    case SHI_USE_NMI:
-        shi_nmi_by_line(self);
-        return true;
-    case SHI_USE_COUNT:
-        return true;
-    case SHI_USE_IRQ:
-        return shi_irqdesc_handle(self, line);
-    case SHI_USE_NONE:
-        break;
-    }
-    shi_count(self, SHI_C_irq_other); /* reported: `shmipi interrupts` has a row of them */
+    const struct shi_machine *m = self->m;
+    uint32_t use = m->chip.use[line];
+    if (use < SHI_NUSES && m->actions[use])
+        return m->actions[use](self, line);
+    if (use != SHI_USE_COUNT)
+        shi_count(self, SHI_C_irq_other); /* reported: `shmipi interrupts` has a row of them */
     return true;
 }
 
@@ -330,81 +270,4 @@ void shi_chip_replayed(struct shi_self *self)
 {
     if (self->m->flow->masked)
         shi_store_relaxed(&self->slot->pic.happened, 0);
-}
-
-/* ---- bringing secondary CPUs up -------------------------------------------------- */
-
-int shi_chip_wait_startup(struct shi_self *self)
-{
-    shi_a32 *startup = &self->slot->pic.startup;
-    uint32_t was = shi_load_relaxed(startup), next;
-    if (!self->m->chip.startup)
-        return 0;
-    /* INIT has ended this process: a STARTUP since is for the next one. */
-    while (shi_load_full(&self->slot->pic.init) == self->gen && self->gen)
-        shi_event_wait(&self->slot->pic.init, self->gen, STARTUP_LOOK_NS);
-    do {
-        /* The bootstrap processor does not wait; nor does a process that was made
-         * because a STARTUP asked for it. */
-        next = self->id == 0 || was == SHI_SU_ASKED ? SHI_SU_STARTED : SHI_SU_WAITING;
-    } while (!shi_cas_full(startup, &was, next));
-    if (next == SHI_SU_STARTED)
-        return 0;
-    shi_event_ring(&self->m->header->hotplug_event);
-    while (shi_load_acquire(startup) == SHI_SU_WAITING) {
-        if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING)
-            return -ECANCELED;
-        shi_event_wait(startup, SHI_SU_WAITING, STARTUP_LOOK_NS);
-    }
-    return 0;
-}
-
-int shi_chip_let_start(struct shi_self *self, uint32_t cpu)
-{
-    shi_a32 *startup = &shi_pic(self->m, cpu)->startup;
-    uint32_t was = SHI_SU_WAITING;
-    if (!shi_cas_full(startup, &was, SHI_SU_STARTED))
-        return 0;
-    shi_event_wake(startup);
-    return 1;
-}
-
-static bool is_dead(const struct shi_machine *m, uint32_t cpu)
-{
-    return shi_word_state(shi_load_full(&shi_slot(m, cpu)->word)) == SHI_DEAD;
-}
-
-int shi_chip_startup(struct shi_self *self, uint32_t cpu, uint32_t vector)
-{
-    struct shi_pic *pic = shi_pic(self->m, cpu);
-    uint32_t was = shi_load_acquire(&pic->startup), next;
-    do {
-        if (was == SHI_SU_WAITING)
-            next = SHI_SU_STARTED;
-        else if (was == SHI_SU_RESET || (was != SHI_SU_ASKED && is_dead(self->m, cpu)))
-            next = SHI_SU_ASKED;
-        else
-            return 0; /* SDM: a STARTUP IPI that finds no waiting processor is dropped */
-        shi_store_relaxed(&pic->sipi, vector);
-    } while (!shi_cas_full(&pic->startup, &was, next));
-    if (next == SHI_SU_STARTED)
-        shi_event_wake(&pic->startup);
-    else
-        shi_firmware_look(self);
-    return 1;
-}
-
-int shi_chip_init(struct shi_self *self, uint32_t cpu)
-{
-    shi_a32 *startup = &shi_pic(self->m, cpu)->startup;
-    uint32_t was = shi_load_acquire(startup);
-    do {
-        /* What waits, or comes up to wait, or is about to be made, is in reset. */
-        if (was != SHI_SU_STARTED)
-            return 0;
-        /* The state first, the end second: a STARTUP that follows at once finds it. */
-    } while (!shi_cas_full(startup, &was, cpu ? SHI_SU_RESET : SHI_SU_ASKED));
-    shi_irq_end(self, cpu);
-    shi_firmware_look(self); /* it ends the process; and CPU 0's, dead before, is made anew */
-    return 1;
 }

@@ -45,10 +45,6 @@ void shi_esb_demux(struct shi_self *self);
 int shi_esb_load(struct shi_self *self, uint32_t cpu, uint32_t line, uint32_t offset);
 int shi_esb_store(struct shi_self *self, uint32_t cpu, uint32_t line, uint32_t offset);
 
-/* Check a description and find its flow: -EINVAL for one that cannot be. */
-int shi_chip_check(const struct shi_chip *chip, uint32_t ncpus);
-const struct shi_flow *shi_flow_of(uint32_t kind);
-
 /* ---- sending: between shi_enter and shi_leave ------------------------------------ */
 
 /* Set a line of `dst` pending and ring it the way its state asks for. */
@@ -96,17 +92,6 @@ void shi_chip_look(struct shi_self *self, uint32_t cpu, bool again);
 void shi_chip_reset(const struct shi_machine *m, uint32_t cpu);
 /* The own CPU's, with what its process has read from the chip and not dispatched. */
 void shi_chip_reset_own(struct shi_self *self);
-
-/* A secondary CPU of a chip that starts them by IPI: wait for STARTUP.  0, -ECANCELED. */
-int shi_chip_wait_startup(struct shi_self *self);
-/* Let a process that waits for STARTUP go on.  1; 0: none does, and nothing happens. */
-int shi_chip_let_start(struct shi_self *self, uint32_t cpu);
-/* The STARTUP IPI, which has a CPU without a process made one.  1: the CPU waited for
- * it; 0: it did not, and nothing happens. */
-int shi_chip_startup(struct shi_self *self, uint32_t cpu, uint32_t vector);
-/* The INIT IPI: end the CPU's process.  A secondary CPU then waits for STARTUP; CPU 0,
- * the bootstrap processor, starts again by itself.  1; 0: it was waiting already. */
-int shi_chip_init(struct shi_self *self, uint32_t cpu);
 
 static inline struct shi_pic *shi_pic(const struct shi_machine *m, uint32_t cpu)
 {

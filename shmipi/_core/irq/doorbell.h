@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Waking a halted CPU, and kicking a running one. */
+/* Waking a halted CPU. */
 #ifndef SHI_DOORBELL_H
 #define SHI_DOORBELL_H
 
@@ -19,25 +19,5 @@ int shi_doorbell_ring(struct shi_self *self, uint32_t dst);
 /* Sleep on the own doorbell while the word's low half is `low` (a HALTED value), or
  * until `timeout_ns` (< 0: for ever).  0 rung or a stale token, -EINTR, -ETIMEDOUT. */
 int shi_doorbell_wait(struct shi_self *self, uint32_t low, int64_t timeout_ns);
-
-/* Send the kick signal to a CPU that this caller's hazard protects. */
-int shi_kick_send(struct shi_self *self, uint32_t dst);
-/* Send the NMI signal to a CPU that this caller's hazard protects. */
-int shi_nmi_signal(struct shi_self *self, uint32_t dst);
-/* Have the firmware look after dead CPUs now. */
-void shi_firmware_look(const struct shi_self *self);
-/* Install the handlers of the kick and the NMI signal, for the process's CPU `self`. */
-int shi_kick_install(struct shi_self *self);
-void shi_kick_remove(void);
-/* 0, or what task code did to one of them: -EEXIST replaced it, -EPERM blocks it.
- * It is put right again in either case. */
-int shi_kick_check(struct shi_self *self);
-/* Block or unblock the kick signal in this thread. */
-void shi_kick_block(const struct shi_self *self, bool block);
-
-/* The host's doorbell is an event count: many threads may sleep on it. */
-void shi_event_ring(shi_a32 *event);
-void shi_event_wake(shi_a32 *event); /* without counting */
-int shi_event_wait(shi_a32 *event, uint32_t seen, int64_t timeout_ns);
 
 #endif

@@ -23,9 +23,8 @@
 
 #include <errno.h>
 
-#include "irq/chip.h"
-#include "irq/irq.h"
 #include "base/trace.h"
+#include "irq/chip.h"
 
 /* Lines, as shmipi/irq/chips/xive.py has them. */
 #define IPI_LINE 5u      /* a trigger of source 0, whatever the messages are */

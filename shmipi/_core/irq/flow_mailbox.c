@@ -13,10 +13,10 @@
  */
 #include "base/sys.h"
 
-#include "irq/chip.h"
-#include "irq/irq.h"
 #include "base/step.h"
 #include "base/trace.h"
+#include "irq/chip.h"
+#include "irq/ring.h"
 
 static uint64_t enabled(const struct shi_machine *m, uint32_t dst, uint32_t word)
 {

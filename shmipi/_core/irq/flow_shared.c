@@ -15,7 +15,7 @@
 #include "base/sys.h"
 
 #include "irq/chip.h"
-#include "irq/irq.h"
+#include "irq/ring.h"
 
 #define WORDS (SHI_NLINES / 64)
 

@@ -3,11 +3,11 @@
 
 #include <errno.h>
 
-#include "irq/chip.h"
-#include "irq/doorbell.h"
-#include "irq/irqdesc.h"
+#include "base/event.h"
 #include "base/native.h"
 #include "base/step.h"
+#include "irq/chip.h"
+#include "irq/irqdesc.h"
 
 struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq)
 {
@@ -154,7 +154,8 @@ bool shi_irqdesc_still(const struct shi_self *self, uint32_t line)
     return virq && desc && self->later_for[line] == reservation(virq, desc);
 }
 
-bool shi_irqdesc_handle(struct shi_self *self, uint32_t line)
+/* A line of an irq was taken: false when it is ended later, by shi_chip_end. */
+static bool handle(struct shi_self *self, uint32_t line)
 {
     uint32_t i, virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
     const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
@@ -188,6 +189,11 @@ bool shi_irqdesc_handle(struct shi_self *self, uint32_t line)
     if (self->nlater < SHI_NLINES)
         self->later[self->nlater++] = (uint16_t)line;
     return false;
+}
+
+void shi_irqdesc_register(struct shi_machine *m)
+{
+    m->actions[SHI_USE_IRQ] = handle;
 }
 
 uint32_t shi_irqdesc_pop(struct shi_self *self)

@@ -9,17 +9,6 @@
 
 #include "base/machine.h"
 
-/* Bytes of the counts of lines taken, all CPUs together. */
-static inline uint64_t shi_line_count_bytes(uint32_t ncpus)
-{
-    return (uint64_t)ncpus * SHI_NLINES * sizeof(uint64_t);
-}
-
-static inline uint32_t shi_affinity_words(uint32_t ncpus)
-{
-    return (ncpus + 63) / 64;
-}
-
 static inline uint64_t shi_line_count_offset(const struct shi_machine *m)
 {
     return m->irq_offset + sizeof(struct shi_irq_area);
@@ -55,9 +44,9 @@ bool shi_irqdesc_requester_lives(const struct shi_machine *m, const struct shi_i
  * and counted from zero. */
 void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line);
 
-/* A line of an irq was taken.  Native: run; Python: run, or put off.  False: the line is
+/* Lines of irqs are this file's.  Native: run; Python: run, or put off, and then the line is
  * ended later, by shi_chip_end. */
-bool shi_irqdesc_handle(struct shi_self *self, uint32_t line);
+void shi_irqdesc_register(struct shi_machine *m);
 /* Run the native handler of `desc`: false when it has none. */
 bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *desc);
 /* The next line whose Python handler was put off, or SHI_NO_LINE. */

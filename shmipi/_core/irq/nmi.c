@@ -3,13 +3,14 @@
 
 #include <errno.h>
 
-#include "irq/chip.h"
-#include "irq/doorbell.h"
-#include "irq/irq.h"
-#include "irq/irqdesc.h"
-#include "irq/nmi.h"
 #include "base/step.h"
 #include "base/trace.h"
+#include "irq/chip.h"
+#include "irq/doorbell.h"
+#include "irq/irqdesc.h"
+#include "irq/nmi.h"
+#include "irq/remind.h"
+#include "irq/ring.h"
 
 #define NMI_DESC 0u
 
@@ -90,6 +91,40 @@ static bool run(struct shi_self *self)
     return true; /* nobody's: counted, as the kernel's "NMI received for unknown reason" */
 }
 
+/* Let an idle CPU look around, as after an interrupt. */
+static void look_after(struct shi_self *self)
+{
+    shi_a64 *word = &self->slot->word;
+    uint64_t w = shi_load_relaxed(word), next;
+    do {
+        switch (shi_word_state(w)) {
+        case SHI_POLLING:
+        case SHI_RUNG:
+            next = w |
+                   SHI_W_PENDING; /* the idle loop looks, finds no line, and Python's turn */
+            break;
+        case SHI_HALTED:
+            next = shi_word_with(w | SHI_W_PENDING, SHI_RUNG);
+            break;
+        default:
+            return;
+        }
+    } while (!shi_cas_full(word, &w, next));
+    /* This signal has woken it, unless it came just before it went to sleep. */
+    if (shi_word_state(w) == SHI_HALTED)
+        shi_doorbell_ring(self, self->id);
+}
+
+/* Bring the own CPU's interpreter to its Python handler. */
+static void call_python(struct shi_self *self)
+{
+    if (self->hooks.nmi) {
+        self->hooks.nmi(self); /* for a CPU that runs Python now, handlers included */
+        shi_remind(self);
+    }
+    look_after(self);
+}
+
 void shi_nmi_entry(struct shi_self *self)
 {
     while (accept_nmi(self)) {
@@ -100,21 +135,29 @@ void shi_nmi_entry(struct shi_self *self)
             self->in_nmi = depth;
             self->nmi_waits = 1;
             shi_signal_fence();
-            shi_irq_call_python_for_nmi(self);
+            call_python(self);
             return; /* in service until its handler has returned */
         }
         self->in_nmi = depth;
         shi_nmi_done(self);
         if (self->pausing)
-            shi_irq_look_after_nmi(self); /* the task that halted here goes on */
+            look_after(self); /* the task that halted here goes on */
     }
 }
 
-void shi_nmi_by_line(struct shi_self *self)
+/* The line that stands in for an NMI was taken. */
+static bool by_line(struct shi_self *self, uint32_t line)
 {
     uint32_t was = shi_load_relaxed(&self->slot->pic.nmi);
     /* One line, one NMI: whatever is pending is what the line stands for. */
     while (!(was & SHI_NMI_PENDING) && !shi_cas_full(&self->slot->pic.nmi, &was, was + 1))
         ;
     shi_nmi_entry(self);
+    (void)line;
+    return true;
+}
+
+void shi_nmi_register(struct shi_machine *m)
+{
+    m->actions[SHI_USE_NMI] = by_line;
 }

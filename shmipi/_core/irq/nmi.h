@@ -16,8 +16,8 @@
 int shi_nmi_send(struct shi_self *self, uint32_t dst);
 /* Body of the NMI signal's handler. */
 void shi_nmi_entry(struct shi_self *self);
-/* The line that stands in for an NMI was taken. */
-void shi_nmi_by_line(struct shi_self *self);
+/* Its line, on chips where one stands in for it, is this file's. */
+void shi_nmi_register(struct shi_machine *m);
 /* Its handler begins: who waits for that sees it. */
 void shi_nmi_entered(struct shi_self *self);
 /* Its handler, Python's, has returned. */

@@ -7,14 +7,14 @@
 #include <string.h>
 #include <sys/resource.h>
 
-#include "measure/bench.h"
-#include "smp/call.h"
-#include "irq/chip.h"
 #include "base/clock.h"
-#include "smp/csd.h"
-#include "irq/doorbell.h"
-#include "irq/irq.h"
 #include "base/native.h"
+#include "irq/chip.h"
+#include "irq/signal.h"
+#include "measure/bench.h"
+#include "smp/csd.h"
+#include "smp/entry.h"
+#include "smp/smp.h"
 #include "smp/wait.h"
 
 /* A spinning sender that got no answer for so long goes on as users' calls do: asleep,

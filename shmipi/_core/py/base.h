@@ -8,11 +8,11 @@
 
 #include <Python.h>
 
-#include "smp/call.h"
-#include "smp/csd.h"
-#include "smp/func.h"
-#include "irq/irq.h"
 #include "base/machine.h"
+#include "smp/csd.h"
+#include "smp/entry.h"
+#include "smp/func.h"
+#include "smp/smp.h"
 #include "smp/wait.h"
 
 struct func_entry;

@@ -3,8 +3,8 @@
 #include "py/chip.h"
 
 #include "irq/chip.h"
-#include "irq/irq.h"
 #include "irq/nmi.h"
+#include "irq/startup.h"
 #include "py/entry.h"
 #include "py/tables.h"
 

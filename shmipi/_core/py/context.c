@@ -2,7 +2,7 @@
 /* Where am I, and what may interrupt: the soft mask of this CPU. */
 #include "py/base.h"
 
-#include "smp/remind.h"
+#include "irq/remind.h"
 #include "py/entry.h"
 #include "py/tables.h"
 

@@ -8,10 +8,11 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
-#include "irq/doorbell.h"
+#include "irq/remind.h"
+#include "irq/signal.h"
+#include "smp/cpu.h"
 #include "smp/idle.h"
 #include "smp/queue.h"
-#include "smp/remind.h"
 #include "py/entry.h"
 #include "py/handler.h"
 #include "py/incoming.h"

@@ -5,11 +5,11 @@
 #include <signal.h>
 #include <time.h>
 
+#include "base/trace.h"
 #include "irq/chip.h"
 #include "irq/irqdesc.h"
-#include "smp/idle.h"
+#include "smp/cpu.h"
 #include "smp/queue.h"
-#include "base/trace.h"
 #include "py/handler.h"
 #include "py/incoming.h"
 #include "py/line.h"

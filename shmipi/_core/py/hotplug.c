@@ -2,8 +2,9 @@
 /* What hosts ask of CPUs, and the events that tell of it. */
 #include "py/base.h"
 
+#include "base/event.h"
 #include "irq/chip.h"
-#include "irq/doorbell.h"
+#include "irq/startup.h"
 #include "py/result.h"
 #include "py/tables.h"
 

@@ -2,8 +2,8 @@
 /* irq descriptors and coprocessors as Python drives them. */
 #include "py/base.h"
 
+#include "base/event.h"
 #include "irq/chip.h"
-#include "irq/doorbell.h"
 #include "irq/irqdesc.h"
 #include "py/chip.h"
 #include "py/func.h"

@@ -8,8 +8,10 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "base/event.h"
 #include "irq/doorbell.h"
 #include "irq/irqdesc.h"
+#include "smp/cpu.h"
 #include "py/func.h"
 #include "py/segment.h"
 #include "py/tables.h"

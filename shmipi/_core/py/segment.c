@@ -7,9 +7,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "irq/chip.h"
 #include "base/clock.h"
 #include "base/trace.h"
+#include "irq/flows.h"
 #include "py/chip.h"
 #include "py/tables.h"
 

@@ -5,9 +5,9 @@
 #include <errno.h>
 
 #include "base/clock.h"
-#include "irq/doorbell.h"
+#include "base/event.h"
+#include "irq/remind.h"
 #include "smp/idle.h"
-#include "smp/remind.h"
 #include "smp/waitq.h"
 #include "py/entry.h"
 #include "py/signals.h"

@@ -7,8 +7,6 @@
 
 #include "smp/csd.h"
 #include "smp/func.h"
-#include "irq/irq.h"
-#include "base/step.h"
 
 #define CSDS_PER_PAGE (SHI_PAGE / SHI_LINE)
 

@@ -10,11 +10,11 @@
 
 #include <errno.h>
 
-#include "irq/irq.h"
-#include "smp/lend.h"
 #include "base/machine.h"
 #include "base/step.h"
 #include "base/trace.h"
+#include "irq/ring.h"
+#include "smp/lend.h"
 
 int shi_sender_init(struct shi_self *self);
 void shi_sender_fini(struct shi_self *self);
@@ -72,14 +72,6 @@ static inline int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, ui
     csd->src_gen = self->gen;
     shi_store_relaxed(&csd->status, SHI_S_DONE);
     return 0;
-}
-
-/* index + 1 of a csd anywhere in the segment. */
-static inline uint32_t shi_csd_number(const struct shi_machine *m, const struct shi_csd *csd)
-{
-    uint64_t at = (uint64_t)((const uint8_t *)csd - shi_region(m, 0));
-    return ((uint32_t)(at / m->region_bytes) << m->csd_shift) +
-           (uint32_t)(at % m->region_bytes / sizeof *csd) + 1;
 }
 
 /* The target, after (SYNC) or before (ASYNC) the function: rings a parked waiter. */

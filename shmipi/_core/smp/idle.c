@@ -4,14 +4,14 @@
 #include <errno.h>
 #include <sched.h>
 
-#include "irq/chip.h"
 #include "base/clock.h"
-#include "irq/doorbell.h"
-#include "smp/idle.h"
-#include "irq/irq.h"
-#include "smp/lend.h"
 #include "base/step.h"
 #include "base/trace.h"
+#include "irq/doorbell.h"
+#include "irq/signal.h"
+#include "smp/entry.h"
+#include "smp/idle.h"
+#include "smp/lend.h"
 
 /* haltpoll's numbers (drivers/cpuidle/governors/haltpoll.c): the window doubles when a
  * halt was short enough to have been worth polling for, and shrinks when it was not. */
@@ -218,50 +218,5 @@ int shi_idle_in_task(struct shi_self *self, shi_ready *ready, const void *arg,
     int err = shi_halt_until(self, ready, arg, until_ns ? (int64_t)(end - start) : -1);
     SHI_TRACE(self, cpu_wake, self->id, 0, 0, 0);
     adapt(self, shi_now_ns() - start);
-    return err;
-}
-
-int shi_cpu_offline(struct shi_self *self)
-{
-    struct shi_slot *slot = self->slot;
-    uint64_t w, next;
-    bool was_running;
-    for (;;) {
-        self->in_core++;
-        shi_service(self);
-        self->in_core--;
-        if (shi_python_waits(self))
-            return -EBUSY;
-        SHI_STEP(self, offline);
-        w = shi_load_relaxed(&slot->word);
-        was_running = shi_word_state(w) == SHI_RUNNING;
-        if (shi_word_work(w))
-            continue;
-        next = (w & SHI_W_GEN) | SHI_OFFLINE;
-        /* Nothing queued at this instant, and nothing can be from now on. */
-        if (shi_cas_full(&slot->word, &w, next))
-            break;
-    }
-    shi_event_ring(&self->m->header->hotplug_event);
-    int err = 0;
-    if (self->hooks.release)
-        self->hooks.release(self); /* a handler just run may have taken it back */
-    bool parked = false;           /* or was the request withdrawn at once? */
-    while (shi_load_acquire(&slot->hotplug) == SHI_HP_OFFLINE) {
-        parked = true;
-        if (stopping(self)) {
-            err = -ECANCELED;
-            break;
-        }
-        shi_event_wait(&slot->hotplug, SHI_HP_OFFLINE, -1);
-    }
-    /* What was sent to it meanwhile is lost: its part of the controller starts anew. */
-    shi_chip_reset_own(self);
-    if (!err && parked)
-        err = shi_chip_wait_startup(self);
-    next = (w & SHI_W_GEN) | (was_running ? SHI_RUNNING : SHI_POLLING);
-    shi_store_full(&slot->word, next); /* offline: nobody else writes it */
-    shi_chip_look(self, self->id, false);
-    shi_event_ring(&self->m->header->hotplug_event);
     return err;
 }

@@ -26,8 +26,4 @@ enum shi_idle_why shi_idle(struct shi_self *self);
 int shi_idle_in_task(struct shi_self *self, shi_ready *ready, const void *arg,
                      uint64_t until_ns);
 
-/* Drain, go offline, sleep until asked back.  -EINTR when a signal came meanwhile,
- * -EBUSY when Python csds must run first, -ECANCELED when the machine stops. */
-int shi_cpu_offline(struct shi_self *self);
-
 #endif

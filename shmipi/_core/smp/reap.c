@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 #include "base/sys.h"
 
+#include "base/event.h"
 #include "irq/chip.h"
-#include "smp/csd.h"
-#include "irq/doorbell.h"
-#include "irq/irq.h"
 #include "irq/irqdesc.h"
+#include "smp/csd.h"
+#include "smp/entry.h"
 #include "smp/reap.h"
 
 /* Its process queues nothing any more. */

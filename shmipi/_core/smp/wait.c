@@ -3,13 +3,14 @@
 
 #include <errno.h>
 
-#include "irq/chip.h"
 #include "base/clock.h"
-#include "smp/csd.h"
-#include "irq/doorbell.h"
-#include "irq/irq.h"
-#include "smp/queue.h"
+#include "base/event.h"
 #include "base/step.h"
+#include "irq/chip.h"
+#include "irq/doorbell.h"
+#include "irq/signal.h"
+#include "smp/csd.h"
+#include "smp/entry.h"
 #include "smp/wait.h"
 #include "smp/watch.h"
 

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 #include "base/sys.h"
 
-#include "irq/irq.h"
 #include "base/step.h"
+#include "irq/ring.h"
+#include "smp/entry.h"
 #include "smp/waitq.h"
 
 /* An entry: ticket | exclusive | generation of its slot.  0: nobody waits. */

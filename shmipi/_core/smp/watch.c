@@ -3,10 +3,10 @@
 
 #include <stdlib.h>
 
-#include "irq/chip.h"
 #include "base/clock.h"
-#include "irq/doorbell.h"
-#include "irq/irq.h"
+#include "base/event.h"
+#include "irq/chip.h"
+#include "smp/entry.h"
 #include "smp/watch.h"
 
 #define SLOWEST 13u /* looks between two rings of a CPU that does nothing: 1 << 13, 80 s */

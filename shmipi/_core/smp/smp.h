@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * kernel/smp.c's sending half: lock a csd, queue it, send the interrupt.
+ * kernel/smp.c: lock a csd, queue it, send the interrupt; take the queue and run it.
  *
  * `local` counts a sender's own csds; everything here runs between shi_enter and
  * shi_leave, and the caller has filled the csd (func, kind, value, apply) before.
  */
-#ifndef SHI_CALL_H
-#define SHI_CALL_H
+#ifndef SHI_SMP_H
+#define SHI_SMP_H
 
 #include "base/machine.h"
 
@@ -30,5 +30,11 @@ void shi_call_ipi_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n);
 /* A csd for a call nobody waits for: at most SHI_NOWAIT_POOL are in flight.  Its local
  * index, -EAGAIN when one has to be waited for (shi_csd_oldest), -ENOSPC. */
 int64_t shi_nowait_get(struct shi_self *self);
+
+/* smp_send_reschedule. -ENXIO when offline. */
+int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst);
+
+/* The lines of call-function and reschedule IPIs, and the queue, are this file's. */
+void shi_smp_register(struct shi_machine *m);
 
 #endif

@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "smp/arena.h"
-#include "base/machine.h"
+#include "base/arena.h"
+#include "base/segment.h"
 
 /* Freed blocks of this size give their pages back to the system. */
 #define PUNCH_BYTES (1u << 20)

@@ -6,8 +6,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "irq/irq.h"
-#include "smp/remind.h"
+#include "irq/remind.h"
 
 #define REMIND_NS 1000000u
 

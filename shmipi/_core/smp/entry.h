@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Where interrupts enter a CPU: the handler of the kick, serving what arrived, the soft
+ * mask and the core's own sections.
+ */
+#ifndef SHI_ENTRY_H
+#define SHI_ENTRY_H
+
+#include "base/machine.h"
+
+/*
+ * A core section: between these the kick handler only notes that it was called, so
+ * the sender's private lists never change under it.  On the host, whose threads share
+ * one sender and which takes no interrupts, it is a mutex.
+ */
+static inline void shi_enter(struct shi_self *self)
+{
+    if (self->host) {
+        pthread_mutex_lock(&self->lock);
+        return;
+    }
+    self->in_core++;
+    shi_signal_fence();
+}
+
+void shi_leave_slow(struct shi_self *self);
+
+static inline void shi_leave(struct shi_self *self)
+{
+    if (self->host) {
+        pthread_mutex_unlock(&self->lock);
+        return;
+    }
+    shi_signal_fence();
+    self->in_core--;
+    shi_signal_fence();
+    if (__builtin_expect(self->happened, 0))
+        shi_leave_slow(self);
+}
+
+/* Drain lines and queue until both are empty.  Soft-masked.  True if there was any. */
+bool shi_service(struct shi_self *self);
+/* Body of the kick handler. */
+void shi_irq_entry(struct shi_self *self);
+
+/* local_irq_save: the flag as it was.  Restore replays what happened meanwhile;
+ * Python work it found is on self->deferred or self->later. */
+uint8_t shi_irq_save(struct shi_self *self);
+void shi_irq_restore(struct shi_self *self, uint8_t flags);
+
+/* Change of state of the own CPU. */
+void shi_set_polling(struct shi_self *self);
+/* POLLING -> RUNNING; serves first whatever would be overlooked.  Python csds that were
+ * deferred while doing so are on self->deferred or self->later. */
+void shi_set_running(struct shi_self *self);
+
+/* Install the handlers of the kick and the NMI signal, for the process's CPU `self`. */
+int shi_kick_install(struct shi_self *self);
+void shi_kick_remove(void);
+/* 0, or what task code did to one of them: -EEXIST replaced it, -EPERM blocks it.
+ * It is put right again in either case. */
+int shi_kick_check(struct shi_self *self);
+
+/* No progress: ring again whatever the bits say, if there is work.  1 rung, 0 nothing to
+ * ring for, or -EAGAIN when no signal could be queued. */
+int shi_irq_rering(struct shi_self *self, uint32_t dst);
+
+#endif

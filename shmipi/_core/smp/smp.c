@@ -1,0 +1,228 @@
+/* SPDX-License-Identifier: MIT */
+#include "base/sys.h"
+
+#include <errno.h>
+
+#include "base/native.h"
+#include "base/step.h"
+#include "base/trace.h"
+#include "irq/chip.h"
+#include "smp/csd.h"
+#include "smp/queue.h"
+#include "smp/smp.h"
+
+int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
+{
+    struct shi_csd *csd = shi_own_csd(self, local);
+    if (dst >= self->m->ncpus)
+        return -ENXIO;
+    if (__builtin_expect(shi_ended(self), 0))
+        return -EOWNERDEAD;
+    if (__builtin_expect(self->left, 0))
+        return -ESHUTDOWN;
+    SHI_TRACE(self, call_begin, dst, shi_own_index(self, local) + 1, csd->func, (uint32_t)type);
+    int err = shi_csd_trylock(self, csd, type, dst);
+    if (err)
+        return err;
+    err = shi_queue_push(self, dst, shi_own_index(self, local), csd);
+    if (err < 0)
+        shi_csd_cancel(csd);
+    return err < 0 ? err : err == SHI_PUSH_RING;
+}
+
+int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
+{
+    int ipi = shi_call_queue(self, local, type, dst);
+    if (ipi > 0)
+        shi_chip_send_call_single(self, dst);
+    return ipi < 0 ? ipi : 0;
+}
+
+void shi_call_ipi_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n)
+{
+    if (n == 1)
+        shi_chip_send_call_single(self, cpus[0]);
+    else if (n)
+        shi_chip_send_call_mask(self, cpus, n);
+}
+
+int64_t shi_nowait_get(struct shi_self *self)
+{
+    struct shi_sender *s = &self->sender;
+    if (s->nowait >= SHI_NOWAIT_POOL) {
+        uint32_t oldest = shi_csd_oldest(self);
+        if (!shi_csd_locked(shi_own_csd(self, oldest))) {
+            s->flight_head = (s->flight_head + 1) & (self->m->csds_per_slot - 1);
+            s->flight_count--;
+            shi_csd_put(self, oldest);
+        } else {
+            shi_csd_collect(self);
+            if (s->nowait >= SHI_NOWAIT_POOL)
+                return -EAGAIN;
+        }
+        if (s->flight_count > 8) /* the lines its target unlocked come in meanwhile */
+            shi_prefetch_write(shi_own_csd(
+                self, s->flight[(s->flight_head + 8) & (self->m->csds_per_slot - 1)]));
+    }
+    int64_t local = shi_csd_get(self);
+    if (local >= 0) {
+        s->notes[local].nowait = 1;
+        s->nowait++;
+    }
+    return local;
+}
+
+/* ---- smp_send_reschedule ---------------------------------------------------------- */
+
+int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst)
+{
+    struct shi_slot *slot = shi_slot(self->m, dst);
+    uint64_t w = shi_load_relaxed(&slot->word);
+    SHI_TRACE(self, call_entry, dst, 0, 0, SHI_E_RESCHEDULE);
+    for (;;) {
+        if (!shi_word_online(w))
+            return -ENXIO;
+        if (shi_word_state(w) != SHI_POLLING)
+            break;
+        /* set_nr_if_polling: the idle loop looks at the flag, no IPI is needed. */
+        if (shi_cas_full(&slot->word, &w, w | SHI_W_NEED_RESCHED)) {
+            shi_count(self, SHI_C_resched_elided);
+            shi_count(self, SHI_C_elided);
+            SHI_TRACE(self, wake_idle_without_ipi, dst, 0, 0, 0);
+            return 0;
+        }
+    }
+    shi_count(self, SHI_C_resched_sent);
+    shi_chip_send_reschedule(self, dst);
+    return 0;
+}
+
+/* ---- running what arrived --------------------------------------------------------- */
+
+static void run_native(struct shi_self *self, uint32_t index, struct shi_csd *csd)
+{
+    shi_native_handler *function = shi_native_get(csd->func & ~SHI_FUNC_NATIVE);
+    bool sync = (shi_load_relaxed(&csd->lock) & SHI_CSD_TYPE) == SHI_CSD_SYNC;
+    union shi_value copy;
+    void *info = NULL;
+    if (!function) {
+        shi_count(self, SHI_C_corrupt);
+        shi_store_relaxed(&csd->status, SHI_S_NOFUNC);
+        shi_csd_unlock(self, csd);
+        return;
+    }
+    switch (csd->kind) {
+    case SHI_K_INT:
+        info = (void *)(intptr_t)csd->value.i;
+        break;
+    case SHI_K_POINTER:
+        if (csd->value.u >= shi_array_end(self->m)) {
+            shi_count(self, SHI_C_corrupt);
+            shi_store_relaxed(&csd->status, SHI_S_BROKEN);
+            shi_csd_unlock(self, csd);
+            return;
+        }
+        info = self->m->base + csd->value.u;
+        break;
+    case SHI_K_BYTES:
+        info = csd->value.bytes;
+        if (!sync) {
+            copy = csd->value; /* the sender may use the csd again at once */
+            info = copy.bytes;
+        }
+        break;
+    default:
+        break;
+    }
+    shi_count(self, SHI_C_native_run);
+    shi_store_relaxed(&self->slot->cur_csd, index + 1);
+    SHI_TRACE(self, csd_function_entry, self->id, index + 1, csd->func, 0);
+    SHI_STEP(self, run);
+    if (sync) {
+        shi_count(self, SHI_C_csd_sync);
+        function(info);
+        SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
+        shi_csd_unlock(self, csd);
+    } else {
+        shi_count(self, SHI_C_csd_async);
+        shi_csd_unlock(self, csd);
+        function(info);
+        SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
+    }
+    shi_store_relaxed(&self->slot->cur_csd, 0);
+}
+
+static void run_csd(struct shi_self *self, uint32_t index)
+{
+    struct shi_csd *csd = shi_csd(self->m, index);
+    if (csd->func & SHI_FUNC_NATIVE)
+        run_native(self, index, csd);
+    else if (self->inline_python && self->hooks.run && !shi_python_waits(self))
+        self->hooks.run(self, index); /* in order: not past one that was put off */
+    else
+        shi_list_append(self->m, &self->deferred, index);
+}
+
+/* __flush_smp_call_function_queue: SYNC, then ASYNC and irq_work, then wake-ups. */
+static void flush_queue(struct shi_self *self)
+{
+    const struct shi_machine *m = self->m;
+    uint32_t newest = shi_queue_grab(self), index = newest - 1;
+    struct shi_list taken, later = { 0, 0, 0 };
+    if (!newest)
+        return;
+    if (shi_csd_is_ours(self, index) && !shi_load_relaxed(&shi_csd(m, index)->next)) {
+        /* One only, which is what latency is made of: no lists, and its line is not
+         * written to before the unlock, so it stays shared with the waiter. */
+        if ((shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE) == SHI_CSD_TTWU)
+            shi_list_append(m, &self->tasks, index);
+        else
+            run_csd(self, index);
+        return;
+    }
+    taken = shi_queue_in_order(self, newest);
+    while ((index = shi_list_pop(self, &taken)) != UINT32_MAX) {
+        uint64_t type = shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE;
+        if (taken.head)
+            shi_prefetch_write(shi_csd(m, taken.head - 1));
+        if (type == SHI_CSD_SYNC)
+            run_csd(self, index);
+        else if (type == SHI_CSD_TTWU)
+            shi_list_append(m, &self->tasks, index); /* wake-ups only queue a task */
+        else
+            shi_list_append(m, &later, index);
+    }
+    while ((index = shi_list_pop(self, &later)) != UINT32_MAX)
+        run_csd(self, index);
+}
+
+static bool take_reschedule(struct shi_self *self, uint32_t line)
+{
+    SHI_TRACE(self, scheduler_ipi, self->id, 0, 0, line);
+    shi_count(self, SHI_C_irq_resched); /* the nudge is all there is to it */
+    return true;
+}
+
+static bool take_call(struct shi_self *self, uint32_t line)
+{
+    SHI_TRACE(self, call_interrupt, self->id, 0, 0, line);
+    shi_count(self, SHI_C_irq_call);
+    flush_queue(self);
+    return true;
+}
+
+static bool take_call_single(struct shi_self *self, uint32_t line)
+{
+    SHI_TRACE(self, call_interrupt, self->id, 0, 0, line);
+    shi_count(self, SHI_C_irq_call_single);
+    flush_queue(self);
+    return true;
+}
+
+void shi_smp_register(struct shi_machine *m)
+{
+    m->actions[SHI_USE_RESCHEDULE] = take_reschedule;
+    m->actions[SHI_USE_CALL] = take_call;
+    m->actions[SHI_USE_CALL_SINGLE] = take_call_single;
+    m->drain = flush_queue;
+}
