@@ -24,6 +24,7 @@
 #include "smp/entry.h"
 #include "smp/idle.h"
 #include "smp/reap.h"
+#include "smp/sender.h"
 #include "smp/smp.h"
 #include "smp/wait.h"
 

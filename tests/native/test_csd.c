@@ -4,7 +4,6 @@
 
 #include <errno.h>
 
-#include "irq/doorbell.h"
 #include "smp/queue.h"
 
 static struct rig rig;

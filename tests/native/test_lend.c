@@ -2,6 +2,8 @@
 /* Results that CPUs lend: read whole, each by its own sender, and given back. */
 #include "rig.h"
 
+#include "smp/lend.h"
+#include "smp/payload.h"
 #include "smp/queue.h"
 
 #define SENDERS 6

@@ -12,8 +12,8 @@
 #include "irq/chip.h"
 #include "irq/signal.h"
 #include "measure/bench.h"
-#include "smp/csd.h"
 #include "smp/entry.h"
+#include "smp/sender.h"
 #include "smp/smp.h"
 #include "smp/wait.h"
 

@@ -11,7 +11,8 @@
 #include "base/machine.h"
 #include "smp/csd.h"
 #include "smp/entry.h"
-#include "smp/func.h"
+#include "smp/payload.h"
+#include "smp/sender.h"
 #include "smp/smp.h"
 #include "smp/wait.h"
 

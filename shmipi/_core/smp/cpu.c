@@ -18,8 +18,8 @@
 #include "irq/nmi.h"
 #include "irq/startup.h"
 #include "smp/cpu.h"
-#include "smp/csd.h"
 #include "smp/entry.h"
+#include "smp/sender.h"
 #include "smp/smp.h"
 
 int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int fd)

@@ -84,6 +84,8 @@ void shi_set_running(struct shi_self *self)
     }
 }
 
+/* ---- taking a kick --------------------------------------------------------------- */
+
 /* In hard-irq context: drain, with senders told to leave the kicking be. */
 static void take_interrupts(struct shi_self *self)
 {
@@ -155,6 +157,8 @@ void shi_irq_entry(struct shi_self *self)
         shi_count(self, SHI_C_kicks_empty);
     SHI_TRACE(self, irq_exit, self->id, 0, 0, 0);
 }
+
+/* ---- and what was put off --------------------------------------------------------- */
 
 void shi_leave_slow(struct shi_self *self)
 {

@@ -6,8 +6,8 @@
 #include <string.h>
 
 #include "irq/chip.h"
-#include "smp/csd.h"
 #include "smp/lend.h"
+#include "smp/payload.h"
 
 /* At every loan, so many older ones are looked at: more than one, so that they get fewer. */
 #define LOOKS 4u

@@ -4,8 +4,10 @@
 #include "base/event.h"
 #include "irq/chip.h"
 #include "irq/irqdesc.h"
+#include "irq/ring.h"
 #include "smp/csd.h"
 #include "smp/entry.h"
+#include "smp/lend.h"
 #include "smp/reap.h"
 
 /* Its process queues nothing any more. */

@@ -7,9 +7,60 @@
 #include "base/step.h"
 #include "base/trace.h"
 #include "irq/chip.h"
+#include "irq/ring.h"
 #include "smp/csd.h"
+#include "smp/lend.h"
 #include "smp/queue.h"
+#include "smp/sender.h"
 #include "smp/smp.h"
+
+/* ---- lock and unlock -------------------------------------------------------------- */
+
+int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type, uint32_t dst)
+{
+    uint64_t old = shi_load_acquire(&csd->lock);
+    if (old & SHI_CSD_LOCK)
+        return -EBUSY;
+    /*
+     * A plain store: unlocked, the csd is its sender's alone (threads of the host come
+     * here one at a time).  A new sequence number each time: a reaper that still holds
+     * the old lock word cannot complete this use of the csd.  Release: who lent a result
+     * for the last use finds the number changed (shi_lend_sweep) and writes where that
+     * was read.
+     */
+    shi_store_release(&csd->lock, ((old & SHI_CSD_SEQ) + (1ull << SHI_CSD_SEQ_SHIFT)) |
+                                      SHI_CSD_LOCK | type | (uint64_t)dst << SHI_CSD_DST_SHIFT);
+    csd->src = (uint16_t)self->id;
+    csd->src_gen = self->gen;
+    shi_store_relaxed(&csd->status, SHI_S_DONE);
+    return 0;
+}
+
+void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
+{
+    uint32_t src = csd->src; /* after the exchange the csd may be anything */
+    uint64_t seq = shi_load_relaxed(&csd->lock) & SHI_CSD_SEQ;
+    SHI_STEP(self, unlock);
+    SHI_TRACE(self, csd_unlock, src, shi_csd_number(self->m, csd), 0, 0);
+    /*
+     * Full: releases the handler's stores to the waiter's acquire load of the lock,
+     * and stands before the load of the waiter's word in shi_irq_ring_waiter.  A
+     * waiter that set PARKED before this exchange is rung; one that tries after it
+     * finds the csd unlocked.
+     */
+    uint64_t old = shi_xchg_full(&csd->lock, seq);
+    if (__builtin_expect((old & (SHI_CSD_PARKED | SHI_CSD_LEFT)) != 0, 0)) {
+        if (old & SHI_CSD_LEFT)
+            shi_lend_forget(self, csd, seq);
+        if (!(old & SHI_CSD_PARKED))
+            return;
+        SHI_STEP(self, unlock_ring);
+        if (src < self->m->nslots)
+            shi_irq_ring_waiter(self, src);
+    }
+}
+
+/* ---- sending ----------------------------------------------------------------------- */
 
 int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
 {
@@ -44,32 +95,6 @@ void shi_call_ipi_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n)
         shi_chip_send_call_single(self, cpus[0]);
     else if (n)
         shi_chip_send_call_mask(self, cpus, n);
-}
-
-int64_t shi_nowait_get(struct shi_self *self)
-{
-    struct shi_sender *s = &self->sender;
-    if (s->nowait >= SHI_NOWAIT_POOL) {
-        uint32_t oldest = shi_csd_oldest(self);
-        if (!shi_csd_locked(shi_own_csd(self, oldest))) {
-            s->flight_head = (s->flight_head + 1) & (self->m->csds_per_slot - 1);
-            s->flight_count--;
-            shi_csd_put(self, oldest);
-        } else {
-            shi_csd_collect(self);
-            if (s->nowait >= SHI_NOWAIT_POOL)
-                return -EAGAIN;
-        }
-        if (s->flight_count > 8) /* the lines its target unlocked come in meanwhile */
-            shi_prefetch_write(shi_own_csd(
-                self, s->flight[(s->flight_head + 8) & (self->m->csds_per_slot - 1)]));
-    }
-    int64_t local = shi_csd_get(self);
-    if (local >= 0) {
-        s->notes[local].nowait = 1;
-        s->nowait++;
-    }
-    return local;
 }
 
 /* ---- smp_send_reschedule ---------------------------------------------------------- */

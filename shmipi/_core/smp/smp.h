@@ -10,16 +10,6 @@
 
 #include "base/machine.h"
 
-static inline struct shi_csd *shi_own_csd(const struct shi_self *self, uint32_t local)
-{
-    return (struct shi_csd *)shi_region(self->m, self->id) + local;
-}
-
-static inline uint32_t shi_own_index(const struct shi_self *self, uint32_t local)
-{
-    return (self->id << self->m->csd_shift) + local;
-}
-
 /* generic_exec_single for a remote CPU.  0, -EBUSY (locked), -ENXIO (unlocked again). */
 int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst);
 /* The enqueue half of smp_call_function_many: 1 when `dst` must be sent an IPI, else 0
@@ -27,9 +17,11 @@ int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32
 int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst);
 void shi_call_ipi_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n);
 
-/* A csd for a call nobody waits for: at most SHI_NOWAIT_POOL are in flight.  Its local
- * index, -EAGAIN when one has to be waited for (shi_csd_oldest), -ENOSPC. */
-int64_t shi_nowait_get(struct shi_self *self);
+/* -EBUSY when in use.  Between shi_enter and shi_leave.  `type` is SHI_CSD_SYNC, ...; the
+ * push fills in dst's generation. */
+int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type, uint32_t dst);
+/* The target, after (SYNC) or before (ASYNC) the function: rings a parked waiter. */
+void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd);
 
 /* smp_send_reschedule. -ENXIO when offline. */
 int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst);

@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What a sender owns: its csds, the functions it has published, and their payloads; for how
+ * long, and how each is given back.
+ *
+ * What travels belongs to its sender: the csd, the argument, and the block a result is
+ * written to.  A result that does not fit there the target lends (lend.h).
+ *
+ * Functions go by number.  A sender publishes the pickle of a function once, in its own
+ * arena, under (index, serial); a target that has not met the number reads it there.
+ * So no message about a function can be overtaken by a call of it.
+ *
+ * `local` counts a sender's own csds.  All but the first two: between shi_enter and shi_leave.
+ */
+#ifndef SHI_SENDER_H
+#define SHI_SENDER_H
+
+#include "base/machine.h"
+
+int shi_sender_init(struct shi_self *self);
+void shi_sender_fini(struct shi_self *self);
+
+static inline struct shi_csd *shi_own_csd(const struct shi_self *self, uint32_t local)
+{
+    return (struct shi_csd *)shi_region(self->m, self->id) + local;
+}
+
+static inline uint32_t shi_own_index(const struct shi_self *self, uint32_t local)
+{
+    return (self->id << self->m->csd_shift) + local;
+}
+
+/* ---- csds ------------------------------------------------------------------------ */
+
+/* A csd of this sender that nobody uses: its index, or -EAGAIN (all in flight),
+ * -ENOSPC. */
+int64_t shi_csd_get(struct shi_self *self);
+/* Give back a csd that is unlocked, with its block and its hold on its function. */
+void shi_csd_put(struct shi_self *self, uint32_t index);
+/* Nobody will wait for it: it is given back when its target has unlocked it. */
+void shi_csd_leave(struct shi_self *self, uint32_t index);
+/* The same, and its result is not wanted: for a csd that may have one. */
+void shi_csd_abandon(struct shi_self *self, uint32_t index);
+/* Give back every csd left behind that has been unlocked since. */
+void shi_csd_collect(struct shi_self *self);
+/* The oldest csd in flight, or UINT32_MAX. */
+uint32_t shi_csd_oldest(const struct shi_self *self);
+/* A csd for a call nobody waits for: at most SHI_NOWAIT_POOL are in flight.  Its local
+ * index, -EAGAIN when one has to be waited for (shi_csd_oldest), -ENOSPC. */
+int64_t shi_nowait_get(struct shi_self *self);
+
+/* A block of the sender's arena, also of what has become free there: its offset, or -errno. */
+int64_t shi_sender_alloc(struct shi_self *self, uint64_t length);
+/* Attach a new arena block of `length` bytes to a csd: its offset, or -errno. */
+int64_t shi_csd_block(struct shi_self *self, uint32_t index, uint64_t length);
+/* Let `index` use the block of `owner` too: one payload, many targets. */
+void shi_csd_share(struct shi_self *self, uint32_t index, uint32_t owner);
+/* No more csds will share it: it goes with the last that does. */
+void shi_csd_end_sharing(struct shi_self *self, uint32_t owner);
+
+/* ---- functions ------------------------------------------------------------------- */
+
+/* Publish `length` bytes: the function's index, or -EMFILE (as many as there can be),
+ * -ENOBUFS, -E2BIG, -ENOSPC. */
+int64_t shi_func_publish(struct shi_self *self, const void *pickle, uint32_t length);
+/* A csd names the function from now on / no longer. */
+void shi_func_hold(struct shi_self *self, uint32_t index);
+void shi_func_drop(struct shi_self *self, uint32_t index);
+/* The function object is gone: free the number when no csd names it. */
+void shi_func_retire(struct shi_self *self, uint32_t index);
+
+#endif
