@@ -148,29 +148,18 @@ static inline void rig_stop(struct rig *r)
 static inline int rig_call(struct shi_self *self, uint32_t dst, uint32_t native, uint64_t value,
                            enum shi_kind kind)
 {
-    struct shi_wait wait;
-    shi_enter(self);
-    int64_t local = shi_csd_get(self);
-    CHECK(local >= 0);
-    struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
-    csd->func = SHI_FUNC_NATIVE | native;
-    csd->kind = (uint8_t)kind;
-    csd->value.u = value;
-    int err = shi_call_single(self, (uint32_t)local, SHI_CSD_SYNC, dst);
-    shi_leave(self);
-    if (!err) {
-        shi_wait_begin(self, &wait, shi_own_index(self, (uint32_t)local), dst, 0);
-        err = shi_wait_spin(self, &wait, shi_wait_budget(self, dst));
-        while (err > 0)
-            err = shi_wait_sleep(self, &wait);
-        shi_wait_end(self, &wait);
-        if (!err)
-            CHECK(shi_load_relaxed(&shi_own_csd(self, (uint32_t)local)->status) == SHI_S_DONE);
-    }
-    shi_enter(self);
-    shi_csd_put(self, (uint32_t)local);
-    shi_leave(self);
-    return err;
+    const struct shi_call call = { .func = SHI_FUNC_NATIVE | native,
+                                   .kind = (uint8_t)kind,
+                                   .value.u = value };
+    int64_t local = shi_call_post(self, &call, SHI_CSD_SYNC, dst);
+    if (local < 0)
+        return (int)local;
+    int err = shi_call_wait(self, (uint32_t)local, dst, 0, NULL);
+    if (err)
+        return err;
+    CHECK(shi_load_relaxed(&shi_own_csd(self, (uint32_t)local)->status) == SHI_S_DONE);
+    shi_call_end(self, (uint32_t)local);
+    return 0;
 }
 
 #endif

@@ -78,35 +78,30 @@ static void deferred(struct shi_self *self)
         answer(self, index);
 }
 
+/* Of a Python function, that is not by number. */
+static struct shi_call message(uint64_t seed)
+{
+    return (struct shi_call){ .kind = SHI_K_INT,
+                              .apply = SHI_A_INFO | SHI_A_INLINE_FUNC,
+                              .value.u = seed };
+}
+
 /* One call; given up after `ns`, if that is not 0. */
 static void call(struct shi_self *self, uint32_t dst, uint64_t seed, uint64_t ns)
 {
-    struct shi_wait wait;
-    shi_enter(self);
-    int64_t local = shi_csd_get(self);
+    const struct shi_call it = message(seed);
+    int64_t local = shi_call_post(self, &it, SHI_CSD_SYNC, dst);
     CHECK(local >= 0);
-    struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
-    csd->func = 0;
-    csd->kind = SHI_K_INT;
-    csd->value.u = seed;
-    CHECK(shi_call_single(self, (uint32_t)local, SHI_CSD_SYNC, dst) == 0);
-    shi_leave(self);
     uint64_t start = shi_now_ns();
-    shi_wait_begin(self, &wait, shi_own_index(self, (uint32_t)local), dst, ns ? start + ns : 0);
-    int rc = shi_wait_spin(self, &wait, 20000);
-    while (rc > 0)
-        rc = shi_wait_sleep(self, &wait);
-    shi_wait_end(self, &wait);
+    int rc = shi_call_wait(self, (uint32_t)local, dst, ns ? start + ns : 0, NULL);
     __atomic_fetch_add(&waits, 1, __ATOMIC_RELAXED);
     if (shi_now_ns() - start > 9000000)
         __atomic_fetch_add(&late, 1, __ATOMIC_RELAXED);
     if (rc) {
         CHECK(rc == -ETIMEDOUT && ns);
-        shi_enter(self);
-        shi_csd_abandon(self, (uint32_t)local);
-        shi_leave(self);
         return;
     }
+    const struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
     struct shi_ref ref = csd->value.ref;
     CHECK(shi_load_relaxed(&csd->status) == (SHI_S_DONE | SHI_S_LENT));
     CHECK(csd->kind == SHI_K_PICKLE && ref.cpu == dst && ref.length == length_of(seed));
@@ -115,9 +110,7 @@ static void call(struct shi_self *self, uint32_t dst, uint64_t seed, uint64_t ns
     uint64_t i;
     for (i = 0; i < ref.length / 8; i++)
         CHECK(words[i] == (seed ^ i));
-    shi_enter(self);
-    shi_csd_put(self, (uint32_t)local);
-    shi_leave(self);
+    shi_call_end(self, (uint32_t)local);
 }
 
 static void *sender(void *arg)
@@ -160,15 +153,9 @@ static void the_sender_left(void)
     rig_run = answer_too_late;
     rig_boot(&rig, 1, SHI_IDLE_HALT);
     struct shi_self *self = &rig.host;
-    shi_enter(self);
-    int64_t local = shi_csd_get(self);
+    const struct shi_call it = message(7);
+    int64_t local = shi_call_post(self, &it, SHI_CSD_SYNC, 0);
     CHECK(local >= 0);
-    struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
-    csd->func = 0;
-    csd->kind = SHI_K_INT;
-    csd->value.u = 7;
-    CHECK(shi_call_single(self, (uint32_t)local, SHI_CSD_SYNC, 0) == 0);
-    shi_leave(self);
     while (__atomic_load_n(&stage, __ATOMIC_SEQ_CST) != 1)
         sched_yield();
     shi_enter(self);

@@ -17,8 +17,6 @@
 #include "smp/smp.h"
 #include "smp/wait.h"
 
-/* A spinning sender that got no answer for so long goes on as users' calls do: asleep,
- * ringing again every 10 ms. */
 #define SPIN_NS 20000000u
 #define RELAXED_TRIES 100
 #define YIELD_NS 20000u
@@ -29,38 +27,13 @@ static uint32_t native(const char *name)
     return (uint32_t)shi_native_find(name) | SHI_FUNC_NATIVE;
 }
 
-/* What the layer above writes into a csd for func(None), or for func(8 bytes). */
-static void fill(struct shi_csd *csd, uint32_t func, bool bytes)
+/* What the layer above makes of func(None), or of func(8 bytes). */
+static struct shi_call message(uint32_t func, bool bytes)
 {
-    csd->func = func;
-    csd->serial = 0;
-    csd->kind = bytes ? SHI_K_BYTES : SHI_K_NONE;
-    csd->length = bytes ? sizeof(uint64_t) : 0;
-    csd->apply = SHI_A_INFO;
-    csd->room = 0;
-    if (bytes)
-        csd->value.u = 0;
-}
-
-static int wait_for(struct shi_self *self, uint32_t local, uint32_t dst, bool park,
-                    uint64_t deadline_ns)
-{
-    struct shi_wait wait;
-    int rc;
-    shi_wait_begin(self, &wait, shi_own_index(self, local), dst, deadline_ns);
-    do {
-        rc = park ? shi_wait_sleep(self, &wait) : shi_wait_spin(self, &wait, SPIN_NS);
-        park |= rc == SHI_WAIT_MORE;
-    } while (rc > 0);
-    shi_wait_end(self, &wait);
-    return rc;
-}
-
-static void leave_behind(struct shi_self *self, uint32_t local)
-{
-    shi_enter(self);
-    shi_csd_leave(self, local);
-    shi_leave(self);
+    return (struct shi_call){ .func = func,
+                              .kind = bytes ? SHI_K_BYTES : SHI_K_NONE,
+                              .length = bytes ? sizeof(uint64_t) : 0,
+                              .apply = SHI_A_INFO };
 }
 
 /* What an unlocked csd says: it ran, or its CPU died with it. */
@@ -69,6 +42,15 @@ static int outcome(const struct shi_csd *csd)
     if (shi_load_relaxed(&csd->lock) & SHI_CSD_DIED)
         return -EOWNERDEAD;
     return shi_load_relaxed(&csd->status) == SHI_S_DONE ? 0 : -EIO;
+}
+
+/* How long its waits spin, as shi_wait_budget has it: a spinning sender that got no answer
+ * goes on as users' calls do: asleep, ringing again every 10 ms. */
+static uint64_t spin_for(struct shi_self *self, uint64_t spin_ns)
+{
+    uint64_t before = self->spin_ns;
+    self->spin_ns = spin_ns;
+    return before;
 }
 
 static int look(const struct shi_self *self, uint64_t deadline_ns)
@@ -97,40 +79,24 @@ static int raise_line(struct shi_self *self, const struct shi_bench_calls *b)
     }
 }
 
-/* smp_call_function_single(dst, func, info, wait=1), step by step as py/call.c has it. */
+/* smp_call_function_single(dst, func, info, wait=1). */
 static inline int call(struct shi_self *self, const struct shi_bench_calls *b, uint32_t func,
                        uint64_t *arrived)
 {
     if (__builtin_expect(b->count != NULL, 0))
         return raise_line(self, b);
-    shi_count(self, SHI_C_calls_single);
-    shi_enter(self);
-    int64_t got = shi_csd_get(self);
-    if (got >= 0)
-        fill(shi_own_csd(self, (uint32_t)got), func, b->stamp);
-    shi_leave(self);
-    if (got < 0)
-        return (int)got;
-    uint32_t local = (uint32_t)got;
-    shi_enter(self);
-    int err = shi_call_single(self, local, SHI_CSD_SYNC, b->dst);
-    if (err)
-        shi_csd_put(self, local);
-    shi_leave(self);
+    const struct shi_call it = message(func, b->stamp);
+    int64_t local = shi_call_post(self, &it, SHI_CSD_SYNC, b->dst);
+    if (local < 0)
+        return (int)local;
+    int err = shi_call_wait(self, (uint32_t)local, b->dst, b->deadline_ns, NULL);
     if (err)
         return err;
-    err = wait_for(self, local, b->dst, b->park, b->deadline_ns);
-    if (err) {
-        leave_behind(self, local);
-        return err;
-    }
-    const struct shi_csd *csd = shi_own_csd(self, local);
+    const struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
     err = outcome(csd);
     if (b->stamp)
         *arrived = csd->value.u;
-    shi_enter(self);
-    shi_csd_put(self, local);
-    shi_leave(self);
+    shi_call_end(self, (uint32_t)local);
     return err;
 }
 
@@ -255,10 +221,12 @@ int shi_bench_calls(struct shi_self *self, struct shi_bench_calls *b)
     bool task = self->in_task;
     getrusage(RUSAGE_THREAD, &before);
     self->in_task = false; /* polling from call to call: it serves its queue in each wait */
+    uint64_t spin_ns = spin_for(self, b->park ? 1 : SPIN_NS + 1);
     if (!err)
         err = warm_up(self, b, func);
     if (!err)
         err = b->batch ? batches(self, b, func) : each(self, b, func);
+    spin_for(self, spin_ns);
     self->in_task = task;
     if (task) {
         /* A wait that slept for a signal left it blocked: it found no task to go back to. */
@@ -303,134 +271,69 @@ int shi_bench_until(struct shi_self *self, uint32_t dst, enum shi_counter counte
     return 0;
 }
 
-/* Every csd of the pool is in flight: wait for the oldest, as users' calls do. */
-static int make_room(struct shi_self *self, uint64_t deadline_ns)
-{
-    shi_enter(self);
-    uint32_t oldest = shi_csd_oldest(self);
-    shi_leave(self);
-    if (oldest == UINT32_MAX)
-        return 0;
-    uint64_t lock = shi_load_relaxed(&shi_own_csd(self, oldest)->lock);
-    uint32_t dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
-    if (dst >= self->m->ncpus)
-        return 0;
-    struct shi_wait wait;
-    shi_wait_begin(self, &wait, shi_own_index(self, oldest), dst, deadline_ns);
-    int rc = shi_wait_spin(self, &wait, shi_wait_budget(self, dst));
-    while (rc > 0)
-        rc = shi_wait_sleep(self, &wait);
-    shi_wait_end(self, &wait);
-    return rc;
-}
-
 /* smp_call_function_single(dst, noop, NULL, wait=0). */
-static inline int post(struct shi_self *self, uint32_t dst, uint32_t func, uint64_t deadline_ns)
+static inline int post(struct shi_self *self, uint32_t dst, const struct shi_call *it,
+                       uint64_t deadline_ns)
 {
-    int64_t local;
-    shi_count(self, SHI_C_calls_single);
     for (;;) {
-        shi_enter(self);
-        local = shi_nowait_get(self);
+        int64_t local = shi_call_post(self, it, SHI_CSD_ASYNC, dst);
         if (local >= 0)
-            fill(shi_own_csd(self, (uint32_t)local), func, false);
-        shi_leave(self);
-        if (local != -EAGAIN)
-            break;
-        int err = make_room(self, deadline_ns);
+            return 0;
+        uint32_t busy;
+        int err = local == -EAGAIN ? shi_call_room(self, NULL, &busy) : (int)local;
+        if (!err)
+            err = look(self, deadline_ns);
         if (err)
             return err;
     }
-    if (local < 0)
-        return (int)local;
-    shi_enter(self);
-    int err = shi_call_single(self, (uint32_t)local, SHI_CSD_ASYNC, dst);
-    if (err)
-        shi_csd_put(self, (uint32_t)local);
-    else
-        shi_csd_leave(self, (uint32_t)local);
-    shi_leave(self);
-    return err;
 }
 
 int shi_bench_flood(struct shi_self *self, struct shi_bench_flood *f)
 {
     const struct shi_bench_calls last = { .dst = f->dst, .deadline_ns = f->deadline_ns };
-    uint32_t func = native("noop"), i;
+    const struct shi_call it = message(native("noop"), false);
+    uint32_t i;
     int err = 0;
     if (f->dst >= self->m->ncpus || f->dst == self->id)
         return -ENXIO;
     f->from_stamp = shi_stamp();
     for (i = 0; i < f->calls && !err; i++) {
-        err = post(self, f->dst, func, f->deadline_ns);
+        err = post(self, f->dst, &it, f->deadline_ns);
         if (!err && i % 4096 == 4095)
             err = look(self, f->deadline_ns);
     }
     if (!err)
         err = shi_bench_until(self, f->dst, SHI_C_native_run, f->until, f->deadline_ns);
     /* All have been entered.  This one is served when the last of them has returned. */
+    uint64_t spin_ns = spin_for(self, SPIN_NS + 1);
     if (!err)
-        err = call(self, &last, func, NULL);
+        err = call(self, &last, it.func, NULL);
+    spin_for(self, spin_ns);
     f->to_stamp = shi_stamp();
     return err;
 }
 
 /* ---- on_each_cpu ------------------------------------------------------------------------- */
 
-/* smp_call_function_many_cond with every online CPU in its mask. */
-static int broadcast(struct shi_self *self, uint32_t func, uint32_t *locals, uint32_t *cpus,
-                     uint32_t *ipis, uint64_t deadline_ns)
+/* on_each_cpu(func, NULL, wait=1). */
+static int broadcast(struct shi_self *self, uint32_t func, struct shi_many *many,
+                     uint64_t deadline_ns)
 {
-    uint32_t n = 0, nipis = 0, cpu, i;
-    int err = 0, first = 0;
+    const struct shi_call it = message(func, false);
+    uint32_t i;
     shi_count(self, SHI_C_calls_many);
-    for (cpu = 0; cpu < self->m->ncpus && !err; cpu++) {
-        uint64_t w = shi_load_relaxed(&shi_slot(self->m, cpu)->word);
-        if (cpu == self->id || !shi_word_online(w))
-            continue;
-        shi_enter(self);
-        int64_t local = shi_csd_get(self);
-        if (local >= 0) {
-            fill(shi_own_csd(self, (uint32_t)local), func, false);
-            err = shi_call_queue(self, (uint32_t)local, SHI_CSD_SYNC, cpu);
-            if (err < 0) {
-                shi_csd_put(self, (uint32_t)local);
-            } else {
-                if (err > 0)
-                    ipis[nipis++] = cpu;
-                cpus[n] = cpu;
-                locals[n++] = (uint32_t)local;
-            }
-        } else {
-            err = (int)local;
-        }
-        shi_leave(self);
-        err = err < 0 && err != -ENXIO ? err : 0; /* offline since: skipped */
-    }
-    shi_enter(self);
-    shi_call_ipi_mask(self, ipis, nipis);
-    shi_leave(self);
-    if (!err) { /* the local part, between the doorbells and the wait */
+    int first = shi_call_many(self, many, &it, true);
+    if (!first) { /* the local part, between the doorbells and the wait */
         uint8_t flags = shi_irq_save(self);
         shi_count(self, SHI_C_calls_self);
         shi_native_get(func & ~SHI_FUNC_NATIVE)(NULL);
         shi_irq_restore(self, flags);
     }
-    first = err;
-    for (i = 0; i < n; i++) {
-        struct shi_wait wait;
-        shi_wait_begin(self, &wait, shi_own_index(self, locals[i]), cpus[i], deadline_ns);
-        int rc = shi_wait_spin(self, &wait, shi_wait_budget(self, cpus[i]));
-        while (rc > 0)
-            rc = shi_wait_sleep(self, &wait);
-        shi_wait_end(self, &wait);
-        if (rc) {
-            leave_behind(self, locals[i]);
-        } else {
-            rc = outcome(shi_own_csd(self, locals[i]));
-            shi_enter(self);
-            shi_csd_put(self, locals[i]);
-            shi_leave(self);
+    for (i = 0; i < many->queued; i++) {
+        int rc = shi_call_wait(self, many->locals[i], many->cpus[i], deadline_ns, NULL);
+        if (!rc) {
+            rc = outcome(shi_own_csd(self, many->locals[i]));
+            shi_call_end(self, many->locals[i]);
         }
         first = first ? first : rc;
     }
@@ -460,17 +363,22 @@ static int all_in_state(struct shi_self *self, struct shi_bench_broadcast *b)
 int shi_bench_broadcast(struct shi_self *self, struct shi_bench_broadcast *b)
 {
     uint32_t func = native("noop"), n = self->m->ncpus, i;
-    uint32_t *room = calloc(3 * (size_t)n, sizeof *room);
+    uint32_t *room = calloc(4 * (size_t)n, sizeof *room);
     int err = 0;
     if (!room)
         return -ENOMEM;
+    for (i = 0; i < n; i++)
+        room[i] = i;
+    struct shi_many many = {
+        .mask = room, .n = n, .cpus = room + n, .locals = room + 2 * n, .ipis = room + 3 * n
+    };
     b->missed = 0;
     for (i = 0; i < b->warmup + b->calls && !err; i++) {
         err = all_in_state(self, b);
         if (err)
             break;
         uint64_t from = shi_stamp();
-        err = broadcast(self, func, room, room + n, room + 2 * n, b->deadline_ns);
+        err = broadcast(self, func, &many, b->deadline_ns);
         uint64_t took = shi_stamp() - from;
         if (!err && i >= b->warmup)
             b->ns[i - b->warmup] = (double)shi_stamp_to_ns(took);

@@ -307,6 +307,57 @@ void shi_csd_collect(struct shi_self *self)
     }
 }
 
+static void fill_head(struct shi_self *self, uint32_t local, const struct shi_call *call)
+{
+    struct shi_csd *csd = shi_own_csd(self, local);
+    csd->func = call->func;
+    csd->serial = call->serial;
+    csd->kind = call->kind;
+    csd->length = call->length;
+    csd->apply = call->apply;
+    csd->room = 0;
+    csd->value = call->value;
+    if (!(call->func & SHI_FUNC_NATIVE) && !(call->apply & SHI_A_INLINE_FUNC)) {
+        shi_func_hold(self, call->func);
+        self->sender.notes[local].func = call->func + 1;
+    }
+}
+
+int shi_csd_fill(struct shi_self *self, uint32_t local, const struct shi_call *call)
+{
+    struct shi_csd *csd = shi_own_csd(self, local);
+    fill_head(self, local, call);
+    if (!call->payload && !call->room)
+        return 0;
+    int64_t at =
+        shi_csd_block(self, local, call->bytes > call->room ? call->bytes : call->room);
+    if (at < 0)
+        return (int)at;
+    if (call->room) {
+        csd->reply = (uint64_t)at;
+        csd->room = call->room;
+    }
+    if (call->payload) {
+        memcpy(shi_arena_base(self->m, self->id) + at, call->payload, call->bytes);
+        csd->value.ref = (struct shi_ref){
+            .offset = (uint64_t)at,
+            .length = (uint32_t)call->bytes,
+            .sum = shi_checksum(self->m, call->payload, call->bytes),
+        };
+    }
+    return 0;
+}
+
+void shi_csd_fill_shared(struct shi_self *self, uint32_t local, const struct shi_call *call,
+                         uint32_t owner)
+{
+    fill_head(self, local, call);
+    if (call->payload) {
+        shi_own_csd(self, local)->value = shi_own_csd(self, owner)->value;
+        shi_csd_share(self, local, owner);
+    }
+}
+
 int64_t shi_nowait_get(struct shi_self *self)
 {
     struct shi_sender *s = &self->sender;

@@ -58,6 +58,22 @@ void shi_csd_share(struct shi_self *self, uint32_t index, uint32_t owner);
 /* No more csds will share it: it goes with the last that does. */
 void shi_csd_end_sharing(struct shi_self *self, uint32_t owner);
 
+/* What a call is made of before it has a csd. */
+struct shi_call {
+    uint32_t func, serial; /* as in the csd */
+    uint8_t kind, length, apply;
+    uint32_t room; /* of a block for its result, 0: what fits the csd */
+    union shi_value value;
+    const void *payload; /* for SHI_K_PICKLE, else NULL */
+    uint64_t bytes;
+};
+
+/* Fill csd `local`.  0, or -errno of its block: give the csd back then. */
+int shi_csd_fill(struct shi_self *self, uint32_t local, const struct shi_call *call);
+/* The same, with the payload that is in `owner` already. */
+void shi_csd_fill_shared(struct shi_self *self, uint32_t local, const struct shi_call *call,
+                         uint32_t owner);
+
 /* ---- functions ------------------------------------------------------------------- */
 
 /* Publish `length` bytes: the function's index, or -EMFILE (as many as there can be),

@@ -3,16 +3,20 @@
 
 #include <errno.h>
 
+#include "base/clock.h"
 #include "base/native.h"
 #include "base/step.h"
 #include "base/trace.h"
 #include "irq/chip.h"
 #include "irq/ring.h"
 #include "smp/csd.h"
+#include "smp/entry.h"
 #include "smp/lend.h"
 #include "smp/queue.h"
 #include "smp/sender.h"
 #include "smp/smp.h"
+#include "smp/wait.h"
+#include "smp/watch.h"
 
 /* ---- lock and unlock -------------------------------------------------------------- */
 
@@ -62,6 +66,7 @@ void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
 
 /* ---- sending ----------------------------------------------------------------------- */
 
+/* The enqueue half: 1 when `dst` must be sent an IPI, else 0 or -errno. */
 int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
 {
     struct shi_csd *csd = shi_own_csd(self, local);
@@ -89,12 +94,213 @@ int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32
     return ipi < 0 ? ipi : 0;
 }
 
+int64_t shi_call_post(struct shi_self *self, const struct shi_call *call, uint64_t type,
+                      uint32_t dst)
+{
+    bool nowait = (type & SHI_CSD_TYPE) == SHI_CSD_ASYNC;
+    shi_enter(self);
+    int64_t local = nowait ? shi_nowait_get(self) : shi_csd_get(self);
+    if (local >= 0) {
+        int err = shi_csd_fill(self, (uint32_t)local, call);
+        if (!err)
+            err = shi_call_single(self, (uint32_t)local, type, dst);
+        if (err) {
+            shi_csd_put(self, (uint32_t)local);
+            local = err;
+        } else if (nowait) {
+            shi_csd_leave(self, (uint32_t)local);
+        }
+    }
+    if (local != -EAGAIN) /* else it comes again */
+        shi_count(self, SHI_C_calls_single);
+    shi_leave(self);
+    return local;
+}
+
+/* ---- many ------------------------------------------------------------------------- */
+
 void shi_call_ipi_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n)
 {
     if (n == 1)
         shi_chip_send_call_single(self, cpus[0]);
     else if (n)
         shi_chip_send_call_mask(self, cpus, n);
+}
+
+static void ring_many(struct shi_self *self, struct shi_many *many)
+{
+    shi_call_ipi_mask(self, many->ipis, many->nipis);
+    many->nipis = 0;
+}
+
+/* One core section for one CPU: 0 (queued, or offline since: skipped, as the kernel does). */
+static int queue_one(struct shi_self *self, struct shi_many *many, const struct shi_call *call,
+                     int64_t owner, uint32_t cpu, bool wait)
+{
+    int err = 0;
+    shi_enter(self);
+    int64_t local = wait ? shi_csd_get(self) : shi_nowait_get(self);
+    if (local < 0) {
+        /* About to wait: nobody must wait for doorbells not yet rung. */
+        ring_many(self, many);
+        shi_leave(self);
+        return (int)local;
+    }
+    if (owner < 0)
+        err = shi_csd_fill(self, (uint32_t)local, call);
+    else
+        shi_csd_fill_shared(self, (uint32_t)local, call, (uint32_t)owner);
+    if (!err)
+        err = shi_call_queue(self, (uint32_t)local, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC, cpu);
+    if (err < 0) {
+        shi_csd_put(self, (uint32_t)local);
+    } else {
+        if (err > 0)
+            many->ipis[many->nipis++] = cpu;
+        if (!wait)
+            shi_csd_leave(self, (uint32_t)local);
+        many->cpus[many->queued] = cpu;
+        many->locals[many->queued++] = (uint32_t)local;
+    }
+    shi_leave(self);
+    return err < 0 && err != -ENXIO ? err : 0;
+}
+
+/* The payload's own csd: it is in nobody's queue, and goes with the last that shares it. */
+static int64_t payload_owner(struct shi_self *self, const struct shi_call *call)
+{
+    shi_enter(self);
+    int64_t owner = shi_csd_get(self);
+    int err = owner < 0 ? (int)owner : shi_csd_fill(self, (uint32_t)owner, call);
+    if (owner >= 0 && err)
+        shi_csd_put(self, (uint32_t)owner);
+    shi_leave(self);
+    return err ? err : owner;
+}
+
+int shi_call_many(struct shi_self *self, struct shi_many *many, const struct shi_call *call,
+                  bool wait)
+{
+    void *arg = many->waiter ? many->waiter->arg : NULL;
+    int64_t owner = -1;
+    uint32_t i;
+    int err = 0;
+    many->queued = 0;
+    many->nipis = 0;
+    while (call->payload && (owner = payload_owner(self, call)) < 0) {
+        err = owner == -EAGAIN ? shi_call_room(self, many->waiter, &many->at) : (int)owner;
+        if (err)
+            return err;
+    }
+    for (i = 0; i < many->n && !err; i++) {
+        uint32_t cpu = many->mask[i];
+        many->at = cpu;
+        if ((!self->host && cpu == self->id) ||
+            !shi_word_online(shi_load_relaxed(&shi_slot(self->m, cpu)->word)))
+            continue;
+        int yes = many->cond ? many->cond(arg, cpu) : 1;
+        if (yes < 0)
+            err = yes;
+        while (yes > 0 && (err = queue_one(self, many, call, owner, cpu, wait)) == -EAGAIN) {
+            err = shi_call_room(self, many->waiter, &many->at);
+            if (err)
+                break;
+        }
+    }
+    /* The doorbells once, after everything is queued. */
+    shi_enter(self);
+    ring_many(self, many);
+    if (owner >= 0)
+        shi_csd_end_sharing(self, (uint32_t)owner);
+    shi_leave(self);
+    return err;
+}
+
+/* ---- wait ------------------------------------------------------------------------- */
+
+#define ROOM_LOOK_NS 1000000u
+#define ROOM_LOOKS 16u
+
+int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
+                 const struct shi_waiter *waiter)
+{
+    struct shi_wait wait;
+    bool inlined = self->inline_python; /* begin and turn may set it */
+    shi_wait_begin(self, &wait, shi_own_index(self, local), dst, deadline_ns);
+    if (waiter)
+        waiter->begin(waiter->arg);
+    uint64_t budget = shi_wait_budget(self, dst);
+    uint64_t hold = waiter && waiter->hold_ns < budget ? waiter->hold_ns : budget;
+    bool spun = hold == budget;
+    int rc = shi_wait_spin(self, &wait, hold);
+    while (rc > 0) {
+        void *gone = NULL;
+        if (waiter) {
+            int err = waiter->turn(waiter->arg, dst, rc);
+            if (err) {
+                rc = err;
+                break;
+            }
+            gone = waiter->let_go(waiter->arg);
+        }
+        rc = spun ? shi_wait_sleep(self, &wait) : shi_wait_spin(self, &wait, budget - hold);
+        spun = true;
+        if (waiter)
+            waiter->take_back(waiter->arg, gone);
+    }
+    self->inline_python = inlined;
+    shi_wait_end(self, &wait);
+    return rc;
+}
+
+int shi_call_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
+                  const struct shi_waiter *waiter)
+{
+    int err = shi_csd_wait(self, local, dst, deadline_ns, waiter);
+    SHI_TRACE(self, call_end, dst, shi_own_index(self, local) + 1, 0, (uint32_t)-err);
+    if (err) {
+        shi_enter(self);
+        shi_csd_abandon(self, local);
+        shi_leave(self);
+    }
+    return err;
+}
+
+void shi_call_end(struct shi_self *self, uint32_t local)
+{
+    shi_enter(self);
+    shi_csd_put(self, local);
+    shi_leave(self);
+}
+
+int shi_call_room(struct shi_self *self, const struct shi_waiter *waiter, uint32_t *dst)
+{
+    struct shi_sender *s = &self->sender;
+    shi_enter(self);
+    uint32_t oldest = shi_csd_oldest(self);
+    shi_leave(self);
+    if (oldest == UINT32_MAX)
+        return -EAGAIN; /* futures', tasks' and CallSingleData's: only their owners free them */
+    uint64_t lock = shi_load_relaxed(&shi_own_csd(self, oldest)->lock);
+    *dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
+    if (*dst >= self->m->ncpus) {
+        shi_enter(self);
+        shi_csd_collect(self); /* damaged: dropped there */
+        shi_leave(self);
+        return 0;
+    }
+    int err = shi_csd_wait(self, oldest, *dst, shi_now_ns() + ROOM_LOOK_NS, waiter);
+    if (err == -ETIMEDOUT) {
+        if (++s->room_looks % ROOM_LOOKS == 0) {
+            /* Each look is too short to notice that a ring was lost: ring again. */
+            shi_enter(self);
+            shi_watch_ring(self, *dst);
+            shi_leave(self);
+        }
+        return 0;
+    }
+    s->room_looks = 0;
+    return err == -EBADMSG ? 0 : err; /* damaged: collected as such */
 }
 
 /* ---- smp_send_reschedule ---------------------------------------------------------- */
