@@ -540,6 +540,7 @@ def limit_ping(
     batch: int = ...,
     placement: int = ...,
     gap_ns: int = ...,
+    backoffs: tuple[int, ...] = ...,
     deadline: float = ...,
     peer_pid: int = ...,
     peer_tid: int = ...,
@@ -549,7 +550,7 @@ def limit_ping(
     plain: bool = ...,
     clocked: bool = ...,
     one_way: bool = ...,
-) -> tuple[Hist, Hist, float, int, int]: ...
+) -> tuple[Hist, Hist, list[float], int, int]: ...
 def limit_pong(
     area: NDArray[Any] | Buffer,
     kind: str,
@@ -560,6 +561,7 @@ def limit_pong(
     batch: int = ...,
     placement: int = ...,
     gap_ns: int = ...,
+    backoffs: tuple[int, ...] = ...,
     deadline: float = ...,
     peer_pid: int = ...,
     peer_tid: int = ...,

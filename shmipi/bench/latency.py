@@ -2,19 +2,20 @@
 
 Every row stands beside the raw limit of the same two processes: a block of the limit, a
 block of the row, and so on in turn. A row's ratio is the median over the blocks of (the
-row's median / the limit's median in that block).
+row's median / the limit's median in that block), each call of both clocked. A polling
+row has a second one, for calls and a limit in batches without a clock inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from shmipi import _core
 from shmipi.bench import limits, option, tasks
-from shmipi.bench.limits import BATCH, BATCHES, PLACEMENTS, Limit
+from shmipi.bench.limits import BATCH, PLACEMENTS, Limit, batches_for
 from shmipi.bench.option import HANDLERS
 from shmipi.bench.runner import (
     MISSED_SHARE,
@@ -24,6 +25,7 @@ from shmipi.bench.runner import (
     choose_cores,
     machine_facts,
     median,
+    middle,
     split,
     spread,
     unused_name,
@@ -31,7 +33,15 @@ from shmipi.bench.runner import (
 from shmipi.errors import BootError
 from shmipi.irq.chips import Chip
 from shmipi.machine import doorbells
-from shmipi.report.cells import PERCENTILES, Cells, Table, percentiles, span, valid
+from shmipi.report.cells import (
+    PERCENTILES,
+    Cells,
+    Table,
+    percentiles,
+    ratio,
+    span,
+    valid,
+)
 
 __all__ = ["DOORBELLS", "EXAMPLE", "HANDLERS", "HELP", "Options", "run", "table"]
 
@@ -79,6 +89,11 @@ class Options:
         """The pause before each call, but for polling rows, in ns."""
         return round(self.gap_us * 1000)
 
+    @property
+    def batches(self) -> int:
+        """Batches of calls to a polling target, at each placement of each block."""
+        return batches_for(self.calls)
+
 
 @dataclass
 class Row:
@@ -88,7 +103,10 @@ class Row:
     rtt: _core.Hist = field(default_factory=_core.Hist)
     one_way: _core.Hist = field(default_factory=_core.Hist)
     ratios: list[float] = field(default_factory=list)
+    #: Batches beside batches, of rows to a polling target.
+    floor_ratios: list[float] = field(default_factory=list)
     batches: list[float] = field(default_factory=list)
+    samples: int = 0
     seen: Seen = field(default_factory=Seen)
     #: Calls in the blocks that ``seen`` looked at, warm-up included.
     calls: int = 0
@@ -99,7 +117,7 @@ class Row:
 
 @dataclass
 class Group:
-    """Rows that share a target's state, a doorbell and a limit."""
+    """Rows that share a target's state, a doorbell and the limit of a clocked call."""
 
     state: str
     doorbell: str
@@ -118,7 +136,7 @@ class Group:
     def why(self, row: Row, limit: Limit) -> list[str]:
         """Return why a row's figures are not what they claim to be."""
         # A batch is one sample: whatever happens in it moves it and no other.
-        found = row.seen.why(row.rtt.count + len(row.batches) * BATCHES)
+        found = row.seen.why(row.rtt.count + row.samples)
         found += limit.why()
         if row.moved:
             found.append("the sender changed its core")
@@ -146,7 +164,7 @@ def _groups(options: Options) -> list[Group]:
         if doorbell not in options.doorbells:
             continue
         if doorbell == "none":
-            wanted.append(("polling", "none", "spin", "cacheline"))
+            wanted.append(("polling", "none", "spin", "mailbox"))
             continue
         wanted.append(("halted", doorbell, "spin", doorbells.BY_NAME[doorbell].limit))
         if doorbell == "futex":
@@ -206,33 +224,52 @@ class _Run:
     # ---- a polling target: batches over placements, the distribution apart -----------
 
     def _polling(self, group: Group, rig: Rig, block: int, calls: int) -> None:
-        plain, swap = self._limit("cacheline"), self._limit("cacheline_cas")
-        beside: list[float] = []
+        floor, mailbox = self._limit("floor"), self._limit("mailbox")
+        beside: dict[str, list[dict[int, float]]] = {"floor": [], "mailbox": []}
         found: dict[str, list[float]] = {row.handler: [] for row in group.rows}
         for place in range(PLACEMENTS):
             cpu = 1 + place
             placement = block * PLACEMENTS + place
-            beside.append(
-                limits.measure_batches(rig, plain, cpu=cpu, placement=placement)
-            )
-            limits.measure_batches(rig, swap, cpu=cpu, placement=placement)
+            for limit in (floor, mailbox):
+                beside[limit.name].append(
+                    limits.measure_batches(
+                        rig,
+                        limit,
+                        cpu=cpu,
+                        placement=placement,
+                        batches=self.options.batches,
+                    )
+                )
             with _polls(rig, cpu):
                 for row in group.rows:
                     with Disturbance(rig, cpu, row.seen):
-                        found[row.handler].append(_batch(row, rig, cpu, place))
-        plain.blocks.append(median(beside))
+                        ns = _batch(row, rig, cpu, place, self.options.batches)
+                        found[row.handler].append(ns)
+        for limit in (floor, mailbox):
+            limit.blocks.append(limits.best(beside[limit.name]))
         for row in group.rows:
-            row.ratios.append(median(found[row.handler]) / median(beside))
-        # The distribution, with a clock around each call, of limit and rows alike.
+            if floor.blocks[-1] > 0:
+                row.floor_ratios.append(median(found[row.handler]) / floor.blocks[-1])
+        # With a clock around each call, of limits and rows alike.
         cpu = 1 + block % PLACEMENTS
-        for limit in (plain, swap):
-            limits.measure(
-                rig, limit, calls, cpu=cpu, gap_ns=0, warmup=self.options.warmup
+        clocked = {
+            limit.name: limits.measure(
+                rig,
+                limit,
+                calls,
+                cpu=cpu,
+                placement=block * PLACEMENTS,
+                gap_ns=0,
+                warmup=self.options.warmup,
             )
+            for limit in (floor, mailbox)
+        }
         with _polls(rig, cpu):
             for row in group.rows:
                 passes = _native if row.handler == "native" else _python
-                passes(group, row, rig, calls, self.options, cpu)
+                took = passes(group, row, rig, calls, self.options, cpu)
+                if clocked[group.limit] > 0:
+                    row.ratios.append(took / clocked[group.limit])
         if any(row.handler == "python" for row in group.rows):
             group.pipe.merge(_pipe(rig))
 
@@ -250,15 +287,15 @@ class _polls:
         self._rig.idle(self._cpu, "halt")
 
 
-def _batch(row: Row, rig: Rig, cpu: int, skip: int) -> float:
+def _batch(row: Row, rig: Rig, cpu: int, skip: int, batches: int) -> float:
     """Measure one placement in batches; return ns per call."""
     warmup = BATCH // 2
     if row.handler == "native":
-        *_, batches, _, _, moved = rig.run(
+        *_, each, _, _, moved = rig.run(
             0,
             tasks.native_calls,
             cpu,
-            BATCH * BATCHES,
+            BATCH * batches,
             {
                 "batch": BATCH,
                 "warmup": warmup,
@@ -268,11 +305,12 @@ def _batch(row: Row, rig: Rig, cpu: int, skip: int) -> float:
         )
         row.moved |= bool(moved)
     else:
-        batches = rig.run(
-            0, tasks.python_batches, cpu, BATCHES, BATCH, warmup, _core.POLLING
+        each = rig.run(
+            0, tasks.python_batches, cpu, batches, BATCH, warmup, _core.POLLING
         )
-    row.calls += BATCH * BATCHES + warmup
-    ns = median(batches)
+    row.calls += BATCH * batches + warmup
+    row.samples += batches
+    ns = median(each)
     row.batches.append(ns)
     return ns
 
@@ -280,7 +318,7 @@ def _batch(row: Row, rig: Rig, cpu: int, skip: int) -> float:
 def _native(
     group: Group, row: Row, rig: Rig, calls: int, options: Options, cpu: int = 1
 ) -> float:
-    """One block of a native row: round trips, then one way; return the median."""
+    """One block of a native row: round trips, then one way; return the typical ns."""
     common = {
         "warmup": options.warmup,
         "gap_ns": 0 if group.state == "polling" else options.gap_ns,
@@ -297,13 +335,13 @@ def _native(
         0, tasks.native_calls, cpu, _half(calls), {**common, "stamp": True}
     )
     row.one_way.merge(there)
-    return float(rtt.quantile(0.5))
+    return _typical(group, rtt)
 
 
 def _python(
     group: Group, row: Row, rig: Rig, calls: int, options: Options, cpu: int = 1
 ) -> float:
-    """One block of a Python row: round trips, then one way; return the median."""
+    """One block of a Python row: round trips, then one way; return the typical ns."""
     gap_ns = 0 if group.state == "polling" else options.gap_ns
     common = (options.warmup, gap_ns, _STATES[group.state], _SPIN_NS[group.wait])
     with Disturbance(rig, cpu, row.seen):
@@ -312,7 +350,11 @@ def _python(
     row.missed += missed
     row.rtt.merge(rtt)
     row.one_way.merge(rig.run(0, tasks.python_one_way, cpu, _half(calls), *common))
-    return float(rtt.quantile(0.5))
+    return _typical(group, rtt)
+
+
+def _typical(group: Group, rtt: _core.Hist) -> float:
+    return middle(rtt) if group.state == "polling" else float(rtt.quantile(0.5))
 
 
 def _half(calls: int) -> int:
@@ -334,8 +376,13 @@ def _pipe(rig: Rig) -> _core.Hist:
 # ---- the result ----------------------------------------------------------------------
 
 
-def _row_json(group: Group, row: Row, limit: Limit, controller: str) -> dict[str, Any]:
+def _row_json(
+    group: Group, row: Row, beside: Mapping[str, Limit], controller: str
+) -> dict[str, Any]:
+    limit = beside[group.limit]
     why = group.why(row, limit)
+    if row.floor_ratios:
+        why += beside["floor"].why()
     if not row.ratios:
         why.append(f"its limit {group.limit} is unavailable: {limit.unavailable}")
     ipis = None
@@ -371,9 +418,14 @@ def _row_json(group: Group, row: Row, limit: Limit, controller: str) -> dict[str
     if row.batches:
         result["batch_ns"] = median(row.batches)
         result["placements"] = PLACEMENTS
+        result["floor_ratio"] = median(row.floor_ratios) if row.floor_ratios else None
+        result["floor_ratio_spread"] = (
+            spread(row.floor_ratios) if row.floor_ratios else None
+        )
+        result["floor_ratio_blocks"] = row.floor_ratios
     if group.pipe.count and row.handler == "python":
         result["pipe_rtt_ns"] = group.pipe.stats()
-        times = group.pipe.quantile(0.5) / median(row.batches)
+        times = group.pipe.quantile(0.5) / row.rtt.quantile(0.5)  # both clocked
         result["times_faster_than_pipe"] = times
     return result
 
@@ -400,7 +452,7 @@ def run(
             rig = _rig_for(group, rigs, stack, state, [sender, target])
             if rig is not None:
                 state.measure(group, rig)
-        for name in limits.ABOUT:
+        for name in limits.ROUND_TRIPS:
             if name not in state.limits:
                 state.progress(f"limit {name}")
                 state.limits[name] = limits.measure_alone(
@@ -419,11 +471,11 @@ def run(
             "calls": options.calls,
             "blocks": options.blocks,
             "gc": False,
-            "limits": {name: state.limits[name].as_json() for name in limits.ABOUT},
+            "limits": {
+                name: state.limits[name].as_json() for name in limits.ROUND_TRIPS
+            },
             "rows": [
-                _row_json(
-                    group, row, state.limits[group.limit], base.cluster.controller
-                )
+                _row_json(group, row, state.limits, base.cluster.controller)
                 for group in groups
                 if group.limit in state.limits
                 for row in group.rows
@@ -470,35 +522,42 @@ def table(result: dict[str, Any]) -> Table:
     for row in result["rows"]:
         name = _row_name(row)
         limit = result["limits"][row["limit"]]
-        beside = limit.get("batch_ns", limit.get("p50"))
-        ratio = "-"
-        if row["ratio"] is not None:
-            low, high = row["ratio_spread"]
-            ratio = f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"
         rows.append(
             [
                 name,
                 row["handler"],
-                span(row.get("batch_ns", row["rtt_ns"]["p50"])),
                 *percentiles(row["rtt_ns"]),
                 span(row["one_way_ns"]["p50"]),
                 row["limit"],
-                span(beside),
-                ratio,
+                span(limit.get("p50")),
+                ratio(row, "ratio"),
                 valid(row, notes, f"{name} {row['handler']}"),
             ]
         )
+        if "batch_ns" in row:
+            rows.append(
+                [
+                    f"{name}, in batches",
+                    row["handler"],
+                    span(row["batch_ns"]),
+                    *["-"] * len(PERCENTILES),
+                    "floor",
+                    span(result["limits"]["floor"].get("batch_ns")),
+                    ratio(row, "floor_ratio"),
+                    rows[-1][-1],
+                ]
+            )
         if "times_faster_than_pipe" in row:
             more.append(
                 f"{name} {row['handler']}: {row['times_faster_than_pipe']:.0f} times"
                 " faster than a multiprocessing.Pipe round trip between the same two"
                 f" processes ({span(row['pipe_rtt_ns']['p50'])})"
             )
-    header = ["target", "handler", "typical", *PERCENTILES, "one way"]
-    header += ["limit", "typical", "ratio (spread)", "valid"]
+    header = ["target", "handler", *PERCENTILES, "one way"]
+    header += ["limit", "its p50", "ratio (spread)", "valid"]
     more.append(
-        "typical: the median; of polling rows and cacheline over batches without a"
-        " clock inside"
+        "each call is clocked, and so is its limit; in batches: without a clock inside,"
+        " of rows and limit alike"
     )
     more += [f"{name}: {why}" for name, why in result.get("unavailable", {}).items()]
     return header, rows, notes + more

@@ -6,7 +6,7 @@ rig sends, another CPU answers, both in C.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from shmipi.bench.runner import (
     choose_cores,
     machine_facts,
     median,
+    middle,
     next_session,
     split,
     unused_name,
@@ -30,15 +31,21 @@ from shmipi.report.cells import PERCENTILES, Cells, Table, percentiles, span, va
 
 __all__ = [
     "ABOUT",
+    "BACKOFFS",
     "BATCH",
     "BATCHES",
     "BELLS",
     "EXAMPLE",
     "HELP",
     "PLACEMENTS",
+    "ROUND_TRIPS",
     "Limit",
     "Options",
+    "batches_for",
+    "best",
     "measure",
+    "measure_batches",
+    "measure_queue",
     "run",
     "table",
 ]
@@ -54,7 +61,14 @@ shmipi bench limits --gap 1000 --json -"""
 BELLS: Final = sorted(doorbells.BY_NAME.values(), key=lambda bell: bell.by_signal)
 #: Every limit, and what its round trip is.
 ABOUT: Final = {
-    "cacheline": "a flag in shared memory: a store, the other spins on loads, back",
+    "floor": "payload, ring and answer in one line, 10 ns of work on each side, the"
+    " best of four back-offs before the sender looks for the answer",
+    "mailbox": "the same on the two lines that a call uses: the target's word, the"
+    " sender's csd",
+    "queue": "no round trip: csds pushed on a list, taken all at once, unlocked each",
+    "cacheline": "a curiosity, no limit of calls: a tight loop on one line, a store,"
+    " the other spins on loads, back; with 2 ns of anything between receiving and"
+    " sending the same line may take twice as long",
     "cacheline_cas": "the same where both poll by compare-and-swap: half the transfers",
     **{bell.limit: bell.limit_about for bell in BELLS},
     "futex_park": "FUTEX_WAKE there and back, both sleep",
@@ -62,11 +76,19 @@ ABOUT: Final = {
     "membarrier": "a private expedited membarrier: a real kernel IPI to the other core",
 }
 
-#: Lines that the cache-line figures are taken over: they differ by where a line lies.
+#: Those of which one round trip can be clocked.
+ROUND_TRIPS: Final = tuple(name for name in ABOUT if name != "queue")
+
+#: Lines that figures of lines are taken over: they differ by where a line lies.
 PLACEMENTS: Final = 16
-#: Round trips without a clock inside, and how many such batches at each placement.
+#: For how many ns the sender leaves the line to the target before it looks for the
+#: answer: of ``floor`` and ``mailbox`` the best counts.
+BACKOFFS: Final = (0, 25, 50, 100)
+#: Round trips without a clock inside, and how many such batches at each placement: a
+#: limit's back-offs share them.
 BATCH, BATCHES = 250, 12
 
+_ON_LINES: Final = ("floor", "mailbox", "cacheline", "cacheline_cas")
 _SLEEPING: Final = (*(bell.limit for bell in BELLS), "futex_park")
 #: More than this share of round trips to a target that was still awake: no limit.
 _AWAKE_SHARE: Final = 0.2
@@ -90,28 +112,63 @@ class Options:
 
 
 @dataclass
+class Try:
+    """What was measured of a limit with one back-off."""
+
+    rtt: _core.Hist = field(default_factory=_core.Hist)
+    one_way: _core.Hist = field(default_factory=_core.Hist)
+    batches: list[float] = field(default_factory=list)
+
+
+@dataclass
 class Limit:
     """A raw limit as it was measured: its distribution, and what disturbed it.
 
-    ``blocks`` are the medians of the blocks in ns, in their order; those of
-    ``cacheline`` are over its placements, in batches.
+    ``tries`` are by back-off in ns; all but ``floor`` and ``mailbox`` have one, 0.
+    ``blocks`` are the medians of the blocks in ns, in their order; those of limits on
+    lines are over its placements, in batches.
     """
 
     name: str
-    rtt: _core.Hist = field(default_factory=_core.Hist)
-    one_way: _core.Hist = field(default_factory=_core.Hist)
+    tries: dict[int, Try] = field(default_factory=dict)
     blocks: list[float] = field(default_factory=list)
-    batches: list[float] = field(default_factory=list)
     calls: int = 0
+    #: Batches, each of which is one sample: what happens in it moves no other.
+    samples: int = 0
     slept: int = 0
     preempted: int = 0
     unavailable: str | None = None
     seen: Seen = field(default_factory=Seen)
 
+    def __post_init__(self) -> None:
+        has_backoff = self.name in ("floor", "mailbox")
+        self.tries = {ns: Try() for ns in (BACKOFFS if has_backoff else (0,))}
+
+    @property
+    def rtt(self) -> _core.Hist:
+        """Its round trips, each clocked, with the back-off that is best for these."""
+        return self.tries[self.clocked_backoff].rtt
+
+    @property
+    def clocked_backoff(self) -> int:
+        """The back-off in ns with which a clocked round trip is fastest."""
+        return min(self.tries, key=lambda ns: middle(self.tries[ns].rtt))
+
+    @property
+    def batch_backoff(self) -> int:
+        """The same of round trips in batches."""
+        return min(self.tries, key=lambda ns: median(self.tries[ns].batches))
+
+    @property
+    def batch_ns(self) -> float | None:
+        """A round trip in batches with the best back-off, ``None`` without any."""
+        batches = self.tries[self.batch_backoff].batches
+        return median(batches) if batches else None
+
     def why(self) -> list[str]:
         """Return why its figures are not the box's own; empty if they are."""
         self.seen.preempted = self.preempted  # counted by the very thread that answers
-        found = self.seen.why(self.calls + len(self.batches) * BATCHES)
+        found = self.seen.why(self.calls * len(self.tries) + self.samples)
         awake = self.calls - self.slept
         if self.name in _SLEEPING and awake > _AWAKE_SHARE * self.calls:
             found.append(f"the target was awake at {awake} of {self.calls} calls")
@@ -122,11 +179,22 @@ class Limit:
         if self.unavailable is not None:
             return {"unavailable": self.unavailable}
         why = self.why()
-        row: dict[str, Any] = {**self.rtt.stats(), "calls": self.calls}
-        if self.one_way.count:
-            row["one_way_ns"] = self.one_way.stats()
-        if self.batches:
-            row["batch_ns"] = median(self.batches)
+        row: dict[str, Any] = {"calls": self.calls}
+        if self.rtt.count:
+            row |= self.rtt.stats()
+        there = self.tries[self.clocked_backoff].one_way
+        if there.count:
+            row["one_way_ns"] = there.stats()
+        if self.batch_ns is not None:
+            row["batch_ns"] = self.batch_ns
+        if len(self.tries) > 1:
+            row["backoff_ns"] = self.clocked_backoff
+            row["batch_backoff_ns"] = self.batch_backoff
+            row["batch_ns_by_backoff"] = {
+                str(ns): median(tried.batches)
+                for ns, tried in self.tries.items()
+                if tried.batches
+            }
         row["valid"] = not why
         if why:
             row["why"] = why
@@ -144,7 +212,7 @@ def _options(rig: Rig, cpu: int, kind: str, **more: Any) -> dict[str, Any]:
 
 def _pair(
     rig: Rig, cpu: int, kind: str, calls: int, options: dict[str, Any]
-) -> tuple[_core.Hist, _core.Hist, float, int, int]:
+) -> tuple[_core.Hist, _core.Hist, list[float], int, int]:
     """Run both roles once. Raises OSError: what the system forbids."""
     session = next_session()
     sender, target = rig.ids(0), rig.ids(cpu)
@@ -158,7 +226,7 @@ def _pair(
     )
     error: OSError | None = None
     try:
-        result: tuple[_core.Hist, _core.Hist, float, int, int] = rig.run(
+        result: tuple[_core.Hist, _core.Hist, list[float], int, int] = rig.run(
             0,
             tasks.limit_ping,
             kind,
@@ -185,65 +253,129 @@ def _cause(failure: Exception) -> OSError:
 
 
 def measure(
-    rig: Rig, limit: Limit, calls: int, *, cpu: int = 1, gap_ns: int, warmup: int = 20
+    rig: Rig,
+    limit: Limit,
+    calls: int,
+    *,
+    cpu: int = 1,
+    placement: int = 0,
+    gap_ns: int,
+    warmup: int = 20,
 ) -> float:
-    """Measure one block of ``calls`` clocked round trips; return its median in ns.
+    """Measure one block of ``calls`` clocked round trips; return what one takes in ns.
 
-    The block is added to ``limit``. Where the system forbids it, ``limit.unavailable``
-    says why and the result is NaN.
+    With each back-off that the limit has; the best is returned. The block is added to
+    ``limit``. Where the system forbids it, ``limit.unavailable`` says why and the
+    result is NaN.
     """
     if limit.unavailable is not None:
         return float("nan")
     kind, _, way = limit.name.partition("_cas")
     del way
+    found = []
+    for backoff, tried in limit.tries.items():
+        options = _options(
+            rig,
+            cpu,
+            kind,
+            warmup=warmup,
+            gap_ns=gap_ns,
+            backoffs=(backoff,),
+            placement=placement % _core.LIMIT_PLACEMENTS,
+            clocked=True,
+            plain=limit.name == "cacheline",
+            one_way=kind != "membarrier",
+            deadline=_patience(calls + warmup, gap_ns),
+        )
+        if kind == "eventfd" and options["eventfd"] < 0:
+            limit.unavailable = "no eventfds: the limit of open files (ulimit -n)"
+            return float("nan")
+        try:
+            with Disturbance(rig, cpu, limit.seen):
+                rtt, there, _, slept, preempted = _pair(rig, cpu, kind, calls, options)
+        except OSError as error:
+            limit.unavailable = error.strerror or str(error)
+            return float("nan")
+        tried.rtt.merge(rtt)
+        tried.one_way.merge(there)
+        limit.slept += slept
+        limit.preempted += preempted
+        found.append(
+            middle(rtt) if limit.name in _ON_LINES else float(rtt.quantile(0.5))
+        )
+    limit.calls += calls
+    return min(found)
+
+
+def measure_batches(
+    rig: Rig, limit: Limit, *, cpu: int, placement: int, batches: int = BATCHES
+) -> dict[int, float]:
+    """Measure a limit on lines at one placement: ns there and back by back-off.
+
+    In ``batches`` without a clock inside, of each back-off in turn. NaN where it is
+    unavailable.
+    """
+    found = dict.fromkeys(limit.tries, float("nan"))
+    if limit.unavailable is not None:
+        return found
+    kind, _, way = limit.name.partition("_cas")
+    del way
+    calls = BATCH * max(batches, len(limit.tries))
     options = _options(
         rig,
         cpu,
         kind,
-        warmup=warmup,
-        gap_ns=gap_ns,
-        clocked=True,
+        warmup=BATCH // 2,
+        batch=BATCH,
+        placement=placement % _core.LIMIT_PLACEMENTS,
+        backoffs=tuple(limit.tries),
         plain=limit.name == "cacheline",
-        one_way=kind != "membarrier",
-        deadline=_patience(calls + warmup, gap_ns),
+        deadline=_patience(calls, 0),
     )
-    if kind == "eventfd" and options["eventfd"] < 0:
-        limit.unavailable = "no eventfds: the limit of open files (ulimit -n)"
-        return float("nan")
     try:
-        with Disturbance(rig, cpu, limit.seen):
-            rtt, there, _, slept, preempted = _pair(rig, cpu, kind, calls, options)
+        *_, each, _, preempted = _pair(rig, cpu, kind, calls, options)
     except OSError as error:
         limit.unavailable = error.strerror or str(error)
-        return float("nan")
-    limit.rtt.merge(rtt)
-    limit.one_way.merge(there)
-    limit.calls += calls
-    limit.slept += slept
+        return found
     limit.preempted += preempted
-    return float(rtt.quantile(0.5))
+    limit.samples += calls // BATCH
+    for backoff, ns in zip(limit.tries, each, strict=True):
+        limit.tries[backoff].batches.append(ns)
+        found[backoff] = ns
+    return found
 
 
-def measure_batches(rig: Rig, limit: Limit, *, cpu: int, placement: int) -> float:
-    """Measure a cache-line limit at one placement, in batches: ns there and back."""
+def batches_for(calls: int) -> int:
+    """Return how many batches at a placement, in a run of so many clocked calls."""
+    return BATCHES if calls >= 1000 else BATCHES // 4
+
+
+def best(placements: Sequence[Mapping[int, float]]) -> float:
+    """Return the median over placements with the back-off with which it is lowest."""
+    return min(median(at[backoff] for at in placements) for backoff in placements[0])
+
+
+def measure_queue(rig: Rig, limit: Limit, calls: int, *, cpu: int = 1) -> float:
+    """Measure one block of ``queue``: ns for each of ``calls`` calls, all in one go."""
     if limit.unavailable is not None:
         return float("nan")
     options = _options(
         rig,
         cpu,
-        "cacheline",
-        warmup=BATCH // 2,
-        batch=BATCH,
-        placement=placement % _core.LIMIT_PLACEMENTS,
-        plain=limit.name == "cacheline",
-        deadline=_patience(BATCH * BATCHES, 0),
+        limit.name,
+        warmup=BATCH,
+        batch=calls,
+        deadline=_patience(calls, 0),
     )
     try:
-        *_, ns, _, preempted = _pair(rig, cpu, "cacheline", BATCH * BATCHES, options)
+        with Disturbance(rig, cpu, limit.seen):
+            *_, (ns,), _, preempted = _pair(rig, cpu, limit.name, calls, options)
     except OSError as error:
         limit.unavailable = error.strerror or str(error)
         return float("nan")
-    limit.batches.append(ns)
+    limit.tries[0].batches.append(ns)
+    limit.calls += calls
+    limit.samples += 1
     limit.preempted += preempted
     return ns
 
@@ -259,16 +391,30 @@ def measure_alone(
     """Measure a limit that no row stands beside."""
     limit = Limit(name)
     for block, part in enumerate(split(calls, blocks)):
-        if name.startswith("cacheline"):
+        if name == "queue":
+            limit.blocks.append(measure_queue(rig, limit, part))
+            continue
+        if name in _ON_LINES:
             found = [
                 measure_batches(
-                    rig, limit, cpu=1, placement=block * PLACEMENTS + placement
+                    rig,
+                    limit,
+                    cpu=1,
+                    placement=block * (PLACEMENTS + 1) + placement,
+                    batches=batches_for(calls),
                 )
-                for placement in range(PLACEMENTS)
+                for placement in range(0, PLACEMENTS, 4)  # others in other blocks
             ]
-            limit.blocks.append(median(found))
-        ns = measure(rig, limit, part, gap_ns=gap_ns, warmup=warmup)
-        if not name.startswith("cacheline"):
+            limit.blocks.append(best(found))
+        ns = measure(
+            rig,
+            limit,
+            part,
+            placement=block * PLACEMENTS,
+            gap_ns=0 if name in _ON_LINES else gap_ns,
+            warmup=warmup,
+        )
+        if name not in _ON_LINES:
             limit.blocks.append(ns)
     return limit
 
@@ -325,7 +471,8 @@ def table(result: dict[str, Any]) -> Table:
             missing.append(f"{name} is unavailable: {limit['unavailable']}")
             continue
         batch = span(limit["batch_ns"]) if "batch_ns" in limit else "-"
-        rows.append([name, batch, *percentiles(limit), valid(limit, notes, name)])
+        shown = percentiles(limit) if "p50" in limit else ["-"] * len(PERCENTILES)
+        rows.append([name, batch, *shown, valid(limit, notes, name)])
     about = ["", "each a round trip between two pinned processes:"]
     about += [f"  {name:14} {text}" for name, text in ABOUT.items()]
     return ["limit", "batched", *PERCENTILES, "valid"], rows, notes + missing + about

@@ -77,7 +77,7 @@ def stamp_entry(index: int) -> None:
 
 def limit_ping(
     kind: str, session: int, calls: int, options: dict[str, Any]
-) -> tuple[_core.Hist, _core.Hist, float, int, int]:
+) -> tuple[_core.Hist, _core.Hist, list[float], int, int]:
     """Be the sender of a raw limit."""
     return _core.limit_ping(shared(AREA), kind, session, calls, **options)
 

@@ -1,4 +1,8 @@
-"""Throughput: calls per second that nobody waits for, each proven to have run."""
+"""Throughput: calls per second that nobody waits for, each proven to have run.
+
+A row of one sender stands beside the limit ``queue`` of the same two processes, block
+by block: a pool of csds, push, take all, unlock, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shmipi import _core
-from shmipi.bench import option, tasks
+from shmipi.bench import limits, option, tasks
+from shmipi.bench.limits import Limit
 from shmipi.bench.option import HANDLERS
 from shmipi.bench.runner import (
     Disturbance,
@@ -22,7 +27,7 @@ from shmipi.bench.runner import (
 )
 from shmipi.irq.chips import Chip
 from shmipi.machine import topology
-from shmipi.report.cells import Cells, Table, valid
+from shmipi.report.cells import Cells, Table, ratio, valid
 
 __all__ = [
     "EXAMPLE",
@@ -85,6 +90,7 @@ def run(
     if not isinstance(options.cores, str) or not others:
         others = [sender]  # the two that were named, or all there are
     rows = []
+    limit = Limit("queue")
     placement = [sender, target, *others]
     with Rig(
         placement, doorbell=options.doorbell, controller=options.controller
@@ -96,7 +102,8 @@ def run(
                     if progress is not None:
                         progress(f"{pattern}, target {state}, {handler}")
                     parts = split(options.calls, options.blocks)
-                    row = _row(rig, senders, state, handler, parts)
+                    beside = limit if len(senders) == 1 else None
+                    row = _row(rig, senders, state, handler, parts, beside)
                     row.update(
                         pattern=pattern,
                         doorbell=options.doorbell,
@@ -114,19 +121,28 @@ def run(
             "calls": options.calls,
             "blocks": options.blocks,
             "gc": False,
+            "limits": {"queue": limit.as_json()},
             "rows": rows,
         }
 
 
 def _row(
-    rig: Rig, senders: Sequence[int], state: str, handler: str, parts: Sequence[int]
+    rig: Rig,
+    senders: Sequence[int],
+    state: str,
+    handler: str,
+    parts: Sequence[int],
+    limit: Limit | None,
 ) -> dict[str, Any]:
     seen = Seen()
-    rates = []
+    rates: list[float] = []
+    beside: list[float] = []
     sent = rung = elided = coalesced = 0
-    with _target(rig, state):
-        _block(rig, senders, handler, max(1000, parts[0] // 10))  # warm-up
-        for part in parts:
+    for part in parts:
+        if limit is not None:
+            beside.append(1e9 / limits.measure_queue(rig, limit, part, cpu=_TARGET))
+        with _target(rig, state):
+            _block(rig, senders, handler, max(1000, parts[0] // 10))  # warm-up
             before = rig.cluster.counters()
             with Disturbance(rig, _TARGET, seen):
                 calls, seconds = _block(rig, senders, handler, part)
@@ -157,6 +173,15 @@ def _row(
         "valid": not why,
         "stolen_s": seen.stolen_s,
     }
+    if limit is not None and limit.unavailable is None:
+        limit.blocks += beside
+        ratios = [rate / other for rate, other in zip(rates, beside, strict=True)]
+        row["limit"] = limit.name
+        row["limit_per_s"] = median(beside)
+        row["ratio"] = median(ratios)
+        row["ratio_spread"] = spread(ratios)
+        why += limit.why()
+        row["valid"] = not why
     if why:
         row["why"] = why
     return row
@@ -223,8 +248,15 @@ def table(result: dict[str, Any]) -> Table:
                 f"{low / 1e6:.2f}-{high / 1e6:.2f} M",
                 f"{row['ns_per_call']:.0f} ns",
                 f"{row['doorbells_per_call']:.4f}",
+                f"{row['limit_per_s'] / 1e6:.2f} M" if "limit_per_s" in row else "-",
+                ratio(row, "ratio") if "ratio" in row else "-",
                 valid(row, notes, f"{name} {row['handler']}"),
             ]
         )
+    notes.append(
+        "queue: a pool of csds, push, take all, unlock, and nothing else, from the same"
+        " sender to the same target"
+    )
     header = ["pattern, target", "handler", "senders", "calls/s", "spread"]
-    return [*header, "per call", "doorbells/call", "valid"], rows, notes
+    header += ["per call", "doorbells/call", "queue", "ratio (spread)", "valid"]
+    return header, rows, notes

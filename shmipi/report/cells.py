@@ -9,6 +9,7 @@ __all__ = [
     "Cells",
     "Table",
     "percentiles",
+    "ratio",
     "span",
     "valid",
     "valid_for",
@@ -35,6 +36,14 @@ def span(ns: float | None) -> str:
 def percentiles(stats: dict[str, float]) -> Cells:
     """Return the cells of ``PERCENTILES``."""
     return [span(stats[key]) for key in ("p50", "p90", "p99", "p999", "max")]
+
+
+def ratio(row: dict[str, Any], name: str) -> str:
+    """Return a ratio of the row with its spread."""
+    if row[name] is None:
+        return "-"
+    low, high = row[f"{name}_spread"]
+    return f"{row[name]:.2f} ({low:.2f}-{high:.2f})"
 
 
 def valid(row: dict[str, Any], notes: list[str], name: str) -> str:

@@ -63,10 +63,21 @@ def test_limits(capfd):
     for name, limit in found["limits"].items():
         if "unavailable" in limit:
             continue
-        check_stats(limit)
+        if name == "queue":  # nobody waits for a single call
+            assert "p50" not in limit
+        else:
+            check_stats(limit)
         assert limit["calls"] == 100
-        assert ("batch_ns" in limit) == name.startswith("cacheline")
+        on_lines = ("floor", "mailbox", "queue", "cacheline", "cacheline_cas")
+        assert ("batch_ns" in limit) == (name in on_lines)
         assert limit["valid"] == ("why" not in limit)
+    for name in ("floor", "mailbox"):
+        limit = found["limits"][name]
+        tried = limit["batch_ns_by_backoff"]
+        assert [int(ns) for ns in tried] == [0, 25, 50, 100] == list(limits.BACKOFFS)
+        assert limit["batch_ns"] == min(tried.values())
+        assert limit["batch_ns"] == tried[str(limit["batch_backoff_ns"])]
+        assert limit["backoff_ns"] in limits.BACKOFFS
 
 
 def test_latency_has_every_row(capfd):
@@ -92,10 +103,20 @@ def test_latency_has_every_row(capfd):
         assert row["limit"] in found["limits"]
         assert row["valid"] == ("why" not in row)
         assert row["controller"] == "apic"
-    polling = rows["polling", "none", "spin", "python"]
-    assert polling["placements"] >= 16
+    for row in found["rows"]:
+        assert ("floor_ratio" in row) == (row["target_state"] == "polling")
+        assert (row["limit"] == "mailbox") == (row["target_state"] == "polling")
+    for handler in ("native", "python"):
+        polling = rows["polling", "none", "spin", handler]
+        assert polling["placements"] >= 16
+        assert len(polling["floor_ratio_blocks"]) == 5
+        low, high = polling["floor_ratio_spread"]
+        assert 0 < low <= polling["floor_ratio"] <= high
+        assert polling["batch_ns"] > 0
     assert polling["times_faster_than_pipe"] > 1
-    assert found["limits"].keys() == limits.ABOUT.keys()
+    assert list(found["limits"]) == list(limits.ROUND_TRIPS)
+    assert "batch_ns" in found["limits"]["floor"]
+    assert "batch_ns" in found["limits"]["mailbox"]
 
 
 def test_a_subset_is_measured_alone(capfd):
@@ -135,7 +156,7 @@ def test_controllers(capfd):
         # Each is of what it claims to be, whatever disturbed it.
         assert not any("were counted as" in why for why in row.get("why", ()))
     assert found["foundation"]["controller"] in chosen
-    assert found["foundation"]["limit"] == "cacheline"
+    assert found["foundation"]["limit"] == "floor"
 
 
 @pytest.mark.parametrize("controller", ["apic", "xive", "mips-gic", "gicv3", "riscv"])
@@ -180,6 +201,11 @@ def test_throughput(capfd):
         assert row["calls_per_s"] > 0
         assert 0 <= row["doorbells_per_call"] <= 1
         assert row["senders"] == 1 or row["pattern"] == "all_to_one"
+        assert ("limit_per_s" in row) == (row["senders"] == 1)
+        if row["senders"] == 1:
+            low, high = row["ratio_spread"]
+            assert 0 < low <= row["ratio"] <= high
+            assert (row["limit"], row["limit_per_s"] > 0) == ("queue", True)
     assert {r["senders"] > 1 for r in found["rows"]} == {True, False}
 
 
@@ -205,7 +231,8 @@ def test_the_text_is_for_people(capfd):
     assert main(["bench", *arguments]) == 0
     out, err = capfd.readouterr()
     assert "ratio (spread)" in out
-    assert "cacheline" in out
+    assert "mailbox" in out
+    assert "polling, in batches" in out
     assert err == ""
 
 
@@ -341,6 +368,32 @@ def test_the_collector_is_off_on_the_cpus(rig):
     import gc
 
     assert rig.cluster.run(gc.isenabled) == [False, False]
+
+
+def test_limits_on_lines_are_measured_with_every_back_off(rig):
+    """The sender leaves the line alone for as long as it says: no less time passes."""
+    for name in ("floor", "mailbox"):
+        limit = limits.Limit(name)
+        limit.tries = {0: limits.Try(), 8000: limits.Try()}
+        found = limits.measure_batches(rig, limit, cpu=1, placement=3)
+        assert found.keys() == {0, 8000}
+        assert found[8000] > 2000  # whatever the core's frequency does meanwhile
+        assert limit.batch_ns == min(found.values())
+        limits.measure(rig, limit, 50, gap_ns=0)
+        for backoff, tried in limit.tries.items():
+            assert tried.rtt.count == tried.one_way.count == 50
+            assert tried.rtt.quantile(0) > backoff / 4
+            assert tried.one_way.quantile(0.5) < tried.rtt.quantile(0.5)
+        assert limit.calls == 50
+        assert limit.rtt.count == 50
+
+
+def test_the_queue_has_an_answer_for_every_number_of_calls(rig):
+    limit = limits.Limit("queue")
+    for calls in (1, 63, 64, 65, 5000):
+        assert limits.measure_queue(rig, limit, calls) > 0
+    assert limit.calls == 5193
+    assert limit.unavailable is None
 
 
 def test_a_limit_that_is_forbidden_says_why(rig):

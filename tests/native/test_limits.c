@@ -69,13 +69,18 @@ static void pin(int core)
     }
 }
 
+static int on_lines(int kind)
+{
+    return kind <= SHI_LIMIT_CACHELINE;
+}
+
 static struct shi_limit_params params(int kind)
 {
     struct shi_limit_params p;
 
     shi_limit_params_init(&p, kind);
     p.session = ++sessions;
-    p.calls = kind == SHI_LIMIT_CACHELINE ? 20000 : 300;
+    p.calls = on_lines(kind) ? 20000 : 300;
     p.warmup = 30;
     p.core = cores[1];
     p.deadline_ns = shi_now_ns() + 20000000000u;
@@ -202,9 +207,14 @@ static void test_kind(int kind)
     CHECK(err == 0, "%s: %s", name, strerror(-err));
     if (err != 0)
         return;
+    CHECK(block > 0, "%s: %f", name, block);
+    if (kind == SHI_LIMIT_QUEUE) { /* nobody waits for a single call */
+        CHECK(shi_hist_count(rtt) == 0, "%s: %llu", name, (ull)shi_hist_count(rtt));
+        printf("%-11s per call: %.1f ns\n", name, block);
+        return;
+    }
     CHECK(shi_hist_count(rtt) == p.calls, "%s: %llu", name, (ull)shi_hist_count(rtt));
     CHECK(shi_hist_min(rtt) > 0, "%s: a round trip of 0 ns", name);
-    CHECK(block > 0, "%s: %f", name, block);
     if (kind == SHI_LIMIT_MEMBARRIER) {
         CHECK(shi_hist_count(one_way) == 0, "%s has no way there", name);
     } else {
@@ -245,33 +255,57 @@ static void test_kind(int kind)
     printf("\n");
 }
 
-static void test_placements(uint32_t flags)
+static void test_placements(int kind, uint32_t flags, uint32_t backoff_ns)
 {
     double low = 1e18, high = 0;
 
     for (uint32_t i = 0; i < 16; i++) {
-        struct shi_limit_params p = params(SHI_LIMIT_CACHELINE);
+        struct shi_limit_params p = params(kind);
         double ns = -1;
         int err;
 
         p.placement = i;
         p.flags = flags;
+        p.backoffs = 1;
+        p.backoff_ns[0] = backoff_ns;
         err = run(&p, NULL, &ns);
         CHECK(err == 0 && ns > 0, "placement %u: %d, %f", i, err, ns);
         low = ns < low ? ns : low;
         high = ns > high ? ns : high;
     }
-    printf("cacheline by %s over 16 placements: %.1f to %.1f ns\n",
-           flags & SHI_LIMIT_PLAIN ? "loads and stores" : "compare-and-swap", low, high);
+    printf("%s%s, looked for after %u ns, over 16 placements: %.1f to %.1f ns\n",
+           shi_limit_name(kind), flags & SHI_LIMIT_PLAIN ? " by loads and stores" : "",
+           backoff_ns, low, high);
+    /* The sender looks no sooner; by how far a core's frequency moves it may be off. */
+    CHECK(low > backoff_ns / 4, "%s: %f", shi_limit_name(kind), low);
+}
+
+/* Back-offs take turns, and each has its own figure. */
+static void test_backoffs(void)
+{
+    static const uint32_t ns[] = { 6000, 0, 3000 };
+    struct shi_limit_params p = params(SHI_LIMIT_MAILBOX);
+    double found[3] = { 0, 0, 0 };
+    int err;
+
+    p.calls = 9000;
+    p.batch = 100;
+    p.backoffs = 3;
+    memcpy(p.backoff_ns, ns, sizeof ns);
+    err = run(&p, NULL, found);
+    CHECK(err == 0, "%d", err);
+    for (int i = 0; i < 3; i++)
+        CHECK(found[i] > ns[i] / 4.0, "%u ns: %f", ns[i], found[i]);
+    CHECK(found[1] < found[2] && found[2] < found[0], "%f %f %f", found[0], found[1], found[2]);
 }
 
 /* A last batch that is short, one that is the only one, a single call. */
-static void test_odd_batches(void)
+static void test_odd_batches(int kind)
 {
     static const uint32_t cases[][2] = { { 2500, 1000 }, { 700, 1000 }, { 1, 1 }, { 3, 3 } };
 
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        struct shi_limit_params p = params(SHI_LIMIT_CACHELINE);
+        struct shi_limit_params p = params(kind);
         double ns = -1;
         int err;
 
@@ -279,7 +313,8 @@ static void test_odd_batches(void)
         p.batch = cases[i][1];
         p.warmup = 0;
         err = run(&p, NULL, &ns);
-        CHECK(err == 0 && ns > 0, "%u calls by %u: %d, %f", p.calls, p.batch, err, ns);
+        CHECK(err == 0 && ns > 0, "%s: %u calls by %u: %d, %f", shi_limit_name(kind), p.calls,
+              p.batch, err, ns);
     }
 }
 
@@ -533,6 +568,9 @@ static void test_bad_params(void)
     REFUSED(p.warmup = UINT32_MAX);
     REFUSED(p.batch = 0);
     REFUSED(p.placement = SHI_LIMIT_PLACEMENTS);
+    REFUSED(p.backoffs = 1; p.backoff_ns[0] = SHI_LIMIT_BACKOFF_MAX + 1);
+    REFUSED(p.backoffs = SHI_LIMIT_BACKOFFS + 1);
+    REFUSED(p.backoffs = 4; p.calls = p.batch * 4 - 1);
     REFUSED(p.signo = 0);
     REFUSED(p.signo = 65);
     REFUSED(p.watch_signo = -1);
@@ -548,9 +586,9 @@ static void test_bad_params(void)
 
 static void test_names(void)
 {
-    static const char *const order[] = { "cacheline",  "futex",  "sem",
-                                         "eventfd",    "mqueue", "sigwait",
-                                         "futex_park", "signal", "membarrier" };
+    static const char *const order[] = { "floor",   "mailbox",    "queue",   "cacheline",
+                                         "futex",   "sem",        "eventfd", "mqueue",
+                                         "sigwait", "futex_park", "signal",  "membarrier" };
 
     CHECK(sizeof order / sizeof order[0] == SHI_LIMIT_KINDS, "%d", SHI_LIMIT_KINDS);
     for (int i = 0; i < SHI_LIMIT_KINDS; i++) {
@@ -582,9 +620,13 @@ int main(void)
     test_bad_params();
     for (int kind = 0; kind < SHI_LIMIT_KINDS; kind++)
         test_kind(kind);
-    test_placements(0);
-    test_placements(SHI_LIMIT_PLAIN);
-    test_odd_batches();
+    test_placements(SHI_LIMIT_CACHELINE, 0, 0);
+    test_placements(SHI_LIMIT_CACHELINE, SHI_LIMIT_PLAIN, 0);
+    test_placements(SHI_LIMIT_FLOOR, 0, 0);
+    test_placements(SHI_LIMIT_MAILBOX, 0, 100);
+    test_backoffs();
+    for (int kind = 0; on_lines(kind); kind++)
+        test_odd_batches(kind);
     test_leftovers();
     test_no_queue_left();
     test_nobody_comes();

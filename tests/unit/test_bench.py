@@ -232,7 +232,11 @@ LATENCY = {
     "timer_ns": 9.6,
     "clock": "tsc",
     "gap_us": 30.0,
-    "limits": {"cacheline": {**STATS, "batch_ns": 80}, "mqueue": {"unavailable": "no"}},
+    "limits": {
+        "floor": {**STATS, "batch_ns": 80},
+        "mailbox": {**STATS, "batch_ns": 85},
+        "mqueue": {"unavailable": "no"},
+    },
     "rows": [
         {
             "target_state": "polling",
@@ -241,9 +245,11 @@ LATENCY = {
             "handler": "python",
             "rtt_ns": STATS,
             "one_way_ns": STATS,
-            "limit": "cacheline",
+            "limit": "mailbox",
             "ratio": 1.234,
             "ratio_spread": [1.1, 1.5],
+            "floor_ratio": 1.678,
+            "floor_ratio_spread": [1.6, 1.9],
             "valid": False,
             "why": ["time was stolen", "time was stolen"],
             "batch_ns": 98.7,
@@ -282,7 +288,9 @@ def test_a_latency_table(monkeypatch, stream, term):
     text = stream()
     report.render(LATENCY, text)
     shown = text.getvalue()
-    assert "1.23 (1.10-1.50)" in shown
+    assert "1.23 (1.10-1.50)" in shown  # clocked, beside mailbox
+    assert "1.68 (1.60-1.90)" in shown  # in batches, beside floor
+    assert "polling, in batches" in shown
     assert "no [1]" in shown
     assert shown.count("time was stolen") == 1
     assert "250 times faster than a multiprocessing.Pipe" in shown
@@ -290,6 +298,35 @@ def test_a_latency_table(monkeypatch, stream, term):
     assert "no semaphores here" in shown
     assert "A [Model]" in shown  # is not taken for markup
     assert "10 ns, which is not subtracted" in shown
+
+
+def test_the_best_back_off_counts():
+    limit = limits.Limit("mailbox")
+    for backoff, batches in ((0, [300, 310]), (25, [250, 900]), (50, [400]), (100, [])):
+        limit.tries[backoff].batches = list(batches)
+    limit.tries[100].rtt.record(200, 5)
+    limit.tries[0].rtt.record(210, 5)
+    found = limit.as_json()
+    assert (found["batch_ns"], found["batch_backoff_ns"]) == (305, 0)
+    assert (found["p50"], found["backoff_ns"]) == (200, 100)
+    assert found["batch_ns_by_backoff"] == {"0": 305, "25": 575, "50": 400}
+    # Over placements, of each back-off apart, and never a mixture of them.
+    at = [{0: 100.0, 25: 90.0}, {0: 100.0, 25: 300.0}, {0: 110.0, 25: 310.0}]
+    assert limits.best(at) == 100
+    assert list(limits.Limit("futex").tries) == [0]
+
+
+def test_the_middle_of_values_that_come_in_steps():
+    hist = _core.Hist()
+    assert runner.middle(hist) == float("inf")
+    hist.record(90, 20)
+    hist.record(100, 60)
+    hist.record(110, 19)
+    hist.record(10_000_000, 1)
+    # The middle half: 5 of 90 are out, so are the largest; none of 90 is in it.
+    assert runner.middle(hist) == 100
+    hist.record(90, 40)
+    assert 90 < runner.middle(hist) < 100
 
 
 # ---- controllers ---------------------------------------------------------------------
@@ -303,7 +340,7 @@ def measured(controller, blocks, kind=("call", "polling", "native"), **more):
 
 
 def limit_of(*blocks):
-    return limits.Limit("cacheline", blocks=list(blocks))
+    return limits.Limit("floor", blocks=list(blocks))
 
 
 def test_a_ratio_is_the_median_over_blocks_to_the_fastest():
@@ -324,10 +361,10 @@ def test_a_ratio_is_the_median_over_blocks_to_the_fastest():
     base = controllers._foundation(rows)
     assert base == {
         "controller": "mips",
-        "limit": "cacheline",
+        "limit": "floor",
         "ratio": 2.0,
         "ratio_spread": [1.0, 4.0],
-        "at_most": 1.5,
+        "at_most": 1.6,
         "met": False,
     }
 
@@ -381,7 +418,7 @@ def test_a_controllers_table():
     assert "missed" in shown
     assert shown.count("the sender changed its core") == 1  # one note for both
     assert shown.count("no [1]") == 2
-    assert "the fastest, mips, takes 1.25 (1.25-1.25) times cacheline" in shown
+    assert "the fastest, mips, takes 1.25 (1.25-1.25) times floor" in shown
 
 
 def test_every_column_of_the_text_lines_up():

@@ -42,15 +42,12 @@
 #define CORES_MAX 65536
 
 static const char *const kind_names[SHI_LIMIT_KINDS] = {
-    [SHI_LIMIT_CACHELINE] = "cacheline",
-    [SHI_LIMIT_FUTEX] = "futex",
-    [SHI_LIMIT_SEM] = "sem",
-    [SHI_LIMIT_EVENTFD] = "eventfd",
-    [SHI_LIMIT_MQUEUE] = "mqueue",
-    [SHI_LIMIT_SIGWAIT] = "sigwait",
-    [SHI_LIMIT_FUTEX_PARK] = "futex_park",
-    [SHI_LIMIT_SIGNAL] = "signal",
-    [SHI_LIMIT_MEMBARRIER] = "membarrier",
+    [SHI_LIMIT_FLOOR] = "floor",     [SHI_LIMIT_MAILBOX] = "mailbox",
+    [SHI_LIMIT_QUEUE] = "queue",     [SHI_LIMIT_CACHELINE] = "cacheline",
+    [SHI_LIMIT_FUTEX] = "futex",     [SHI_LIMIT_SEM] = "sem",
+    [SHI_LIMIT_EVENTFD] = "eventfd", [SHI_LIMIT_MQUEUE] = "mqueue",
+    [SHI_LIMIT_SIGWAIT] = "sigwait", [SHI_LIMIT_FUTEX_PARK] = "futex_park",
+    [SHI_LIMIT_SIGNAL] = "signal",   [SHI_LIMIT_MEMBARRIER] = "membarrier",
 };
 
 /* One role in one process. */
@@ -60,6 +57,7 @@ struct run {
     shi_a64 *mine;
     shi_a64 *theirs;
     uint64_t deadline;
+    uint32_t work, backoff[SHI_LIMIT_BACKOFFS]; /* rounds of spend() */
     int mqd;
     int own_mqd;
     int name_made;
@@ -107,6 +105,12 @@ static int sleeps(uint32_t kind)
     return kind == SHI_LIMIT_FUTEX || kind == SHI_LIMIT_SEM || kind == SHI_LIMIT_EVENTFD ||
            kind == SHI_LIMIT_MQUEUE || kind == SHI_LIMIT_SIGWAIT ||
            kind == SHI_LIMIT_FUTEX_PARK;
+}
+
+/* Nobody sleeps, and no system call is made: lines travel. */
+static int on_lines(uint32_t kind)
+{
+    return kind <= SHI_LIMIT_CACHELINE;
 }
 
 static uint64_t word(const struct run *r, uint32_t phase)
@@ -200,6 +204,37 @@ static inline int swap_for(const struct run *r, shi_a32 *at, uint32_t want, uint
         if (err != 0)
             return err;
     }
+}
+
+/*
+ * Work that touches no memory.  Not by the clock, which costs more than the 10 ns that are
+ * to pass; not by the pause instruction, which lasts from 10 to 60 ns.
+ */
+static inline void spend(uint32_t rounds)
+{
+    for (; rounds > 0; rounds--)
+        __asm__ __volatile__("" : "+r"(rounds));
+}
+
+#define SPEND_ROUNDS 20000u
+
+/* How many rounds of spend() take so long, now: the core's frequency changes. */
+static void calibrate(struct run *r)
+{
+    uint64_t best = UINT64_MAX;
+
+    for (int i = 0; i < 5; i++) {
+        uint64_t from = shi_now_ns(), took;
+
+        spend(SPEND_ROUNDS);
+        took = shi_now_ns() - from;
+        best = took < best ? took : best;
+    }
+    if (best == 0)
+        best = 1;
+    r->work = (uint32_t)((uint64_t)SHI_LIMIT_WORK_NS * SPEND_ROUNDS / best);
+    for (uint32_t i = 0; i < r->p->backoffs; i++)
+        r->backoff[i] = (uint32_t)((uint64_t)r->p->backoff_ns[i] * SPEND_ROUNDS / best);
 }
 
 static void wait_gap(uint32_t gap_ns)
@@ -368,8 +403,13 @@ static int check(const struct shi_limit_area *area, const struct shi_limit_param
         return -EINVAL;
     if (p->kind >= SHI_LIMIT_KINDS || p->session == 0 || p->calls == 0 ||
         p->calls > SHI_LIMIT_CALLS_MAX || p->warmup > SHI_LIMIT_CALLS_MAX || p->batch == 0 ||
-        p->placement >= SHI_LIMIT_PLACEMENTS || p->gap_ns > 1000000000u)
+        p->placement >= SHI_LIMIT_PLACEMENTS || p->gap_ns > 1000000000u ||
+        p->backoffs > SHI_LIMIT_BACKOFFS ||
+        (p->backoffs > 1 && p->calls / p->batch < p->backoffs))
         return -EINVAL;
+    for (uint32_t i = 0; i < p->backoffs; i++)
+        if (p->backoff_ns[i] > SHI_LIMIT_BACKOFF_MAX)
+            return -EINVAL;
     if (p->watch_signo <= 0 || p->watch_signo > SIGRTMAX || p->signo <= 0 ||
         p->signo > SIGRTMAX || p->signo == p->watch_signo)
         return -EINVAL;
@@ -488,6 +528,8 @@ static int begin(struct run *r, struct shi_limit_area *area, const struct shi_li
     r->deadline = p->deadline_ns + (is_pong ? SHI_LIMIT_GRACE_NS : 0);
     r->mqd = p->mqd;
     r->timer = -1;
+    if (on_lines(p->kind))
+        calibrate(r);
 
     if (is_pong) {
         err = meet(r, PHASE_READY);
@@ -501,8 +543,10 @@ static int begin(struct run *r, struct shi_limit_area *area, const struct shi_li
         shi_store_relaxed(&area->arrived, 0);
         shi_store_relaxed(&area->slept, 0);
         shi_store_relaxed(&area->preempted, 0);
-        for (uint32_t i = 0; i < SHI_LIMIT_PLACEMENTS; i++)
+        for (uint32_t i = 0; i < SHI_LIMIT_PLACEMENTS; i++) {
             shi_store_relaxed(&area->lines[i].value, 0);
+            shi_store_relaxed(&area->lines[i].next, 0);
+        }
         err = take_signals(r, 0);
         if (err == 0)
             err = prepare_ping(r);
@@ -726,11 +770,76 @@ static double median(double *values, uint32_t n)
     return n % 2 != 0 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
 }
 
+/* One for each back-off, which took turns. */
+static void medians(double *values, uint32_t n, uint32_t turns, double *found)
+{
+    double *mine = values + n; /* the second half of what was allocated */
+
+    if (turns == 0)
+        turns = 1;
+    for (uint32_t turn = 0; turn < turns; turn++) {
+        uint32_t count = 0;
+
+        for (uint32_t i = turn; i < n; i += turns)
+            mine[count++] = values[i];
+        found[turn] = median(mine, count);
+    }
+}
+
 /* Neighbouring indices lie on different pages: what varies with the place (the slice of
  * the last-level cache a line belongs to) varies more. 421 is odd, so all are visited. */
 static struct shi_limit_line *placed(struct shi_limit_area *area, uint32_t placement)
 {
     return &area->lines[placement * 421u % SHI_LIMIT_PLACEMENTS];
+}
+
+/* What travels: a function, an argument, a length would. */
+static inline void put_payload(struct shi_limit_line *box, uint32_t n)
+{
+    for (uint32_t i = 0; i < SHI_LIMIT_PAYLOAD; i++)
+        shi_store_relaxed(&box->payload[i], (uint64_t)n << 32 | i);
+}
+
+static inline int is_payload(struct shi_limit_line *box, uint32_t n)
+{
+    uint64_t sum = 0;
+
+    for (uint32_t i = 0; i < SHI_LIMIT_PAYLOAD; i++)
+        sum |= shi_load_relaxed(&box->payload[i]) ^ ((uint64_t)n << 32 | i);
+    return sum == 0;
+}
+
+/* Where the exchange is: `bell` is what the target looks at, `box` what the sender does.
+ * Of floor and cacheline they are one line, else neither neighbours nor on one page. */
+struct place {
+    struct shi_limit_line *bell, *box;
+};
+
+static struct place find_place(const struct run *r)
+{
+    uint32_t at = r->p->placement;
+    struct place place = { placed(r->area, at), placed(r->area, at) };
+
+    if (r->p->kind == SHI_LIMIT_MAILBOX)
+        place.box = placed(r->area, (at + SHI_LIMIT_PLACEMENTS / 2 + 1) % SHI_LIMIT_PLACEMENTS);
+    return place;
+}
+
+/* n exchanges: ping makes the bell odd, pong answers in the box with the next number. */
+static inline int ping_boxes(struct run *r, struct place at, uint32_t value, uint32_t n,
+                             uint32_t backoff)
+{
+    int err = 0;
+
+    for (uint32_t i = 0; i < n && err == 0; i++, value += 2) {
+        put_payload(at.box, value + 1);
+        /* Pairs with the acquire in pong_boxes(): it finds the payload. */
+        shi_store_release(&at.bell->value, value + 1);
+        spend(backoff);
+        err = spin_for(r, &at.box->value, value + 2);
+        spend(r->work);
+    }
+    return err;
 }
 
 /*
@@ -754,22 +863,29 @@ static inline int ping_line(struct run *r, shi_a32 *line, uint32_t at, uint32_t 
     return err != 0 ? err : swap_for(r, line, at, at);
 }
 
-static int ping_cacheline(struct run *r, struct shi_hist *hist, double *values,
-                          uint32_t *nvalues)
+static inline int ping_some(struct run *r, struct place place, uint32_t at, uint32_t n,
+                            uint32_t turn)
+{
+    uint32_t backoff = r->p->backoffs != 0 ? r->backoff[turn % r->p->backoffs] : 0;
+
+    return r->p->kind == SHI_LIMIT_CACHELINE ? ping_line(r, &place.bell->value, at, n)
+                                             : ping_boxes(r, place, at, n, backoff);
+}
+
+static int ping_lines(struct run *r, struct shi_hist *hist, double *values, uint32_t *nvalues)
 {
     const struct shi_limit_params *p = r->p;
-    struct shi_limit_line *place = placed(r->area, p->placement);
-    shi_a32 *line = &place->value;
-    uint32_t left = p->calls, at = 2 * p->warmup;
+    struct place place = find_place(r);
+    uint32_t left = p->calls, at = 2 * p->warmup, turn = 0;
     /* With a histogram every round trip is a batch of its own. */
     uint32_t batch = hist != NULL ? 1 : p->batch;
-    int err = ping_line(r, line, 0, p->warmup);
+    int err = ping_some(r, place, 0, p->warmup, 0);
 
     while (err == 0 && left > 0) {
         uint32_t n = left < batch ? left : batch;
         uint64_t from = shi_stamp();
 
-        err = ping_line(r, line, at, n);
+        err = ping_some(r, place, at, n, turn++);
 
         uint64_t took = shi_stamp() - from;
 
@@ -778,7 +894,7 @@ static int ping_cacheline(struct run *r, struct shi_hist *hist, double *values,
         if (hist != NULL)
             shi_hist_record(hist, shi_stamp_to_ns(took));
         if (hist != NULL && p->one_way != NULL && (p->flags & SHI_LIMIT_ONE_WAY)) {
-            uint64_t there = shi_load_relaxed(&place->arrived);
+            uint64_t there = shi_load_relaxed(&place.box->arrived);
 
             shi_hist_record(p->one_way, there > from ? shi_stamp_to_ns(there - from) : 0);
         }
@@ -829,6 +945,108 @@ static int ping_calls(struct run *r, struct shi_hist *hist, double *values, uint
     return err;
 }
 
+/* ---- The queue -------------------------------------------------------------------- */
+
+/*
+ * What calls that nobody waits for do to memory: the sender takes the oldest line of its
+ * pool, waits until that is unlocked, fills and locks it, and pushes it with a
+ * compare-and-swap on the list's head, in the line that the target looks at.  The target
+ * takes the list whole, turns it round and unlocks each.  No state, no chip, no counters.
+ */
+static struct shi_limit_line *pooled(const struct run *r, uint32_t index)
+{
+    /* Neighbours, as csds are; the head's line is none of them. */
+    return &r->area->lines[index + SHI_LIMIT_PLACEMENTS / 2];
+}
+
+static shi_a32 *queue_head(const struct run *r)
+{
+    return &r->area->lines[0].next;
+}
+
+static int push(const struct run *r, uint32_t n)
+{
+    uint32_t index = n % SHI_LIMIT_POOL, head = 0;
+    struct shi_limit_line *line = pooled(r, index);
+    int err = spin_for(r, &line->value, 0);
+
+    /* The lines that the target unlocked come in meanwhile. */
+    shi_prefetch_write(pooled(r, (index + 8) % SHI_LIMIT_POOL));
+    if (err != 0)
+        return err;
+    put_payload(line, n);
+    shi_store_relaxed(&line->value, n + 1);
+    do {
+        shi_store_relaxed(&line->next, head);
+        /* Full: releases the line's words to the exchange in take_all(). */
+    } while (!shi_cas_weak_full(queue_head(r), &head, index + 1));
+    return 0;
+}
+
+static int ping_queue(struct run *r, double *values, uint32_t *nvalues)
+{
+    const struct shi_limit_params *p = r->p;
+    uint32_t total = p->warmup + p->calls, n = 0;
+    int err = 0;
+
+    for (; n < p->warmup && err == 0; n++)
+        err = push(r, n);
+    while (err == 0 && n < total) {
+        uint32_t many = total - n < p->batch ? total - n : p->batch, last = n + many;
+        uint64_t from = shi_stamp();
+
+        for (; n < last && err == 0; n++)
+            err = push(r, n);
+        if (err == 0) /* the last of them has been taken: with it all */
+            err = spin_for(r, &pooled(r, (last - 1) % SHI_LIMIT_POOL)->value, 0);
+
+        uint64_t took = shi_stamp() - from;
+
+        if (err == 0 && (many == p->batch || *nvalues == 0))
+            values[(*nvalues)++] = (double)shi_stamp_to_ns(took) / many;
+    }
+    return err;
+}
+
+static int pong_queue(struct run *r)
+{
+    shi_a32 *head = queue_head(r);
+    uint32_t total = r->p->warmup + r->p->calls, done = 0;
+
+    while (done < total) {
+        uint32_t at, newest, list = 0;
+        uint32_t polls = 0;
+
+        while (shi_load_acquire(head) == 0)
+            if (++polls % POLLS_PER_LOOK == 0) {
+                int err = look(r);
+
+                if (err != 0)
+                    return err;
+            }
+        newest = shi_xchg_full(head, 0); /* pairs with push() */
+        for (at = newest; at != 0;) {    /* newest first becomes oldest first */
+            struct shi_limit_line *line = pooled(r, at - 1);
+            uint32_t older = shi_load_relaxed(&line->next);
+
+            shi_store_relaxed(&line->next, list);
+            list = at;
+            at = older;
+        }
+        for (at = list; at != 0; done++) {
+            struct shi_limit_line *line = pooled(r, at - 1);
+
+            at = shi_load_relaxed(&line->next);
+            if (at != 0)
+                shi_prefetch_write(pooled(r, at - 1));
+            if (shi_load_relaxed(&line->value) != done + 1 || !is_payload(line, done))
+                return -EBADMSG;
+            shi_xchg_full(&line->value, 0);
+        }
+    }
+    return 0;
+}
+
 int shi_limit_ping(struct shi_limit_area *area, const struct shi_limit_params *p,
                    struct shi_hist *hist, double *batch_ns)
 {
@@ -842,9 +1060,8 @@ int shi_limit_ping(struct shi_limit_area *area, const struct shi_limit_params *p
 
     if (err != 0)
         return err;
-    max_values = p->kind == SHI_LIMIT_CACHELINE && hist == NULL ? p->calls / p->batch + 1
-                                                                : p->calls;
-    values = malloc(sizeof values[0] * max_values);
+    max_values = on_lines(p->kind) && hist == NULL ? p->calls / p->batch + 1 : p->calls;
+    values = malloc(2 * sizeof values[0] * max_values);
     if (values == NULL)
         return -ENOMEM;
     memset(values, 0, sizeof values[0] * max_values); /* no page fault later on */
@@ -855,23 +1072,43 @@ int shi_limit_ping(struct shi_limit_area *area, const struct shi_limit_params *p
         is_busy = err == 0;
     }
     if (err == 0)
-        err = p->kind == SHI_LIMIT_CACHELINE ? ping_cacheline(&r, hist, values, &nvalues)
-                                             : ping_calls(&r, hist, values, &nvalues);
+        err = p->kind == SHI_LIMIT_QUEUE ? ping_queue(&r, values, &nvalues)
+              : on_lines(p->kind)        ? ping_lines(&r, hist, values, &nvalues)
+                                         : ping_calls(&r, hist, values, &nvalues);
     if (is_busy)
         busy_stop(&busy);
     /* The area is the caller's again only when the target has left it. */
     if (err == 0 && p->kind != SHI_LIMIT_MEMBARRIER)
         err = meet(&r, PHASE_DONE);
     if (err == 0 && batch_ns != NULL)
-        *batch_ns = median(values, nvalues);
+        medians(values, nvalues, p->backoffs, batch_ns);
     free(values);
     return end(&r, err);
 }
 
-static int pong_cacheline(struct run *r)
+static int pong_boxes(struct run *r)
+{
+    struct place at = find_place(r);
+    uint32_t total = r->p->warmup + r->p->calls;
+    int stamps = (r->p->flags & SHI_LIMIT_ONE_WAY) != 0;
+    int err = 0;
+
+    for (uint32_t n = 0; n < total && err == 0; n++) {
+        err = spin_for(r, &at.bell->value, 2 * n + 1);
+        if (err == 0 && !is_payload(at.box, 2 * n + 1))
+            err = -EBADMSG;
+        if (stamps)
+            shi_store_relaxed(&at.box->arrived, shi_stamp());
+        spend(r->work);
+        shi_store_release(&at.box->value, 2 * n + 2); /* pairs with ping_boxes() */
+    }
+    return err;
+}
+
+static int pong_line(struct run *r)
 {
     const struct shi_limit_params *p = r->p;
-    struct shi_limit_line *place = placed(r->area, p->placement);
+    struct shi_limit_line *place = find_place(r).bell;
     shi_a32 *line = &place->value;
     uint32_t total = p->warmup + p->calls;
     int err = 0;
@@ -961,8 +1198,15 @@ int shi_limit_pong(struct shi_limit_area *area, const struct shi_limit_params *p
     if (err == 0) {
         getrusage(RUSAGE_THREAD, &before);
         switch (p->kind) {
+        case SHI_LIMIT_FLOOR:
+        case SHI_LIMIT_MAILBOX:
+            err = pong_boxes(&r);
+            break;
+        case SHI_LIMIT_QUEUE:
+            err = pong_queue(&r);
+            break;
         case SHI_LIMIT_CACHELINE:
-            err = pong_cacheline(&r);
+            err = pong_line(&r);
             break;
         case SHI_LIMIT_SIGNAL:
             err = pong_signal(&r);

@@ -14,6 +14,18 @@
  * the target really did.  Every wait ends at the deadline all the same: a timer of the
  * process, armed once per run, interrupts the system call.
  *
+ * The kinds in which nobody sleeps (no system call, no clock inside a batch):
+ *   floor      payload, ring and answer in ONE line; between receiving and sending each
+ *              side works for 10 ns, and the sender leaves the line alone for backoff_ns
+ *              before it looks for the answer
+ *   mailbox    the same on the two lines that a call uses: the ring in the target's line,
+ *              payload and answer in the sender's
+ *   queue      nobody waits: a pool of payload lines, pushed on the target's list with a
+ *              compare-and-swap, taken all at once, unlocked one by one
+ *   cacheline  a curiosity: one line as fast as it goes, nothing between receiving and
+ *              sending.  Whatever does anything at all in between, and be it 2 ns, gets
+ *              the line at another moment and takes up to twice as long: no limit of calls
+ *
  * (Not called limits.h: with this directory on the include path that name would stand in
  * for the C library's.)
  */
@@ -29,6 +41,9 @@
 
 /* In the order of the report. */
 enum shi_limit_kind {
+    SHI_LIMIT_FLOOR,
+    SHI_LIMIT_MAILBOX,
+    SHI_LIMIT_QUEUE,
     SHI_LIMIT_CACHELINE,
     SHI_LIMIT_FUTEX,
     SHI_LIMIT_SEM,
@@ -42,6 +57,10 @@ enum shi_limit_kind {
 };
 
 #define SHI_LIMIT_PLACEMENTS 1024u /* lines in the area: 64 KiB */
+#define SHI_LIMIT_POOL 64u    /* queue: calls in flight, as many as a sender of calls has */
+#define SHI_LIMIT_WORK_NS 10u /* floor, mailbox: between receiving and sending, each side */
+#define SHI_LIMIT_BACKOFFS 8u
+#define SHI_LIMIT_BACKOFF_MAX 10000u
 #define SHI_LIMIT_GAP_NS 30000u
 #define SHI_LIMIT_CALLS_MAX (1u << 30)
 
@@ -56,9 +75,13 @@ enum shi_limit_kind {
  * processors (see swap_for() in limit.c).  Both sides must set it. */
 #define SHI_LIMIT_PLAIN 2u
 
+#define SHI_LIMIT_PAYLOAD 3u /* 64-bit words: what a csd carries inline */
+
 struct shi_limit_line {
     alignas(64) shi_a32 value;
+    shi_a32 next;    /* queue: as a csd's; line 0's is the head of the list */
     shi_a64 arrived; /* the target's stamp travels with its answer */
+    shi_a64 payload[SHI_LIMIT_PAYLOAD];
 };
 _Static_assert(sizeof(struct shi_limit_line) == 64, "one line there and back");
 
@@ -82,14 +105,16 @@ struct shi_limit_area {
 };
 
 struct shi_limit_params {
-    uint32_t kind;        /* enum shi_limit_kind */
-    uint32_t session;     /* a number not used before in this area, the same on both sides */
-    uint32_t calls;       /* measured round trips */
-    uint32_t warmup;      /* round trips before them */
-    uint32_t batch;       /* cacheline: round trips between two looks at the clock */
-    uint32_t placement;   /* cacheline: which line, 0 .. SHI_LIMIT_PLACEMENTS - 1 */
-    uint32_t flags;       /* SHI_LIMIT_ONE_WAY | SHI_LIMIT_PLAIN */
-    uint32_t gap_ns;      /* pause before each call, for all kinds but cacheline */
+    uint32_t kind;      /* enum shi_limit_kind */
+    uint32_t session;   /* a number not used before in this area, the same on both sides */
+    uint32_t calls;     /* measured round trips */
+    uint32_t warmup;    /* round trips before them */
+    uint32_t batch;     /* on lines: round trips between two looks at the clock */
+    uint32_t placement; /* on lines: which, 0 .. SHI_LIMIT_PLACEMENTS - 1 */
+    uint32_t backoffs;  /* floor, mailbox: how many of backoff_ns[], in turn; 0: none, 0 ns */
+    uint32_t backoff_ns[SHI_LIMIT_BACKOFFS]; /* before the sender's first look, by batch */
+    uint32_t flags;                          /* SHI_LIMIT_ONE_WAY | SHI_LIMIT_PLAIN */
+    uint32_t gap_ns;      /* pause before each call, for all kinds that ring */
     uint64_t deadline_ns; /* CLOCK_MONOTONIC time at which everybody gives up */
     int32_t peer_pid;     /* sigwait, signal: the other process, as this one sees it */
     int32_t peer_tid;     /*   and its thread that runs the other role */
@@ -118,13 +143,16 @@ void shi_limit_params_init(struct shi_limit_params *p, int kind);
 
 /*
  * The sender.  With hist, every measured call is clocked and recorded (ns).  Without,
- * cacheline runs in batches with no clock inside.  *batch_ns (if not NULL): the median over
- * the batches of ns per round trip where there are batches, else over the calls.
+ * the kinds on lines run in batches with no clock inside (queue: always, the last call of
+ * a batch has been taken when the batch ends).  batch_ns (if not NULL) has room for one
+ * number for each back-off, at least one: the median over the batches with it of ns per
+ * round trip where there are batches, else over the calls.
  *
  * The target.  Leaves signal mask and handlers as they were.
  *
  * Both return 0 or the same kinds of failure:
  *   -EINVAL            parameters that make no sense (also where a descriptor does not block)
+ *   -EBADMSG           what travelled arrived changed: the measurement itself is wrong
  *   -ETIMEDOUT         the deadline passed: the other side did not come, or vanished
  *   -EBUSY             this process runs a limit already (handlers are per process)
  *   -ENOSYS, -EPERM, -EMFILE, -ENOSPC, -EBADF, -ESRCH, ...   what the system said no with

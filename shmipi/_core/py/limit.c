@@ -13,23 +13,43 @@ static PyObject *limit_error(int err)
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
+/* backoffs=(ns, ...).  0, or -1 with an exception. */
+static int limit_backoffs(PyObject *object, struct shi_limit_params *p)
+{
+    PyObject *all = object ? PySequence_Tuple(object) : PyTuple_New(0);
+    Py_ssize_t n = all ? PyTuple_GET_SIZE(all) : -1, i;
+    if (n > (Py_ssize_t)SHI_LIMIT_BACKOFFS)
+        PyErr_Format(PyExc_ValueError, "%u back-offs at most", SHI_LIMIT_BACKOFFS);
+    for (i = 0; i < n && !PyErr_Occurred(); i++) {
+        unsigned long ns = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(all, i));
+        if (!PyErr_Occurred() && ns > SHI_LIMIT_BACKOFF_MAX)
+            PyErr_Format(PyExc_ValueError, "a back-off of %lu ns", ns);
+        else
+            p->backoff_ns[i] = (uint32_t)ns;
+    }
+    Py_XDECREF(all);
+    p->backoffs = (uint32_t)n;
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 /* The keywords of both roles.  `area` stays exported while the role runs. */
 static int limit_params(PyObject *args, PyObject *kwargs, Py_buffer *area,
                         struct shi_limit_params *p, int *clocked, int *one_way)
 {
-    static char *names[] = { "area",     "kind",      "session", "calls",    "warmup",
-                             "batch",    "placement", "gap_ns",  "deadline", "peer_pid",
-                             "peer_tid", "eventfd",   "mq_name", "core",     "plain",
-                             "clocked",  "one_way",   NULL };
+    static char *names[] = { "area",     "kind",      "session",  "calls",    "warmup",
+                             "batch",    "placement", "gap_ns",   "deadline", "peer_pid",
+                             "peer_tid", "eventfd",   "mq_name",  "core",     "plain",
+                             "clocked",  "one_way",   "backoffs", NULL };
     const char *kind, *mq_name = "";
     unsigned session, calls, warmup = 100, batch = 1000, placement = 0, gap = SHI_LIMIT_GAP_NS;
     double seconds = 30.0;
     int peer_pid = 0, peer_tid = 0, eventfd = -1, core = 0, plain = 0;
+    PyObject *backoffs = NULL;
     *clocked = *one_way = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "w*sII|$IIIIdiiisippp", names, area, &kind,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "w*sII|$IIIIdiiisipppO", names, area, &kind,
                                      &session, &calls, &warmup, &batch, &placement, &gap,
                                      &seconds, &peer_pid, &peer_tid, &eventfd, &mq_name, &core,
-                                     &plain, clocked, one_way))
+                                     &plain, clocked, one_way, &backoffs))
         return -1;
     int number = shi_limit_kind(kind);
     if (number < 0 || area->len < (Py_ssize_t)sizeof(struct shi_limit_area) ||
@@ -39,6 +59,10 @@ static int limit_params(PyObject *args, PyObject *kwargs, Py_buffer *area,
         return -1;
     }
     shi_limit_params_init(p, number);
+    if (limit_backoffs(backoffs, p) < 0) {
+        PyBuffer_Release(area);
+        return -1;
+    }
     p->session = session;
     p->calls = calls;
     p->warmup = warmup;
@@ -55,16 +79,29 @@ static int limit_params(PyObject *args, PyObject *kwargs, Py_buffer *area,
     return 0;
 }
 
+static PyObject *floats(const double *values, uint32_t n)
+{
+    PyObject *list = PyList_New(n);
+    for (uint32_t i = 0; list && i < n; i++) {
+        PyObject *value = PyFloat_FromDouble(values[i]);
+        if (value)
+            PyList_SET_ITEM(list, i, value);
+        else
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
 static PyObject *limit_ping(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     struct shi_limit_params p;
     Py_buffer area;
     int clocked, one_way;
-    double batch_ns = 0;
+    double batch_ns[SHI_LIMIT_BACKOFFS] = { 0 };
     (void)module;
     if (limit_params(args, kwargs, &area, &p, &clocked, &one_way) < 0)
         return NULL;
-    PyObject *result = NULL;
+    PyObject *result = NULL, *batches = NULL;
     Hist *rtt = shi_hist_make(), *there = shi_hist_make();
     if (!rtt || !there)
         goto out;
@@ -72,10 +109,12 @@ static PyObject *limit_ping(PyObject *module, PyObject *args, PyObject *kwargs)
     const struct shi_limit_area *a = area.buf;
     int err;
     Py_BEGIN_ALLOW_THREADS err =
-        shi_limit_ping(area.buf, &p, clocked ? rtt->h : NULL, &batch_ns);
+        shi_limit_ping(area.buf, &p, clocked ? rtt->h : NULL, batch_ns);
     Py_END_ALLOW_THREADS if (err) limit_error(err);
-    else result = Py_BuildValue("(OOdII)", rtt, there, batch_ns, shi_load_relaxed(&a->slept),
-                                shi_load_relaxed(&a->preempted));
+    else batches = floats(batch_ns, p.backoffs ? p.backoffs : 1);
+    if (batches)
+        result = Py_BuildValue("(OONII)", rtt, there, batches, shi_load_relaxed(&a->slept),
+                               shi_load_relaxed(&a->preempted));
 out:
     Py_XDECREF(rtt);
     Py_XDECREF(there);
@@ -102,7 +141,8 @@ static PyObject *limit_pong(PyObject *module, PyObject *args, PyObject *kwargs)
 PyMethodDef shi_limit_functions[] = {
     { "limit_ping", WORDS(limit_ping),
       "limit_ping($module, /, area, kind, session, calls, **options)\n--\n\n"
-      "The sender of a raw limit: (round trips, one way, median ns of batches, slept,\n"
+      "The sender of a raw limit: (round trips, one way, median ns of batches with each "
+      "back-off, slept,\n"
       "preempted).  OSError: what the system forbids." },
     { "limit_pong", WORDS(limit_pong),
       "limit_pong($module, /, area, kind, session, calls, **options)\n--\n\nIts target, in "
