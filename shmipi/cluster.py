@@ -100,9 +100,8 @@ class Cluster:
         kick: True: a running CPU is interrupted by a real-time signal, SIGRTMIN+8; a
             signal number: by that one; False: CPUs are cooperative and take interrupts
             when a task ends, waits, or calls ``smp.cond_resched()``.
-        controller: the interrupt controller: "apic", "xive", "mips", "mips-gic",
-            "gicv2", "gicv3", "riscv", or a ``Chip`` (``shmipi.irq.chips``), your own
-            for example.
+        controller: the interrupt controller: its name ("apic", "xive" and so on: those
+            of ``shmipi.irq.chips.CHIPS``), or a ``Chip``, your own for example.
         cores: "auto" (distinct physical cores first, then round robin) or a list of
             core numbers used in turn (also a cpulist string).
         name: for ``shmipi ps`` and ``shmipi interrupts``; None: a random one.

@@ -7,14 +7,24 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["BENCHES", "CONTROLLERS", "DOORBELLS", "IDLE", "IDLE_POLICIES"]
+__all__ = ["BENCHES", "CHIPS", "CONTROLLERS", "DOORBELLS", "IDLE", "IDLE_POLICIES"]
 
 #: What wakes a halted CPU, by its number in the segment.
 DOORBELLS: Final = ("futex", "sem", "signal", "eventfd", "mqueue")
 #: What an idle CPU does, by its number in the segment.
 IDLE: Final = ("poll", "haltpoll", "halt")
 IDLE_POLICIES: Final = ("auto", *IDLE)
-CONTROLLERS: Final = ("apic", "xive", "mips", "mips-gic", "gicv2", "gicv3", "riscv")
+#: The interrupt controllers, and the module of ``shmipi.irq.chips`` that has each.
+CHIPS: Final = {
+    "apic": "apic",
+    "xive": "xive",
+    "mips": "mips",
+    "mips-gic": "mips_gic",
+    "gicv2": "gic",
+    "gicv3": "gic",
+    "riscv": "riscv",
+}
+CONTROLLERS: Final = tuple(CHIPS)
 
 #: Every module of ``shmipi.bench`` that measures, with its line in ``bench --help``.
 BENCHES: Final = {

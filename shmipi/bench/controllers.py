@@ -53,17 +53,8 @@ shmipi bench controllers
 shmipi bench controllers --controllers apic,xive --handler native"""
 
 #: Native calls to a polling target: the most times the fastest that a controller may
-#: take. Those with more state of their own (a message behind a source, a bank for each
-#: sender) may take more.
-AT_MOST: Final = {
-    "apic": 1.3,
-    "mips": 1.3,
-    "mips-gic": 1.3,
-    "riscv": 1.3,
-    "gicv3": 1.3,
-    "xive": 2.0,
-    "gicv2": 2.0,
-}
+#: take (``Chip.at_most``).
+AT_MOST: Final = {name: chip.at_most for name, chip in CHIPS.items()}
 #: And the most times the limit ``floor``, in batches as they are, that the fastest may.
 OF_LIMIT: Final = 1.6
 

@@ -4,8 +4,8 @@ The kinds of domain, and the ``compatible`` of a description that asks for them:
 
 =====================  ===============================================================
 shmipi,ipi             an IPI domain of the kind that suits the controller
-shmipi,ipi-single      one hwirq for all CPUs (IRQ_DOMAIN_FLAG_IPI_SINGLE): apic, xive,
-                       mips, gicv2, gicv3, riscv
+shmipi,ipi-single      one hwirq for all CPUs (IRQ_DOMAIN_FLAG_IPI_SINGLE): where each
+                       CPU has every line for itself, which is all but mips-gic
 shmipi,ipi-per-cpu     a block of consecutive hwirqs, one for each CPU
                        (IRQ_DOMAIN_FLAG_IPI_PER_CPU): mips-gic has to, others can
 shmipi,ipi-cpumap      a hwirq for each CPU, of any number, for any set of CPUs

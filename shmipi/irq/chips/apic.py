@@ -35,11 +35,12 @@ import operator
 import warnings
 from collections.abc import Iterable, Iterator
 from types import MappingProxyType
-from typing import Final, Literal, NoReturn, Self, TypeAlias, cast
+from typing import ClassVar, Final, Literal, NoReturn, Self, TypeAlias, cast
 
 from shmipi import _core
 from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import CpuOfflineError, IrqError, ShmipiWarning
+from shmipi.irq.chips import chain
 from shmipi.irq.chips.base import Chip, Line, Row
 from shmipi.machine import controller
 
@@ -195,6 +196,67 @@ __all__ = [
 ]
 
 
+# ---- for explain: arch/x86/kernel/{smp,apic/ipi}.c -----------------------------------
+
+_X86: Final = chain.of(
+    call=(
+        chain.at(
+            "call_ipi",
+            *chain.SEND_ONE,
+            "          native_send_call_func_single_ipi({cpu})",
+        ),
+        chain.at(
+            "ipi_send_cpu", "            __apic_send_IPI({cpu}, {line})", when="one"
+        ),
+        chain.at(
+            "ipi_send_cpumask",
+            *chain.SEND_MASK,
+            "        native_send_call_func_ipi(mask)",
+            "          __apic_send_IPI_allbutself({line})",
+            when="all but self",
+        ),
+        chain.at(
+            "ipi_send_cpumask",
+            *chain.SEND_MASK,
+            "        native_send_call_func_ipi(mask)",
+            "          __apic_send_IPI_mask(mask, {line})",
+            when="mask",
+        ),
+        chain.at("line_ack", "sysvec_call_function_single()", when="call_single"),
+        chain.at("line_ack", "sysvec_call_function()", when="call"),
+        chain.at("line_eoi", "  apic_eoi()"),
+        chain.at(
+            "call_interrupt",
+            "  generic_smp_call_function_single_interrupt()",
+            when="call_single",
+        ),
+        chain.at(
+            "call_interrupt", "  generic_smp_call_function_interrupt()", when="call"
+        ),
+    ),
+    resched=(
+        chain.at(
+            "ipi_send_cpu",
+            "  native_smp_send_reschedule({cpu})",
+            "    __apic_send_IPI({cpu}, {line})",
+        ),
+        chain.at("line_ack", "sysvec_reschedule_ipi()"),
+        chain.at("line_eoi", "  apic_eoi()"),
+        chain.at("scheduler_ipi", "  scheduler_ipi()"),
+    ),
+    nmi=(
+        chain.at(
+            "nmi_send",
+            "nmi_trigger_cpumask_backtrace(mask, exclude_cpu, raise)",
+            "  nmi_raise_cpu_backtrace(mask)",
+            "    __apic_send_IPI_mask(mask, NMI_VECTOR)",
+        ),
+        chain.at("nmi_entry", "exc_nmi(regs)", "  default_do_nmi(regs)"),
+        chain.at("nmi_handler", "    nmi_handle(NMI_LOCAL, regs)"),
+    ),
+)
+
+
 class Apic(Chip):
     """The x86 local APIC.
 
@@ -223,6 +285,11 @@ class Apic(Chip):
     flow = "vector"
     shorthand = True
     startup = True
+    chains = _X86
+    hardware: ClassVar = {
+        "line_set": "ICR written: {line} set in the IRR of CPU {cpu}",
+        "line_ack": "{line} taken from the IRR",
+    }
     rows = (
         Row("NMI", "Non-maskable interrupts", "nmi"),
         Row("LOC", "Local timer interrupts"),

@@ -25,13 +25,14 @@ import copy
 import errno
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
 from shmipi import _core
 from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import ClusterStateError, ControllerError, IrqError
+from shmipi.irq.chips.chain import Chain
 
 __all__ = ["Chip", "Line", "Row"]
 
@@ -126,6 +127,14 @@ class Chip:
     banked: bool = False
     #: CPUs of a core, which ring each other's doorbells.
     siblings: int = 1
+    #: The kernel functions that a call passes, for ``shmipi explain`` (see ``chain``).
+    chains: ClassVar[Mapping[str, Chain]] = {}
+    #: What the controller does at a tracepoint, by the tracepoint's name.
+    hardware: ClassVar[Mapping[str, str]] = {}
+    #: For ``shmipi bench controllers``: a native call to a polling target takes at most
+    #: so many times what it takes by the fastest controller. One with more state of its
+    #: own (a message behind a source, a bank for each sender) may take more.
+    at_most: ClassVar[float] = 1.3
 
     _machine: _core.Machine | None = None
 

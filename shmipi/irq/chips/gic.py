@@ -21,8 +21,10 @@ taken next, and do not interrupt a handler; there are no group priorities (BPR).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar, Final
 
 from shmipi.cpumask import CpuMask, MaskLike
+from shmipi.irq.chips import chain
 from shmipi.irq.chips.base import Chip, Line, Row
 
 __all__ = ["Gicv2", "Gicv3"]
@@ -66,6 +68,73 @@ _IDLE_PRIORITY = 0xFF
 GIC_SGI_LIST = 0
 GIC_SGI_ALL_BUT_SELF = 1
 GIC_SGI_SELF = 2
+
+
+# ---- for explain: arch/arm64/kernel/smp.c, irq-gic.c, irq-gic-v3.c -------------------
+
+_ARM64_ENTRY: Final = (
+    chain.at("ipi_entry", "gic_handle_irq(regs)"),
+    chain.at("line_ack", "  ipi_handler(irq, data)", "    do_handle_IPI({line})"),
+)
+_ARM64_EOI: Final = chain.at("line_eoi", "  gic_eoi_irq(d)")
+
+
+def _arm64(*write: str) -> dict[str, chain.Chain]:
+    """``write`` is the controller's part: how an SGI is sent."""
+
+    def written(depth: int) -> tuple[str, ...]:
+        return tuple(" " * depth + function for function in write)
+
+    return chain.of(
+        call=(
+            chain.at(
+                "call_ipi",
+                *chain.SEND_ONE,
+                "          smp_cross_call(cpumask_of({cpu}), {line})",
+                "            __ipi_send_mask(desc, cpumask_of({cpu}))",
+            ),
+            chain.at(
+                "ipi_send_cpumask",
+                *chain.SEND_MASK,
+                "        smp_cross_call(mask, {line})",
+                "          __ipi_send_mask(desc, mask)",
+                *written(12),
+            ),
+            chain.at("ipi_send_cpu", *written(14), when="one"),
+            *_ARM64_ENTRY,
+            chain.at("call_interrupt", "      generic_smp_call_function_interrupt()"),
+            _ARM64_EOI,
+        ),
+        resched=(
+            chain.at(
+                "ipi_send_cpu",
+                "  arch_smp_send_reschedule({cpu})",
+                "    smp_cross_call(cpumask_of({cpu}), {line})",
+                "      __ipi_send_mask(desc, cpumask_of({cpu}))",
+                *written(8),
+            ),
+            *_ARM64_ENTRY,
+            chain.at("scheduler_ipi", "      scheduler_ipi()"),
+            _ARM64_EOI,
+        ),
+        nmi=(
+            chain.at(
+                "nmi_send",
+                "nmi_trigger_cpumask_backtrace(mask, exclude_cpu, raise)",
+                "  arm64_backtrace_ipi(mask)",
+            ),
+            chain.at("ipi_send_cpu", "    __ipi_send_mask(desc, mask)", *written(6)),
+            *_ARM64_ENTRY,
+            chain.at("nmi_handler", "      nmi_cpu_backtrace(regs)"),
+            _ARM64_EOI,
+        ),
+    )
+
+
+_GICV2: Final = _arm64("gic_ipi_send_mask(d, mask)")
+_GICV3: Final = _arm64(
+    "gic_ipi_send_mask(d, mask)", "  gic_send_sgi(cluster_id, tlist, irq)"
+)
 
 
 class _Gic(Chip):
@@ -239,6 +308,13 @@ class Gicv2(_Gic):
     max_cpus = 8
     group = 0
     banked = True
+    chains = _GICV2
+    hardware: ClassVar = {
+        "line_set": "GICD_SGIR written: {line} is pending at CPU {cpu}",
+        "line_ack": "GICC_IAR read: {line}",
+        "line_eoi": "GICC_EOIR written: {line} not active",
+    }
+    at_most = 2.0
 
     def _writes(self, targets: CpuMask) -> int:
         return int(bool(targets))
@@ -375,6 +451,12 @@ class Gicv3(_Gic):
 
     name = "gicv3"
     description = "Arm GICv3: 16 SGIs by affinity, priorities, pseudo-NMI"
+    chains = _GICV3
+    hardware: ClassVar = {
+        "line_set": "ICC_SGI1R_EL1 written: {line} is pending at CPU {cpu}",
+        "line_ack": "ICC_IAR1_EL1 read: {line}",
+        "line_eoi": "ICC_EOIR1_EL1 written: {line} not active",
+    }
 
     def __init__(self, *, pseudo_nmi: bool = False, aff0: int = 16) -> None:
         if not (1 <= aff0 <= 16 or (aff0 % 16 == 0 and 16 <= aff0 <= 256)):

@@ -22,10 +22,11 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Final, NamedTuple, Protocol
 
 from shmipi.cpumask import MaskLike
 from shmipi.errors import IrqError, ShmipiWarning
+from shmipi.irq.chips import chain
 from shmipi.irq.chips.base import Chip, Line, Row
 
 __all__ = [
@@ -165,6 +166,46 @@ class Mailbox:
         return f"Mailbox(cpu={self._cpu}, STATUS={self.STATUS:#x}, EN={self.EN:#x})"
 
 
+# ---- for explain: arch/mips/include/asm/smp.h, cavium-octeon/smp.c -------------------
+
+MIPS_SEND: Final = (
+    chain.at(
+        "call_ipi",
+        *chain.SEND_ONE,
+        "          mp_ops->send_ipi_mask(&cpumask_of_cpu({cpu}), SMP_CALL_FUNCTION)",
+    ),
+    chain.at(
+        "ipi_send_cpumask",
+        *chain.SEND_MASK,
+        "        mp_ops->send_ipi_mask(mask, SMP_CALL_FUNCTION)",
+    ),
+)
+MIPS_RESCHED: Final = "  mp_ops->send_ipi_single({cpu}, SMP_RESCHEDULE_YOURSELF)"
+MIPS_NMI: Final = (
+    chain.at(
+        "nmi_send",
+        "nmi_trigger_cpumask_backtrace(mask, exclude_cpu, raise)",
+        "  raise_backtrace(mask)",
+    ),
+    chain.at("nmi_handler", "handle_backtrace(info)"),
+)
+
+_MIPS: Final = chain.of(
+    call=(
+        *MIPS_SEND,
+        chain.at("ipi_send_cpu", "            octeon_send_ipi_single({cpu}, {line})"),
+        chain.at("ipi_entry", "mailbox_interrupt(irq, dev_id)"),
+        chain.at("call_interrupt", "  generic_smp_call_function_interrupt()"),
+    ),
+    resched=(
+        chain.at("ipi_send_cpu", MIPS_RESCHED),
+        chain.at("ipi_entry", "mailbox_interrupt(irq, dev_id)"),
+        chain.at("scheduler_ipi", "  scheduler_ipi()"),
+    ),
+    nmi=MIPS_NMI,
+)
+
+
 class Mips(MipsSmp):
     """A mailbox for each CPU: Loongson-3, Cavium Octeon.
 
@@ -179,6 +220,12 @@ class Mips(MipsSmp):
     name = "mips"
     description = "MIPS mailbox (Loongson-3, Octeon): a word of action bits a CPU"
     flow = "mailbox"
+    chains = _MIPS
+    hardware: ClassVar = {
+        "line_set": "mailbox{cpu}: action {line} written",
+        "line_ack": "mailbox{cpu} read and cleared: action {line}",
+        "line_eoi": "action {line} handled",
+    }
     rows = (
         Row("RES", "Rescheduling interrupts"),
         Row("CAL", "Function call interrupts"),

@@ -27,11 +27,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from typing import ClassVar, Final
 
 from shmipi import _core
 from shmipi.cpumask import MaskLike
+from shmipi.irq.chips import chain
 from shmipi.irq.chips.base import Line, Row
 from shmipi.irq.chips.mips import (
+    MIPS_NMI,
+    MIPS_RESCHED,
+    MIPS_SEND,
     SMP_CALL_FUNCTION,
     SMP_RESCHEDULE_YOURSELF,
     MipsSmp,
@@ -46,6 +51,51 @@ GIC_WEDGE_RW = 1 << 31
 _SHARED = 256
 
 
+# ---- for explain: arch/mips/kernel/smp.c, irq-mips-gic.c -----------------------------
+
+#: The IPIs are irqs of a domain over the GIC's: __ipi_send_mask() finds the hwirqs.
+_GIC_ENTRY: Final = (
+    chain.at("ipi_entry", "gic_irq_dispatch(desc)", "  gic_handle_shared_int(true)"),
+    chain.at("line_ack", "    gic_ack_irq(d)"),
+)
+
+_MIPS_GIC: Final = chain.of(
+    call=(
+        *MIPS_SEND,
+        chain.at(
+            "ipi_send_cpu",
+            "            mips_smp_send_ipi_mask(mask, SMP_CALL_FUNCTION)",
+            "              __ipi_send_mask(call_desc, mask)",
+            "                gic_send_ipi(d, {cpu})",
+            when="one",
+        ),
+        chain.at("ipi_send_cpu", "                gic_send_ipi(d, {cpu})", when="mask"),
+        *_GIC_ENTRY,
+        chain.at(
+            "call_interrupt",
+            "    ipi_call_interrupt(irq, dev_id)",
+            "      generic_smp_call_function_interrupt()",
+        ),
+    ),
+    resched=(
+        chain.at(
+            "ipi_send_cpu",
+            MIPS_RESCHED,
+            "    mips_smp_send_ipi_single({cpu}, SMP_RESCHEDULE_YOURSELF)",
+            "      __ipi_send_mask(sched_desc, mask)",
+            "        gic_send_ipi(d, {cpu})",
+        ),
+        *_GIC_ENTRY,
+        chain.at(
+            "scheduler_ipi",
+            "    ipi_resched_interrupt(irq, dev_id)",
+            "      scheduler_ipi()",
+        ),
+    ),
+    nmi=MIPS_NMI,
+)
+
+
 class MipsGic(MipsSmp):
     """The MIPS GIC with 256 shared interrupts, and NMIs (SH_MAPi_PIN can map to one).
 
@@ -58,6 +108,12 @@ class MipsGic(MipsSmp):
     name = "mips-gic"
     description = "MIPS GIC: 256 shared interrupts, two of them an IPI each CPU has"
     flow = "shared"
+    chains = _MIPS_GIC
+    hardware: ClassVar = {
+        "line_set": "WEDGE written: {line} is pending",
+        "line_ack": "WEDGE written: {line} cleared",
+        "line_eoi": "{line} handled",
+    }
     max_cpus = _SHARED // 2
     per_cpu = True
     rows = (

@@ -21,11 +21,12 @@ import copy
 import errno
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 from shmipi import _core
 from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import IrqError
+from shmipi.irq.chips import chain
 from shmipi.irq.chips.base import Chip, Line, Row
 
 __all__ = ["SBI_ERR_INVALID_PARAM", "SBI_SUCCESS", "Riscv"]
@@ -63,6 +64,71 @@ _CALL_FUNC = 1
 _SOFTWARE = _MUX_BITS
 
 
+# ---- for explain: arch/riscv/kernel/{smp,sbi-ipi}.c, ipi-mux.c -----------------------
+
+#: ipi_mux_send_mask() rings for a bit that goes from 0 to 1 and is not masked there.
+_MUX_RING: Final = chain.at(
+    "line_set",
+    "                ipi_mux_send({cpu})",
+    "                  sbi_send_ipi({cpu})",
+)
+_MUX_ENTRY: Final = (
+    chain.at("ipi_entry", "sbi_ipi_handle(desc)", "  ipi_mux_process()"),
+    chain.at("line_ack", "    handle_IPI(irq, data)"),
+)
+
+_RISCV: Final = chain.of(
+    call=(
+        chain.at(
+            "call_ipi",
+            *chain.SEND_ONE,
+            "          send_ipi_single({cpu}, {line})",
+            "            __ipi_send_mask(ipi_desc[op], cpumask_of({cpu}))",
+        ),
+        chain.at(
+            "ipi_send_cpumask",
+            *chain.SEND_MASK,
+            "        send_ipi_mask(mask, {line})",
+            "          __ipi_send_mask(ipi_desc[op], mask)",
+            "            ipi_mux_send_mask(d, mask)",
+        ),
+        chain.at(
+            "ipi_send_cpu", "              ipi_mux_send_mask(d, mask)", when="one"
+        ),
+        _MUX_RING,
+        *_MUX_ENTRY,
+        chain.at("call_interrupt", "      generic_smp_call_function_interrupt()"),
+    ),
+    resched=(
+        chain.at(
+            "ipi_send_cpu",
+            "  arch_smp_send_reschedule({cpu})",
+            "    send_ipi_single({cpu}, {line})",
+            "      __ipi_send_mask(ipi_desc[op], cpumask_of({cpu}))",
+            "        ipi_mux_send_mask(d, mask)",
+        ),
+        _MUX_RING,
+        *_MUX_ENTRY,
+        chain.at("scheduler_ipi", "      scheduler_ipi()"),
+    ),
+    nmi=(
+        chain.at(
+            "nmi_send",
+            "nmi_trigger_cpumask_backtrace(mask, exclude_cpu, raise)",
+            "  riscv_backtrace_ipi(mask)",
+        ),
+        chain.at(
+            "ipi_send_cpu",
+            "    __ipi_send_mask(ipi_desc[op], mask)",
+            "      ipi_mux_send_mask(d, mask)",
+        ),
+        _MUX_RING,
+        *_MUX_ENTRY,
+        chain.at("nmi_handler", "      nmi_cpu_backtrace(regs)"),
+    ),
+)
+
+
 class Riscv(Chip):
     """The hart's software interrupt, with ipi-mux over it. Hart n is CPU n.
 
@@ -73,6 +139,12 @@ class Riscv(Chip):
     name = "riscv"
     description = "RISC-V software interrupt with the kernel's ipi-mux: 32 IPIs a hart"
     flow = "mux"
+    chains = _RISCV
+    hardware: ClassVar = {
+        "line_set": "bit of {line} went from 0 to 1: software interrupt at CPU {cpu}",
+        "line_ack": "bit of {line} taken",
+        "line_eoi": "{line} handled",
+    }
     rows = (
         *(Row(f"IPI{n}", ipi.text) for n, ipi in enumerate(_IPIS)),
         Row("SSI", "Software interrupts without an IPI"),

@@ -30,10 +30,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar, Final
 
 from shmipi import _core
 from shmipi.errors import ClusterStateError
+from shmipi.irq.chips import chain
 from shmipi.irq.chips.base import Line, Row
 from shmipi.irq.chips.powerpc_smp import (
     DOORBELL_LINE,
@@ -261,6 +262,60 @@ class XiveCpu:
         return bool(self._chip.read("irr", self._cpu) >> 63)
 
 
+# ---- for explain: arch/powerpc/kernel/smp.c, arch/powerpc/sysdev/xive/common.c -------
+
+#: arch_send_call_function_ipi_mask() does this for each CPU of the mask.
+_PPC_PASS: Final = (
+    chain.at(
+        "ipi_send_cpu",
+        "          do_message_pass({cpu}, {line})",
+        "            smp_muxed_ipi_message_pass({cpu}, {line})",
+    ),
+    chain.at("chip_message", "              smp_muxed_ipi_set_message({cpu}, {line})"),
+    chain.at(
+        "chip_trigger",
+        "              smp_ops->cause_ipi({cpu})",
+        "                xive_cause_ipi({cpu})",
+    ),
+)
+_PPC_DEMUX: Final = (
+    # By the one IPI that a CPU has, or by the core doorbell: the way in for siblings.
+    chain.at("line_ack", "xive_muxed_ipi_action(irq, dev_id)", when="=5"),
+    chain.at("line_ack", "doorbell_exception(regs)", when="=6"),
+    chain.at(
+        "chip_demux", "  smp_ipi_demux()", "    smp_ipi_demux_relaxed()", when="first"
+    ),
+)
+_PPC_EOI: Final = chain.at("chip_eoi", "xive_do_source_eoi(xd)")
+
+_POWERPC: Final = chain.of(
+    call=(
+        chain.at("call_ipi", *chain.SEND_ONE),
+        chain.at("ipi_send_cpumask", *chain.SEND_MASK),
+        *_PPC_PASS,
+        *_PPC_DEMUX,
+        chain.at("call_interrupt", "      generic_smp_call_function_interrupt()"),
+        _PPC_EOI,
+    ),
+    resched=(
+        *_PPC_PASS,
+        *_PPC_DEMUX,
+        chain.at("scheduler_ipi", "      scheduler_ipi()"),
+        _PPC_EOI,
+    ),
+    nmi=(
+        chain.at(
+            "nmi_send",
+            "smp_send_nmi_ipi({cpu}, fn, delay_us)",
+            "  do_smp_send_nmi_ipi({cpu}, safe)",
+            "    smp_ops->cause_nmi_ipi({cpu})",
+        ),
+        chain.at("nmi_entry", "system_reset_exception(regs)"),
+        chain.at("nmi_handler", "  smp_handle_nmi_ipi(regs)"),
+    ),
+)
+
+
 class Xive(PowerpcSmp):
     """XIVE, native or under a hypervisor, with one IPI a CPU.
 
@@ -271,6 +326,16 @@ class Xive(PowerpcSmp):
     name = "xive"
     description = "powerpc XIVE: one IPI a CPU with messages behind it, core doorbells"
     flow = "esb"
+    chains = _POWERPC
+    hardware: ClassVar = {
+        "line_set": "the source of CPU {cpu} notifies",
+        "ipi_entry": "external interrupt, vector 0x500",
+        "line_ack": "{line} found in the messages",
+        "line_ack=5": "source of the IPI taken from the event queue",
+        "line_ack=6": "core doorbell",
+        "line_eoi": "{line} handled",
+    }
+    at_most = 2.0
     rows = (
         Row("IPI", "XIVE-IPI, messages by the interrupt controller"),
         Row("DBL", "Doorbell interrupts"),
