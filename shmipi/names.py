@@ -23,6 +23,7 @@ CHIPS: Final = {
     "gicv2": "gic",
     "gicv3": "gic",
     "riscv": "riscv",
+    "loongarch": "loongarch",
 }
 CONTROLLERS: Final = tuple(CHIPS)
 

@@ -97,6 +97,10 @@ OTHERS = {
     ),
     "gicv3": (["gic_ipi_send_mask", "gic_send_sgi"], ["do_handle_IPI", "gic_eoi_irq"]),
     "riscv": (["ipi_mux_send_mask", "sbi_send_ipi"], ["ipi_mux_process", "handle_IPI"]),
+    "loongarch": (
+        ["loongson_send_ipi_single", "ipi_write_action"],
+        ["loongson_ipi_interrupt", "ipi_read_clear"],
+    ),
 }
 
 
