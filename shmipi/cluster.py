@@ -345,9 +345,9 @@ class Cluster:
         )
 
     def _cpu(self, number: int) -> Cpu:
-        pid, _, core, state, generation, *_ = self._machine.slot(number)
-        word = _STATES[state] if state < len(_STATES) else "dead"
-        return Cpu(number, pid, core, word, generation)
+        slot = self._machine.slot(number)
+        word = _STATES[slot.state] if slot.state < len(_STATES) else "dead"
+        return Cpu(number, slot.pid, slot.core, word, slot.generation)
 
     @property
     def online_mask(self) -> CpuMask:

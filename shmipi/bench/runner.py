@@ -196,8 +196,8 @@ class Rig:
 
     def ids(self, cpu: int) -> tuple[int, int]:
         """Return the process and thread id of a CPU."""
-        pid, tid, *_ = self.machine.slot(cpu)
-        return pid, tid
+        slot = self.machine.slot(cpu)
+        return slot.pid, slot.tid
 
     def idle(self, cpu: int, policy: str) -> None:
         """Let a CPU poll or halt when it has nothing to do, from now on."""

@@ -259,7 +259,7 @@ def _call(
     }
     call = make[kind]
     machine = _core.current_machine()
-    mine, *theirs = (machine.slot(cpu)[2] for cpu in (_SENDER, *cpus))
+    mine, *theirs = (machine.slot(cpu).core for cpu in (_SENDER, *cpus))
     # As the kernel's caller it spins until its csd is unlocked, and does not sleep; but
     # not on the core that a target needs.
     _core.bench_spin(None if mine in theirs else _SPIN_NS)

@@ -56,12 +56,12 @@ class Mailbox:
     @property
     def virq(self) -> int:
         """The irq that interrupts it."""
-        return self._machine.coproc(self._number)[1]
+        return self._machine.coproc(self._number).virq
 
     @property
     def pending(self) -> bool:
         """Is the line pending? Looking leaves it so."""
-        return bool(self._machine.coproc(self._number)[2])
+        return bool(self._machine.coproc(self._number).pending)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the line is pending and acknowledge it: True.
@@ -152,8 +152,8 @@ class Coprocessor:
         machine = self._calls.table.machine
         if machine.closed or machine.state >= _core.DEAD:
             return False
-        pid, virq, _ = machine.coproc(self.domain.coprocessor)
-        return pid == self.pid and virq == self.virq
+        place = machine.coproc(self.domain.coprocessor)
+        return place.pid == self.pid and place.virq == self.virq
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until it has ended: True, or False after ``timeout`` seconds.
@@ -272,7 +272,7 @@ class CoprocessorCalls(PercpuCalls):
             return
         with self.table.locked():
             for domain in self.domains:
-                if not domain.is_coprocessor or machine.coproc(domain.coprocessor)[1]:
+                if not domain.is_coprocessor or machine.coproc(domain.coprocessor).virq:
                     continue
                 for virq in self.table.virqs_of(domain.index):
                     self.table.destroy(virq, self._desc(virq).ipi_nr)

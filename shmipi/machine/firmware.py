@@ -202,7 +202,7 @@ class Firmware:
         for number in cpus:  # they come up in about this order
             while True:
                 seen = self.machine.hotplug_event
-                state = self.machine.slot(number)[3]
+                state = self.machine.slot(number).state
                 if state == _core.CPU_DEAD:
                     code = self.machine.boot_error(number)
                     if code:
@@ -319,7 +319,7 @@ class Firmware:
             try:
                 self.boot([number])
             except OSError as error:
-                if self.machine.slot(number)[7]:
+                if self.machine.slot(number).registered:
                     continue  # it came up, and was reset again before we looked
                 # Who sent the IPI waits for no answer, as with the hardware.
                 print(f"shmipi: CPU {number} did not start: {error}", file=sys.stderr)
@@ -371,7 +371,7 @@ class Firmware:
         """Kill the process that is this CPU, unless it is another one by now."""
         if number not in self.live():
             return
-        if self.machine.slot(number)[4] != generation:
+        if self.machine.slot(number).generation != generation:
             return
         for pid, cpu in self.pids.items():
             if cpu == number and pid not in self.unreaped:

@@ -142,4 +142,4 @@ def _taken(machine: _core.Machine, cpu: int) -> int:
 
 
 def _online(machine: _core.Machine, cpu: int) -> bool:
-    return machine.slot(cpu)[3] not in (_core.OFFLINE, _core.CPU_DEAD)
+    return machine.slot(cpu).state not in (_core.OFFLINE, _core.CPU_DEAD)

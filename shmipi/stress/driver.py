@@ -86,7 +86,7 @@ def _alone(cluster: Cluster) -> Iterator[None]:
     try:
         # Invokers of a host that was killed end as soon as they notice.
         deadline = time.monotonic() + 1.5 * STALL_S
-        while busy := [n for n in range(cluster.ncpus) if machine.slot(n)[9]]:
+        while busy := [n for n in range(cluster.ncpus) if machine.slot(n).busy]:
             cluster._check()
             if time.monotonic() > deadline:
                 raise ClusterStateError(
@@ -122,7 +122,7 @@ class _Driver:
         self.book.control[K_LONGWAIT] = round(options.longwait * 1e3)
         self.book.control[K_SALT] = self.seed & 0xFFFFFFFF
         driver = self.machine.id
-        generation = self.machine.slot(driver)[4]
+        generation = self.machine.slot(driver).generation
         self.book.control[K_DRIVER] = driver + 1 | generation << 32
         self.hotplug = Hotplug()
         self.more: dict[str, int] = {}

@@ -137,7 +137,7 @@ def orphaned(book: Book) -> None:
     """Stop the run if the host that drives it is gone: nobody else ever would."""
     driver = book.control[K_DRIVER]
     slot, generation = (driver & 0xFFFFFFFF) - 1, driver >> 32
-    if _core.current_machine().slot(slot)[4] != generation:
+    if _core.current_machine().slot(slot).generation != generation:
         book.control[K_STOP] = 1
 
 

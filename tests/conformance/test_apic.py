@@ -161,7 +161,7 @@ def asleep(where, eventually):
     halted = 3  # enum shi_state
     eventually(
         lambda: all(
-            where._machine.slot(cpu)[3] == halted
+            where._machine.slot(cpu).state == halted
             for cpu in range(where.ncpus)
             if where.chip.is_online(cpu)
         )

@@ -683,7 +683,7 @@ def test_it_wakes_counts_and_goes_back_to_sleep(cluster, lines, eventually):
         machine.irq_raise(line, [1], 1)
         end = time.monotonic() + 5
         wanted = [was + turn for was in before]
-        while (now := counts()) != wanted or machine.slot(1)[3] != 3:
+        while (now := counts()) != wanted or machine.slot(1).state != 3:
             assert time.monotonic() < end, f"round {turn}: {names} {now}, not {wanted}"
     assert n[0] == ROUNDS
 

@@ -41,7 +41,9 @@ def rows(cluster, cpu):
 def quiet(cluster):
     """Wait until every CPU has taken what it was sent, and sleeps."""
     end = time.monotonic() + 5
-    while any(cluster._machine.slot(n)[3] != _core.HALTED for n in cluster.online_mask):
+    while any(
+        cluster._machine.slot(n).state != _core.HALTED for n in cluster.online_mask
+    ):
         assert time.monotonic() < end, "they do not come to rest"
         time.sleep(0.0005)
 

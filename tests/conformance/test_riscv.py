@@ -35,7 +35,7 @@ def chip(machine):
 def quiet(cluster):
     """Wait until every CPU has taken what it was sent, and sleeps."""
     m, end = cluster._machine, time.monotonic() + 5
-    while any(m.slot(n)[3] != _core.HALTED for n in cluster.online_mask):
+    while any(m.slot(n).state != _core.HALTED for n in cluster.online_mask):
         assert time.monotonic() < end, "they do not come to rest"
         time.sleep(0.0005)
 

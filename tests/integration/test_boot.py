@@ -38,8 +38,8 @@ def test_cpus_say_what_they_are(boot):
     assert isinstance(cluster.online_mask, CpuMask)
     assert str(cluster.online_mask) == "0-2"
     slot = cluster._machine.slot(1)
-    stat = Path(f"/proc/{slot[0]}/stat").read_text().rpartition(")")[2].split()
-    assert slot[5] == int(stat[19])  # start time: field 22
+    stat = Path(f"/proc/{slot.pid}/stat").read_text().rpartition(")")[2].split()
+    assert slot.start_time == int(stat[19])  # start time: field 22
 
 
 def test_cores_as_a_cpulist(boot):

@@ -190,7 +190,7 @@ def test_interrupted_while_it_waits_for_a_busy_cpu(script):
         cluster = Cluster(2, idle="halt", name=sys.argv[1])
         thread = threading.Thread(target=run)
         thread.start()
-        while not cluster._machine.slot(1)[9]:
+        while not cluster._machine.slot(1).busy:
             time.sleep(0.001)
         pending = cluster.submit(1, int)
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()

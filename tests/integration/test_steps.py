@@ -176,16 +176,16 @@ class Rig:
         for _ in range(10):
             os.kill(self.cluster.cpus[TARGET].pid, signal.SIGKILL)
             self.wait(lambda: self.cluster.cpus[TARGET].state == "dead")
-            generation = self.machine.slot(TARGET)[4]
+            generation = self.machine.slot(TARGET).generation
             thread = background(self.cluster.online, TARGET)
             # The slot is made ready for the new process; it takes a while to be there.
-            while self.machine.slot(TARGET)[4] == generation:
+            while self.machine.slot(TARGET).generation == generation:
                 assert thread.is_alive()
             self.machine.arm_step(TARGET, "online", action)
             while self.machine.step_hit(TARGET) != "online" and thread.is_alive():
                 time.sleep(0.001)
             if self.machine.step_hit(TARGET) == "online":
-                self.pid = self.machine.slot(TARGET)[0]
+                self.pid = self.machine.slot(TARGET).pid
                 return thread
             thread.end()
         pytest.fail("the step is never armed in time")

@@ -35,7 +35,7 @@ def halted(boot, background, eventually):
 
 
 def is_waiting(cluster, cpu=1):
-    busy = cluster._machine.slot(cpu)[6]  # the task's name
+    busy = cluster._machine.slot(cpu).task  # the task's name
     return busy and cluster.cpus[cpu].state == "halted"
 
 

@@ -43,7 +43,7 @@ class Rig:
 
     def waits(self, cpu):
         """Does it run a task, and halts in it?"""
-        return self.cluster._machine.slot(cpu)[6] and (
+        return self.cluster._machine.slot(cpu).task and (
             self.cluster.cpus[cpu].state == "halted"
         )
 

@@ -26,7 +26,12 @@ def names(body: list[ast.stmt]) -> set[str]:
 
 
 def public(thing: object) -> set[str]:
-    return {name for name in dir(thing) if not name.startswith("_")}
+    """Return a thing's names, without those that every tuple or struct sequence has."""
+    inherited: set[str] = set()
+    if isinstance(thing, type) and issubclass(thing, tuple):
+        inherited.update(dir(tuple))
+        inherited.update(("n_fields", "n_sequence_fields", "n_unnamed_fields"))
+    return {n for n in dir(thing) if not n.startswith("_")} - inherited
 
 
 def test_every_name_of_the_module_is_in_the_stub() -> None:
@@ -38,6 +43,15 @@ def test_every_name_of_the_module_is_in_the_stub() -> None:
 )
 def test_every_name_of_a_class_is_in_the_stub(cls: ast.ClassDef) -> None:
     assert names(cls.body) == public(getattr(_core, cls.name))
+
+
+@pytest.mark.parametrize("name", ["Slot", "Coproc"])
+def test_a_struct_sequence_has_its_fields_in_the_order_of_the_stub(name: str) -> None:
+    (cls,) = [n for n in STUB.body if isinstance(n, ast.ClassDef) and n.name == name]
+    fields = [n for n in cls.body if isinstance(n, ast.FunctionDef)]
+    assert getattr(_core, name).__match_args__ == tuple(field.name for field in fields)
+    types = [ast.unparse(field.returns) for field in fields if field.returns]
+    assert ast.unparse(cls.bases[0]) == f"tuple[{', '.join(types)}]"
 
 
 def test_every_keyword_of_the_call_functions_is_accepted() -> None:

@@ -248,15 +248,36 @@ METHOD(coproc_set)
     Py_RETURN_NONE;
 }
 
-/* coproc(number) -> (pid, virq, pending) */
+static PyTypeObject *coproc_type;
+
+static PyStructSequence_Field coproc_fields[] = {
+    { "pid", "of its process, 0: none" },
+    { "virq", "that it takes, 0: it is gone" },
+    { "pending", "its line is" },
+    { NULL, NULL },
+};
+static PyStructSequence_Desc coproc_desc = {
+    .name = "shmipi._core.Coproc",
+    .doc = "The place of a coprocessor.",
+    .fields = coproc_fields,
+    .n_in_sequence = sizeof coproc_fields / sizeof *coproc_fields - 1,
+};
+
+/* coproc(number) -> Coproc */
 METHOD(coproc)
 {
     unsigned long which = PyLong_AsUnsignedLong(arg);
     struct shi_coproc *c = PyErr_Occurred() ? NULL
                                             : coproc_arg(MACHINE(object), (unsigned)which);
-    return c ? Py_BuildValue("(III)", shi_load_relaxed(&c->pid), shi_load_acquire(&c->virq),
-                             shi_load_acquire(&c->pending))
-             : NULL;
+    PyObject *coproc = c ? PyStructSequence_New(coproc_type) : NULL;
+    if (!coproc)
+        return NULL;
+    PyStructSequence_SetItem(coproc, 0, PyLong_FromUnsignedLong(shi_load_relaxed(&c->pid)));
+    PyStructSequence_SetItem(coproc, 1, PyLong_FromUnsignedLong(shi_load_acquire(&c->virq)));
+    PyStructSequence_SetItem(coproc, 2, PyBool_FromLong(shi_load_acquire(&c->pending) != 0));
+    if (PyErr_Occurred())
+        Py_CLEAR(coproc);
+    return coproc;
 }
 
 PyMethodDef shi_irq_methods[] = {
@@ -271,6 +292,13 @@ PyMethodDef shi_irq_methods[] = {
     { "coproc_wait", machine_coproc_wait, METH_VARARGS,
       "coproc_wait(number, seen, seconds) -> count" },
     { "coproc_set", machine_coproc_set, METH_VARARGS, "coproc_set(number, pid, virq)" },
-    { "coproc", machine_coproc, METH_O, "coproc(number) -> (pid, virq, pending)" },
+    { "coproc", machine_coproc, METH_O, "coproc(number) -> Coproc" },
     { NULL, NULL, 0, NULL },
 };
+
+int shi_irq_types(PyObject *module)
+{
+    if (!coproc_type)
+        coproc_type = PyStructSequence_NewType(&coproc_desc);
+    return coproc_type ? PyModule_AddObjectRef(module, "Coproc", (PyObject *)coproc_type) : -1;
+}

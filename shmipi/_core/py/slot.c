@@ -6,24 +6,60 @@
 #include "base/native.h"
 #include "py/tables.h"
 
-/* (pid, tid, core, state, generation, start_time, task, registered, halted_on) */
+static PyTypeObject *slot_type;
+
+static PyStructSequence_Field slot_fields[] = {
+    { "pid", "of its process, 0: none" },
+    { "tid", "of its thread" },
+    { "core", "of the computer" },
+    { "state", "RUNNING, POLLING, HALTED, OFFLINE, CPU_DEAD" },
+    { "generation", "counts the processes that it has had" },
+    { "start_time", "of the process, as the kernel says it" },
+    { "task", "the name of the task that runs" },
+    { "registered", "it has come up since its slot was reset" },
+    { "word", "state, pending bits and head of the queue" },
+    { "busy", "a task runs" },
+    { NULL, NULL },
+};
+static PyStructSequence_Desc slot_desc = {
+    .name = "shmipi._core.Slot",
+    .doc = "What the slot of a CPU, or of a host, says.",
+    .fields = slot_fields,
+    .n_in_sequence = sizeof slot_fields / sizeof *slot_fields - 1,
+};
+
+/* slot(id) -> Slot */
 METHOD(slot)
 {
     Machine *machine = MACHINE(object);
     uint32_t id;
+    Py_ssize_t i;
     if (shi_as_slot(arg, machine->m.nslots, &id) < 0)
         return NULL;
     struct shi_slot *s = shi_slot(&machine->m, id);
     char task[sizeof s->task_name + 1] = { 0 };
     memcpy(task, s->task_name, sizeof s->task_name);
     uint64_t w = shi_load_acquire(&s->word);
-    PyObject *name = PyUnicode_DecodeUTF8(task, (Py_ssize_t)strlen(task), "replace");
-    return Py_BuildValue("(IIIIIKNIKI)", shi_load_relaxed(&s->pid), shi_load_relaxed(&s->tid),
-                         shi_load_relaxed(&s->core), (unsigned)shi_word_state(w),
-                         shi_load_relaxed(&s->generation),
-                         (unsigned long long)shi_load_relaxed(&s->start_time), name,
-                         shi_load_relaxed(&s->registered), (unsigned long long)w,
-                         shi_load_relaxed(&s->task));
+    PyObject *slot = PyStructSequence_New(slot_type);
+    if (!slot)
+        return NULL;
+    PyObject *const fields[] = {
+        PyLong_FromUnsignedLong(shi_load_relaxed(&s->pid)),
+        PyLong_FromUnsignedLong(shi_load_relaxed(&s->tid)),
+        PyLong_FromUnsignedLong(shi_load_relaxed(&s->core)),
+        PyLong_FromUnsignedLong(shi_word_state(w)),
+        PyLong_FromUnsignedLong(shi_load_relaxed(&s->generation)),
+        PyLong_FromUnsignedLongLong(shi_load_relaxed(&s->start_time)),
+        PyUnicode_DecodeUTF8(task, (Py_ssize_t)strlen(task), "replace"),
+        PyBool_FromLong(shi_load_relaxed(&s->registered) != 0),
+        PyLong_FromUnsignedLongLong(w),
+        PyBool_FromLong(shi_load_relaxed(&s->task) != 0),
+    };
+    for (i = 0; i < slot_desc.n_in_sequence; i++)
+        PyStructSequence_SetItem(slot, i, fields[i]);
+    if (PyErr_Occurred())
+        Py_CLEAR(slot);
+    return slot;
 }
 
 /* doing(cpu) -> (handler: 0 or HANDLER_*, its name or None, CLOCK_MONOTONIC ns of its begin or
@@ -68,8 +104,14 @@ METHOD(doing)
 }
 
 PyMethodDef shi_slot_methods[] = {
-    ONE(slot, "slot(id) -> (pid, tid, core, state, generation, start_time, task, registered, "
-              "word, busy)"),
+    ONE(slot, "slot(id) -> Slot"),
     ONE(doing, "doing(cpu) -> (handler's kind, its name, ns of its begin, task's name)"),
     { NULL, NULL, 0, NULL },
 };
+
+int shi_slot_types(PyObject *module)
+{
+    if (!slot_type)
+        slot_type = PyStructSequence_NewType(&slot_desc);
+    return slot_type ? PyModule_AddObjectRef(module, "Slot", (PyObject *)slot_type) : -1;
+}

@@ -26,5 +26,7 @@ enum { SHI_NO_CPU, SHI_CPU_TASK, SHI_CPU_HANDLER };
 int shi_atomic_add(PyObject *module);
 int shi_shield_types(PyObject *module);
 int shi_irqlock_types(PyObject *module);
+int shi_slot_types(PyObject *module);
+int shi_irq_types(PyObject *module);
 
 #endif

@@ -333,7 +333,7 @@ class Chip:
         """Is the CPU there and online?"""
         if not 0 <= cpu < self.ncpus:
             return False
-        state = self.machine.slot(cpu)[3]
+        state = self.machine.slot(cpu).state
         return state not in (_core.OFFLINE, _core.CPU_DEAD)
 
     def cpus(self, mask: MaskLike | int) -> CpuMask:

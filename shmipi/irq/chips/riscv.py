@@ -266,7 +266,7 @@ class Riscv(Chip):
         A hart that has interrupts disabled has it pending until they are on again. It
         is not pending for IPIs that are masked.
         """
-        word = self.machine.slot(self.one_cpu(cpu))[8]
+        word = self.machine.slot(self.one_cpu(cpu)).word
         return int(bool(word & _core.W_PENDING))
 
     # ---- arch/riscv/kernel/smp.c ----------------------------------------------------
