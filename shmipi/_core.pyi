@@ -23,13 +23,10 @@ _Element: TypeAlias = SupportsIndex | tuple[SupportsIndex, ...]
 ABI: Final[int]
 MAGIC: Final[str]
 MAX_CPUS: Final[int]
-NAME_MAX: Final[int]
-NOWAIT_POOL: Final[int]
 SLOT_BYTES: Final[int]
 COUNTER_OFFSET: Final[int]
 COUNTER_ROOM: Final[int]
 CONTEXTS: Final[int]
-TRACE_HEAD_OFFSET: Final[int]
 TRACE_RECORD_BYTES: Final[int]
 NCPUS_OFFSET: Final[int]
 HEADER_BYTES: Final[int]
@@ -82,9 +79,7 @@ HANDLER_NMI: Final[int]
 W_PENDING: Final[int]
 
 # What a CPU that is started by IPI is at.
-STARTUP_NONE: Final[int]
 STARTUP_WAITING: Final[int]
-STARTUP_STARTED: Final[int]
 STARTUP_ASKED: Final[int]
 STARTUP_RESET: Final[int]
 
@@ -95,10 +90,12 @@ UP: Final[int]
 STOPPING: Final[int]
 DEAD: Final[int]
 
-# What a labelled step does to who reaches it.
+# What cpu_context() says.
 NO_CPU: Final[int]
 CPU_TASK: Final[int]
 CPU_HANDLER: Final[int]
+
+# What a labelled step does to who reaches it.
 STEP_STOP: Final[int]
 STEP_KILL: Final[int]
 
@@ -163,8 +160,6 @@ class Machine:
     @property
     def array_end(self) -> int: ...
     @property
-    def array_bytes(self) -> int: ...
-    @property
     def state(self) -> int: ...
     @property
     def event(self) -> int: ...
@@ -174,8 +169,6 @@ class Machine:
     def firmware_pid(self) -> int: ...
     @property
     def host_pid(self) -> int: ...
-    @property
-    def boot_time(self) -> int: ...
     @property
     def doorbell(self) -> int: ...
     @property
@@ -198,8 +191,6 @@ class Machine:
     def irq_offset(self) -> int: ...
     @property
     def affinity_offset(self) -> int: ...
-    @property
-    def line_count_offset(self) -> int: ...
     @property
     def trace_offset(self) -> int: ...
     @property

@@ -5,7 +5,7 @@ host the only open ``Cluster``'s; ``cluster.irq`` has them for one machine.
 """
 
 from shmipi.irq.bound import BoundIrq
-from shmipi.irq.coprocessor import Coprocessor, Mailbox
+from shmipi.irq.coprocessor import Coprocessor, CoprocessorLine
 from shmipi.irq.current import (
     chip,
     disable_percpu_irq,
@@ -44,6 +44,7 @@ __all__ = [
     "NR_IRQS",
     "BoundIrq",
     "Coprocessor",
+    "CoprocessorLine",
     "DomainNode",
     "IpiMapping",
     "IrqChip",
@@ -52,7 +53,6 @@ __all__ = [
     "IrqDomain",
     "IrqDomainFlags",
     "IrqFlags",
-    "Mailbox",
     "__ipi_send_mask",
     "__ipi_send_single",
     "chip",

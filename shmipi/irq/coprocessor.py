@@ -39,12 +39,12 @@ from shmipi.machine import remote
 if TYPE_CHECKING:
     from shmipi.machine.boot import Host
 
-__all__ = ["Coprocessor", "CoprocessorCalls", "Mailbox"]
+__all__ = ["Coprocessor", "CoprocessorCalls", "CoprocessorLine"]
 
 _LOOK_S = 0.5
 
 
-class Mailbox:
+class CoprocessorLine:
     """A coprocessor's end of its interrupt line: the first argument of its function."""
 
     def __init__(self, machine: _core.Machine, number: int, name: str) -> None:
@@ -99,7 +99,7 @@ class _Start:
         status = 0
         try:
             func, args = remote.loads(self.func)
-            func(Mailbox(machine, number, self.name), *args)
+            func(CoprocessorLine(machine, number, self.name), *args)
         except SystemExit as end:
             status = (
                 end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -208,7 +208,7 @@ class CoprocessorCalls(PercpuCalls):
         host = self._host_process()
         if not callable(func):
             raise TypeError(f"a coprocessor runs a function, not {func!r}")
-        with host.coprocessors:  # one after another, and none while the dead are buried
+        with host.coprocessor_lock:  # one after another, none while the dead are buried
             start = remote.dumps(_Start(name, remote.dumps((func, args))))
             self._bury_dead()
             made = Coprocessor(self, *self._add(checked_name(name)))
@@ -262,7 +262,7 @@ class CoprocessorCalls(PercpuCalls):
     def _bury(self) -> None:
         host = self._host
         if host is not None:
-            with host.coprocessors:
+            with host.coprocessor_lock:
                 self._bury_dead()
 
     def _bury_dead(self) -> None:

@@ -267,8 +267,6 @@ class Guest(Orders):
 
     def _ended(self) -> None:
         self.died = True
-        if not self.closing and self.on_death is not None:
-            self.on_death()
         with self._answered:
             self._answered.notify_all()
 

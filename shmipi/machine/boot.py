@@ -320,8 +320,6 @@ class Host(Orders):
         self.died = True
         if not self.closing:
             self._remove()
-            if self.on_death is not None:
-                self.on_death()
         with self._answered:
             self._answered.notify_all()
 

@@ -282,8 +282,6 @@ class Firmware:
             self.answer(message["id"], self.kill_coprocessor, message["pid"])
         elif message["op"] == "kill":
             self.kill_cpu(message["cpu"], message["generation"])
-        elif message["op"] == "unlink_doorbells":
-            doorbells.unlink(self.config["segment"], self.config["ncpus"])
 
     def obey_guest(
         self, message: dict[str, Any], send: Callable[[dict[str, Any]], None]

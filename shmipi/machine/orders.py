@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from shmipi.errors import BootError, MachineDiedError, ShmipiError
@@ -30,8 +30,8 @@ class Orders:
         self._name = name
         #: The machine has ended, in order or not: nothing is ordered any more.
         self.died = False
-        self.on_death: Callable[[], None] | None = None
-        self.coprocessors = threading.Lock()  # held while one is added, or buried
+        #: Held while a coprocessor is added, or the dead are buried.
+        self.coprocessor_lock = threading.Lock()
         #: Its end, or ours in it, has begun.
         self.closing = False
         self._lock = threading.Lock()

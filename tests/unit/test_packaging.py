@@ -23,6 +23,24 @@ def test_every_header_is_depended_on() -> None:
     assert EXTENSION["depends"] == in_core("*/*.h")
 
 
+def first_header(file: Path) -> str:
+    """Return the first header that a C file includes, which includes none itself."""
+    for line in file.read_text().splitlines():
+        if line.startswith("#include <"):
+            return line.partition("<")[2].rstrip(">")
+        if line.startswith('#include "'):
+            inner = line.split('"')[1]
+            return first_header(ROOT / "shmipi" / "_core" / inner) or inner
+    return ""
+
+
+def test_every_c_file_asks_the_platform_first() -> None:
+    """Else it is compiled without what sys.h defines, or fails with other words."""
+    files = [ROOT / name for name in EXTENSION["sources"]]
+    others = {f.name: head for f in files if (head := first_header(f)) != "base/sys.h"}
+    assert not others
+
+
 def test_versions_agree() -> None:
     assert shmipi.__version__ == PROJECT["project"]["version"]
 

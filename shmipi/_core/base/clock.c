@@ -1,8 +1,5 @@
 /* SPDX-License-Identifier: MIT */
 /* Choosing and calibrating the clock behind shi_stamp(). */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include "base/clock.h"
 
 #include <errno.h>

@@ -14,6 +14,8 @@
 #ifndef SHI_CLOCK_H
 #define SHI_CLOCK_H
 
+#include "base/sys.h"
+
 #include <stdint.h>
 #include <time.h>
 

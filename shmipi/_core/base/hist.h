@@ -10,6 +10,8 @@
 #ifndef SHI_HIST_H
 #define SHI_HIST_H
 
+#include "base/sys.h"
+
 #include <stdbool.h>
 #include <stdint.h>
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What the core asks of the platform. Every file of the core includes this header
- * first, so that on a platform it was not written for the build stops here, with one
- * message, and not later with a hundred.
+ * What the core asks of the platform. Every C file of the core includes this header
+ * before any of the system's, so that on a platform it was not written for the build stops
+ * here, with one message, and not later with a hundred.
  */
 #ifndef SHI_SYS_H
 #define SHI_SYS_H

@@ -1,8 +1,5 @@
 /* SPDX-License-Identifier: MIT */
 /* Raw round trips between two processes: see limit.h for what is measured. */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include "measure/limit.h"
 
 #include <errno.h>

@@ -32,6 +32,8 @@
 #ifndef SHI_LIMIT_H
 #define SHI_LIMIT_H
 
+#include "base/sys.h"
+
 #include <semaphore.h>
 #include <stdalign.h>
 #include <stdint.h>

@@ -53,12 +53,11 @@ static PyObject *bind(PyObject *module, PyObject *args)
         { &shi_py.LayoutError, errors, "LayoutError" },
         { &shi_py.StateError, errors, "ClusterStateError" },
         { &shi_py.NoMachineError, errors, "NoMachineError" },
-        { &shi_py.RemoteError, errors, "RemoteCallError" },
         { &shi_py.CancelledError, errors, "TaskCancelledError" },
         { &shi_py.TaskInterrupt, errors, "TaskInterrupt" },
         { &shi_py.GroupError, errors, "CpusFailedError" },
         { &shi_py.Warning, errors, "ShmipiWarning" },
-        { &shi_py.OSError, errors, "BootError" },
+        { &shi_py.BootError, errors, "BootError" },
     };
     size_t i;
     for (i = 0; i < sizeof wanted / sizeof *wanted; i++) {

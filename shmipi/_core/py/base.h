@@ -84,7 +84,7 @@ struct shi_python {
     PyObject *OfflineError, *UnknownError, *DiedError, *MachineDiedError, *BusyError,
         *DeadlockError;
     PyObject *TimeoutError, *ArenaError, *LayoutError, *StateError, *NoMachineError;
-    PyObject *RemoteError, *Warning, *OSError, *CancelledError, *TaskInterrupt, *GroupError;
+    PyObject *Warning, *BootError, *CancelledError, *TaskInterrupt, *GroupError;
     PyObject *TableError;
 };
 extern struct shi_python shi_py;

@@ -231,7 +231,6 @@ GETTER(name, PyUnicode_DecodeUTF8(machine->m.header->name,
 GETTER(payload_max, PyLong_FromUnsignedLongLong(machine->m.payload_max))
 GETTER(array_offset, PyLong_FromUnsignedLongLong(machine->m.array_offset))
 GETTER(array_end, PyLong_FromUnsignedLongLong(shi_arrays_end(&machine->m)))
-GETTER(array_bytes, PyLong_FromUnsignedLongLong(machine->m.array_bytes))
 GETTER(state, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->machine_state)))
 GETTER(shut_down, PyBool_FromLong(shi_load_acquire(&machine->m.header->shut_down) != 0))
 GETTER(event, PyLong_FromUnsignedLong(shi_load_acquire(&machine->self.slot->event)))
@@ -240,7 +239,6 @@ GETTER(hotplug_event,
 GETTER(firmware_pid,
        PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->firmware_pid)))
 GETTER(host_pid, PyLong_FromUnsignedLong(shi_load_acquire(&machine->m.header->host_pid)))
-GETTER(boot_time, PyLong_FromUnsignedLongLong(machine->m.header->boot_time_ns))
 GETTER(doorbell, PyLong_FromUnsignedLong(machine->m.doorbell))
 GETTER(kick_signal, PyLong_FromUnsignedLong(machine->m.kick_signal))
 GETTER(nmi_signal, PyLong_FromUnsignedLong(machine->m.nmi_signal))
@@ -249,7 +247,6 @@ GETTER(oversubscribed, PyBool_FromLong(machine->m.oversubscribed))
 GETTER(chip, PyUnicode_FromString(machine->m.chip.name))
 GETTER(closed, PyBool_FromLong(machine->closed || machine->foreign))
 GETTER(irq_offset, PyLong_FromUnsignedLongLong(machine->m.irq_offset))
-GETTER(line_count_offset, PyLong_FromUnsignedLongLong(shi_line_count_offset(&machine->m)))
 GETTER(affinity_offset, PyLong_FromUnsignedLongLong(shi_affinity_offset(&machine->m)))
 GETTER(slot_offset, PyLong_FromUnsignedLongLong(machine->m.slot_offset))
 GETTER(trace_offset, PyLong_FromUnsignedLongLong(machine->m.trace_offset))
@@ -263,7 +260,6 @@ PyGetSetDef shi_machine_getset[] = {
     GET(is_cpu),
     GET(name),
     GET(payload_max),
-    GET(array_bytes),
     GET(array_offset),
     GET(array_end),
     GET(state),
@@ -271,7 +267,6 @@ PyGetSetDef shi_machine_getset[] = {
     GET(hotplug_event),
     GET(firmware_pid),
     GET(host_pid),
-    GET(boot_time),
     GET(doorbell),
     GET(kick_signal),
     GET(kick),
@@ -284,7 +279,6 @@ PyGetSetDef shi_machine_getset[] = {
     GET(nmi_signal),
     GET(irq_offset),
     GET(affinity_offset),
-    GET(line_count_offset),
     GET(shut_down),
     { NULL, NULL, NULL, NULL, NULL },
 };

@@ -4,6 +4,7 @@
 
 #include "base/trace.h"
 #include "irq/chip.h"
+#include "irq/flows.h"
 #include "irq/irqdesc.h"
 #include "measure/limit.h"
 #include "py/csd.h"
@@ -156,10 +157,14 @@ static const struct field irqdomain_fields[] = {
     FIELD(struct shi_irqdomain, name),   FIELD(struct shi_irqdomain, lines),
 };
 
-static const char *const flow_names[SHI_NFLOWS] = {
-    [SHI_FLOW_VECTOR] = "vector", [SHI_FLOW_MAILBOX] = "mailbox", [SHI_FLOW_MUX] = "mux",
-    [SHI_FLOW_SGI] = "sgi",       [SHI_FLOW_SHARED] = "shared",   [SHI_FLOW_ESB] = "esb",
-};
+static int add_flows(PyObject *module)
+{
+    const char *names[SHI_NFLOWS];
+    uint32_t i;
+    for (i = 0; i < SHI_NFLOWS; i++)
+        names[i] = shi_flow_of(i)->name;
+    return add_names(module, "FLOWS", names, SHI_NFLOWS);
+}
 
 static int add_fields(PyObject *module, const char *attribute, const struct field *fields,
                       size_t n)
@@ -210,7 +215,7 @@ static int module_exec(PyObject *module)
         add_names(module, "TRACE_EVENTS", shi_trace_names, SHI_T_COUNT) < 0 ||
         add_fields(module, "HEADER_FIELDS", header_fields,
                    sizeof header_fields / sizeof *header_fields) < 0 ||
-        add_names(module, "FLOWS", flow_names, SHI_NFLOWS) < 0 ||
+        add_flows(module) < 0 ||
         add_fields(module, "IRQDESC_FIELDS", irqdesc_fields,
                    sizeof irqdesc_fields / sizeof *irqdesc_fields) < 0 ||
         add_fields(module, "IRQDOMAIN_FIELDS", irqdomain_fields,
@@ -224,13 +229,10 @@ static int module_exec(PyObject *module)
     } numbers[] = {
         { "ABI", SHI_ABI },
         { "MAX_CPUS", SHI_MAX_CPUS },
-        { "NAME_MAX", SHI_NAME_MAX },
-        { "NOWAIT_POOL", SHI_NOWAIT_POOL },
         { "SLOT_BYTES", SHI_SLOT_BYTES },
         { "COUNTER_OFFSET", offsetof(struct shi_slot, counters) },
         { "COUNTER_ROOM", SHI_COUNTER_ROOM },
         { "CONTEXTS", SHI_NCTX },
-        { "TRACE_HEAD_OFFSET", offsetof(struct shi_slot, trace_head) },
         { "TRACE_RECORD_BYTES", sizeof(struct shi_trace_record) },
         { "NCPUS_OFFSET", offsetof(struct shi_header, ncpus) },
         { "HEADER_BYTES", sizeof(struct shi_header) },
@@ -267,9 +269,7 @@ static int module_exec(PyObject *module)
         { "USE_NMI", SHI_USE_NMI },
         { "USE_IRQ", SHI_USE_IRQ },
         { "USE_COUNT", SHI_USE_COUNT },
-        { "STARTUP_NONE", SHI_SU_NONE },
         { "STARTUP_WAITING", SHI_SU_WAITING },
-        { "STARTUP_STARTED", SHI_SU_STARTED },
         { "STARTUP_ASKED", SHI_SU_ASKED },
         { "STARTUP_RESET", SHI_SU_RESET },
         { "NO_CPU", SHI_NO_CPU },

@@ -107,7 +107,7 @@ static PyObject *native_load(PyObject *module, PyObject *arg)
         return NULL;
     int err = shi_native_load(spec, why, sizeof why);
     if (err < 0)
-        return shi_raise(shi_py.OSError, -err, -1, "native handler %s: %s", spec, why);
+        return shi_raise(shi_py.BootError, -err, -1, "native handler %s: %s", spec, why);
     return PyLong_FromLong(err);
 }
 
@@ -119,7 +119,7 @@ static PyObject *native_name(PyObject *module, PyObject *arg)
         return NULL;
     int err = shi_native_name(name);
     if (err < 0)
-        return shi_raise(shi_py.OSError, -err, -1, "native handler %s: too many handlers",
+        return shi_raise(shi_py.BootError, -err, -1, "native handler %s: too many handlers",
                          name);
     return PyLong_FromLong(err);
 }
