@@ -197,7 +197,7 @@ class CoprocessorCalls(PercpuCalls):
     def add_coprocessor(
         self, name: str, func: Callable[..., object], *args: Any
     ) -> Coprocessor:
-        """Start a coprocessor: a process that runs ``func(mailbox, *args)``.
+        """Start a coprocessor: a process that runs ``func(line, *args)``.
 
         ``name`` is its irq domain's too. It ends when the function returns or the
         machine ends; what the function raises is printed. Only the host can do this.
