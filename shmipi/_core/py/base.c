@@ -93,6 +93,14 @@ PyObject *shi_take_exception(void)
 #endif
 }
 
+void shi_put_exception(PyObject *error)
+{
+    if (error) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
+}
+
 PyObject *shi_os_error(int err, const char *what)
 {
     errno = err;
@@ -123,10 +131,7 @@ PyObject *shi_raise(PyObject *kind, int err, int cpu, const char *format, ...)
     }
     if (args)
         error = PyObject_Call(kind, args, kwargs);
-    if (error) {
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        Py_DECREF(error);
-    }
+    shi_put_exception(error);
     Py_XDECREF(kwargs);
     Py_XDECREF(args);
     Py_DECREF(message);
@@ -333,6 +338,20 @@ Machine *shi_use_current(void)
         return NULL;
     }
     return shi_use(shi_current) < 0 ? NULL : shi_current;
+}
+
+int shi_refuse_host(const Machine *machine, const char *why)
+{
+    if (!machine->self.host)
+        return 0;
+    shi_raise(shi_py.StateError, 0, -1, "the host is no CPU: %s", why);
+    return -1;
+}
+
+Machine *shi_use_cpu(const char *why)
+{
+    Machine *machine = shi_use_current();
+    return machine && shi_refuse_host(machine, why) == 0 ? machine : NULL;
 }
 
 /* ---- arguments ------------------------------------------------------------------------- */

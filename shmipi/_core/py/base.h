@@ -113,11 +113,19 @@ PyObject *shi_raise_died(Machine *machine, int cpu, uint64_t lock);
 int shi_warn_once(bool *given, const char *text);
 /* The exception that is set, taken: new reference. */
 PyObject *shi_take_exception(void);
+/* Raise `error`, a reference that is taken over; NULL: nothing. */
+void shi_put_exception(PyObject *error);
 
 /* ---- using a machine ------------------------------------------------------------- */
 /* 0 when this thread may use the machine, else -1 with an exception. */
 int shi_use(Machine *machine);
 Machine *shi_use_current(void);
+/* The current machine where this process is a CPU of it; NULL: ClusterStateError says `why`
+ * the host is not asked. */
+Machine *shi_use_cpu(const char *why);
+/* 0 on a CPU, else -1 with that exception. */
+int shi_refuse_host(const Machine *machine, const char *why);
+#define SHI_ONLY_CPU "this only means something on a CPU of the machine"
 /* A function's number or a csd freed on another thread of a CPU: given back later. */
 bool shi_other_thread(const Machine *machine);
 void shi_late(Machine *machine, uint32_t index, bool csd);

@@ -11,16 +11,6 @@
 
 /* ---- loops over the full path ------------------------------------------------------------ */
 
-static Machine *measuring_cpu(void)
-{
-    Machine *machine = shi_use_current();
-    if (machine && machine->self.host) {
-        shi_raise(shi_py.StateError, 0, -1, "the host is no CPU: measure from a task on one");
-        return NULL;
-    }
-    return machine;
-}
-
 static uint64_t deadline(double seconds)
 {
     return shi_now_ns() + (uint64_t)((seconds > 0 && seconds < 1e6 ? seconds : 1e6) * 1e9);
@@ -78,7 +68,7 @@ static PyObject *bench_calls(PyObject *module, PyObject *args, PyObject *kwargs)
                                      &b.calls, &b.warmup, &b.batch, &b.gap_ns, &b.skip,
                                      &b.state, &park, &stamped, &seconds, &b.line, &count))
         return NULL;
-    Machine *machine = measuring_cpu();
+    Machine *machine = shi_use_cpu("measure from a task on one");
     if (!machine)
         goto out;
     if (count.obj && ((size_t)count.len < sizeof *b.count ||
@@ -122,7 +112,7 @@ out:
 
 static PyObject *bench_await(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    Machine *machine = measuring_cpu();
+    Machine *machine = shi_use_cpu("measure from a task on one");
     (void)module;
     if (!machine)
         return NULL;
@@ -151,7 +141,7 @@ static PyObject *bench_flood(PyObject *module, PyObject *args)
     (void)module;
     if (!PyArg_ParseTuple(args, "IIK|d:bench_flood", &f.dst, &f.calls, &until, &seconds))
         return NULL;
-    Machine *machine = measuring_cpu();
+    Machine *machine = shi_use_cpu("measure from a task on one");
     if (!machine)
         return NULL;
     f.until = until;
@@ -173,7 +163,7 @@ static PyObject *bench_until(PyObject *module, PyObject *args)
     (void)module;
     if (!PyArg_ParseTuple(args, "IIK|d:bench_until", &cpu, &counter, &until, &seconds))
         return NULL;
-    Machine *machine = measuring_cpu();
+    Machine *machine = shi_use_cpu("measure from a task on one");
     if (!machine)
         return NULL;
     if (cpu >= machine->m.ncpus || counter >= SHI_NCOUNTERS)
@@ -194,7 +184,7 @@ static PyObject *bench_broadcast(PyObject *module, PyObject *args, PyObject *kwa
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "I|$IIid:bench_broadcast", names, &b.calls,
                                      &b.warmup, &b.gap_ns, &b.state, &seconds))
         return NULL;
-    Machine *machine = measuring_cpu();
+    Machine *machine = shi_use_cpu("measure from a task on one");
     if (!machine)
         return NULL;
     b.deadline_ns = deadline(seconds);
@@ -213,7 +203,7 @@ static PyObject *bench_broadcast(PyObject *module, PyObject *args, PyObject *kwa
 
 static PyObject *bench_spin(PyObject *module, PyObject *arg)
 {
-    Machine *machine = measuring_cpu();
+    Machine *machine = shi_use_cpu("measure from a task on one");
     (void)module;
     if (!machine)
         return NULL;

@@ -60,10 +60,7 @@ int shi_run_local(Machine *machine, PyObject *function, PyObject *info, bool wai
                 PyObject *remote = bytes ? PyObject_CallFunction(shi_py.load_exception, "Ni",
                                                                  bytes, (int)self->id)
                                          : NULL;
-                if (remote) {
-                    PyErr_SetObject((PyObject *)Py_TYPE(remote), remote);
-                    Py_DECREF(remote);
-                }
+                shi_put_exception(remote);
                 err = -1;
             } else {
                 PyErr_SetObject((PyObject *)Py_TYPE(error), error);
@@ -78,10 +75,7 @@ int shi_run_local(Machine *machine, PyObject *function, PyObject *info, bool wai
     if (shi_python_waits(self) && !shi_masked(self)) {
         PyObject *error = err ? shi_take_exception() : NULL;
         shi_take_deferred(machine);
-        if (error) {
-            PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-            Py_DECREF(error);
-        }
+        shi_put_exception(error);
     }
     return err;
 }

@@ -205,8 +205,8 @@ METHOD(irq_threshold)
     unsigned long value = PyLong_AsUnsignedLong(arg);
     if (PyErr_Occurred() || shi_use(machine) < 0)
         return NULL;
-    if (machine->self.host)
-        return shi_raise(shi_py.StateError, 0, -1, "the host is no CPU: it masks nothing");
+    if (shi_refuse_host(machine, "it masks nothing") < 0)
+        return NULL;
     shi_enter(&machine->self);
     shi_chip_threshold(&machine->self, (uint32_t)value);
     shi_leave(&machine->self);
@@ -221,9 +221,8 @@ METHOD(irq_end)
     unsigned long line = PyLong_AsUnsignedLong(arg);
     if (PyErr_Occurred() || shi_use(machine) < 0)
         return NULL;
-    if (machine->self.host)
-        return shi_raise(shi_py.StateError, 0, -1,
-                         "the host is no CPU: it takes no interrupts");
+    if (shi_refuse_host(machine, "it takes no interrupts") < 0)
+        return NULL;
     if (line == SHI_NO_LINE) {
         if (!machine->self.handling)
             Py_RETURN_NONE; /* nothing is in service */

@@ -6,23 +6,10 @@
 #include "py/entry.h"
 #include "py/tables.h"
 
-static Machine *this_cpu(void)
-{
-    Machine *machine = shi_use_current();
-    if (machine && machine->self.host) {
-        shi_raise(shi_py.StateError, 0, -1,
-                  "the host is no CPU: this only means something on a CPU of the machine");
-        return NULL;
-    }
-    return machine;
-}
-
 /* What this process, and this thread of it, is: the NO_CPU, CPU_TASK or CPU_HANDLER. */
-static PyObject *cpu_context(PyObject *module, PyObject *unused)
+static PyObject *cpu_context(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     const Machine *machine = shi_current;
-    (void)module;
-    (void)unused;
     if (!machine || machine->foreign || machine->self.host)
         return PyLong_FromLong(SHI_NO_CPU);
     bool handler = pthread_equal(pthread_self(), machine->self.thread) &&
@@ -30,11 +17,9 @@ static PyObject *cpu_context(PyObject *module, PyObject *unused)
     return PyLong_FromLong(handler ? SHI_CPU_HANDLER : SHI_CPU_TASK);
 }
 
-static PyObject *smp_processor_id(PyObject *module, PyObject *unused)
+static PyObject *smp_processor_id(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    Machine *machine = this_cpu();
-    (void)module;
-    (void)unused;
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
     return machine ? PyLong_FromUnsignedLong(machine->self.id) : NULL;
 }
 
@@ -49,22 +34,18 @@ static int refuse_in_handler(const Machine *machine)
                          "has returned");
 }
 
-static PyObject *irq_disable(PyObject *module, PyObject *unused)
+static PyObject *irq_disable(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    Machine *machine = this_cpu();
-    (void)module;
-    (void)unused;
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
     if (!machine)
         return NULL;
     shi_irq_save(&machine->self);
     Py_RETURN_NONE;
 }
 
-static PyObject *irq_enable(PyObject *module, PyObject *unused)
+static PyObject *irq_enable(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    Machine *machine = this_cpu();
-    (void)module;
-    (void)unused;
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
     if (!machine || refuse_in_handler(machine) < 0)
         return NULL;
     if (!machine->self.in_irq)
@@ -75,18 +56,15 @@ static PyObject *irq_enable(PyObject *module, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static PyObject *irq_save(PyObject *module, PyObject *unused)
+static PyObject *irq_save(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    Machine *machine = this_cpu();
-    (void)module;
-    (void)unused;
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
     return machine ? PyLong_FromLong(shi_irq_save(&machine->self)) : NULL;
 }
 
-static PyObject *irq_restore(PyObject *module, PyObject *flags)
+static PyObject *irq_restore(PyObject *Py_UNUSED(module), PyObject *flags)
 {
-    Machine *machine = this_cpu();
-    (void)module;
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
     if (!machine)
         return NULL;
     long value = PyLong_AsLong(flags);
@@ -106,30 +84,18 @@ static PyObject *irq_restore(PyObject *module, PyObject *flags)
     Py_RETURN_NONE;
 }
 
-static PyObject *irqs_disabled(PyObject *module, PyObject *unused)
+static PyObject *preempt_disable(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    Machine *machine = this_cpu();
-    (void)module;
-    (void)unused;
-    return machine ? PyBool_FromLong(machine->self.irqs_off) : NULL;
-}
-
-static PyObject *preempt_disable(PyObject *module, PyObject *unused)
-{
-    Machine *machine = this_cpu();
-    (void)module;
-    (void)unused;
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
     if (!machine)
         return NULL;
     machine->self.preempt++;
     Py_RETURN_NONE;
 }
 
-static PyObject *preempt_enable(PyObject *module, PyObject *unused)
+static PyObject *preempt_enable(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    Machine *machine = this_cpu();
-    (void)module;
-    (void)unused;
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
     if (!machine)
         return NULL;
     if (!machine->self.preempt)
@@ -139,44 +105,23 @@ static PyObject *preempt_enable(PyObject *module, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static PyObject *in_hardirq(PyObject *module, PyObject *unused)
-{
-    Machine *machine = shi_use_current();
-    (void)module;
-    (void)unused;
-    return machine ? PyBool_FromLong(machine->self.in_irq) : NULL;
-}
-
-static PyObject *in_interrupt(PyObject *module, PyObject *unused)
-{
-    Machine *machine = shi_use_current();
-    (void)module;
-    (void)unused;
-    return machine ? PyBool_FromLong(machine->self.in_irq || machine->self.in_nmi) : NULL;
-}
-
-static PyObject *in_nmi(PyObject *module, PyObject *unused)
-{
-    Machine *machine = shi_use_current();
-    (void)module;
-    (void)unused;
-    return machine ? PyBool_FromLong(machine->self.in_nmi) : NULL;
-}
-
-static PyObject *in_task(PyObject *module, PyObject *unused)
-{
-    Machine *machine = shi_use_current();
-    (void)module;
-    (void)unused;
-    return machine ? PyBool_FromLong(!machine->self.in_irq && !machine->self.in_nmi) : NULL;
-}
+/* Is it so?  `current`: the machine that is asked. */
+#define QUESTION(name, current, answer)                                                        \
+    static PyObject *name(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))            \
+    {                                                                                          \
+        const Machine *machine = current;                                                      \
+        return machine ? PyBool_FromLong(answer) : NULL;                                       \
+    }
+QUESTION(irqs_disabled, shi_use_cpu(SHI_ONLY_CPU), machine->self.irqs_off)
+QUESTION(in_hardirq, shi_use_current(), machine->self.in_irq)
+QUESTION(in_interrupt, shi_use_current(), machine->self.in_irq || machine->self.in_nmi)
+QUESTION(in_nmi, shi_use_current(), machine->self.in_nmi)
+QUESTION(in_task, shi_use_current(), !machine->self.in_irq && !machine->self.in_nmi)
 
 /* A point at which a cooperative CPU (kick=False) takes what waits for it. */
-static PyObject *cond_resched(PyObject *module, PyObject *unused)
+static PyObject *cond_resched(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    Machine *machine = this_cpu();
-    (void)module;
-    (void)unused;
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
     if (!machine)
         return NULL;
     struct shi_self *self = &machine->self;
@@ -190,10 +135,9 @@ static PyObject *cond_resched(PyObject *module, PyObject *unused)
 }
 
 /* on_task_cancel(function): called instead of raising TaskInterrupt in this task. */
-static PyObject *on_task_cancel(PyObject *module, PyObject *function)
+static PyObject *on_task_cancel(PyObject *Py_UNUSED(module), PyObject *function)
 {
-    Machine *machine = this_cpu();
-    (void)module;
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
     if (!machine)
         return NULL;
     Py_XSETREF(machine->on_cancel, Py_NewRef(function));
@@ -202,11 +146,9 @@ static PyObject *on_task_cancel(PyObject *module, PyObject *function)
 
 /* TaskInterrupt was raised where nothing can be (a __del__, a callback) and thrown away: again,
  * when the task is out of there. */
-static PyObject *task_interrupt_lost(PyObject *module, PyObject *unused)
+static PyObject *task_interrupt_lost(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    Machine *machine = this_cpu();
-    (void)module;
-    (void)unused;
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
     if (!machine)
         return NULL;
     struct shi_self *self = &machine->self;

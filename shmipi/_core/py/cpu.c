@@ -159,8 +159,8 @@ static PyObject *cpu_loop(PyObject *object, PyObject *unused)
     (void)unused;
     if (shi_use(machine) < 0)
         return NULL;
-    if (self->host)
-        return shi_raise(shi_py.StateError, 0, -1, "the host is no CPU");
+    if (shi_refuse_host(machine, "it has no loop") < 0)
+        return NULL;
     self->inline_python = true;
     for (;;) {
         shi_remind_stop(self);

@@ -42,15 +42,6 @@ void shi_take_back(Machine *machine, PyThreadState *mine)
 
 /* ---- hooks of the core ----------------------------------------------------------- */
 
-static void hold_interpreter(Machine *machine)
-{
-    if (machine->released) {
-        PyThreadState *state = machine->released;
-        machine->released = NULL;
-        PyEval_RestoreThread(state);
-    }
-}
-
 static void hook_release(struct shi_self *self)
 {
     Machine *machine = self->hooks.arg;
@@ -78,13 +69,9 @@ static void run_handler(Machine *machine, uint32_t index)
     struct shi_csd *csd = shi_csd(&machine->m, index);
     bool async = (shi_load_relaxed(&csd->lock) & SHI_CSD_TYPE) != SHI_CSD_SYNC;
     struct incoming in;
-    uint8_t flags = self->irqs_off;
+    struct handler_scope scope;
     uint32_t func = csd->func;
-    int limit = shi_headroom_begin(machine);
-    /* What it interrupts may be about to raise: that stays its own. */
-    PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
-    self->irqs_off = 1;
-    self->in_irq++;
+    shi_handler_begin(machine, &scope);
     shi_store_relaxed(&self->slot->cur_csd, index + 1);
     if (shi_incoming(machine, &in, csd, async) < 0)
         goto out;
@@ -109,27 +96,20 @@ static void run_handler(Machine *machine, uint32_t index)
 out:
     shi_store_relaxed(&self->slot->handler, SHI_H_NONE);
     shi_store_relaxed(&self->slot->cur_csd, 0);
-    shi_headroom_end(limit);
-    self->in_irq--;
-    self->irqs_off = flags;
-    shi_signals_let_go(machine);
-    if (pending) {
-        PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
-        Py_DECREF(pending);
-    }
+    shi_handler_end(machine, &scope);
 }
 
 static void hook_run(struct shi_self *self, uint32_t index)
 {
     Machine *machine = self->hooks.arg;
-    hold_interpreter(machine);
+    shi_take_back(machine, NULL);
     run_handler(machine, index);
 }
 
 static void hook_irq(struct shi_self *self, uint32_t line)
 {
     Machine *machine = self->hooks.arg;
-    hold_interpreter(machine);
+    shi_take_back(machine, NULL);
     shi_run_line(machine, line);
 }
 
@@ -149,7 +129,7 @@ void shi_run_deferred(Machine *machine)
 {
     struct shi_self *self = &machine->self;
     uint32_t index, line;
-    hold_interpreter(machine);
+    shi_take_back(machine, NULL);
     if (self->nmi_waits)
         shi_run_nmi(machine);
     self->in_core++;
@@ -204,7 +184,7 @@ int shi_go_offline(Machine *machine)
     for (;;) {
         hook_release(self); /* by the hook: a handler run on the way can take it back */
         err = self->unsent ? await_room(self) : shi_cpu_offline(self);
-        hold_interpreter(machine);
+        shi_take_back(machine, NULL);
         if (err != -EBUSY)
             return err;
         shi_run_deferred(machine);
@@ -232,7 +212,7 @@ void shi_irq_window(Machine *machine)
         shi_service(self);
         self->in_core--;
         self->inline_python = inlined;
-        hold_interpreter(machine);
+        shi_take_back(machine, NULL);
         if (self->happened)
             shi_leave_slow(self);
         if (shi_hotplug_asked(self)) {

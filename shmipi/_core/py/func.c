@@ -431,10 +431,7 @@ void shi_functions_clear(Machine *machine)
         if (!done)
             PyErr_WriteUnraisable(shi_py.forget);
         Py_XDECREF(done);
-        if (pending) {
-            PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
-            Py_DECREF(pending);
-        }
+        shi_put_exception(pending);
     }
     machine->sending = false;
 }

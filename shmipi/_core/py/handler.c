@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "py/signals.h"
 
 void shi_flush_standard_files(void)
 {
@@ -122,7 +123,7 @@ void shi_say_outer(struct shi_self *self, const struct handler_said *outer)
 #define REMAINING(t) (t)->recursion_remaining
 #endif
 
-int shi_headroom_begin(const Machine *machine)
+static int headroom_begin(const Machine *machine)
 {
     if (!machine->self.in_task)
         return -1;
@@ -136,7 +137,7 @@ int shi_headroom_begin(const Machine *machine)
     return limit;
 }
 
-void shi_headroom_end(int limit)
+static void headroom_end(int limit)
 {
     if (limit < 0)
         return;
@@ -148,4 +149,24 @@ void shi_headroom_end(int limit)
 #if PY_VERSION_HEX >= 0x030c0000
     state->c_recursion_remaining -= HEADROOM;
 #endif
+}
+
+/* ---- the handler ----------------------------------------------------------------- */
+
+void shi_handler_begin(Machine *machine, struct handler_scope *scope)
+{
+    scope->limit = headroom_begin(machine);
+    scope->pending = PyErr_Occurred() ? shi_take_exception() : NULL;
+    scope->irqs_off = machine->self.irqs_off;
+    machine->self.irqs_off = 1;
+    machine->self.in_irq++;
+}
+
+void shi_handler_end(Machine *machine, struct handler_scope *scope)
+{
+    headroom_end(scope->limit);
+    machine->self.in_irq--;
+    machine->self.irqs_off = scope->irqs_off;
+    shi_signals_let_go(machine);
+    shi_put_exception(scope->pending);
 }

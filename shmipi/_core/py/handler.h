@@ -17,8 +17,14 @@ struct handler_said {
 void shi_say_handler(struct shi_self *self, PyObject *function, enum shi_handler kind);
 void shi_handler_outer(const struct shi_self *self, struct handler_said *outer);
 void shi_say_outer(struct shi_self *self, const struct handler_said *outer);
-/* Frames for a handler on top of a task; what begin returned goes to end. */
-int shi_headroom_begin(const Machine *machine);
-void shi_headroom_end(int limit);
+/* A Python handler begins and ends: soft-masked, with frames of its own, and what it
+ * interrupts may be about to raise, which stays its own. */
+struct handler_scope {
+    PyObject *pending;
+    uint8_t irqs_off;
+    int limit;
+};
+void shi_handler_begin(Machine *machine, struct handler_scope *scope);
+void shi_handler_end(Machine *machine, struct handler_scope *scope);
 
 #endif

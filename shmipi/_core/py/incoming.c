@@ -148,10 +148,7 @@ static void send_refusal(Machine *machine, struct shi_csd *csd, PyObject *bytes,
     if (!refusal || send(machine, csd, SHI_S_RAISED, refusal))
         shi_store_relaxed(&csd->status, SHI_S_UNSENT);
     Py_XDECREF(refusal);
-    if (pending) {
-        PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
-        Py_DECREF(pending);
-    }
+    shi_put_exception(pending);
 }
 
 /*

@@ -37,13 +37,10 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
                   bool is_nmi)
 {
     struct shi_self *self = &machine->self;
-    PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
     PyObject *function, *result = NULL;
+    struct handler_scope scope;
     struct handler_said outer; /* an NMI's may stand on top of another */
-    uint8_t flags = self->irqs_off;
-    int limit = shi_headroom_begin(machine);
-    self->irqs_off = 1;
-    self->in_irq++;
+    shi_handler_begin(machine, &scope);
     function = handler_of(machine, desc);
     if (function) {
         shi_count(self, SHI_C_python_run);
@@ -65,14 +62,7 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
     }
     Py_XDECREF(result);
     Py_XDECREF(function);
-    shi_headroom_end(limit);
-    self->in_irq--;
-    self->irqs_off = flags;
-    shi_signals_let_go(machine);
-    if (pending) {
-        PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
-        Py_DECREF(pending);
-    }
+    shi_handler_end(machine, &scope);
 }
 
 void shi_run_line(Machine *machine, uint32_t line)

@@ -133,8 +133,7 @@ static void raise_failures(PyObject *failures)
         else
             PyErr_Clear(); /* an error among them that is no Exception */
     }
-    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    Py_DECREF(error);
+    shi_put_exception(error);
 }
 
 static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *function,
@@ -206,8 +205,7 @@ static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *fun
     err = many_wait(machine, &many, &failures, own);
     if (failure) { /* of sending, not of the function: it did not go to all */
         PyErr_Clear();
-        PyErr_SetObject((PyObject *)Py_TYPE(failure), failure);
-        Py_DECREF(failure);
+        shi_put_exception(failure);
         err = -1;
     } else if (!err && failures) {
         raise_failures(failures);

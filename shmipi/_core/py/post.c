@@ -9,6 +9,17 @@
 #include "py/tables.h"
 #include "py/wait.h"
 
+/* May the machine be used, and are there `n` arguments?  0, or -1; `text` is how it is called. */
+static int positional(Machine *machine, Py_ssize_t nargs, Py_ssize_t n, const char *text)
+{
+    if (shi_use(machine) < 0)
+        return -1;
+    if (nargs == n)
+        return 0;
+    PyErr_SetString(PyExc_TypeError, text);
+    return -1;
+}
+
 static PyObject *as_args(PyObject *args, PyObject *kwargs)
 {
     if (!PyTuple_CheckExact(args) || (kwargs != Py_None && !PyDict_CheckExact(kwargs))) {
@@ -67,12 +78,8 @@ static PyObject *machine_call(Machine *machine, PyObject *const *args, Py_ssize_
     int64_t cpu;
     uint64_t deadline;
     uint8_t apply;
-    if (shi_use(machine) < 0)
+    if (positional(machine, nargs, 5, "call(cpu, func, args, kwargs, timeout)") < 0)
         return NULL;
-    if (nargs != 5) {
-        PyErr_SetString(PyExc_TypeError, "call(cpu, func, args, kwargs, timeout)");
-        return NULL;
-    }
     if (shi_as_cpu(args[0], &cpu) < 0 || shi_as_deadline(args[4], &deadline) < 0)
         return NULL;
     int64_t local = post(machine, cpu, args[1], args[2], args[3], SHI_CSD_SYNC, &apply);
@@ -87,12 +94,8 @@ static PyObject *machine_post(Machine *machine, PyObject *const *args, Py_ssize_
 {
     int64_t cpu;
     uint8_t apply;
-    if (shi_use(machine) < 0)
+    if (positional(machine, nargs, 5, "post(cpu, func, args, kwargs, task)") < 0)
         return NULL;
-    if (nargs != 5) {
-        PyErr_SetString(PyExc_TypeError, "post(cpu, func, args, kwargs, task)");
-        return NULL;
-    }
     int task = PyObject_IsTrue(args[4]);
     if (task < 0 || shi_as_cpu(args[0], &cpu) < 0)
         return NULL;
@@ -264,20 +267,24 @@ static int as_local(const Machine *machine, PyObject *object, uint32_t *local)
     return 0;
 }
 
+/* Arguments (call, cpu, timeout): 0, or -1. */
+static int waited_for(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
+                      const char *text, uint32_t *local, int64_t *cpu, uint64_t *deadline)
+{
+    return positional(machine, nargs, 3, text) < 0 || as_local(machine, args[0], local) < 0 ||
+                   shi_as_cpu(args[1], cpu) < 0 || shi_as_deadline(args[2], deadline) < 0
+               ? -1
+               : 0;
+}
+
 /* await_call(call, cpu, timeout) -> has it ended?  It stays its owner's in either case. */
 static PyObject *machine_await_call(Machine *machine, PyObject *const *args, Py_ssize_t nargs)
 {
     uint32_t local;
     int64_t cpu;
     uint64_t deadline;
-    if (shi_use(machine) < 0)
-        return NULL;
-    if (nargs != 3) {
-        PyErr_SetString(PyExc_TypeError, "await_call(call, cpu, timeout)");
-        return NULL;
-    }
-    if (as_local(machine, args[0], &local) < 0 || shi_as_cpu(args[1], &cpu) < 0 ||
-        shi_as_deadline(args[2], &deadline) < 0)
+    if (waited_for(machine, args, nargs, "await_call(call, cpu, timeout)", &local, &cpu,
+                   &deadline) < 0)
         return NULL;
     int err = shi_wait_unlocked(machine, shi_own_index(&machine->self, local), (uint32_t)cpu,
                                 deadline);
@@ -296,12 +303,8 @@ static PyObject *machine_cancel(Machine *machine, PyObject *const *args, Py_ssiz
     struct shi_self *self = &machine->self;
     uint32_t local;
     int64_t cpu;
-    if (shi_use(machine) < 0)
+    if (positional(machine, nargs, 2, "cancel(call, cpu)") < 0)
         return NULL;
-    if (nargs != 2) {
-        PyErr_SetString(PyExc_TypeError, "cancel(call, cpu)");
-        return NULL;
-    }
     if (as_local(machine, args[0], &local) < 0 || shi_as_cpu(args[1], &cpu) < 0)
         return NULL;
     struct shi_csd *csd = shi_own_csd(self, local);
@@ -354,14 +357,8 @@ static PyObject *machine_collect(Machine *machine, PyObject *const *args, Py_ssi
     uint32_t local;
     int64_t cpu;
     uint64_t deadline;
-    if (shi_use(machine) < 0)
-        return NULL;
-    if (nargs != 3) {
-        PyErr_SetString(PyExc_TypeError, "collect(call, cpu, timeout)");
-        return NULL;
-    }
-    if (as_local(machine, args[0], &local) < 0 || shi_as_cpu(args[1], &cpu) < 0 ||
-        shi_as_deadline(args[2], &deadline) < 0)
+    if (waited_for(machine, args, nargs, "collect(call, cpu, timeout)", &local, &cpu,
+                   &deadline) < 0)
         return NULL;
     if (shi_wait_csd(machine, local, (uint32_t)cpu, deadline) < 0)
         return NULL;

@@ -98,10 +98,7 @@ void shi_drop_early(Machine *machine, uint32_t local)
         PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
         Py_XDECREF(take_early(machine, local));
         PyErr_Clear();
-        if (pending) {
-            PyErr_SetObject((PyObject *)Py_TYPE(pending), pending);
-            Py_DECREF(pending);
-        }
+        shi_put_exception(pending);
     }
 }
 
@@ -134,10 +131,7 @@ PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t app
         if (!bytes)
             return NULL;
         PyObject *error = PyObject_CallFunction(shi_py.load_exception, "Ni", bytes, (int)dst);
-        if (error) {
-            PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-            Py_DECREF(error);
-        }
+        shi_put_exception(error);
         return NULL;
     }
     case SHI_S_CANCELLED:

@@ -15,31 +15,21 @@
 
 /* ---- the entries of kick and NMI ------------------------------------------------- */
 
-static PyObject *irq_entry_call(PyObject *object, PyObject *const *args, size_t nargsf,
-                                PyObject *kwnames)
-{
-    (void)object;
-    (void)args;
-    (void)nargsf;
-    (void)kwnames;
-    Machine *machine = shi_own_cpu();
-    if (machine && shi_irq_entry_python(machine) < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-static PyObject *nmi_entry_call(PyObject *object, PyObject *const *args, size_t nargsf,
-                                PyObject *kwnames)
-{
-    (void)object;
-    (void)args;
-    (void)nargsf;
-    (void)kwnames;
-    Machine *machine = shi_own_cpu();
-    if (machine && shi_nmi_entry_python(machine) < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
+#define ENTRY(name)                                                                            \
+    static PyObject *name##_call(PyObject *Py_UNUSED(object), PyObject *const *args,           \
+                                 size_t nargsf, PyObject *kwnames)                             \
+    {                                                                                          \
+        Machine *machine = shi_own_cpu();                                                      \
+        (void)args;                                                                            \
+        (void)nargsf;                                                                          \
+        (void)kwnames;                                                                         \
+        if (machine && shi_##name##_python(machine) < 0)                                       \
+            return NULL;                                                                       \
+        Py_RETURN_NONE;                                                                        \
+    }
+ENTRY(irq_entry)
+ENTRY(nmi_entry)
+#undef ENTRY
 
 /* ---- imports --------------------------------------------------------------------- */
 
@@ -62,10 +52,7 @@ static PyObject *hold(PyObject *original, PyObject *const *args, Py_ssize_t narg
         return result;
     PyObject *error = result ? NULL : shi_take_exception();
     shi_take_deferred(machine);
-    if (error) {
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        Py_DECREF(error);
-    }
+    shi_put_exception(error);
     return result;
 }
 

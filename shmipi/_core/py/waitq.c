@@ -98,14 +98,10 @@ static PyObject *wait_for_interrupt(PyObject *module, PyObject *const *args, Py_
     PyObject *timeout;
     uint64_t deadline;
     (void)module;
-    Machine *machine = shi_use_current();
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
     if (!machine)
         return NULL;
     struct shi_self *self = &machine->self;
-    if (self->host)
-        return shi_raise(
-            shi_py.StateError, 0, -1,
-            "the host is no CPU: this only means something on a CPU of the machine");
     if (shi_parse("wait_for_interrupt", names, 0, 1, args, nargs, kwnames, &timeout) < 0 ||
         shi_as_deadline(timeout ? timeout : Py_None, &deadline) < 0 ||
         may_sleep(machine, true) < 0)

@@ -114,51 +114,67 @@ static bool take(struct shi_self *self, struct shi_waitq *q, uint32_t slot, uint
     return true;
 }
 
+/* Those who stand in the queue's mask, one after another. */
+struct walk {
+    uint32_t word;
+    uint64_t bits;
+};
+
+/* The next one's slot and entry, which may be 0 by now; nslots: there is none. */
+static uint32_t next_entry(const struct shi_self *self, const struct shi_waitq *q,
+                           struct walk *walk, uint64_t *found)
+{
+    for (;;) {
+        while (!walk->bits) {
+            if (walk->word == mask_words(self->m))
+                return self->m->nslots;
+            walk->bits = shi_load_full(&q->words[walk->word++]);
+        }
+        uint32_t slot = (walk->word - 1) * 64 + (uint32_t)__builtin_ctzll(walk->bits);
+        walk->bits &= walk->bits - 1;
+        if (slot >= self->m->nslots)
+            continue; /* damaged */
+        *found = shi_load_full(entry_of(self, q, slot));
+        return slot;
+    }
+}
+
 /* The exclusive waiter that has waited longest: its slot, or nslots. */
 static uint32_t longest(const struct shi_self *self, const struct shi_waitq *q, uint64_t *entry)
 {
-    uint32_t i, best = self->m->nslots;
-    uint64_t bits, found;
+    struct walk walk = { 0, 0 };
+    uint32_t slot, best = self->m->nslots;
+    uint64_t found;
     *entry = UINT64_MAX;
-    for (i = 0; i < mask_words(self->m); i++)
-        for (bits = shi_load_full(&q->words[i]); bits; bits &= bits - 1) {
-            uint32_t slot = i * 64 + (uint32_t)__builtin_ctzll(bits);
-            if (slot >= self->m->nslots)
-                break; /* damaged */
-            found = shi_load_full(entry_of(self, q, slot));
-            if (found & EXCLUSIVE && found < *entry && stands(self, slot, found, true)) {
-                *entry = found;
-                best = slot;
-            }
+    while ((slot = next_entry(self, q, &walk, &found)) != self->m->nslots)
+        if (found & EXCLUSIVE && found < *entry && stands(self, slot, found, true)) {
+            *entry = found;
+            best = slot;
         }
     return best;
 }
 
 uint32_t shi_waitq_wake(struct shi_self *self, struct shi_waitq *q, uint32_t nr)
 {
-    uint32_t i, woken = 0, exclusive = 0, tries;
-    uint64_t bits, found;
-    for (i = 0; i < mask_words(self->m); i++)
-        for (bits = shi_load_full(&q->words[i]); bits; bits &= bits - 1) {
-            uint32_t slot = i * 64 + (uint32_t)__builtin_ctzll(bits);
-            if (slot >= self->m->nslots)
-                break; /* damaged */
-            found = shi_load_full(entry_of(self, q, slot));
-            if (!found)
-                continue;
-            if (!stands(self, slot, found, false)) /* it died: another may have the slot */
-                shi_cas_full(entry_of(self, q, slot), &found, 0);
-            else if (!(found & EXCLUSIVE) || nr == SHI_WAKE_ALL)
-                woken += take(self, q, slot, found);
-            else
-                exclusive++;
-        }
+    struct walk walk = { 0, 0 };
+    uint32_t slot, woken = 0, exclusive = 0, tries;
+    uint64_t found;
+    while ((slot = next_entry(self, q, &walk, &found)) != self->m->nslots) {
+        if (!found)
+            continue;
+        if (!stands(self, slot, found, false)) /* it died: another may have the slot */
+            shi_cas_full(entry_of(self, q, slot), &found, 0);
+        else if (!(found & EXCLUSIVE) || nr == SHI_WAKE_ALL)
+            woken += take(self, q, slot, found);
+        else
+            exclusive++;
+    }
     if (nr == SHI_WAKE_ALL)
         return woken;
     /* One that is killed with its wake-up in hand passes nothing on: the others look at
      * their condition when the reaper rings them, and by their own clock. */
     for (tries = 0; exclusive && nr && tries <= self->m->nslots; tries++) {
-        uint32_t slot = longest(self, q, &found);
+        slot = longest(self, q, &found);
         if (slot == self->m->nslots)
             break;
         if (take(self, q, slot, found)) {
@@ -171,13 +187,12 @@ uint32_t shi_waitq_wake(struct shi_self *self, struct shi_waitq *q, uint32_t nr)
 
 bool shi_waitq_active(const struct shi_self *self, const struct shi_waitq *q)
 {
+    struct walk walk = { 0, 0 };
     uint32_t slot;
-    for (slot = 0; slot < self->m->nslots; slot++)
-        if (shi_load_full(&q->words[slot / 64]) >> (slot % 64) & 1) {
-            uint64_t found = shi_load_full(entry_of(self, q, slot));
-            if (found && stands(self, slot, found, false))
-                return true;
-        }
+    uint64_t found;
+    while ((slot = next_entry(self, q, &walk, &found)) != self->m->nslots)
+        if (found && stands(self, slot, found, false))
+            return true;
     return false;
 }
 
