@@ -89,6 +89,21 @@ def test_the_atomics_are_the_cores() -> None:
     assert set(atomic.__all__) == cores
 
 
+def test_what_python_says_of_the_core_is_there() -> None:
+    """Written ``file.c, function``, as in the tables of the kernel's functions."""
+    told = re.compile(r"\b(\w+\.c), (\w+(?:, \w+)*)$", re.M)
+    rows = 0
+    for file in PACKAGE.rglob("*.py"):
+        for name, functions in told.findall(file.read_text()):
+            found = list((PACKAGE / "_core").glob(f"*/{name}"))
+            assert found, f"{file.name}: {name}"
+            text = "".join(f.read_text() for f in found)
+            for function in functions.split(", "):
+                rows += 1
+                assert re.search(rf"\b{function}\(", text), f"{file.name}: {function}"
+    assert rows > 5
+
+
 def sources() -> str:
     files = [f for f in PACKAGE.rglob("*.py")] + list((ROOT / "tests").rglob("*.py"))
     return "".join(f.read_text() for f in files if f != Path(__file__))

@@ -37,7 +37,8 @@ static bool all_online(const struct shi_self *self, const uint32_t *cpus, uint32
     return true;
 }
 
-uint32_t shi_chip_writes(const struct shi_self *self, const uint32_t *cpus, uint32_t n)
+/* Register writes that an IPI to these CPUs takes (ascending). */
+static uint32_t writes_to(const struct shi_self *self, const uint32_t *cpus, uint32_t n)
 {
     const struct shi_chip *chip = &self->m->chip;
     uint32_t i, writes = 0, last = UINT32_MAX;
@@ -64,7 +65,7 @@ void shi_chip_send_call_single(struct shi_self *self, uint32_t dst)
 void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n)
 {
     const struct shi_machine *m = self->m;
-    uint32_t i, writes = shi_chip_writes(self, cpus, n);
+    uint32_t i, writes = writes_to(self, cpus, n);
     SHI_TRACE(self, ipi_send_cpumask, n, 0, writes, m->chip.call);
     shi_count_n(self, SHI_C_chip_writes, writes);
     for (i = 0; i < n; i++)

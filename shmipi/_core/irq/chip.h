@@ -56,8 +56,6 @@ void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32
 void shi_chip_send_reschedule(struct shi_self *self, uint32_t dst);
 /* Make `dst` look at what is wanted of it, whatever its chip masks. */
 void shi_chip_prod(struct shi_self *self, uint32_t dst);
-/* Register writes that an IPI to these CPUs takes (ascending). */
-uint32_t shi_chip_writes(const struct shi_self *self, const uint32_t *cpus, uint32_t n);
 
 /* ---- receiving ------------------------------------------------------------------- */
 

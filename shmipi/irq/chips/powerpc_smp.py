@@ -10,14 +10,14 @@ way without Python; who receives is always the core:
 the kernel's function, on the receiving CPU         where it is here
 ==================================================  ====================================
 masked_interrupt                                    flow_esb.c, esb_masked
-arch_local_irq_restore, replay_soft_interrupts      irq.c, shi_irq_restore, irq_work
+arch_local_irq_restore, replay_soft_interrupts      entry.c, shi_irq_restore
 do_IRQ, xive_get_irq, xive_scan_interrupts          flow_esb.c, get_irq
 xive_read_eq                                        flow_esb.c, read_eq
 xive_muxed_ipi_action, doorbell_exception           flow_esb.c, esb_next
 smp_ipi_demux, smp_ipi_demux_relaxed                flow_esb.c, esb_next
 generic_smp_call_function_interrupt, scheduler_ipi  chip.c, shi_chip_act
-nmi_ipi_action, smp_handle_nmi_ipi                  nmi.c, shi_nmi_by_line
-__flush_smp_call_function_queue                     irq.c, shi_flush_queue
+nmi_ipi_action, smp_handle_nmi_ipi                  nmi.c, by_line
+__flush_smp_call_function_queue                     smp.c, flush_queue
 xive_ipi_eoi, xive_irq_eoi, xive_do_source_eoi      flow_esb.c, end, source_eoi
 ==================================================  ====================================
 
