@@ -154,7 +154,7 @@ static inline int rig_call(struct shi_self *self, uint32_t dst, uint32_t native,
     int64_t local = shi_call_post(self, &call, SHI_CSD_SYNC, dst);
     if (local < 0)
         return (int)local;
-    int err = shi_call_wait(self, (uint32_t)local, dst, 0, NULL);
+    int err = shi_call_wait(self, (uint32_t)local, dst, 0, NULL, NULL);
     if (err)
         return err;
     CHECK(shi_load_relaxed(&shi_own_csd(self, (uint32_t)local)->status) == SHI_S_DONE);

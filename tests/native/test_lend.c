@@ -93,7 +93,7 @@ static void call(struct shi_self *self, uint32_t dst, uint64_t seed, uint64_t ns
     int64_t local = shi_call_post(self, &it, SHI_CSD_SYNC, dst);
     CHECK(local >= 0);
     uint64_t start = shi_now_ns();
-    int rc = shi_call_wait(self, (uint32_t)local, dst, ns ? start + ns : 0, NULL);
+    int rc = shi_call_wait(self, (uint32_t)local, dst, ns ? start + ns : 0, NULL, NULL);
     __atomic_fetch_add(&waits, 1, __ATOMIC_RELAXED);
     if (shi_now_ns() - start > 9000000)
         __atomic_fetch_add(&late, 1, __ATOMIC_RELAXED);

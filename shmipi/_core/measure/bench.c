@@ -89,7 +89,7 @@ static inline int call(struct shi_self *self, const struct shi_bench_calls *b, u
     int64_t local = shi_call_post(self, &it, SHI_CSD_SYNC, b->dst);
     if (local < 0)
         return (int)local;
-    int err = shi_call_wait(self, (uint32_t)local, b->dst, b->deadline_ns, NULL);
+    int err = shi_call_wait(self, (uint32_t)local, b->dst, b->deadline_ns, NULL, NULL);
     if (err)
         return err;
     const struct shi_csd *csd = shi_own_csd(self, (uint32_t)local);
@@ -280,7 +280,7 @@ static inline int post(struct shi_self *self, uint32_t dst, const struct shi_cal
         if (local >= 0)
             return 0;
         uint32_t busy;
-        int err = local == -EAGAIN ? shi_call_room(self, NULL, &busy) : (int)local;
+        int err = local == -EAGAIN ? shi_call_room(self, NULL, NULL, &busy) : (int)local;
         if (!err)
             err = look(self, deadline_ns);
         if (err)
@@ -330,7 +330,7 @@ static int broadcast(struct shi_self *self, uint32_t func, struct shi_many *many
         shi_irq_restore(self, flags);
     }
     for (i = 0; i < many->queued; i++) {
-        int rc = shi_call_wait(self, many->locals[i], many->cpus[i], deadline_ns, NULL);
+        int rc = shi_call_wait(self, many->locals[i], many->cpus[i], deadline_ns, NULL, NULL);
         if (!rc) {
             rc = outcome(shi_own_csd(self, many->locals[i]));
             shi_call_end(self, many->locals[i]);

@@ -67,7 +67,6 @@ typedef struct {
     bool raised;        /* they have been raised again, and the interpreter has to look */
     struct shi_watch *watch; /* firmware: what its watchdog saw */
     uint64_t looked_ns;      /* and when */
-    uint32_t room_looks;     /* in vain, one after another, for room for wait=0 calls */
 } Machine;
 
 /* From Python, looked up once (bind(), py/base.c). */

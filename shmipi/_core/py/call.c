@@ -47,10 +47,11 @@ int shi_run_local(Machine *machine, PyObject *function, PyObject *info, bool wai
         err = shi_outgoing_info(machine, &out, function, info);
         shi_native_handler *native = shi_native_get(((NativeHandler *)function)->index);
         if (!err && native)
-            native(out.kind == SHI_K_INT       ? (void *)(intptr_t)out.value.i
-                   : out.kind == SHI_K_POINTER ? (void *)(machine->m.base + out.value.u)
-                   : out.kind == SHI_K_BYTES   ? (void *)out.value.bytes
-                                               : NULL);
+            native(out.call.kind == SHI_K_INT ? (void *)(intptr_t)out.call.value.i
+                   : out.call.kind == SHI_K_POINTER
+                       ? (void *)(machine->m.base + out.call.value.u)
+                   : out.call.kind == SHI_K_BYTES ? (void *)out.call.value.bytes
+                                                  : NULL);
     } else {
         PyObject *result = PyObject_CallOneArg(function, info);
         if (!result) {
@@ -88,14 +89,13 @@ static PyObject *finish_single(Machine *machine, uint32_t local, uint32_t cpu)
     if (shi_wait_csd(machine, local, cpu, 0) < 0)
         return NULL;
     PyObject *result = shi_result(machine, local, cpu, SHI_A_INFO);
-    shi_give_back(machine, local);
+    shi_call_end(&machine->self, local);
     return result;
 }
 
 /*
  * The common call: plain positional arguments, a function that is known, an argument that
- * fits the csd.  One core section from getting the csd to ringing.  1: done, `result` is
- * the answer; 0: the general way has to do it.
+ * fits the csd.  1: done, `result` is the answer; 0: the general way has to do it.
  */
 static int quick_single(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
                         PyObject **result)
@@ -116,25 +116,9 @@ static int quick_single(Machine *machine, PyObject *const *args, Py_ssize_t narg
     if (ready <= 0)
         return ready < 0;
     SHI_TRACE(self, call_entry, (uint32_t)cpu, 0, 0, SHI_E_SINGLE);
-    shi_enter(self);
-    int64_t local = wait ? shi_csd_get(self) : shi_nowait_get(self);
-    if (local < 0) {
-        shi_leave(self);
-        return 0;
-    }
-    int err = shi_outgoing_fill(machine, &out, (uint32_t)local);
-    if (!err)
-        err = shi_call_single(self, (uint32_t)local, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC,
-                              (uint32_t)cpu);
-    if (err)
-        shi_csd_put(self, (uint32_t)local);
-    else if (!wait)
-        shi_csd_leave(self, (uint32_t)local);
-    shi_count(self, SHI_C_calls_single);
-    shi_leave(self);
-    if (err)
-        shi_raise_errno(machine, err, (int)cpu);
-    else
+    int64_t local =
+        shi_outgoing_post(machine, &out, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC, (uint32_t)cpu);
+    if (local >= 0)
         *result = wait ? finish_single(machine, (uint32_t)local, (uint32_t)cpu)
                        : Py_NewRef(Py_None);
     return 1;
@@ -156,33 +140,26 @@ PyObject *shi_single(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
     if (wait < 0 || shi_as_cpu(a[0], &cpu) < 0 || shi_check_context(machine) < 0)
         return NULL;
     struct shi_self *self = &machine->self;
-    shi_count(self, SHI_C_calls_single);
     if (!self->host && cpu == self->id) {
+        shi_count(self, SHI_C_calls_single);
         if (!PyCallable_Check(a[1]) && Py_TYPE(a[1]) != shi_native_type)
             return PyErr_Format(PyExc_TypeError, "%R is not callable", a[1]);
         if (shi_run_local(machine, a[1], info, wait) < 0)
             return NULL;
         Py_RETURN_NONE;
     }
-    if (cpu < 0 || cpu >= machine->m.ncpus)
+    if (cpu < 0 || cpu >= machine->m.ncpus) {
+        shi_count(self, SHI_C_calls_single);
         return shi_raise_errno(machine, -ENXIO, (int)cpu);
+    }
     SHI_TRACE(self, call_entry, (uint32_t)cpu, 0, 0, SHI_E_SINGLE);
     if (shi_outgoing_info(machine, &out, a[1], info) < 0)
         return NULL;
-    int64_t local = shi_get_filled(machine, &out, !wait);
+    int64_t local =
+        shi_outgoing_post(machine, &out, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC, (uint32_t)cpu);
     shi_outgoing_clear(&out);
     if (local < 0)
         return NULL;
-    shi_enter(self);
-    int err = shi_call_single(self, (uint32_t)local, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC,
-                              (uint32_t)cpu);
-    if (err)
-        shi_csd_put(self, (uint32_t)local);
-    else if (!wait)
-        shi_csd_leave(self, (uint32_t)local);
-    shi_leave(self);
-    if (err)
-        return shi_raise_errno(machine, err, (int)cpu);
     if (!wait)
         Py_RETURN_NONE;
     return finish_single(machine, (uint32_t)local, (uint32_t)cpu);

@@ -19,13 +19,13 @@ static PyObject *csd_make(Machine *machine, PyObject *function, PyObject *info)
     struct outgoing out;
     if (shi_outgoing_info(machine, &out, function, info) < 0)
         return NULL;
-    int64_t local = shi_get_filled(machine, &out, false);
+    int64_t local = shi_outgoing_prepare(machine, &out);
     shi_outgoing_clear(&out);
     if (local < 0)
         return NULL;
     CallSingleData *csd = PyObject_GC_New(CallSingleData, csd_type);
     if (!csd) {
-        shi_give_back(machine, (uint32_t)local);
+        shi_call_end(&machine->self, (uint32_t)local);
         return NULL;
     }
     csd->machine = (Machine *)Py_NewRef((PyObject *)machine);
@@ -76,7 +76,7 @@ static void csd_dealloc(PyObject *self)
         else if (shi_csd_locked(shi_own_csd(&csd->machine->self, csd->local)))
             shi_leave_behind(csd->machine, csd->local);
         else
-            shi_give_back(csd->machine, csd->local);
+            shi_call_end(&csd->machine->self, csd->local);
     }
     Py_XDECREF(csd->machine);
     Py_XDECREF(csd->function);

@@ -272,6 +272,13 @@ static int entry_put(Machine *machine, struct func_entry *e)
     return 0;
 }
 
+bool shi_function_by_number(PyObject *function)
+{
+    return PyFunction_Check(function) || PyType_Check(function) ||
+           (PyCFunction_Check(function) && (!PyCFunction_GET_SELF(function) ||
+                                            PyModule_Check(PyCFunction_GET_SELF(function))));
+}
+
 int64_t shi_function_number(Machine *machine, PyObject *function)
 {
     int tries;
@@ -282,25 +289,19 @@ int64_t shi_function_number(Machine *machine, PyObject *function)
             return e->index;
         if (e && tries >= TRIES)
             return e->index; /* it changes faster than it is pickled: anew next time */
-        /* Other callables (bound methods, partials, objects) may change in ways that
-         * identity does not show: they are pickled at each call. */
-        if (!e && !PyFunction_Check(function) && !PyType_Check(function) &&
-            !(PyCFunction_Check(function) && (!PyCFunction_GET_SELF(function) ||
-                                              PyModule_Check(PyCFunction_GET_SELF(function)))))
-            return -1;
         sweep(machine);
         struct func_entry *fresh = entry_new(machine, function);
         if (!fresh)
-            return -2;
+            return -1;
         /* Another thread, or what the pickling ran, may have published it meanwhile, and
          * with what is there now. */
         e = table_find(&machine->sent, function);
         if (e && entry_is_current(e, function))
             entry_discard(machine, fresh);
         else if (entry_put(machine, fresh) < 0)
-            return -2;
+            return -1;
         if (shi_use(machine) < 0)
-            return -2;
+            return -1;
     }
 }
 

@@ -5,8 +5,11 @@
 
 #include "py/base.h"
 
-/* Number of `function` for this sender: >= 0, -1 not by number (pickle it with the
- * arguments), -2 with an exception set.  Hold it (shi_func_hold) before Python code runs. */
+/* May it go by number?  Other callables (bound methods, partials, objects) may change in ways
+ * that identity does not show: they are pickled at each call, with the arguments. */
+bool shi_function_by_number(PyObject *function);
+/* Number of one that may, for this sender: >= 0, or -1 with an exception set.  Have a csd hold
+ * it (shi_csd_fill), or shi_func_hold, before Python code runs. */
 int64_t shi_function_number(Machine *machine, PyObject *function);
 /* A new reference to src's function, or NULL (with or without an exception). */
 PyObject *shi_function_received(Machine *machine, uint32_t src, uint16_t src_gen,

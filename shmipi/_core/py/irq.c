@@ -43,8 +43,8 @@ static int request_native(Machine *machine, struct shi_irqdesc *desc, PyObject *
     if (shi_outgoing_info(machine, &out, handler, info) < 0)
         return -1;
     int err = 0;
-    if (out.kind == SHI_K_INT || out.kind == SHI_K_POINTER) {
-        shi_irqdesc_set_native(desc, native, out.kind, out.value.u);
+    if (out.call.kind == SHI_K_INT || out.call.kind == SHI_K_POINTER) {
+        shi_irqdesc_set_native(desc, native, out.call.kind, out.call.value.u);
     } else {
         PyErr_SetString(PyExc_TypeError, "a native irq handler takes None, an int, or a shared "
                                          "array");
@@ -91,9 +91,11 @@ static int request_python(Machine *machine, uint32_t virq, PyObject *handler)
             return -1;
         }
     }
-    int64_t index = shi_function_number(machine, handler);
-    if (index == -1)
+    if (!shi_function_by_number(handler)) {
         PyErr_SetString(PyExc_TypeError, "an irq handler is a function or a NativeHandler");
+        return -1;
+    }
+    int64_t index = shi_function_number(machine, handler);
     if (index < 0)
         return -1;
     struct shi_irqdesc *desc = shi_irqdesc(&machine->m, virq);

@@ -9,74 +9,18 @@
 #include "py/result.h"
 #include "py/wait.h"
 
-struct many {
-    uint32_t *cpus, *locals, *ipis;
-    uint32_t n, queued, nipis;
-    int64_t owner; /* csd that owns the payload, or -1 */
+/* cond_func(cpu, info). */
+struct asked {
+    PyObject *function, *info;
 };
 
-static int many_queue(Machine *machine, const struct outgoing *out, struct many *many,
-                      uint32_t cpu, bool wait)
+static int ask(void *arg, uint32_t cpu)
 {
-    struct shi_self *self = &machine->self;
-    for (;;) {
-        shi_enter(self);
-        int64_t local = wait ? shi_csd_get(self) : shi_nowait_get(self);
-        int err = 0;
-        if (local >= 0) {
-            if (many->owner < 0)
-                err = shi_outgoing_fill(machine, out, (uint32_t)local);
-            else
-                shi_outgoing_share(machine, out, (uint32_t)local, (uint32_t)many->owner);
-            if (!err)
-                err = shi_call_queue(self, (uint32_t)local, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC,
-                                     cpu);
-            if (err < 0) {
-                shi_csd_put(self, (uint32_t)local);
-            } else {
-                if (err > 0)
-                    many->ipis[many->nipis++] = cpu;
-                if (!wait)
-                    shi_csd_leave(self, (uint32_t)local);
-                many->cpus[many->queued] = cpu;
-                many->locals[many->queued++] = (uint32_t)local;
-            }
-        } else {
-            err = (int)local;
-            /* About to wait: nobody must wait for doorbells not yet rung. */
-            shi_call_ipi_mask(self, many->ipis, many->nipis);
-            many->nipis = 0;
-        }
-        shi_leave(self);
-        if (err == -EAGAIN) {
-            if (shi_wait_for_room(machine) < 0)
-                return -1;
-            continue;
-        }
-        if (err < 0 && err != -ENXIO) { /* offline since: skipped, as the kernel does */
-            shi_raise_errno(machine, err, (int)cpu);
-            return -1;
-        }
-        return 0;
-    }
-}
-
-/* The payload's own csd: it is in nobody's queue, and goes with the last that shares. */
-static int many_payload(Machine *machine, const struct outgoing *out, struct many *many)
-{
-    if (!out->pickle)
-        return 0;
-    many->owner = shi_get_filled(machine, out, false);
-    return many->owner < 0 ? -1 : 0;
-}
-
-static void many_drop_payload(Machine *machine, const struct many *many)
-{
-    if (many->owner < 0)
-        return;
-    shi_enter(&machine->self);
-    shi_csd_end_sharing(&machine->self, (uint32_t)many->owner);
-    shi_leave(&machine->self);
+    const struct asked *cond = arg;
+    PyObject *yes = PyObject_CallFunction(cond->function, "IO", (unsigned)cpu, cond->info);
+    int truth = yes ? PyObject_IsTrue(yes) : -1;
+    Py_XDECREF(yes);
+    return truth < 0 ? -EINTR : truth; /* an exception is set */
 }
 
 static int add_failure(PyObject **failures, PyObject *error)
@@ -89,7 +33,8 @@ static int add_failure(PyObject **failures, PyObject *error)
 /* Wait for all; what they failed with goes to a list, by CPU.  `own` (a reference that is
  * taken over, or NULL) is what failed here.  0, or -1 with an exception: the wait was
  * interrupted. */
-static int many_wait(Machine *machine, struct many *many, PyObject **failures, PyObject *own)
+static int many_wait(Machine *machine, const struct shi_many *many, PyObject **failures,
+                     PyObject *own)
 {
     uint32_t i;
     int err = 0;
@@ -104,7 +49,7 @@ static int many_wait(Machine *machine, struct many *many, PyObject **failures, P
             continue;
         }
         PyObject *none = shi_result(machine, local, cpu, SHI_A_INFO);
-        shi_give_back(machine, local);
+        shi_call_end(&machine->self, local);
         PyObject *error = none ? NULL : shi_take_exception();
         Py_XDECREF(none);
         if (error && own && cpu > machine->self.id) {
@@ -141,7 +86,13 @@ static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *fun
 {
     struct shi_self *self = &machine->self;
     struct outgoing out;
-    struct many many = { .n = n, .owner = -1 };
+    struct asked asked = { cond, info };
+    struct shi_many many = { .mask = mask,
+                             .n = n,
+                             .cond = cond ? ask : NULL,
+                             .cond_arg = &asked,
+                             .waiter = &shi_python_waiter,
+                             .arg = machine };
     PyObject *failures = NULL;
     bool self_in_mask = false;
     int err = -1;
@@ -150,48 +101,28 @@ static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *fun
         return -1;
     shi_count(self, SHI_C_calls_many);
     SHI_TRACE(self, call_entry, n ? mask[0] : self->id, 0, 0, SHI_E_MANY);
-    if (shi_outgoing_info(machine, &out, function, info) < 0)
-        return -1;
+    for (i = 0; i < n; i++)
+        self_in_mask |= !self->host && mask[i] == self->id;
     many.cpus = PyMem_Malloc(sizeof(uint32_t) * (3 * (size_t)n + 1));
     if (!many.cpus) {
         PyErr_NoMemory();
-        goto done;
+        return -1;
     }
     many.locals = many.cpus + n;
     many.ipis = many.locals + n;
-    if (many_payload(machine, &out, &many) < 0)
+    if (shi_outgoing_info(machine, &out, function, info) < 0)
         goto done;
-    err = 0;
-    for (i = 0; i < n && !err; i++) {
-        if (!self->host && mask[i] == self->id) {
-            self_in_mask = true;
-            continue;
-        }
-        if (!shi_word_online(shi_load_relaxed(&shi_slot(&machine->m, mask[i])->word)))
-            continue;
-        if (cond) {
-            PyObject *yes = PyObject_CallFunction(cond, "IO", (unsigned)mask[i], info);
-            int truth = yes ? PyObject_IsTrue(yes) : -1;
-            Py_XDECREF(yes);
-            if (truth < 0)
-                err = -1;
-            if (truth <= 0)
-                continue;
-        }
-        err = many_queue(machine, &out, &many, mask[i], wait);
+    err = shi_call_many(self, &many, &out.call, wait);
+    if (err && err != -EINTR) {
+        if (err == -EAGAIN)
+            shi_raise_errno(machine, err, -1);
+        else
+            shi_raise_post(machine, &out, err, (int)many.at);
     }
-    /* The doorbells once, after everything is queued. */
-    shi_enter(self);
-    shi_call_ipi_mask(self, many.ipis, many.nipis);
-    shi_leave(self);
+    shi_outgoing_clear(&out);
     PyObject *failure = NULL, *own = NULL;
     if (!err && run_self && self_in_mask) {
-        int truth = 1;
-        if (cond) {
-            PyObject *yes = PyObject_CallFunction(cond, "IO", (unsigned)self->id, info);
-            truth = yes ? PyObject_IsTrue(yes) : -1;
-            Py_XDECREF(yes);
-        }
+        int truth = cond ? ask(&asked, self->id) : 1;
         /* Runs while the others do: after the doorbells, before the wait. */
         if (truth < 0)
             failure = shi_take_exception();
@@ -211,11 +142,9 @@ static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *fun
         raise_failures(failures);
         err = -1;
     }
-    many_drop_payload(machine, &many);
 done:
     Py_XDECREF(failures);
     PyMem_Free(many.cpus);
-    shi_outgoing_clear(&out);
     return err;
 }
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What a call is made of, into a csd. */
+/* What a call is made of, and its way into a csd. */
 #ifndef SHI_PY_OUTGOING_H
 #define SHI_PY_OUTGOING_H
 
@@ -7,15 +7,14 @@
 
 #define SHI_REPLY_ROOM 4096u /* block for the result of a call */
 
-/* What a call is made of before it has a csd. */
+/*
+ * What a call is made of before it has a csd.  The function's number comes last, after all
+ * pickling: no Python code runs between it and the csd that holds it, so nobody has to hold it
+ * meanwhile.
+ */
 struct outgoing {
-    uint32_t func, serial;
-    int64_t number; /* of the function, or -1 */
-    uint8_t kind, length, apply;
-    union shi_value value;
-    PyObject *pickle; /* owned; NULL when the argument is inline */
-    uint32_t room;
-    Machine *holder; /* holds function `number` until cleared */
+    struct shi_call call;
+    PyObject *pickle; /* owned: what call.payload is in, or NULL */
 };
 /* func(info). */
 int shi_outgoing_info(Machine *machine, struct outgoing *out, PyObject *function,
@@ -23,16 +22,16 @@ int shi_outgoing_info(Machine *machine, struct outgoing *out, PyObject *function
 /* func(*args, **kwargs), result wanted. */
 int shi_outgoing_call(Machine *machine, struct outgoing *out, PyObject *function,
                       PyObject *args, PyObject *kwargs);
-/* The same where nothing needs pickling or clearing: 1, else 0 (or -1, exception set). */
+/* The first where nothing needs pickling or clearing: 1, else 0 (or -1, exception set). */
 int shi_outgoing_inline(Machine *machine, struct outgoing *out, PyObject *function,
                         PyObject *info);
 void shi_outgoing_clear(struct outgoing *out);
-/* Fill csd `local`; inside shi_enter/shi_leave.  0 or -errno. */
-int shi_outgoing_fill(Machine *machine, const struct outgoing *out, uint32_t local);
-/* Let `local` carry the same payload as `owner`. */
-void shi_outgoing_share(Machine *machine, const struct outgoing *out, uint32_t local,
-                        uint32_t owner);
-/* A csd that holds `out`.  `nowait`: from the pool.  Local index, or -1. */
-int64_t shi_get_filled(Machine *machine, const struct outgoing *out, bool nowait);
+/* shi_call_post, waiting for room as long as it takes.  Local index, or -1. */
+int64_t shi_outgoing_post(Machine *machine, const struct outgoing *out, uint64_t type,
+                          uint32_t dst);
+/* shi_call_prepare, likewise. */
+int64_t shi_outgoing_prepare(Machine *machine, const struct outgoing *out);
+/* Raise what posting to `cpu` failed with. */
+void shi_raise_post(Machine *machine, const struct outgoing *out, int err, int cpu);
 
 #endif

@@ -43,7 +43,6 @@ static uint32_t reply_room(const Machine *machine)
 static int64_t post(Machine *machine, int64_t cpu, PyObject *function, PyObject *args,
                     PyObject *kwargs, uint64_t type, uint8_t *apply)
 {
-    struct shi_self *self = &machine->self;
     struct outgoing out;
     if (!as_args(args, kwargs))
         return -1;
@@ -53,23 +52,11 @@ static int64_t post(Machine *machine, int64_t cpu, PyObject *function, PyObject 
     }
     if (shi_outgoing_call(machine, &out, function, args, kwargs == Py_None ? NULL : kwargs) < 0)
         return -1;
-    if (out.room && (type & SHI_CSD_TYPE) == SHI_CSD_TTWU)
-        out.room = reply_room(machine);
-    *apply = out.apply;
-    int64_t local = shi_get_filled(machine, &out, false);
+    if (out.call.room && (type & SHI_CSD_TYPE) == SHI_CSD_TTWU)
+        out.call.room = reply_room(machine);
+    *apply = out.call.apply;
+    int64_t local = shi_outgoing_post(machine, &out, type, (uint32_t)cpu);
     shi_outgoing_clear(&out);
-    if (local < 0)
-        return -1;
-    shi_enter(self);
-    shi_count(self, SHI_C_calls_single);
-    int err = shi_call_single(self, (uint32_t)local, type, (uint32_t)cpu);
-    if (err)
-        shi_csd_put(self, (uint32_t)local);
-    shi_leave(self);
-    if (err) {
-        shi_raise_errno(machine, err, (int)cpu);
-        return -1;
-    }
     return local;
 }
 
@@ -86,7 +73,7 @@ static PyObject *machine_call(Machine *machine, PyObject *const *args, Py_ssize_
     if (local < 0 || shi_wait_csd(machine, (uint32_t)local, (uint32_t)cpu, deadline) < 0)
         return NULL;
     PyObject *result = shi_result(machine, (uint32_t)local, (uint32_t)cpu, apply);
-    shi_give_back(machine, (uint32_t)local);
+    shi_call_end(&machine->self, (uint32_t)local);
     return result;
 }
 
@@ -134,18 +121,18 @@ static int fill_many(Machine *machine, struct outgoing *out, uint32_t *locals, u
     struct shi_self *self = &machine->self;
     int64_t owner = -1;
     uint32_t i;
-    if (out->room)
-        out->room = reply_room(machine);
-    if (out->pickle && n > 1 && PyBytes_GET_SIZE(out->pickle) > (Py_ssize_t)out->room) {
-        out->room = 0;
-        owner = shi_get_filled(machine, out, false);
+    if (out->call.room)
+        out->call.room = reply_room(machine);
+    if (out->pickle && n > 1 && PyBytes_GET_SIZE(out->pickle) > (Py_ssize_t)out->call.room) {
+        out->call.room = 0;
+        owner = shi_outgoing_prepare(machine, out);
         if (owner < 0)
             return -1;
     }
     for (i = 0; i < n; i++) {
         int64_t local;
         if (owner < 0) {
-            local = shi_get_filled(machine, out, false);
+            local = shi_outgoing_prepare(machine, out);
         } else {
             shi_enter(self);
             while ((local = shi_csd_get(self)) == -EAGAIN) {
@@ -155,7 +142,7 @@ static int fill_many(Machine *machine, struct outgoing *out, uint32_t *locals, u
                 shi_enter(self);
             }
             if (local >= 0)
-                shi_outgoing_share(machine, out, (uint32_t)local, (uint32_t)owner);
+                shi_csd_fill_shared(self, (uint32_t)local, &out->call, (uint32_t)owner);
             shi_leave(self);
             if (local < 0)
                 shi_raise_errno(machine, (int)local, -1);
@@ -180,7 +167,8 @@ fail:
 /*
  * start_tasks(cpus, func, args, kwargs, numbers): one task on each CPU of the list, their
  * numbers appended to `numbers`; in the place of one whose CPU went offline meanwhile,
- * -errno.  Everything that can fail does before the first is queued.
+ * -errno.  Everything that can fail does before the first is queued: so a task takes two core
+ * sections, where a call's csd is filled and queued in one.
  */
 static PyObject *machine_start_tasks(Machine *machine, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -286,8 +274,8 @@ static PyObject *machine_await_call(Machine *machine, PyObject *const *args, Py_
     if (waited_for(machine, args, nargs, "await_call(call, cpu, timeout)", &local, &cpu,
                    &deadline) < 0)
         return NULL;
-    int err = shi_wait_unlocked(machine, shi_own_index(&machine->self, local), (uint32_t)cpu,
-                                deadline);
+    int err = shi_csd_wait(&machine->self, local, (uint32_t)cpu, deadline, &shi_python_waiter,
+                           machine);
     if (err && err != -ETIMEDOUT)
         return err == -EINTR ? NULL : shi_raise_errno(machine, err, (int)cpu);
     return PyBool_FromLong(!err);
@@ -364,7 +352,7 @@ static PyObject *machine_collect(Machine *machine, PyObject *const *args, Py_ssi
         return NULL;
     uint8_t apply = shi_own_csd(&machine->self, local)->apply;
     PyObject *result = shi_result(machine, local, (uint32_t)cpu, apply);
-    shi_give_back(machine, local);
+    shi_call_end(&machine->self, local);
     return result;
 }
 

@@ -2,19 +2,9 @@
 /* Waiting for a call. */
 #include "py/wait.h"
 
-#include "base/clock.h"
-#include "base/trace.h"
-#include "smp/watch.h"
 #include "py/entry.h"
 #include "py/result.h"
 #include "py/signals.h"
-
-void shi_give_back(Machine *machine, uint32_t local)
-{
-    shi_enter(&machine->self);
-    shi_csd_put(&machine->self, local);
-    shi_leave(&machine->self);
-}
 
 void shi_leave_behind(Machine *machine, uint32_t local)
 {
@@ -46,92 +36,68 @@ void shi_wait_settle(Machine *machine)
     }
 }
 
-int shi_wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_t deadline_ns)
+static void begin(void *machine)
 {
-    struct shi_self *self = &machine->self;
-    struct shi_wait wait;
-    bool inlined = self->inline_python;
-    shi_wait_begin(self, &wait, index, dst, deadline_ns);
     shi_wait_settle(machine);
-    uint64_t budget = shi_wait_budget(self, dst);
-    int rc = shi_wait_spin(self, &wait, budget < SHI_GIL_SPIN_NS ? budget : SHI_GIL_SPIN_NS);
-    bool spun = budget <= SHI_GIL_SPIN_NS;
-    while (rc > 0) {
-        shi_wait_settle(machine);
-        if (rc == SHI_WAIT_PYTHON)
-            shi_wait_python(machine);
-        if ((rc == SHI_WAIT_SIGNAL ? PyErr_CheckSignals() : shi_signals_check(machine)) < 0 ||
-            shi_task_interrupt(machine) < 0) {
-            rc = -EINTR;
-            break;
-        }
-        if (self->host && shi_load_acquire(&shi_slot(self->m, dst)->starved))
-            shi_read_early(machine, dst);
-        PyThreadState *mine = shi_give_up(machine);
-        rc = spun ? shi_wait_sleep(self, &wait)
-                  : shi_wait_spin(self, &wait, budget - SHI_GIL_SPIN_NS);
-        spun = true;
-        shi_take_back(machine, mine);
-    }
-    self->inline_python = inlined;
-    shi_wait_end(self, &wait);
-    if (!self->host)
-        shi_take_deferred(machine);
-    return rc;
 }
+
+static int turn(void *arg, uint32_t dst, int why)
+{
+    Machine *machine = arg;
+    shi_wait_settle(machine);
+    if (why == SHI_WAIT_PYTHON)
+        shi_wait_python(machine);
+    if ((why == SHI_WAIT_SIGNAL ? PyErr_CheckSignals() : shi_signals_check(machine)) < 0 ||
+        shi_task_interrupt(machine) < 0)
+        return -EINTR;
+    if (machine->self.host && shi_load_acquire(&shi_slot(&machine->m, dst)->starved))
+        shi_read_early(machine, dst);
+    return 0;
+}
+
+static void *let_go(void *machine)
+{
+    return shi_give_up(machine);
+}
+
+static void take_back(void *machine, void *gone)
+{
+    shi_take_back(machine, gone);
+}
+
+static void end(void *arg)
+{
+    Machine *machine = arg;
+    if (!machine->self.host)
+        shi_take_deferred(machine);
+}
+
+const struct shi_waiter shi_python_waiter = {
+    .hold_ns = SHI_GIL_SPIN_NS,
+    .begin = begin,
+    .turn = turn,
+    .let_go = let_go,
+    .take_back = take_back,
+    .end = end,
+};
 
 int shi_wait_csd(Machine *machine, uint32_t local, uint32_t dst, uint64_t deadline_ns)
 {
     int err =
-        shi_wait_unlocked(machine, shi_own_index(&machine->self, local), dst, deadline_ns);
-    SHI_TRACE(&machine->self, call_end, dst, shi_own_index(&machine->self, local) + 1, 0,
-              (uint32_t)-err);
+        shi_call_wait(&machine->self, local, dst, deadline_ns, &shi_python_waiter, machine);
     if (!err)
         return 0;
-    shi_leave_behind(machine, local);
+    shi_drop_early(machine, local);
     if (err != -EINTR)
         shi_raise_errno(machine, err, (int)dst);
     return -1;
 }
 
-#define ROOM_LOOK_NS 1000000u
-#define ROOM_LOOKS 16u
-
-/* Every csd for wait=0 calls is in flight: wait for the oldest.  0: look again, or -1. */
 int shi_wait_for_room(Machine *machine)
 {
-    shi_enter(&machine->self);
-    uint32_t oldest = shi_csd_oldest(&machine->self);
-    shi_leave(&machine->self);
-    if (oldest == UINT32_MAX) {
-        /* All belong to futures, tasks and CallSingleData: only their owners free them. */
-        shi_raise_errno(machine, -EAGAIN, -1);
-        return -1;
-    }
-    uint64_t lock = shi_load_relaxed(&shi_own_csd(&machine->self, oldest)->lock);
-    uint32_t dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
-    if (dst >= machine->m.ncpus) {
-        shi_enter(&machine->self);
-        shi_csd_collect(&machine->self); /* damaged: dropped there */
-        shi_leave(&machine->self);
-        return 0;
-    }
-    /* Not for long: its target may be stopped, and others have ended since. */
-    int err = shi_wait_unlocked(machine, shi_own_index(&machine->self, oldest), dst,
-                                shi_now_ns() + ROOM_LOOK_NS);
-    if (err == -ETIMEDOUT) {
-        if (++machine->room_looks % ROOM_LOOKS == 0) {
-            /* Each look is too short to notice that a ring was lost: ring again. */
-            shi_enter(&machine->self);
-            shi_watch_ring(&machine->self, dst);
-            shi_leave(&machine->self);
-        }
-        return 0;
-    }
-    machine->room_looks = 0;
-    if (err == -EBADMSG)
-        return 0; /* damaged: collected as such */
+    uint32_t dst = 0;
+    int err = shi_call_room(&machine->self, &shi_python_waiter, machine, &dst);
     if (err && err != -EINTR)
-        shi_raise_errno(machine, err, (int)dst);
+        shi_raise_errno(machine, err, err == -EAGAIN ? -1 : (int)dst);
     return err ? -1 : 0;
 }

@@ -7,9 +7,9 @@
 
 #define SHI_GIL_SPIN_NS 20000u /* the interpreter is never held for longer by a spin */
 
-/* Wait until a csd (index through all slots) is unlocked.  0, or -errno (-EINTR: a Python
- * exception is set). */
-int shi_wait_unlocked(Machine *machine, uint32_t index, uint32_t dst, uint64_t deadline_ns);
+/* What Python does in a wait of the core; its `arg` is the Machine.  It ends a wait with
+ * -EINTR: an exception is set. */
+extern const struct shi_waiter shi_python_waiter;
 /* Wait for csd `local`; serves the own queue.  0, or -1 with an exception (the csd is
  * left behind, safely). */
 int shi_wait_csd(Machine *machine, uint32_t local, uint32_t dst, uint64_t deadline_ns);
@@ -17,7 +17,6 @@ int shi_wait_csd(Machine *machine, uint32_t local, uint32_t dst, uint64_t deadli
 void shi_wait_settle(Machine *machine);
 /* Every csd for wait=0 calls is in flight: wait for the oldest.  0, or -1. */
 int shi_wait_for_room(Machine *machine);
-void shi_give_back(Machine *machine, uint32_t local);
 void shi_leave_behind(Machine *machine, uint32_t local);
 
 #endif

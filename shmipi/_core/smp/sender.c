@@ -317,7 +317,7 @@ static void fill_head(struct shi_self *self, uint32_t local, const struct shi_ca
     csd->apply = call->apply;
     csd->room = 0;
     csd->value = call->value;
-    if (!(call->func & SHI_FUNC_NATIVE) && !(call->apply & SHI_A_INLINE_FUNC)) {
+    if (shi_call_by_number(call)) {
         shi_func_hold(self, call->func);
         self->sender.notes[local].func = call->func + 1;
     }

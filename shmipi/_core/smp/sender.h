@@ -68,7 +68,12 @@ struct shi_call {
     uint64_t bytes;
 };
 
-/* Fill csd `local`.  0, or -errno of its block: give the csd back then. */
+static inline bool shi_call_by_number(const struct shi_call *call)
+{
+    return !(call->func & SHI_FUNC_NATIVE) && !(call->apply & SHI_A_INLINE_FUNC);
+}
+
+/* Fill csd `local`, which holds the function from then on.  0, or -errno of its block: give the csd back then. */
 int shi_csd_fill(struct shi_self *self, uint32_t local, const struct shi_call *call);
 /* The same, with the payload that is in `owner` already. */
 void shi_csd_fill_shared(struct shi_self *self, uint32_t local, const struct shi_call *call,

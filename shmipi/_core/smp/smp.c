@@ -67,7 +67,7 @@ void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
 /* ---- sending ----------------------------------------------------------------------- */
 
 /* The enqueue half: 1 when `dst` must be sent an IPI, else 0 or -errno. */
-int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
+static int queue_csd(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
 {
     struct shi_csd *csd = shi_own_csd(self, local);
     if (dst >= self->m->ncpus)
@@ -88,7 +88,7 @@ int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_
 
 int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
 {
-    int ipi = shi_call_queue(self, local, type, dst);
+    int ipi = queue_csd(self, local, type, dst);
     if (ipi > 0)
         shi_chip_send_call_single(self, dst);
     return ipi < 0 ? ipi : 0;
@@ -117,19 +117,27 @@ int64_t shi_call_post(struct shi_self *self, const struct shi_call *call, uint64
     return local;
 }
 
-/* ---- many ------------------------------------------------------------------------- */
-
-void shi_call_ipi_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n)
+int64_t shi_call_prepare(struct shi_self *self, const struct shi_call *call)
 {
-    if (n == 1)
-        shi_chip_send_call_single(self, cpus[0]);
-    else if (n)
-        shi_chip_send_call_mask(self, cpus, n);
+    shi_enter(self);
+    int64_t local = shi_csd_get(self);
+    int err = local < 0 ? 0 : shi_csd_fill(self, (uint32_t)local, call);
+    if (err) {
+        shi_csd_put(self, (uint32_t)local);
+        local = err;
+    }
+    shi_leave(self);
+    return local;
 }
+
+/* ---- many ------------------------------------------------------------------------- */
 
 static void ring_many(struct shi_self *self, struct shi_many *many)
 {
-    shi_call_ipi_mask(self, many->ipis, many->nipis);
+    if (many->nipis == 1)
+        shi_chip_send_call_single(self, many->ipis[0]);
+    else if (many->nipis)
+        shi_chip_send_call_mask(self, many->ipis, many->nipis);
     many->nipis = 0;
 }
 
@@ -151,7 +159,7 @@ static int queue_one(struct shi_self *self, struct shi_many *many, const struct 
     else
         shi_csd_fill_shared(self, (uint32_t)local, call, (uint32_t)owner);
     if (!err)
-        err = shi_call_queue(self, (uint32_t)local, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC, cpu);
+        err = queue_csd(self, (uint32_t)local, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC, cpu);
     if (err < 0) {
         shi_csd_put(self, (uint32_t)local);
     } else {
@@ -166,52 +174,57 @@ static int queue_one(struct shi_self *self, struct shi_many *many, const struct 
     return err < 0 && err != -ENXIO ? err : 0;
 }
 
-/* The payload's own csd: it is in nobody's queue, and goes with the last that shares it. */
-static int64_t payload_owner(struct shi_self *self, const struct shi_call *call)
+/* While Python code may run before a csd holds the function: its number stays its own. */
+static void hold_function(struct shi_self *self, const struct shi_call *call, bool *held)
 {
+    if (*held || !shi_call_by_number(call))
+        return;
     shi_enter(self);
-    int64_t owner = shi_csd_get(self);
-    int err = owner < 0 ? (int)owner : shi_csd_fill(self, (uint32_t)owner, call);
-    if (owner >= 0 && err)
-        shi_csd_put(self, (uint32_t)owner);
+    shi_func_hold(self, call->func);
     shi_leave(self);
-    return err ? err : owner;
+    *held = true;
+}
+
+static int make_room(struct shi_self *self, struct shi_many *many, const struct shi_call *call,
+                     bool *held)
+{
+    hold_function(self, call, held);
+    return shi_call_room(self, many->waiter, many->arg, &many->at);
 }
 
 int shi_call_many(struct shi_self *self, struct shi_many *many, const struct shi_call *call,
                   bool wait)
 {
-    void *arg = many->waiter ? many->waiter->arg : NULL;
-    int64_t owner = -1;
+    int64_t owner = -1; /* the payload's own csd: it goes with the last that shares it */
+    bool held = false;
     uint32_t i;
     int err = 0;
     many->queued = 0;
     many->nipis = 0;
-    while (call->payload && (owner = payload_owner(self, call)) < 0) {
-        err = owner == -EAGAIN ? shi_call_room(self, many->waiter, &many->at) : (int)owner;
-        if (err)
-            return err;
-    }
+    while (call->payload && !err && (owner = shi_call_prepare(self, call)) < 0)
+        err = owner == -EAGAIN ? make_room(self, many, call, &held) : (int)owner;
+    if (many->cond)
+        hold_function(self, call, &held);
     for (i = 0; i < many->n && !err; i++) {
         uint32_t cpu = many->mask[i];
         many->at = cpu;
         if ((!self->host && cpu == self->id) ||
             !shi_word_online(shi_load_relaxed(&shi_slot(self->m, cpu)->word)))
             continue;
-        int yes = many->cond ? many->cond(arg, cpu) : 1;
+        int yes = many->cond ? many->cond(many->cond_arg, cpu) : 1;
         if (yes < 0)
             err = yes;
-        while (yes > 0 && (err = queue_one(self, many, call, owner, cpu, wait)) == -EAGAIN) {
-            err = shi_call_room(self, many->waiter, &many->at);
-            if (err)
+        while (yes > 0 && (err = queue_one(self, many, call, owner, cpu, wait)) == -EAGAIN)
+            if ((err = make_room(self, many, call, &held)))
                 break;
-        }
     }
     /* The doorbells once, after everything is queued. */
     shi_enter(self);
     ring_many(self, many);
     if (owner >= 0)
         shi_csd_end_sharing(self, (uint32_t)owner);
+    if (held)
+        shi_func_drop(self, call->func);
     shi_leave(self);
     return err;
 }
@@ -222,13 +235,13 @@ int shi_call_many(struct shi_self *self, struct shi_many *many, const struct shi
 #define ROOM_LOOKS 16u
 
 int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
-                 const struct shi_waiter *waiter)
+                 const struct shi_waiter *waiter, void *arg)
 {
     struct shi_wait wait;
-    bool inlined = self->inline_python; /* begin and turn may set it */
+    bool inlined = !self->host && self->inline_python; /* a CPU's begin and turn may set it */
     shi_wait_begin(self, &wait, shi_own_index(self, local), dst, deadline_ns);
     if (waiter)
-        waiter->begin(waiter->arg);
+        waiter->begin(arg);
     uint64_t budget = shi_wait_budget(self, dst);
     uint64_t hold = waiter && waiter->hold_ns < budget ? waiter->hold_ns : budget;
     bool spun = hold == budget;
@@ -236,27 +249,30 @@ int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t d
     while (rc > 0) {
         void *gone = NULL;
         if (waiter) {
-            int err = waiter->turn(waiter->arg, dst, rc);
+            int err = waiter->turn(arg, dst, rc);
             if (err) {
                 rc = err;
                 break;
             }
-            gone = waiter->let_go(waiter->arg);
+            gone = waiter->let_go(arg);
         }
         rc = spun ? shi_wait_sleep(self, &wait) : shi_wait_spin(self, &wait, budget - hold);
         spun = true;
         if (waiter)
-            waiter->take_back(waiter->arg, gone);
+            waiter->take_back(arg, gone);
     }
-    self->inline_python = inlined;
+    if (!self->host)
+        self->inline_python = inlined;
     shi_wait_end(self, &wait);
+    if (waiter)
+        waiter->end(arg);
     return rc;
 }
 
 int shi_call_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
-                  const struct shi_waiter *waiter)
+                  const struct shi_waiter *waiter, void *arg)
 {
-    int err = shi_csd_wait(self, local, dst, deadline_ns, waiter);
+    int err = shi_csd_wait(self, local, dst, deadline_ns, waiter, arg);
     SHI_TRACE(self, call_end, dst, shi_own_index(self, local) + 1, 0, (uint32_t)-err);
     if (err) {
         shi_enter(self);
@@ -273,7 +289,8 @@ void shi_call_end(struct shi_self *self, uint32_t local)
     shi_leave(self);
 }
 
-int shi_call_room(struct shi_self *self, const struct shi_waiter *waiter, uint32_t *dst)
+int shi_call_room(struct shi_self *self, const struct shi_waiter *waiter, void *arg,
+                  uint32_t *dst)
 {
     struct shi_sender *s = &self->sender;
     shi_enter(self);
@@ -289,17 +306,15 @@ int shi_call_room(struct shi_self *self, const struct shi_waiter *waiter, uint32
         shi_leave(self);
         return 0;
     }
-    int err = shi_csd_wait(self, oldest, *dst, shi_now_ns() + ROOM_LOOK_NS, waiter);
-    if (err == -ETIMEDOUT) {
-        if (++s->room_looks % ROOM_LOOKS == 0) {
-            /* Each look is too short to notice that a ring was lost: ring again. */
-            shi_enter(self);
-            shi_watch_ring(self, *dst);
-            shi_leave(self);
-        }
+    int err = shi_csd_wait(self, oldest, *dst, shi_now_ns() + ROOM_LOOK_NS, waiter, arg);
+    shi_enter(self);
+    if (err != -ETIMEDOUT)
+        s->room_looks = 0;
+    else if (++s->room_looks % ROOM_LOOKS == 0)
+        shi_watch_ring(self, *dst); /* each look is too short to notice that a ring was lost */
+    shi_leave(self);
+    if (err == -ETIMEDOUT)
         return 0;
-    }
-    s->room_looks = 0;
     return err == -EBADMSG ? 0 : err; /* damaged: collected as such */
 }
 

@@ -35,42 +35,45 @@
 int64_t shi_call_post(struct shi_self *self, const struct shi_call *call, uint64_t type,
                       uint32_t dst);
 
-/* What a waiter does that is more than C.  `arg` comes first in each. */
+/* What a waiter does that is more than C.  `arg` is what was given with it. */
 struct shi_waiter {
-    void *arg;
-    uint64_t hold_ns;      /* spins for so long before it lets go */
-    void (*begin)(void *); /* the wait has begun: nothing seen of it yet */
+    uint64_t hold_ns;         /* spins for so long before it lets go */
+    void (*begin)(void *arg); /* the wait has begun: nothing seen of it yet */
     /* Between two looks, with the enum shi_waited that ended the last: 0, or -errno to end
      * the wait by. */
-    int (*turn)(void *, uint32_t dst, int why);
+    int (*turn)(void *arg, uint32_t dst, int why);
     /* About to spin for longer, or to sleep; and after it, with what let_go said. */
-    void *(*let_go)(void *);
-    void (*take_back)(void *, void *);
+    void *(*let_go)(void *arg);
+    void (*take_back)(void *arg, void *gone);
+    void (*end)(void *arg);
 };
 
 /* csd_lock_wait, the one loop over wait.h: spin, then sleep, serving the own queue, until
  * `local` is unlocked.  `waiter` NULL: nothing but C waits.  0, or -ETIMEDOUT, -EDEADLK,
  * -EOWNERDEAD (the machine is gone), -ESHUTDOWN, -EBADMSG (damage), or `turn`'s. */
 int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
-                 const struct shi_waiter *waiter);
+                 const struct shi_waiter *waiter, void *arg);
 /* The same of a posted call: on an error the csd is left behind, and given back when its
  * target has unlocked it. */
 int shi_call_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
-                  const struct shi_waiter *waiter);
+                  const struct shi_waiter *waiter, void *arg);
 /* The result has been read. */
 void shi_call_end(struct shi_self *self, uint32_t local);
 /* Every csd is in flight: wait for the oldest that nobody else waits for, 1 ms at most,
  * because its target may be stopped and others may have ended.  0: try again; -EAGAIN: all
  * belong to somebody; else as shi_csd_wait, `*dst` the CPU it was about. */
-int shi_call_room(struct shi_self *self, const struct shi_waiter *waiter, uint32_t *dst);
+int shi_call_room(struct shi_self *self, const struct shi_waiter *waiter, void *arg,
+                  uint32_t *dst);
 
 /* ---- calls to many --------------------------------------------------------------- */
 
 struct shi_many {
     const uint32_t *mask; /* CPUs, ascending; the own one, and who is not online, are skipped */
     uint32_t n;
-    int (*cond)(void *, uint32_t cpu); /* of waiter->arg: 1, 0, or -errno.  NULL: all */
-    const struct shi_waiter *waiter;
+    int (*cond)(void *arg, uint32_t cpu); /* 1, 0, or -errno to end it by.  NULL: all */
+    void *cond_arg;
+    const struct shi_waiter *waiter; /* or NULL */
+    void *arg;
     /* Room for n each, and what came of it: to whom it went by which csd. */
     uint32_t *cpus, *locals, *ipis;
     uint32_t queued, nipis;
@@ -85,13 +88,11 @@ int shi_call_many(struct shi_self *self, struct shi_many *many, const struct shi
 
 /* ---- a csd of one's own ---------------------------------------------------------- */
 
+/* A csd that is filled and in nobody's queue: its local index, or as shi_call_post. */
+int64_t shi_call_prepare(struct shi_self *self, const struct shi_call *call);
 /* smp_call_function_single_async: generic_exec_single for a remote CPU and a csd that was
  * filled before.  0, -EBUSY (locked), or as shi_call_post.  Between shi_enter and shi_leave. */
 int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst);
-
-/* The enqueue half: 1 when `dst` must be sent an IPI, else 0 or -errno; then the IPIs. */
-int shi_call_queue(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst);
-void shi_call_ipi_mask(struct shi_self *self, const uint32_t *cpus, uint32_t n);
 
 /* -EBUSY when in use.  Between shi_enter and shi_leave.  `type` is SHI_CSD_SYNC, ...; the
  * push fills in dst's generation. */
