@@ -179,7 +179,7 @@ class IpiCalls(DomainCalls):
         self, domain: IrqDomain, cpus: CpuMask, wanted: int | None
     ) -> tuple[int, list[int]]:
         """The block's first CPU and its hwirqs. ``IrqError`` EBUSY, EINVAL."""
-        free = domain.free_hwirqs()
+        free = domain.free_hwirqs(cpus)
         first, last = cpus.first or 0, cpus.last or 0
         if wanted is not None:
             if isinstance(wanted, bool) or not isinstance(wanted, int | np.integer):
@@ -194,23 +194,25 @@ class IpiCalls(DomainCalls):
         if not domain.is_per_cpu:
             if free:
                 return first, free[:1]
-            raise self._busy(domain, 1, wanted)
+            raise self._busy(domain, 1, wanted, cpus)
         if domain.mapping == "block":
             left = set(domain.free_hwirqs())
             for base in free[:1] if wanted is not None else free:
                 block = list(range(base, base + cpus.weight))
                 if left.issuperset(block):
                     return first, block
-            raise self._busy(domain, cpus.weight, wanted)
+            raise self._busy(domain, cpus.weight, wanted, cpus)
         if len(free) < cpus.weight:
-            raise self._busy(domain, cpus.weight, wanted)
+            raise self._busy(domain, cpus.weight, wanted, cpus)
         lines = iter(free)
         return first, [
             next(lines) if cpu in cpus else INVALID_HWIRQ
             for cpu in range(first, last + 1)
         ]
 
-    def _busy(self, domain: IrqDomain, count: int, wanted: int | None) -> IrqError:
+    def _busy(
+        self, domain: IrqDomain, count: int, wanted: int | None, cpus: CpuMask
+    ) -> IrqError:
         if wanted is None:
             row = " in a row" if domain.mapping == "block" else ""
             some = f"{count} hwirqs{row}" if count > 1 else "hwirq"
@@ -222,7 +224,7 @@ class IpiCalls(DomainCalls):
             )
         owner = None
         if wanted is not None and not domain.is_coprocessor:
-            owner = self._owner(wanted) or None
+            owner = self._owner(wanted, cpus) or None
         return IrqError(text, errno=errno.EBUSY, irq=owner, domain=domain.name)
 
     def irq_destroy_ipi(self, virq: int, dest: MaskLike | None = None) -> None:

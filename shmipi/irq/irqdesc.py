@@ -367,15 +367,17 @@ class IrqDomain:
         others = frozenset[int]().union(*(child.own for child in self.children))
         return [line for line in lines if line not in others]
 
-    def free_hwirqs(self) -> list[int]:
+    def free_hwirqs(self, cpus: CpuMask | None = None) -> list[int]:
         """Return those of them that no irq has, in the order in which to take them.
 
         That is the controller's: on a mips-gic the range reserved for IPIs comes first.
+        ``cpus``: that none has on these, where each CPU has hwirqs of its own (x86).
         """
         if self.is_coprocessor:
             return [] if self.table.virqs_of(self.index) else [0]
         own, table = set(self.hwirqs()), self.table
-        return [n for n in table.irq_lines() if n in own and table.line_is_free(n)]
+        on = None if self.is_per_cpu else cpus
+        return [n for n in table.irq_lines() if n in own and table.line_is_free(n, on)]
 
 
 def _find(name: str) -> IrqDomain:

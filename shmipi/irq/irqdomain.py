@@ -147,8 +147,12 @@ class DomainCalls:
                     domain=node.name,
                 )
 
-    def _owner(self, line: int) -> int:
-        return int(self.table._line_virq[line])
+    def _owner(self, line: int, cpus: CpuMask | None = None) -> int:
+        """Whose a line is, on some of these CPUs: 0 if nobody's."""
+        for virq in self.table.owners(line):
+            if cpus is None or self.table.affinity(virq) & cpus:
+                return virq
+        return 0
 
     def irq_domain_remove(self, domain: DomainLike) -> None:
         """Remove a domain that has no irqs and no children left.

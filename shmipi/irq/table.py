@@ -178,10 +178,10 @@ class IrqTable:
         if what in ("undo", "line_virq", "route"):
             machine.pic_write(0, what, index, value)
         elif what == "reset":
-            machine.irq_reset_line(index)
+            machine.irq_reset_line(index, value)
         elif what == "affinity":
             self._affinity[index] = _words(value, self._affinity.shape[1])
-        elif what in ("used", "flags"):
+        elif what in ("used", "flags", "next"):
             _core.atomic_store(self._desc[what], index, value)
         elif what == "domain_used":
             _core.atomic_store(self._domain["used"], index, value)
@@ -205,9 +205,31 @@ class IrqTable:
             self._lines = tuple(self.chip.ipi_lines(self.machine.ncpus))
         return self._lines
 
-    def line_is_free(self, line: int) -> bool:
-        """Does no irq have this line?"""
-        return not self._line_virq[line]
+    def owners(self, line: int) -> list[int]:
+        """Return the irqs that have this line, each for other CPUs.
+
+        More than one only where each CPU has a table of its own (``Chip.vectors``).
+        """
+        found: list[int] = []
+        virq = int(self._line_virq[line])
+        while 0 < virq < NR_IRQS and virq not in found:
+            found.append(virq)
+            virq = int(self._desc["next"][virq])
+        return found
+
+    def line_is_free(self, line: int, cpus: CpuMask | None = None) -> bool:
+        """Does no irq have this line? ``cpus``: on these, for one that has no other.
+
+        The rule of the matrix allocator: a vector is available on all target CPUs.
+        """
+        owners = self.owners(line)
+        if not owners or cpus is None or not self.chip.vectors:
+            return not owners
+        return all(
+            # A block has a line for each CPU: which of them it is, only it knows.
+            self._desc["ipi_nr"][virq] == 1 and not self.affinity(virq) & cpus
+            for virq in owners
+        )
 
     # ---- descriptors ----------------------------------------------------------------
 
@@ -299,6 +321,7 @@ class IrqTable:
         for place, hwirq in enumerate(hwirqs):
             virq = first + place
             self._store("action", virq, 0)
+            self._store("next", virq, 0)
             self._store("flags", virq, int(flags))
             self._store("domain", virq, domain + 1)
             self._store("hwirq", virq, hwirq)
@@ -319,9 +342,12 @@ class IrqTable:
         for place, line in enumerate(hwirqs):
             if line == INVALID_HWIRQ:
                 continue
-            self._store("reset", line, 0)  # nothing that was sent before is for it
+            self._store("reset", line, first)  # nothing that was sent before is for it
             if self._routed:
                 self._store("route", line, offset + place + 1)
+            others = int(self._line_virq[line])
+            if others:
+                self._store("next", first, others)
             self._store("line_virq", line, first)
 
     def destroy(self, first: int, count: int) -> None:
@@ -344,7 +370,7 @@ class IrqTable:
             self._store("hwirq", first + cpu - row["ipi_offset"], INVALID_HWIRQ)
 
     def _take_line(self, line: int) -> None:
-        self._store("reset", line, 0)
+        self._store("reset", line, int(self._line_virq[line]))
         if self._routed:
             self._store("route", line, 0)
         self._store("line_virq", line, 0)

@@ -110,26 +110,44 @@ class IrqView:
 
 def irq_area_bytes(ncpus: int) -> int:
     """Return the size of what ``irq_views`` wants."""
-    return _core.IRQ_AREA_BYTES + ncpus * _core.NLINES * 8
+    counts = ncpus * _core.NLINES * 8
+    return _core.IRQ_AREA_BYTES + counts + _core.NR_IRQS * 8 * _mask_words(ncpus)
+
+
+def _mask_words(ncpus: int) -> int:
+    return -(-ncpus // 64)
 
 
 def irq_views(area: bytes, ncpus: int) -> list[IrqView]:
     """Return the irqs that are requested, or were taken, in a copy of the irq area.
 
-    ``area`` is the area with the counts of lines taken behind it.
+    ``area`` is the area with the counts of lines taken, and the affinities, behind it.
     """
     descs = np.frombuffer(area, _IRQDESC, _core.NR_IRQS, _core.IRQDESC_OFFSET)
     domains = np.frombuffer(area, _IRQDOMAIN, _core.NDOMAINS, _core.IRQDOMAIN_OFFSET)
     owners = np.frombuffer(area, "<u4", _core.NLINES, _core.LINE_VIRQ_OFFSET)
     flat = np.frombuffer(area, "<u8", ncpus * _core.NLINES, _core.IRQ_AREA_BYTES)
     taken = flat.reshape(ncpus, _core.NLINES)
+    at, words = _core.IRQ_AREA_BYTES + flat.nbytes, _mask_words(ncpus)
+    masks = np.frombuffer(area, np.uint8, _core.NR_IRQS * words * 8, at)
+    mine = np.unpackbits(masks.reshape(-1, words * 8), axis=1, bitorder="little")
+    lines_of: dict[int, list[int]] = {}
+    shared = set()
+    for line in np.flatnonzero(owners).tolist():
+        virq, several = int(owners[line]), 0
+        while 0 < virq < len(descs) and several < len(descs):
+            lines_of.setdefault(virq, []).append(line)
+            virq, several = int(descs[virq]["next"]), several + 1
+        if several > 1:
+            shared.add(line)
     views = []
-    for virq in np.unique(owners[owners != 0]).tolist():
-        lines = np.flatnonzero(owners == virq)
-        if not 0 < virq < len(descs) or not descs[virq]["used"]:
+    for virq, lines in sorted(lines_of.items()):
+        if not descs[virq]["used"]:
             continue
         desc = descs[virq]
         counts = taken[:, lines].sum(axis=1, dtype=np.uint64)
+        if lines[0] in shared:  # of other CPUs it counts another irq
+            counts *= mine[virq, :ncpus]
         if not desc["action"] and not counts.any():
             continue
         domain = int(desc["domain"]) - 1

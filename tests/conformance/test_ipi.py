@@ -265,6 +265,89 @@ def test_the_same_hwirq_is_not_reserved_twice(rig):
         rig.irq.irq_destroy_ipi(virq)
 
 
+@pytest.mark.parametrize("booted", ["apic"], indirect=True)
+def test_a_vector_is_available_on_all_target_cpus(rig):
+    """x86: each CPU has its own table of vectors (kernel/irq/matrix.c, vector_irq).
+
+    What one irq has on CPUs 0 and 1 another may have on 2 and 3, and is that CPU's: its
+    handler, its count, its mask. It is taken for a mask with any CPU of either.
+    """
+    irq, table = rig.irq, rig.irq.table
+    low, high = rig.reserve(None, "0-1"), rig.reserve(None, "2-3")
+    vector = irq.ipi_get_hwirq(low, 0)
+    assert irq.ipi_get_hwirq(high, 3) == vector == rig.default.hwirqs()[0]
+    assert sorted(table.owners(vector)) == [low, high]
+    for dest in ("1-2", "all"):
+        error = refused(errno.EBUSY, irq.irq_reserve_ipi, None, dest, hwirq=vector)
+        assert error.irq in (low, high)
+    for dest, owner in (("0", low), ("3", high)):
+        error = refused(errno.EBUSY, irq.irq_reserve_ipi, None, dest, hwirq=vector)
+        assert error.irq == owner
+    other = rig.reserve(None, "1-2")
+    assert irq.ipi_get_hwirq(other, 1) == rig.default.hwirqs()[1]
+    counts = [rig.cluster.percpu(name, "i8") for name in ("low", "high")]
+
+    def settles(*wanted):
+        deadline = time.monotonic() + 5
+        while [c.tolist() for c in counts] != list(wanted):
+            assert time.monotonic() < deadline, [c.tolist() for c in counts]
+            time.sleep(0.0005)
+
+    def python(virq):
+        shmipi.percpu("high")[smp.smp_processor_id()] += virq * 1000
+
+    def row_of(virq):
+        [row] = [
+            line.split()[1 : 1 + NCPUS]
+            for line in rig.cluster.interrupts().splitlines()
+            if line.split()[0] == f"{virq}:"
+        ]
+        return [int(n) for n in row]
+
+    for array in counts:
+        array[:] = 0
+    irq.request_percpu_irq(low, COUNT, "low", counts[0])
+    irq.enable_percpu_irq(low)
+    irq.request_percpu_irq(high, COUNT, "high", counts[1])
+    assert not irq.irq_percpu_is_enabled(high, 2)
+    irq.enable_percpu_irq(high)
+    irq.ipi_send_mask(low, "0-1")
+    irq.ipi_send_mask(high, "2-3")
+    settles([1, 1, 0, 0], [0, 0, 1, 1])
+    irq.ipi_send_single(high, 3)
+    settles([1, 1, 0, 0], [0, 0, 1, 2])
+    rig.cluster.run(int)
+    assert (row_of(low), row_of(high)) == ([1, 1, 0, 0], [0, 0, 1, 2])
+    refused(errno.EINVAL, irq.ipi_send_single, low, 2)
+    # The one that is destroyed takes nothing of the other's along, nor does the next.
+    irq.disable_percpu_irq(low)
+    irq.free_percpu_irq(low, counts[0])
+    irq.irq_destroy_ipi(low)
+    assert table.owners(vector) == [high]
+    irq.ipi_send_single(high, 2)
+    settles([1, 1, 0, 0], [0, 0, 2, 2])
+    again = rig.reserve(None, "0", hwirq=vector)
+    assert irq.irq_percpu_is_enabled(high, 2)
+    assert not irq.irq_percpu_is_enabled(again, 0)
+    irq.request_percpu_irq(again, python, "again")
+    irq.enable_percpu_irq(again)
+    irq.ipi_send_single(again, 0)
+    irq.ipi_send_single(high, 2)
+    settles([1, 1, 0, 0], [again * 1000, 0, 3, 2])
+    rig.cluster.run(int)
+    assert (row_of(again), row_of(high)) == ([1, 0, 0, 0], [0, 0, 3, 2])
+    irq.irq_destroy_ipi(other)
+    with pytest.warns(shmipi.ShmipiWarning, match="destroyed while it was requested"):
+        irq.irq_destroy_ipi(high)
+    assert table.owners(vector) == [again]
+    # All of them are taken on CPU 1, and none on CPU 3.
+    full = [rig.reserve(None, "1") for _ in rig.default.hwirqs()]
+    refused(errno.EBUSY, irq.irq_reserve_ipi, None, "1")
+    refused(errno.EBUSY, irq.irq_reserve_ipi, None, "1,3")
+    assert irq.ipi_get_hwirq(rig.reserve(None, "3"), 3) == vector
+    assert len({irq.ipi_get_hwirq(virq, 1) for virq in full}) == len(full)
+
+
 def test_no_hwirqs_are_left(rig):
     lines = rig.irq.root.hwirqs()[:5]
     for shape in shapes(rig):
@@ -751,6 +834,34 @@ def test_a_holder_of_the_lock_is_killed_at_every_store(boot, controller, what):
     virq = rig.counting(domain, "1-2")
     rig.irq.irq_send_ipi_all(virq)
     rig.settles(0, 1, 1, 0)
+
+
+@pytest.mark.parametrize("what", ["reserve", "destroy"])
+def test_an_irq_of_the_same_vector_outlives_a_killed_holder(boot, what):
+    """x86: CPU 0's irq has the vector that is being given to others, or taken back."""
+    rig = Rig(boot(NCPUS, idle="halt", steps=True))
+    same = rig.counting(None, "0")
+    vector = rig.irq.ipi_get_hwirq(same, 0)
+    name, deaths = rig.default.name, 0
+    for store in range(100):
+        try:
+            (virq,) = rig.cluster.run(die_at, store, name, what, cpus=[3])
+        except shmipi.CpuDiedError:
+            deaths += 1
+        else:
+            if virq > 0:
+                rig.irq.irq_destroy_ipi(virq)
+            break
+        with rig.irq.table.locked():  # finds the holder dead, and tidies up
+            left = [virq for virq in rig.irq.table.virqs() if virq != same]
+        for virq in left:
+            assert rig.irq.table.owners(vector) == [virq, same]
+            rig.irq.irq_destroy_ipi(virq)
+        assert rig.irq.table.owners(vector) == [same]
+        rig.irq.ipi_send_single(same, 0)
+        rig.settles(deaths, 0, 0, 0)
+        rig.cluster.online(3)
+    assert deaths >= (6 if what == "destroy" else 15)
 
 
 def test_a_stopped_holder_is_waited_for(boot, monkeypatch):

@@ -430,7 +430,8 @@ struct shi_irqdesc {
     char name[32];
     uint32_t epoch;  /* counts its reservations: a descriptor held for longer is stale */
     uint32_t stride; /* native, info in a per-CPU array: bytes from a CPU's row to the next */
-    uint32_t reserved[8];
+    shi_a32 next;    /* vector: the irq that has the same line on other CPUs; 0: none */
+    uint32_t reserved[7];
 };
 _Static_assert(sizeof(struct shi_irqdesc) == 128, "an irq descriptor is a line pair");
 
@@ -459,7 +460,8 @@ struct shi_irq_area {
     _Alignas(SHI_PAIR) shi_a64 shared[SHI_NLINES / 64]; /* shared: pending */
     _Alignas(SHI_PAIR) shi_a64 mask[SHI_NLINES / 64];   /* shared: enabled */
     shi_a32 route[SHI_NLINES];       /* shared: 1 + the CPU a line is mapped to */
-    shi_a32 line_virq[SHI_NLINES];   /* descriptor (head) of a SHI_USE_IRQ line, 0: none */
+    shi_a32 line_virq[SHI_NLINES];   /* descriptor (head) of a SHI_USE_IRQ line, 0: none;
+                                      * vector: the first of those that have the line */
     _Alignas(SHI_PAIR) shi_a64 lock; /* 0, or its holder (shi_lock_try) */
     /* Descriptors that a change is about, first | how many << 32: who takes the lock from
      * a dead holder finds here what to free. */

@@ -16,13 +16,31 @@ struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq)
 
 /* ---- the lock -------------------------------------------------------------------- */
 
-static void take_line(struct shi_self *self, uint32_t line)
+/* The place that names `virq` among the irqs of a line, or NULL. */
+static shi_a32 *place_of(const struct shi_machine *m, uint32_t line, uint32_t virq)
 {
-    shi_irqdesc_reset_line(self, line);
+    struct shi_irq_area *area = shi_irq_area(m);
+    shi_a32 *place = &area->line_virq[line];
+    uint32_t found, n;
+    /* Bounded: nothing in the segment is trusted. */
+    for (n = 0; n < SHI_NR_IRQS && (found = shi_load_acquire(place)); n++) {
+        if (found == virq)
+            return place;
+        if (found >= SHI_NR_IRQS)
+            return NULL;
+        place = &area->desc[found].next;
+    }
+    return NULL;
+}
+
+static void take_line(struct shi_self *self, uint32_t line, uint32_t virq, shi_a32 *place)
+{
+    shi_irqdesc_reset_line(self, line, virq);
     SHI_STEP(self, undo);
     if (self->m->chip.flow == SHI_FLOW_SHARED)
         shi_chip_route(self, line, SHI_NO_LINE);
-    shi_store_full(&shi_irq_area(self->m)->line_virq[line], 0);
+    /* One store, whether it is the first or not: killed before it, it is done again. */
+    shi_store_full(place, shi_load_relaxed(&shi_irq_area(self->m)->desc[virq].next));
 }
 
 void shi_irq_free_undo(struct shi_self *self)
@@ -30,13 +48,14 @@ void shi_irq_free_undo(struct shi_self *self)
     struct shi_irq_area *area = shi_irq_area(self->m);
     uint64_t undo = shi_load_relaxed(&area->undo);
     uint32_t first = (uint32_t)undo, count = (uint32_t)(undo >> 32), line, virq;
+    shi_a32 *place;
     if (!undo)
         return;
     /* Whatever state they are in, and however often: who does this can be killed, too. */
-    for (line = 0; first && line < self->m->chip.nlines; line++)
-        if (shi_load_relaxed(&area->line_virq[line]) == first) {
+    for (line = 0; first && first < SHI_NR_IRQS && line < self->m->chip.nlines; line++)
+        if ((place = place_of(self->m, line, first))) {
             SHI_STEP(self, undo);
-            take_line(self, line);
+            take_line(self, line, first, place);
         }
     for (virq = first ? first : 1; virq < SHI_NR_IRQS && virq - first < count; virq++) {
         SHI_STEP(self, undo);
@@ -131,10 +150,39 @@ static shi_a64 *line_count(const struct shi_machine *m, uint32_t cpu, uint32_t l
     return (shi_a64 *)(m->base + shi_line_count_offset(m)) + (uint64_t)cpu * SHI_NLINES + line;
 }
 
-void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line)
+/* Is this CPU one of those that the irq was reserved for? */
+static bool is_for(const struct shi_machine *m, uint32_t virq, uint32_t cpu)
 {
-    uint32_t cpu;
+    const uint64_t *masks = (const uint64_t *)(m->base + shi_affinity_offset(m));
+    const volatile uint64_t *mask = masks + (uint64_t)virq * shi_affinity_words(m->ncpus);
+    return mask[cpu / 64] >> (cpu % 64) & 1;
+}
+
+uint32_t shi_irqdesc_virq(const struct shi_self *self, uint32_t line)
+{
+    const struct shi_irq_area *area = shi_irq_area(self->m);
+    /* Acquire: of its descriptor what was stored before it was published (make). */
+    uint32_t n, virq = shi_load_acquire(&area->line_virq[line]);
+    if (!virq || virq >= SHI_NR_IRQS || !shi_load_acquire(&area->desc[virq].next))
+        return virq < SHI_NR_IRQS ? virq : 0;
+    /* Several, each for other CPUs.  One that was destroyed meanwhile may lead to those of
+     * another line, which its hwirq tells. */
+    for (n = 0; virq && virq < SHI_NR_IRQS && n < SHI_NR_IRQS; n++) {
+        if (area->desc[virq].hwirq == line && is_for(self->m, virq, self->id))
+            return virq;
+        virq = shi_load_acquire(&area->desc[virq].next);
+    }
+    return 0;
+}
+
+void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line, uint32_t virq)
+{
+    const struct shi_irq_area *area = shi_irq_area(self->m);
+    uint32_t cpu, owner = shi_load_relaxed(&area->line_virq[line]);
+    bool others = owner && (owner != virq || shi_load_relaxed(&area->desc[virq].next));
     for (cpu = 0; cpu < self->m->ncpus; cpu++) {
+        if (virq && others && !is_for(self->m, virq, cpu))
+            continue;
         /* Masked first: what is set after that stays where it is until it is unmasked. */
         shi_chip_enable(self, cpu, line, false);
         shi_chip_clear(self, cpu, line);
@@ -149,7 +197,7 @@ static uint64_t reservation(uint32_t virq, const struct shi_irqdesc *desc)
 
 bool shi_irqdesc_still(const struct shi_self *self, uint32_t line)
 {
-    uint32_t virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
+    uint32_t virq = shi_irqdesc_virq(self, line);
     const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
     return virq && desc && self->later_for[line] == reservation(virq, desc);
 }
@@ -157,7 +205,7 @@ bool shi_irqdesc_still(const struct shi_self *self, uint32_t line)
 /* A line of an irq was taken: false when it is ended later, by shi_chip_end. */
 static bool handle(struct shi_self *self, uint32_t line)
 {
-    uint32_t i, virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
+    uint32_t i, virq = shi_irqdesc_virq(self, line);
     const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
     uint32_t action = virq && desc ? shi_load_acquire(&desc->action) : SHI_IA_NONE;
     shi_a64 *count = line_count(self->m, self->id, line); /* kstat_irqs: the owner's alone */

@@ -40,9 +40,12 @@ void shi_irqdesc_clear(struct shi_irqdesc *desc);
 
 /* Does the process that requested it with a Python handler live? */
 bool shi_irqdesc_requester_lives(const struct shi_machine *m, const struct shi_irqdesc *desc);
-/* Before a line is given out, and when it is given back: masked and not pending at any CPU,
- * and counted from zero. */
-void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line);
+/* Before a line is given to `virq`, and when it is given back: masked and not pending, and
+ * counted from zero; at every CPU, or at those of the irq where others have the line at
+ * other CPUs. */
+void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line, uint32_t virq);
+/* Whose a line is at this CPU: its irq, or 0. */
+uint32_t shi_irqdesc_virq(const struct shi_self *self, uint32_t line);
 
 /* Lines of irqs are this file's.  Native: run; Python: run, or put off, and then the line is
  * ended later, by shi_chip_end. */

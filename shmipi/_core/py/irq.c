@@ -165,15 +165,19 @@ METHOD(irq_free)
     Py_RETURN_NONE;
 }
 
-/* irq_reset_line(line): masked everywhere, not pending anywhere, counted from zero. */
+/* irq_reset_line(line, virq): masked, not pending, counted from zero: at every CPU, or at
+ * those of the irq where others have the line elsewhere. */
 METHOD(irq_reset_line)
 {
     Machine *machine = MACHINE(object);
-    unsigned long line = PyLong_AsUnsignedLong(arg);
-    if (PyErr_Occurred() || shi_use(machine) < 0 || shi_check_line(machine, (unsigned)line) < 0)
+    unsigned line, virq;
+    if (!PyArg_ParseTuple(arg, "II", &line, &virq) || shi_use(machine) < 0 ||
+        shi_check_line(machine, line) < 0)
         return NULL;
+    if (virq >= SHI_NR_IRQS)
+        return PyErr_Format(PyExc_ValueError, "there is no irq %u", virq);
     shi_enter(&machine->self);
-    shi_irqdesc_reset_line(&machine->self, (uint32_t)line);
+    shi_irqdesc_reset_line(&machine->self, line, virq);
     shi_leave(&machine->self);
     Py_RETURN_NONE;
 }
@@ -287,8 +291,8 @@ PyMethodDef shi_irq_methods[] = {
     { "irq_request", machine_irq_request, METH_VARARGS,
       "irq_request(virq, handler, info, stride=0)" },
     { "irq_free", machine_irq_free, METH_O, "irq_free(virq)" },
-    { "irq_reset_line", machine_irq_reset_line, METH_O,
-      "irq_reset_line(line): masked and not pending at any CPU" },
+    { "irq_reset_line", machine_irq_reset_line, METH_VARARGS,
+      "irq_reset_line(line, virq): masked and not pending where it is the irq's" },
     { "coproc_raise", machine_coproc_raise, METH_VARARGS, "coproc_raise(number, virq)" },
     { "coproc_take", machine_coproc_take, METH_O, "coproc_take(number) -> bool" },
     { "coproc_wait", machine_coproc_wait, METH_VARARGS,

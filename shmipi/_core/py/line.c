@@ -69,7 +69,7 @@ void shi_run_line(Machine *machine, uint32_t line)
 {
     struct shi_self *self = &machine->self;
     uint32_t outer = self->handling;
-    uint32_t virq = shi_load_acquire(&shi_irq_area(self->m)->line_virq[line]);
+    uint32_t virq = shi_irqdesc_virq(self, line);
     const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
     PyObject *number = virq && desc ? PyLong_FromUnsignedLong(virq) : NULL;
     if (number) {

@@ -149,6 +149,7 @@ static const struct field irqdesc_fields[] = {
     FIELD(struct shi_irqdesc, ipi_offset), FIELD(struct shi_irqdesc, action),
     FIELD(struct shi_irqdesc, name),       FIELD(struct shi_irqdesc, epoch),
     FIELD(struct shi_irqdesc, src),        FIELD(struct shi_irqdesc, src_gen),
+    FIELD(struct shi_irqdesc, next),
 };
 
 static const struct field irqdomain_fields[] = {

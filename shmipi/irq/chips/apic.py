@@ -285,6 +285,7 @@ class Apic(Chip):
     flow = "vector"
     shorthand = True
     startup = True
+    vectors = True
     chains = _X86
     hardware: ClassVar = {
         "line_set": "ICR written: {line} set in the IRR of CPU {cpu}",

@@ -125,6 +125,9 @@ class Chip:
     per_cpu: bool = False
     #: Lines stay pending for each sending CPU apart.
     banked: bool = False
+    #: Each CPU has its own table of the lines for IPI domains, so that one line may be
+    #: given to several irqs, each for other CPUs.
+    vectors: bool = False
     #: CPUs of a core, which ring each other's doorbells.
     siblings: int = 1
     #: The kernel functions that a call passes, for ``shmipi explain`` (see ``chain``).
