@@ -135,8 +135,6 @@ class Guest(Orders):
                 errno=errno.EOPNOTSUPP,
             )
         self.machine.adopt_doorbells(self._fds)
-        if DOORBELLS[self.machine.doorbell] == "mqueue":
-            self._fds.clear()  # the machine's from now on
         self.machine.map_natives([_core.native_name(n) for n in about["natives"]])
         with Inspector(name) as inspector:
             view = inspector.view()

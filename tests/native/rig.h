@@ -97,7 +97,7 @@ static inline void rig_boot_chip(struct rig *r, uint32_t ncpus, enum shi_idle id
     shi_native_init();
     CHECK(shi_layout_plan(plan, ncpus, 0, 1 << 20, 1 << 20) == 0);
     plan->chip = *chip;
-    plan->doorbell = SHI_DB_FUTEX;
+    plan->doorbell = SHI_DB_futex;
     plan->kick_signal = 40;
     plan->nmi_signal = 41;
     plan->oversubscribed = 1;

@@ -25,7 +25,7 @@ static void quiet(uint32_t ncpus)
     shi_native_init();
     CHECK(shi_layout_plan(plan, ncpus, 0, 1 << 20, 1 << 20) == 0);
     rig_chip(&plan->chip);
-    plan->doorbell = SHI_DB_FUTEX;
+    plan->doorbell = SHI_DB_futex;
     plan->kick_signal = 40;
     CHECK(shi_clock_calibrate(&plan->clock) == 0);
     void *base = mmap(NULL, plan->total_bytes, PROT_READ | PROT_WRITE,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shmipi import names
+from shmipi import _core, names
 from shmipi.bench import latency, limits
 from shmipi.cli import main
 from shmipi.machine import doorbells
@@ -17,6 +17,19 @@ BELLS = list(BY_NAME.values())
 def test_every_class_is_listed_by_its_number():
     assert tuple(BY_NAME) == names.DOORBELLS
     assert {type(bell) for bell in BELLS} == set(Doorbell.__subclasses__())
+    assert (
+        tuple(
+            (bell.name, bell.by_signal, bell.is_inherited, bell.is_handed)
+            for bell in BELLS
+        )
+        == _core.DOORBELLS
+    )
+
+
+def test_each_has_a_file_of_its_own():
+    folder = ROOT / "shmipi" / "_core" / "irq"
+    files = {path.stem.removeprefix("db_") for path in folder.glob("db_*.c")}
+    assert files == set(names.DOORBELLS)
 
 
 @pytest.mark.parametrize("bell", BELLS, ids=lambda bell: bell.name)

@@ -553,7 +553,15 @@ enum shi_starved {
 
 enum shi_hotplug { SHI_HP_ONLINE = 0, SHI_HP_OFFLINE = 1, SHI_HP_STOP = 2 };
 enum shi_idle { SHI_IDLE_POLL = 0, SHI_IDLE_HALTPOLL = 1, SHI_IDLE_HALT = 2 };
-enum shi_doorbell { SHI_DB_FUTEX, SHI_DB_SEM, SHI_DB_SIGNAL, SHI_DB_EVENTFD, SHI_DB_MQUEUE };
+/* What wakes a halted CPU, by its number in the header: irq/db_NAME.c each. */
+#define SHI_DOORBELLS(X) X(futex) X(sem) X(signal) X(eventfd) X(mqueue)
+
+enum shi_doorbell {
+#define X(name) SHI_DB_##name,
+    SHI_DOORBELLS(X)
+#undef X
+        SHI_DB_COUNT
+};
 
 struct shi_header {
     /* These 80 bytes keep their place for ever: ps and clean read other versions. */

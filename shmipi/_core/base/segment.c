@@ -146,7 +146,7 @@ int shi_segment_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
         snprintf(m->path, sizeof m->path, "/dev/shm/shmipi.%u.%.32s", file.st_uid, h->name);
     }
     m->chip = h->chip;
-    if (m->doorbell > SHI_DB_MQUEUE || m->kick_signal > 64 || m->nmi_signal > 64)
+    if (m->doorbell >= SHI_DB_COUNT || m->kick_signal > 64 || m->nmi_signal > 64)
         return -EINVAL;
     return 0;
 }

@@ -34,10 +34,8 @@ struct shi_machine {
     /* What taking a line means, by its use (chip.use); and what takes the queue. */
     shi_action *actions[SHI_NUSES];
     void (*drain)(struct shi_self *);
-    int *eventfds; /* per CPU, or NULL */
-    void **sems;   /* sem_t *, per CPU, or NULL */
-    int *mqueues;  /* mqd_t, per CPU, or NULL */
-    bool adopted;  /* of a guest: semaphores are mapped here, not opened by name */
+    void *bells;  /* what the doorbell opened, for each CPU, or NULL (irq/db.h) */
+    bool adopted; /* of a guest: from descriptors, not by name */
 };
 
 /* Geometry for a machine of this shape; fills everything of `h` but the name. */

@@ -37,9 +37,9 @@ static bool needs_pid(const struct shi_machine *m, uint64_t w, bool again)
     case SHI_RUNNING:
         return m->kick && (again || !(w & SHI_W_KICKED));
     case SHI_HALTED:
-        return m->doorbell == SHI_DB_SIGNAL;
+        return shi_doorbell_of(m)->by_signal;
     case SHI_RUNG:
-        return again && m->doorbell == SHI_DB_SIGNAL;
+        return again && shi_doorbell_of(m)->by_signal;
     default:
         return false;
     }

@@ -10,6 +10,7 @@
 #include "base/clock.h"
 #include "base/native.h"
 #include "irq/chip.h"
+#include "irq/doorbell.h"
 #include "irq/signal.h"
 #include "measure/bench.h"
 #include "smp/entry.h"
@@ -230,7 +231,7 @@ int shi_bench_calls(struct shi_self *self, struct shi_bench_calls *b)
     self->in_task = task;
     if (task) {
         /* A wait that slept for a signal left it blocked: it found no task to go back to. */
-        if (self->m->doorbell == SHI_DB_SIGNAL)
+        if (shi_doorbell_of(self->m)->by_signal)
             shi_kick_block(self, false);
         shi_set_running(self);
     }

@@ -8,6 +8,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "irq/doorbell.h"
 #include "irq/remind.h"
 #include "irq/signal.h"
 #include "smp/cpu.h"
@@ -231,7 +232,8 @@ static int become(Machine *machine, uint32_t number, pid_t firmware, const int *
     shi_cpu_hooks(machine);
     err = shi_remind_open(self);
     /* Without kicks only NMIs need it: a machine that queues no signals boots without. */
-    if (!err || (err == -EAGAIN && !machine->m.kick && machine->m.doorbell != SHI_DB_SIGNAL))
+    if (!err ||
+        (err == -EAGAIN && !machine->m.kick && !shi_doorbell_of(&machine->m)->by_signal))
         err = shi_kick_install(self);
     if (!err)
         err = shi_self_online(self);

@@ -5,53 +5,56 @@
 #include "irq/doorbell.h"
 #include "py/tables.h"
 
-METHOD(open_doorbells)
+/* The descriptors in a list of one for each CPU, or of none where none are `wanted`. */
+static int *fds_of(const Machine *machine, PyObject *list, bool wanted)
 {
-    Machine *machine = MACHINE(object);
-    const char *prefix;
-    PyObject *list;
-    int *fds = NULL;
-    Py_ssize_t i;
-    if (!PyArg_ParseTuple(arg, "sO!", &prefix, &PyList_Type, &list))
-        return NULL;
-    if (machine->m.doorbell == SHI_DB_EVENTFD) {
-        if (PyList_GET_SIZE(list) != (Py_ssize_t)machine->m.ncpus) {
-            PyErr_SetString(PyExc_ValueError, "one eventfd per CPU");
-            return NULL;
-        }
-        fds = PyMem_Malloc(sizeof *fds * machine->m.ncpus);
-        if (!fds)
-            return PyErr_NoMemory();
-        for (i = 0; i < (Py_ssize_t)machine->m.ncpus; i++)
-            fds[i] = (int)PyLong_AsLong(PyList_GET_ITEM(list, i));
-    }
-    int err = PyErr_Occurred() ? -EINVAL : shi_doorbell_open(&machine->m, prefix, fds);
-    PyMem_Free(fds);
-    if (err)
-        return PyErr_Occurred() ? NULL : shi_os_error(-err, prefix);
-    Py_RETURN_NONE;
-}
-
-/* adopt_doorbells(fds): of a machine that runs.  Those of queues are ours from now on. */
-METHOD(adopt_doorbells)
-{
-    Machine *machine = MACHINE(object);
-    Py_ssize_t i, n = PyList_Check(arg) ? PyList_GET_SIZE(arg) : -1;
-    bool wanted = machine->m.doorbell == SHI_DB_EVENTFD || machine->m.doorbell == SHI_DB_SEM ||
-                  machine->m.doorbell == SHI_DB_MQUEUE;
+    Py_ssize_t i, n = PyList_Check(list) ? PyList_GET_SIZE(list) : -1;
     if (n != (wanted ? (Py_ssize_t)machine->m.ncpus : 0)) {
         PyErr_SetString(PyExc_ValueError, "one descriptor for each CPU that needs one");
         return NULL;
     }
     int *fds = PyMem_Calloc((size_t)n + 1, sizeof *fds);
+    if (!fds) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    for (i = 0; i < n && !PyErr_Occurred(); i++)
+        fds[i] = (int)PyLong_AsLong(PyList_GET_ITEM(list, i));
+    if (PyErr_Occurred()) {
+        PyMem_Free(fds);
+        return NULL;
+    }
+    return fds;
+}
+
+METHOD(open_doorbells)
+{
+    Machine *machine = MACHINE(object);
+    const char *prefix;
+    PyObject *list;
+    if (!PyArg_ParseTuple(arg, "sO", &prefix, &list))
+        return NULL;
+    int *fds = fds_of(machine, list, shi_doorbell_of(&machine->m)->by_fds);
     if (!fds)
-        return PyErr_NoMemory();
-    for (i = 0; i < n; i++)
-        fds[i] = (int)PyLong_AsLong(PyList_GET_ITEM(arg, i));
-    int err = PyErr_Occurred() ? -EINVAL : shi_doorbell_adopt(&machine->m, fds);
+        return NULL;
+    int err = shi_doorbell_open(&machine->m, prefix, fds);
     PyMem_Free(fds);
     if (err)
-        return PyErr_Occurred() ? NULL : shi_os_error(-err, "the machine's doorbells");
+        return shi_os_error(-err, prefix);
+    Py_RETURN_NONE;
+}
+
+/* adopt_doorbells(fds): of a machine that runs. */
+METHOD(adopt_doorbells)
+{
+    Machine *machine = MACHINE(object);
+    int *fds = fds_of(machine, arg, shi_doorbell_of(&machine->m)->adopt != NULL);
+    if (!fds)
+        return NULL;
+    int err = shi_doorbell_adopt(&machine->m, fds);
+    PyMem_Free(fds);
+    if (err)
+        return shi_os_error(-err, "the machine's doorbells");
     Py_RETURN_NONE;
 }
 
@@ -59,12 +62,12 @@ METHOD(adopt_doorbells)
 METHOD(doorbell_fds)
 {
     const struct shi_machine *m = &MACHINE(object)->m;
-    const int *fds = m->eventfds ? m->eventfds : m->mqueues;
-    Py_ssize_t i, n = fds ? (Py_ssize_t)m->ncpus : 0;
+    const struct shi_doorbell_ops *ops = shi_doorbell_of(m);
+    Py_ssize_t i, n = ops->fd && m->bells ? (Py_ssize_t)m->ncpus : 0;
     (void)arg;
     PyObject *list = PyList_New(n);
     for (i = 0; list && i < n; i++) {
-        PyObject *fd = PyLong_FromLong(fds[i]);
+        PyObject *fd = PyLong_FromLong(ops->fd(m, (uint32_t)i));
         if (!fd)
             Py_CLEAR(list);
         else
@@ -73,8 +76,27 @@ METHOD(doorbell_fds)
     return list;
 }
 
+/* (name, by_signal, by_fds, whether a guest is handed descriptors) of each, by number. */
+int shi_doorbell_names(PyObject *module)
+{
+    PyObject *table = PyTuple_New(SHI_DB_COUNT);
+    for (Py_ssize_t i = 0; table && i < SHI_DB_COUNT; i++) {
+        const struct shi_doorbell_ops *ops = shi_doorbells[i];
+        PyObject *row = Py_BuildValue("(sNNN)", ops->name, PyBool_FromLong(ops->by_signal),
+                                      PyBool_FromLong(ops->by_fds),
+                                      PyBool_FromLong(ops->adopt != NULL));
+        if (!row)
+            Py_CLEAR(table);
+        else
+            PyTuple_SET_ITEM(table, i, row);
+    }
+    int err = table ? PyModule_AddObjectRef(module, "DOORBELLS", table) : -1;
+    Py_XDECREF(table);
+    return err;
+}
+
 PyMethodDef shi_doorbell_methods[] = {
-    MANY(open_doorbells, "open_doorbells(prefix, eventfds)"),
+    MANY(open_doorbells, "open_doorbells(prefix, fds)"),
     ONE(adopt_doorbells, "adopt_doorbells(fds): a guest's"),
     NOARGS(doorbell_fds, "Descriptors that stand for doorbells here."),
     { NULL, NULL, 0, NULL },

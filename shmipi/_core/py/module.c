@@ -211,7 +211,7 @@ static int module_exec(PyObject *module)
         shi_native_types(module) < 0 || machine_type(module) < 0 || shi_csd_types(module) < 0 ||
         shi_hist_types(module) < 0 || shi_shield_types(module) < 0 ||
         shi_irqlock_types(module) < 0 || shi_slot_types(module) < 0 ||
-        shi_irq_types(module) < 0)
+        shi_irq_types(module) < 0 || shi_doorbell_names(module) < 0)
         return -1;
     if (add_names(module, "COUNTERS", counter_names, SHI_NCOUNTERS) < 0 ||
         add_names(module, "TRACE_EVENTS", shi_trace_names, SHI_T_COUNT) < 0 ||

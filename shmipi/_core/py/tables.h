@@ -28,5 +28,6 @@ int shi_shield_types(PyObject *module);
 int shi_irqlock_types(PyObject *module);
 int shi_slot_types(PyObject *module);
 int shi_irq_types(PyObject *module);
+int shi_doorbell_names(PyObject *module);
 
 #endif

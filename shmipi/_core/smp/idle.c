@@ -99,7 +99,7 @@ static bool poll(struct shi_self *self)
 static int halt(struct shi_self *self)
 {
     struct shi_slot *slot = self->slot;
-    bool by_signal = self->m->doorbell == SHI_DB_SIGNAL;
+    bool by_signal = shi_doorbell_of(self->m)->by_signal;
     uint64_t w = shi_load_relaxed(&slot->word), next;
     int err = 0;
     if (by_signal)

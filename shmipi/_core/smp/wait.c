@@ -195,7 +195,7 @@ static void sleep_host(struct shi_self *self, struct shi_wait *wait, int64_t ns)
 int shi_halt_until(struct shi_self *self, shi_ready *ready, const void *arg, int64_t ns)
 {
     struct shi_slot *slot = self->slot;
-    bool service = may_serve(self), by_signal = self->m->doorbell == SHI_DB_SIGNAL;
+    bool service = may_serve(self), by_signal = shi_doorbell_of(self->m)->by_signal;
     uint64_t w = shi_load_relaxed(&slot->word), next;
     enum shi_state before = shi_word_state(w);
     int err = 0;
