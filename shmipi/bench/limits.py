@@ -204,8 +204,8 @@ class Limit:
 def _options(rig: Rig, cpu: int, kind: str, **more: Any) -> dict[str, Any]:
     return {
         "core": rig.cores[cpu],
-        "eventfd": rig.eventfd(cpu) if kind == "eventfd" else -1,
-        "mq_name": "/" + unused_name("shmipi.limit") if kind == "mqueue" else "",
+        "fd": rig.eventfd(cpu) if kind == "eventfd" else -1,
+        "name": "/" + unused_name("shmipi.limit"),
         **more,
     }
 
@@ -287,7 +287,7 @@ def measure(
             one_way=kind != "membarrier",
             deadline=_patience(calls + warmup, gap_ns),
         )
-        if kind == "eventfd" and options["eventfd"] < 0:
+        if kind == "eventfd" and options["fd"] < 0:
             limit.unavailable = "no eventfds: the limit of open files (ulimit -n)"
             return float("nan")
         try:

@@ -84,11 +84,10 @@ static struct shi_limit_params params(int kind)
     p.warmup = 30;
     p.core = cores[1];
     p.deadline_ns = shi_now_ns() + 20000000000u;
-    if (kind == SHI_LIMIT_MQUEUE)
-        snprintf(p.mq_name, sizeof p.mq_name, "/shmipi-test-%d-%u", (int)getpid(), sessions);
-    if (kind == SHI_LIMIT_EVENTFD) {
-        p.eventfd = eventfd(0, EFD_CLOEXEC);
-        CHECK(p.eventfd >= 0, "%s", strerror(errno));
+    snprintf(p.name, sizeof p.name, "/shmipi-test-%d-%u", (int)getpid(), sessions);
+    if (kind == SHI_LIMIT_OF(eventfd)) {
+        p.fd = eventfd(0, EFD_CLOEXEC);
+        CHECK(p.fd >= 0, "%s", strerror(errno));
     }
     return p;
 }
@@ -167,22 +166,22 @@ static int run(struct shi_limit_params *p, struct shi_hist *hist, double *batch_
     CHECK(same_signals(&before), "%s: ping left signals changed", shi_limit_name((int)p->kind));
     pong = finish(pid);
     CHECK(pong == ping, "%s: ping %d, pong %d", shi_limit_name((int)p->kind), ping, pong);
-    if (p->eventfd >= 0)
-        close(p->eventfd);
+    if (p->fd >= 0)
+        close(p->fd);
     return ping;
 }
 
 static int is_sleeping(int kind)
 {
-    return kind >= SHI_LIMIT_FUTEX && kind <= SHI_LIMIT_FUTEX_PARK;
+    return kind >= SHI_LIMIT_BELLS || kind == SHI_LIMIT_FUTEX_PARK;
 }
 
 /* What a system may refuse; anything else is a failure of ours. */
 static int is_refusal(int kind, int err)
 {
     if (err == -ENOSYS || err == -EPERM || err == -EACCES)
-        return kind == SHI_LIMIT_MEMBARRIER || kind == SHI_LIMIT_MQUEUE;
-    return kind == SHI_LIMIT_MQUEUE && (err == -EMFILE || err == -ENOSPC);
+        return kind == SHI_LIMIT_MEMBARRIER || kind == SHI_LIMIT_OF(mqueue);
+    return kind == SHI_LIMIT_OF(mqueue) && (err == -EMFILE || err == -ENOSPC);
 }
 
 /* ---- Tests ---- */
@@ -323,12 +322,12 @@ static void test_leftovers(void)
 {
     static const uint64_t many = 5;
     struct mq_attr attr = { .mq_maxmsg = 4, .mq_msgsize = 16 };
-    struct shi_limit_params p = params(SHI_LIMIT_EVENTFD);
+    struct shi_limit_params p = params(SHI_LIMIT_OF(eventfd));
     char name[64];
     mqd_t queue;
     int err;
 
-    CHECK(write(p.eventfd, &many, sizeof many) == sizeof many, "%s", strerror(errno));
+    CHECK(write(p.fd, &many, sizeof many) == sizeof many, "%s", strerror(errno));
     err = run(&p, NULL, NULL);
     CHECK(err == 0, "eventfd: %d", err);
     CHECK(shi_load_relaxed(&area->slept) + 33 >= 330, "eventfd: slept %u of 330",
@@ -343,29 +342,28 @@ static void test_leftovers(void)
     }
     mq_unlink(name);
     CHECK(mq_send(queue, "x", 1, 0) == 0 && mq_send(queue, "y", 1, 0) == 0, "mq_send");
-    p = params(SHI_LIMIT_MQUEUE);
-    p.mq_name[0] = '\0';
-    p.mqd = queue;
+    p = params(SHI_LIMIT_OF(mqueue));
+    p.name[0] = '\0';
+    p.fd = queue;
     err = run(&p, NULL, NULL);
     CHECK(err == 0, "mqueue: %d", err);
     CHECK(shi_load_relaxed(&area->slept) + 33 >= 330, "mqueue: slept %u of 330",
           shi_load_relaxed(&area->slept));
-    mq_close(queue);
 }
 
 /* A queue made for a run has no name any more, whatever became of the run. */
 static void test_no_queue_left(void)
 {
-    struct shi_limit_params p = params(SHI_LIMIT_MQUEUE);
+    struct shi_limit_params p = params(SHI_LIMIT_OF(mqueue));
     int err = run(&p, NULL, NULL);
 
-    CHECK(err == 0 || is_refusal(SHI_LIMIT_MQUEUE, err), "%d", err);
-    CHECK(mq_open(p.mq_name, O_RDONLY) == (mqd_t)-1, "%s is left", p.mq_name);
-    p = params(SHI_LIMIT_MQUEUE);
+    CHECK(err == 0 || is_refusal(SHI_LIMIT_OF(mqueue), err), "%d", err);
+    CHECK(mq_open(p.name, O_RDONLY) == (mqd_t)-1, "%s is left", p.name);
+    p = params(SHI_LIMIT_OF(mqueue));
     p.deadline_ns = shi_now_ns() + 50000000;
     err = shi_limit_ping(area, &p, NULL, NULL); /* nobody comes */
-    CHECK(err == -ETIMEDOUT || is_refusal(SHI_LIMIT_MQUEUE, err), "%d", err);
-    CHECK(mq_open(p.mq_name, O_RDONLY) == (mqd_t)-1, "%s is left", p.mq_name);
+    CHECK(err == -ETIMEDOUT || is_refusal(SHI_LIMIT_OF(mqueue), err), "%d", err);
+    CHECK(mq_open(p.name, O_RDONLY) == (mqd_t)-1, "%s is left", p.name);
 }
 
 /* Neither side waits for ever for one that never comes. */
@@ -389,8 +387,8 @@ static void test_nobody_comes(void)
         CHECK(shi_now_ns() - from < 2000000000, "%s: took %llu ms", shi_limit_name(kind),
               (ull)((shi_now_ns() - from) / 1000000));
         CHECK(same_signals(&before), "%s left signals changed", shi_limit_name(kind));
-        if (p.eventfd >= 0)
-            close(p.eventfd);
+        if (p.fd >= 0)
+            close(p.fd);
     }
 }
 
@@ -421,8 +419,8 @@ static void test_target_killed(int kind)
     CHECK(same_signals(&before), "%s left signals changed", shi_limit_name(kind));
     waitpid(pid, &status, 0);
     waitpid(killer, &status, 0);
-    if (p.eventfd >= 0)
-        close(p.eventfd);
+    if (p.fd >= 0)
+        close(p.fd);
 }
 
 /* SIGKILL of the sender in the middle: the target, asleep, wakes by its own timer. */
@@ -469,8 +467,8 @@ static void test_sender_killed(int kind)
           (ull)((shi_now_ns() - from) / 1000000));
     close(pipe_fd[0]);
     close(pipe_fd[1]);
-    if (p.eventfd >= 0)
-        close(p.eventfd);
+    if (p.fd >= 0)
+        close(p.fd);
 }
 
 /* What one side cannot do, both hear, at once and by the same number. */
@@ -481,24 +479,24 @@ static void test_refusals(void)
     int err, fd;
     pid_t pid;
 
-    p = params(SHI_LIMIT_EVENTFD);
-    close(p.eventfd);
-    p.eventfd = 987; /* open in neither */
+    p = params(SHI_LIMIT_OF(eventfd));
+    close(p.fd);
+    p.fd = 987; /* open in neither */
     err = run(&p, NULL, NULL);
     CHECK(err == -EBADF, "a closed eventfd: %d", err);
 
-    p = params(SHI_LIMIT_EVENTFD);
-    fd = fcntl(p.eventfd, F_GETFL);
-    fcntl(p.eventfd, F_SETFL, fd | O_NONBLOCK);
+    p = params(SHI_LIMIT_OF(eventfd));
+    fd = fcntl(p.fd, F_GETFL);
+    fcntl(p.fd, F_SETFL, fd | O_NONBLOCK);
     err = run(&p, NULL, NULL);
     CHECK(err == -EINVAL, "an eventfd that does not block: %d", err);
 
     /* Only the target's is closed. */
-    p = params(SHI_LIMIT_EVENTFD);
-    fd = p.eventfd;
-    p.eventfd = 987;
+    p = params(SHI_LIMIT_OF(eventfd));
+    fd = p.fd;
+    p.fd = 987;
     pid = start_pong(p);
-    p.eventfd = fd;
+    p.fd = fd;
     err = shi_limit_ping(area, &p, NULL, NULL);
     CHECK(err == -EBADF, "the target's eventfd closed: ping %d", err);
     err = finish(pid);
@@ -551,7 +549,7 @@ static void test_stray_signals(int kind)
 
 static void test_bad_params(void)
 {
-    struct shi_limit_params good = params(SHI_LIMIT_FUTEX), p;
+    struct shi_limit_params good = params(SHI_LIMIT_OF(futex)), p;
 
 #define REFUSED(change)                                                                        \
     do {                                                                                       \
@@ -576,8 +574,8 @@ static void test_bad_params(void)
     REFUSED(p.watch_signo = -1);
     REFUSED(p.watch_signo = p.signo);
     REFUSED(p.kind = SHI_LIMIT_SIGNAL); /* to whom? */
-    REFUSED(p.kind = SHI_LIMIT_SIGWAIT);
-    REFUSED(p.kind = SHI_LIMIT_MQUEUE); /* which? */
+    REFUSED(p.kind = SHI_LIMIT_OF(signal));
+    REFUSED(p.kind = SHI_LIMIT_OF(mqueue); p.name[0] = '\0'); /* which? */
     REFUSED(p.kind = SHI_LIMIT_MEMBARRIER; p.core = -1);
     CHECK(shi_limit_ping(NULL, &good, NULL, NULL) == -EINVAL, "no area");
     CHECK(shi_limit_pong((struct shi_limit_area *)((char *)area + 8), &good) == -EINVAL,
@@ -586,9 +584,9 @@ static void test_bad_params(void)
 
 static void test_names(void)
 {
-    static const char *const order[] = { "floor",   "mailbox",    "queue",   "cacheline",
-                                         "futex",   "sem",        "eventfd", "mqueue",
-                                         "sigwait", "futex_park", "signal",  "membarrier" };
+    static const char *const order[] = { "floor",      "mailbox", "queue",      "cacheline",
+                                         "futex_park", "signal",  "membarrier", "futex",
+                                         "sem",        "sigwait", "eventfd",    "mqueue" };
 
     CHECK(sizeof order / sizeof order[0] == SHI_LIMIT_KINDS, "%d", SHI_LIMIT_KINDS);
     for (int i = 0; i < SHI_LIMIT_KINDS; i++) {
@@ -636,7 +634,7 @@ int main(void)
      * in between, a busy target makes none and the answer never comes. */
     test_stray_signals(SHI_LIMIT_SIGNAL);
 #endif
-    test_stray_signals(SHI_LIMIT_SIGWAIT);
+    test_stray_signals(SHI_LIMIT_OF(signal));
     for (int kind = 0; kind < SHI_LIMIT_KINDS; kind++) {
         test_target_killed(kind);
         test_sender_killed(kind);

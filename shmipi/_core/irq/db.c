@@ -3,6 +3,7 @@
 #include "base/sys.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -48,6 +49,14 @@ int shi_db_failed(const struct shi_self *self, int err)
     if (write(STDERR_FILENO, text, sizeof text - 1) < 0)
         _exit(2); /* closed, too */
     _exit(1);
+}
+
+int shi_raw_blocks(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0)
+        return -errno;
+    return flags & O_NONBLOCK ? -EINVAL : 0;
 }
 
 struct timespec shi_db_absolute(clockid_t clock, int64_t ns)

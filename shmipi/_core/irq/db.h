@@ -6,9 +6,11 @@
 #include <time.h>
 
 #include "base/machine.h"
+#include "irq/raw.h"
 
 struct shi_doorbell_ops {
     const char *name;
+    const struct shi_raw_ops *raw; /* its limit */
     /* It is the kick signal: to ring takes a pid, which a hazard protects, and who sleeps on
      * it has that signal blocked. */
     bool by_signal;
@@ -42,6 +44,9 @@ int shi_db_fd(const struct shi_machine *m, uint32_t cpu);
 
 /* A system call failed so: a CPU whose doorbells a task has closed ends.  Returns -err. */
 int shi_db_failed(const struct shi_self *self, int err);
+
+/* Of a raw exchange: 0, or -EINVAL for a descriptor that would not let the sleeper sleep. */
+int shi_raw_blocks(int fd);
 
 static inline struct timespec shi_db_relative(int64_t ns)
 {

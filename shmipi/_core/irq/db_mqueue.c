@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <mqueue.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -71,8 +72,65 @@ static int wait_rung(struct shi_self *self, uint32_t low, int64_t timeout_ns)
     return n < 0 ? shi_db_failed(self, errno) : 0;
 }
 
+#define RAW_BYTES 256
+
+static int raw_open(struct shi_raw *raw)
+{
+    struct mq_attr attr = { .mq_maxmsg = 2, .mq_msgsize = 1 };
+    struct pollfd p = { .events = POLLIN };
+    char message[RAW_BYTES];
+    int err = 0;
+    if (raw->fd >= 0) {
+        err = shi_raw_blocks(raw->fd);
+    } else {
+        int flags = raw->sleeper ? O_RDONLY : O_WRONLY | O_CREAT | O_EXCL;
+        raw->fd = mq_open(raw->name, flags | O_CLOEXEC, 0600, &attr);
+        if (raw->fd < 0)
+            return -errno;
+        raw->opened = true;
+        raw->named = !raw->sleeper;
+    }
+    if (!err && mq_getattr(raw->fd, &attr))
+        err = -errno;
+    if (!err && attr.mq_msgsize > RAW_BYTES)
+        err = -EMSGSIZE;
+    p.fd = raw->fd;
+    while (!err && raw->sleeper && poll(&p, 1, 0) > 0)
+        if (mq_receive(raw->fd, message, sizeof message, NULL) < 0 && errno != EINTR)
+            err = -errno;
+    return err;
+}
+
+static void raw_unlink(struct shi_raw *raw)
+{
+    mq_unlink(raw->name);
+}
+
+static int raw_ring(struct shi_raw *raw, uint32_t n)
+{
+    (void)n;
+    return mq_send(raw->fd, "", 1, 0) ? -errno : 0;
+}
+
+static int raw_sleep(struct shi_raw *raw, uint32_t n)
+{
+    char message[RAW_BYTES];
+    (void)n;
+    return mq_receive(raw->fd, message, sizeof message, NULL) < 0 ? -errno : 0;
+}
+
+static const struct shi_raw_ops raw_ops = {
+    .name = "mqueue",
+    .by_name = true,
+    .open = raw_open,
+    .unlink = raw_unlink,
+    .ring = raw_ring,
+    .sleep = raw_sleep,
+};
+
 const struct shi_doorbell_ops shi_db_mqueue = {
     .name = "mqueue",
+    .raw = &raw_ops,
     .open = open_all,
     .adopt = shi_db_adopt_fds,
     .close = close_all,

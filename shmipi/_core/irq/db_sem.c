@@ -82,8 +82,34 @@ static int wait_rung(struct shi_self *self, uint32_t low, int64_t timeout_ns)
     return sem_timedwait(sem, &t) ? -errno : 0;
 }
 
+static int raw_open(struct shi_raw *raw)
+{
+    _Static_assert(sizeof(sem_t) <= SHI_RAW_OBJECT, "there is room for it");
+    return !raw->sleeper && sem_init(raw->object, 1, 0) ? -errno : 0;
+}
+
+static int raw_ring(struct shi_raw *raw, uint32_t n)
+{
+    (void)n;
+    return sem_post(raw->object) ? -errno : 0;
+}
+
+static int raw_sleep(struct shi_raw *raw, uint32_t n)
+{
+    (void)n;
+    return sem_wait(raw->object) ? -errno : 0;
+}
+
+static const struct shi_raw_ops raw_ops = {
+    .name = "sem",
+    .open = raw_open,
+    .ring = raw_ring,
+    .sleep = raw_sleep,
+};
+
 const struct shi_doorbell_ops shi_db_sem = {
     .name = "sem",
+    .raw = &raw_ops,
     .open = open_all,
     .adopt = adopt,
     .close = close_all,

@@ -4,6 +4,8 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "irq/db.h"
 #include "irq/remind.h"
@@ -31,8 +33,52 @@ static int wait_rung(struct shi_self *self, uint32_t low, int64_t timeout_ns)
     return 0;
 }
 
+static int raw_open(struct shi_raw *raw)
+{
+    const struct timespec now = { 0, 0 };
+    sigset_t set;
+    if (!raw->sleeper) /* signal 0: may we, and is it there? */
+        return syscall(SYS_tgkill, raw->pid, raw->tid, 0) ? -errno : 0;
+    sigemptyset(&set);
+    sigaddset(&set, raw->signo);
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    raw->blocked = true;
+    while (sigtimedwait(&set, NULL, &now) > 0)
+        ;
+    return 0;
+}
+
+static int raw_ring(struct shi_raw *raw, uint32_t n)
+{
+    (void)n;
+    return syscall(SYS_tgkill, raw->pid, raw->tid, raw->signo) ? -errno : 0;
+}
+
+static int raw_sleep(struct shi_raw *raw, uint32_t n)
+{
+    sigset_t set;
+    siginfo_t info;
+    (void)n;
+    sigemptyset(&set);
+    sigaddset(&set, raw->signo);
+    do {
+        if (sigwaitinfo(&set, &info) < 0)
+            return -errno;
+    } while (info.si_pid != raw->pid); /* from somebody else: not a ring */
+    return 0;
+}
+
+static const struct shi_raw_ops raw_ops = {
+    .name = "sigwait",
+    .by_pid = true,
+    .open = raw_open,
+    .ring = raw_ring,
+    .sleep = raw_sleep,
+};
+
 const struct shi_doorbell_ops shi_db_signal = {
     .name = "signal",
+    .raw = &raw_ops,
     .by_signal = true,
     .ring = shi_kick_send,
     .wait = wait_rung,

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "irq/doorbell.h"
 
 #ifndef sigev_notify_thread_id
 #define sigev_notify_thread_id _sigev_un._tid
@@ -35,16 +36,13 @@
 #define POLLS_PER_LOOK 65536u
 
 #define WATCH_PERIOD_NS 20000000
-#define MESSAGE_SIZE 1u
 #define CORES_MAX 65536
 
-static const char *const kind_names[SHI_LIMIT_KINDS] = {
-    [SHI_LIMIT_FLOOR] = "floor",     [SHI_LIMIT_MAILBOX] = "mailbox",
-    [SHI_LIMIT_QUEUE] = "queue",     [SHI_LIMIT_CACHELINE] = "cacheline",
-    [SHI_LIMIT_FUTEX] = "futex",     [SHI_LIMIT_SEM] = "sem",
-    [SHI_LIMIT_EVENTFD] = "eventfd", [SHI_LIMIT_MQUEUE] = "mqueue",
-    [SHI_LIMIT_SIGWAIT] = "sigwait", [SHI_LIMIT_FUTEX_PARK] = "futex_park",
-    [SHI_LIMIT_SIGNAL] = "signal",   [SHI_LIMIT_MEMBARRIER] = "membarrier",
+static const char *const kind_names[SHI_LIMIT_BELLS] = {
+    [SHI_LIMIT_FLOOR] = "floor",           [SHI_LIMIT_MAILBOX] = "mailbox",
+    [SHI_LIMIT_QUEUE] = "queue",           [SHI_LIMIT_CACHELINE] = "cacheline",
+    [SHI_LIMIT_FUTEX_PARK] = "futex_park", [SHI_LIMIT_SIGNAL] = "signal",
+    [SHI_LIMIT_MEMBARRIER] = "membarrier",
 };
 
 /* One role in one process. */
@@ -55,9 +53,8 @@ struct run {
     shi_a64 *theirs;
     uint64_t deadline;
     uint32_t work, backoff[SHI_LIMIT_BACKOFFS]; /* rounds of spend() */
-    int mqd;
-    int own_mqd;
-    int name_made;
+    struct shi_raw raw;
+    const struct shi_raw_ops *ops; /* what rings, and what wakes; NULL for none */
     int watching;
     int signo_changed;
     int mask_changed;
@@ -99,9 +96,20 @@ static struct timespec to_timespec(uint64_t ns)
 
 static int sleeps(uint32_t kind)
 {
-    return kind == SHI_LIMIT_FUTEX || kind == SHI_LIMIT_SEM || kind == SHI_LIMIT_EVENTFD ||
-           kind == SHI_LIMIT_MQUEUE || kind == SHI_LIMIT_SIGWAIT ||
-           kind == SHI_LIMIT_FUTEX_PARK;
+    return kind >= SHI_LIMIT_BELLS || kind == SHI_LIMIT_FUTEX_PARK;
+}
+
+/* The system calls of a doorbell that a kind makes, or NULL. */
+static const struct shi_raw_ops *ops_of(uint32_t kind)
+{
+    switch (kind) {
+    case SHI_LIMIT_FUTEX_PARK:
+        return shi_db_futex.raw;
+    case SHI_LIMIT_SIGNAL: /* the same signal, to one that does not sleep */
+        return shi_db_signal.raw;
+    default:
+        return kind >= SHI_LIMIT_BELLS ? shi_doorbells[kind - SHI_LIMIT_BELLS]->raw : NULL;
+    }
 }
 
 /* Nobody sleeps, and no system call is made: lines travel. */
@@ -328,14 +336,7 @@ static int take_signals(struct run *r, int is_pong)
 
     sigemptyset(&set);
     sigaddset(&set, r->p->signo);
-    if (is_pong && kind == SHI_LIMIT_SIGWAIT) {
-        const struct timespec now = { 0, 0 };
-
-        pthread_sigmask(SIG_BLOCK, &set, NULL);
-        /* What is pending from before is not a call. */
-        while (sigtimedwait(&set, NULL, &now) > 0)
-            ;
-    } else if (is_pong && kind == SHI_LIMIT_SIGNAL) {
+    if (is_pong && kind == SHI_LIMIT_SIGNAL) {
         struct sigaction act = { .sa_sigaction = signal_handler,
                                  .sa_flags = SA_SIGINFO | SA_ONSTACK };
 
@@ -360,10 +361,10 @@ static int take_signals(struct run *r, int is_pong)
 /* Everything back as it was found: timer, handlers, mask, descriptors, names. */
 static void give_back(struct run *r)
 {
-    if (r->name_made)
-        syscall(SYS_mq_unlink, r->p->mq_name + 1);
-    if (r->own_mqd)
-        close(r->mqd);
+    if (r->raw.named)
+        r->ops->unlink(&r->raw);
+    if (r->raw.opened)
+        close(r->raw.fd);
     if (r->timer >= 0)
         syscall(SYS_timer_delete, r->timer);
     shi_store_relaxed(&on_signal.active, 0);
@@ -376,7 +377,7 @@ static void give_back(struct run *r)
         sigemptyset(&set);
         if (r->watching)
             sigaddset(&set, r->p->watch_signo);
-        if (r->signo_changed || r->p->kind == SHI_LIMIT_SIGWAIT)
+        if (r->signo_changed || r->raw.blocked)
             sigaddset(&set, r->p->signo);
         pthread_sigmask(SIG_BLOCK, &set, NULL);
         while (sigtimedwait(&set, NULL, &now) > 0)
@@ -396,6 +397,8 @@ static void give_back(struct run *r)
 
 static int check(const struct shi_limit_area *area, const struct shi_limit_params *p)
 {
+    const struct shi_raw_ops *ops;
+
     if (area == NULL || p == NULL || (uintptr_t)area % alignof(struct shi_limit_area) != 0)
         return -EINVAL;
     if (p->kind >= SHI_LIMIT_KINDS || p->session == 0 || p->calls == 0 ||
@@ -407,105 +410,33 @@ static int check(const struct shi_limit_area *area, const struct shi_limit_param
     for (uint32_t i = 0; i < p->backoffs; i++)
         if (p->backoff_ns[i] > SHI_LIMIT_BACKOFF_MAX)
             return -EINVAL;
+    ops = ops_of(p->kind);
     if (p->watch_signo <= 0 || p->watch_signo > SIGRTMAX || p->signo <= 0 ||
         p->signo > SIGRTMAX || p->signo == p->watch_signo)
         return -EINVAL;
-    if ((p->kind == SHI_LIMIT_SIGWAIT || p->kind == SHI_LIMIT_SIGNAL) &&
-        (p->peer_pid <= 0 || p->peer_tid <= 0))
+    if (ops != NULL && ops->by_pid && (p->peer_pid <= 0 || p->peer_tid <= 0))
         return -EINVAL;
-    if (p->kind == SHI_LIMIT_MQUEUE && p->mqd < 0 &&
-        (p->mq_name[0] != '/' || p->mq_name[1] == '\0' ||
-         memchr(p->mq_name, '\0', sizeof p->mq_name) == NULL))
+    if (ops != NULL && ops->by_name && p->fd < 0 &&
+        (p->name[0] != '/' || p->name[1] == '\0' ||
+         memchr(p->name, '\0', sizeof p->name) == NULL))
         return -EINVAL;
     if (p->kind == SHI_LIMIT_MEMBARRIER && (p->core < 0 || p->core >= CORES_MAX))
         return -EINVAL;
     return 0;
 }
 
-/* A descriptor that does not block would make the target spin instead of sleep. */
-static int check_blocks(int fd)
-{
-    int flags = fcntl(fd, F_GETFL);
-
-    if (flags < 0)
-        return -errno;
-    return flags & O_NONBLOCK ? -EINVAL : 0;
-}
-
-/* By the system calls: before glibc 2.34 the wrappers are in a library of their own. */
-static int open_queue(struct run *r, int flags)
-{
-    struct mq_attr attr;
-    long fd;
-
-    memset(&attr, 0, sizeof attr);
-    attr.mq_maxmsg = 2;
-    attr.mq_msgsize = MESSAGE_SIZE;
-    fd = syscall(SYS_mq_open, r->p->mq_name + 1, flags | O_CLOEXEC, 0600, &attr);
-    if (fd < 0)
-        return -errno;
-    r->mqd = (int)fd;
-    r->own_mqd = 1;
-    r->name_made = (flags & O_CREAT) != 0;
-    return 0;
-}
-
-static int prepare_ping(struct run *r)
+/* What both use is made by ping, which comes first; pong throws away what a run before this
+ * one left in it. */
+static int prepare(struct run *r, int is_pong)
 {
     const struct shi_limit_params *p = r->p;
 
-    switch (p->kind) {
-    case SHI_LIMIT_SEM:
-        return sem_init(&r->area->sem, 1, 0) != 0 ? -errno : 0;
-    case SHI_LIMIT_EVENTFD:
-        return check_blocks(p->eventfd);
-    case SHI_LIMIT_MQUEUE:
-        return r->own_mqd || p->mqd >= 0 ? check_blocks(r->mqd)
-                                         : open_queue(r, O_WRONLY | O_CREAT | O_EXCL);
-    case SHI_LIMIT_SIGWAIT:
-    case SHI_LIMIT_SIGNAL:
-        /* Signal 0: may we, and is it there? */
-        return syscall(SYS_tgkill, p->peer_pid, p->peer_tid, 0) != 0 ? -errno : 0;
-    case SHI_LIMIT_MEMBARRIER:
-        if (syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0) != 0)
-            return errno == EINVAL ? -ENOSYS : -errno;
+    if (p->kind == SHI_LIMIT_MEMBARRIER && !is_pong &&
+        syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0) != 0)
+        return errno == EINVAL ? -ENOSYS : -errno;
+    if (r->ops == NULL || r->ops->open == NULL || (is_pong && !sleeps(p->kind)))
         return 0;
-    default:
-        return 0;
-    }
-}
-
-/* Also throws away what a run before this one left in a descriptor. */
-static int prepare_pong(struct run *r)
-{
-    const struct shi_limit_params *p = r->p;
-    struct pollfd fd = { .fd = -1, .events = POLLIN };
-    char message[256];
-    uint64_t value;
-    int err = 0;
-
-    if (p->kind == SHI_LIMIT_EVENTFD) {
-        err = check_blocks(p->eventfd);
-        fd.fd = p->eventfd;
-    } else if (p->kind == SHI_LIMIT_MQUEUE) {
-        struct mq_attr attr;
-
-        err = p->mqd >= 0 ? check_blocks(p->mqd) : open_queue(r, O_RDONLY);
-        if (err == 0 && syscall(SYS_mq_getsetattr, r->mqd, NULL, &attr) != 0)
-            err = -errno;
-        if (err == 0 && attr.mq_msgsize > (long)sizeof message)
-            err = -EMSGSIZE;
-        fd.fd = r->mqd;
-    }
-    while (err == 0 && fd.fd >= 0 && poll(&fd, 1, 0) > 0) {
-        long n = p->kind == SHI_LIMIT_EVENTFD
-                     ? read(fd.fd, &value, sizeof value)
-                     : syscall(SYS_mq_timedreceive, fd.fd, message, sizeof message, NULL, NULL);
-
-        if (n < 0 && errno != EINTR)
-            err = -errno;
-    }
-    return err;
+    return r->ops->open(&r->raw);
 }
 
 /*
@@ -523,7 +454,17 @@ static int begin(struct run *r, struct shi_limit_area *area, const struct shi_li
     r->mine = is_pong ? &area->pong : &area->ping;
     r->theirs = is_pong ? &area->ping : &area->pong;
     r->deadline = p->deadline_ns + (is_pong ? SHI_LIMIT_GRACE_NS : 0);
-    r->mqd = p->mqd;
+    r->ops = ops_of(p->kind);
+    r->raw = (struct shi_raw){
+        .sleeper = is_pong,
+        .word = &area->request,
+        .object = area->object,
+        .name = p->name,
+        .fd = p->fd,
+        .pid = p->peer_pid,
+        .tid = p->peer_tid,
+        .signo = p->signo,
+    };
     r->timer = -1;
     if (on_lines(p->kind))
         calibrate(r);
@@ -533,7 +474,7 @@ static int begin(struct run *r, struct shi_limit_area *area, const struct shi_li
         if (err == 0)
             err = take_signals(r, 1);
         if (err == 0)
-            err = prepare_pong(r);
+            err = prepare(r, 1);
     } else {
         shi_store_relaxed(&area->request, 0);
         shi_store_relaxed(&area->answer, 0);
@@ -546,15 +487,15 @@ static int begin(struct run *r, struct shi_limit_area *area, const struct shi_li
         }
         err = take_signals(r, 0);
         if (err == 0)
-            err = prepare_ping(r);
+            err = prepare(r, 0);
     }
     if (err == 0)
         announce(r, PHASE_READY);
     if (err == 0 && !is_pong)
         err = meet(r, PHASE_READY);
-    if (err == 0 && r->name_made) {
-        syscall(SYS_mq_unlink, p->mq_name + 1); /* both have it open: leave no name behind */
-        r->name_made = 0;
+    if (err == 0 && r->raw.named) {
+        r->ops->unlink(&r->raw); /* both have it open: leave no name behind */
+        r->raw.named = false;
     }
     return err;
 }
@@ -574,47 +515,15 @@ static int end(struct run *r, int err)
 /* ---- One call -------------------------------------------------------------------- */
 
 /* Sleep until ping has rung for the n-th time.  0, or why the wait ended. */
-static inline int sleep_for_ring(struct run *r, uint32_t n, const sigset_t *set)
+static inline int sleep_for_ring(struct run *r, uint32_t n)
 {
-    const struct shi_limit_params *p = r->p;
-    char message[256];
-    siginfo_t info;
-    uint64_t value;
-    long rc;
-
     for (;;) {
-        switch (p->kind) {
-        case SHI_LIMIT_FUTEX:
-        case SHI_LIMIT_FUTEX_PARK:
-            /* Pairs with the release in ring(). */
-            if (shi_load_acquire(&r->area->request) == n)
-                return 0;
-            rc = futex(&r->area->request, FUTEX_WAIT, n - 1, NULL);
-            if (rc == 0 || errno == EAGAIN)
-                continue;
-            break;
-        case SHI_LIMIT_SEM:
-            rc = sem_wait(&r->area->sem);
-            break;
-        case SHI_LIMIT_EVENTFD:
-            rc = read(p->eventfd, &value, sizeof value);
-            break;
-        case SHI_LIMIT_MQUEUE:
-            rc = syscall(SYS_mq_timedreceive, r->mqd, message, sizeof message, NULL, NULL);
-            break;
-        default: /* SHI_LIMIT_SIGWAIT */
-            rc = sigwaitinfo(set, &info);
-            if (rc >= 0 && info.si_pid != p->peer_pid)
-                continue; /* from somebody else: not a call */
-            break;
-        }
-        if (rc >= 0)
-            return 0;
-        if (errno != EINTR)
-            return -errno;
+        int err = r->ops->sleep(&r->raw, n);
 
-        int err = look(r);
-
+        if (err == -EINTR)
+            err = look(r);
+        else
+            return err;
         if (err != 0)
             return err;
     }
@@ -623,34 +532,10 @@ static inline int sleep_for_ring(struct run *r, uint32_t n, const sigset_t *set)
 /* Make the target run: the one operation that is measured. */
 static inline int ring(struct run *r, uint32_t n)
 {
-    static const uint64_t one = 1;
-    const struct shi_limit_params *p = r->p;
-    long rc;
-
-    switch (p->kind) {
-    case SHI_LIMIT_FUTEX:
-    case SHI_LIMIT_FUTEX_PARK:
-        shi_store_release(&r->area->request, n);
-        rc = futex(&r->area->request, FUTEX_WAKE, 1, NULL);
-        break;
-    case SHI_LIMIT_SEM:
-        rc = sem_post(&r->area->sem);
-        break;
-    case SHI_LIMIT_EVENTFD:
-        rc = write(p->eventfd, &one, sizeof one);
-        break;
-    case SHI_LIMIT_MQUEUE:
-        rc = syscall(SYS_mq_timedsend, r->mqd, "", 1, 0, NULL);
-        break;
-    case SHI_LIMIT_SIGWAIT:
-    case SHI_LIMIT_SIGNAL:
-        rc = syscall(SYS_tgkill, p->peer_pid, p->peer_tid, p->signo);
-        break;
-    default: /* SHI_LIMIT_MEMBARRIER: returns when the other core has answered */
-        rc = syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0);
-        break;
-    }
-    return rc < 0 ? -errno : 0;
+    if (r->ops != NULL)
+        return r->ops->ring(&r->raw, n);
+    /* SHI_LIMIT_MEMBARRIER: returns when the other core has answered */
+    return syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0) < 0 ? -errno : 0;
 }
 
 /* Wait for the n-th answer the way the kind says. */
@@ -1133,13 +1018,10 @@ static int pong_sleeping(struct run *r)
 {
     const struct shi_limit_params *p = r->p;
     uint32_t total = p->warmup + p->calls;
-    sigset_t set;
     int err = 0;
 
-    sigemptyset(&set);
-    sigaddset(&set, p->signo);
     for (uint32_t n = 1; n <= total && err == 0; n++) {
-        err = sleep_for_ring(r, n, &set);
+        err = sleep_for_ring(r, n);
         if (err != 0)
             break;
         if (p->flags & SHI_LIMIT_ONE_WAY)
@@ -1225,13 +1107,15 @@ int shi_limit_pong(struct shi_limit_area *area, const struct shi_limit_params *p
 
 const char *shi_limit_name(int kind)
 {
-    return kind >= 0 && kind < SHI_LIMIT_KINDS ? kind_names[kind] : NULL;
+    if (kind < 0 || kind >= SHI_LIMIT_KINDS)
+        return NULL;
+    return kind >= SHI_LIMIT_BELLS ? ops_of((uint32_t)kind)->name : kind_names[kind];
 }
 
 int shi_limit_kind(const char *name)
 {
     for (int i = 0; name != NULL && i < SHI_LIMIT_KINDS; i++)
-        if (strcmp(name, kind_names[i]) == 0)
+        if (strcmp(name, shi_limit_name(i)) == 0)
             return i;
     return -EINVAL;
 }
@@ -1247,6 +1131,5 @@ void shi_limit_params_init(struct shi_limit_params *p, int kind)
     p->deadline_ns = shi_now_ns() + 30000000000u;
     p->signo = SIGRTMAX - 1;
     p->watch_signo = SIGRTMAX - 2;
-    p->eventfd = -1;
-    p->mqd = -1;
+    p->fd = -1;
 }

@@ -34,29 +34,27 @@
 
 #include "base/sys.h"
 
-#include <semaphore.h>
 #include <stdalign.h>
 #include <stdint.h>
 
 #include "base/atomics.h"
 #include "base/hist.h"
+#include "base/layout.h"
+#include "irq/raw.h"
 
-/* In the order of the report. */
 enum shi_limit_kind {
     SHI_LIMIT_FLOOR,
     SHI_LIMIT_MAILBOX,
     SHI_LIMIT_QUEUE,
     SHI_LIMIT_CACHELINE,
-    SHI_LIMIT_FUTEX,
-    SHI_LIMIT_SEM,
-    SHI_LIMIT_EVENTFD,
-    SHI_LIMIT_MQUEUE,
-    SHI_LIMIT_SIGWAIT,
     SHI_LIMIT_FUTEX_PARK,
     SHI_LIMIT_SIGNAL,
     SHI_LIMIT_MEMBARRIER,
-    SHI_LIMIT_KINDS
+    SHI_LIMIT_BELLS, /* from here on those of the doorbells, by their numbers (raw.h) */
+    SHI_LIMIT_KINDS = SHI_LIMIT_BELLS + SHI_DB_COUNT
 };
+
+#define SHI_LIMIT_OF(doorbell) (SHI_LIMIT_BELLS + SHI_DB_##doorbell)
 
 #define SHI_LIMIT_PLACEMENTS 1024u /* lines in the area: 64 KiB */
 #define SHI_LIMIT_POOL 64u    /* queue: calls in flight, as many as a sender of calls has */
@@ -102,7 +100,7 @@ struct shi_limit_area {
     alignas(128) shi_a32 answer;
     shi_a64 arrived;               /* the target's stamp; same line as answer on purpose */
     alignas(128) shi_a32 finished; /* session; membarrier's target sleeps on it */
-    alignas(128) sem_t sem;
+    alignas(128) uint8_t object[SHI_RAW_OBJECT]; /* of the doorbell */
     alignas(128) struct shi_limit_line lines[SHI_LIMIT_PLACEMENTS];
 };
 
@@ -122,10 +120,10 @@ struct shi_limit_params {
     int32_t peer_tid;     /*   and its thread that runs the other role */
     int32_t signo;        /* sigwait, signal: the signal that is the doorbell */
     int32_t watch_signo;  /* the signal of this process's own deadline timer */
-    int32_t eventfd;      /* eventfd: the same eventfd in both processes, blocking */
-    int32_t mqd;          /* mqueue: descriptor, blocking; ping writes, pong reads. Or -1: */
-    char mq_name[64];     /*   an unused name ("/x"): ping makes it, pong opens it, gone
-                            *   when ping returns (the name as soon as both have it) */
+    int32_t fd;           /* eventfd, mqueue: the same one in both processes, blocking; or -1 */
+    char name[64];        /* mqueue: if there is none, an unused name ("/x"): ping makes it,
+                           *   pong opens it, gone when ping returns (the name as soon as
+                           *   both have it) */
     int32_t core;         /* membarrier: the target's core, for the busy thread */
     int32_t reserved;
     struct shi_hist *one_way; /* ping only, with SHI_LIMIT_ONE_WAY: send to arrival, or NULL */
@@ -139,7 +137,7 @@ int shi_limit_kind(const char *name);
  * Usable defaults for a kind: 1,000 calls, 100 warm-up, batch 1,000, gap 30 us, signals
  * SIGRTMAX - 1 and SIGRTMAX - 2, no descriptors, deadline 30 s from now (a hypervisor that
  * stops the guest for some seconds shall not end a run).  The caller sets session, and
- * where the kind needs them peer_pid, peer_tid, eventfd, mqd or mq_name, core.
+ * where the kind needs them peer_pid, peer_tid, fd or name, core.
  */
 void shi_limit_params_init(struct shi_limit_params *p, int kind);
 

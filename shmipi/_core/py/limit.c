@@ -38,22 +38,22 @@ static int limit_params(PyObject *args, PyObject *kwargs, Py_buffer *area,
 {
     static char *names[] = { "area",     "kind",      "session",  "calls",    "warmup",
                              "batch",    "placement", "gap_ns",   "deadline", "peer_pid",
-                             "peer_tid", "eventfd",   "mq_name",  "core",     "plain",
+                             "peer_tid", "fd",        "name",     "core",     "plain",
                              "clocked",  "one_way",   "backoffs", NULL };
-    const char *kind, *mq_name = "";
+    const char *kind, *name = "";
     unsigned session, calls, warmup = 100, batch = 1000, placement = 0, gap = SHI_LIMIT_GAP_NS;
     double seconds = 30.0;
-    int peer_pid = 0, peer_tid = 0, eventfd = -1, core = 0, plain = 0;
+    int peer_pid = 0, peer_tid = 0, fd = -1, core = 0, plain = 0;
     PyObject *backoffs = NULL;
     *clocked = *one_way = 0;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "w*sII|$IIIIdiiisipppO", names, area, &kind,
                                      &session, &calls, &warmup, &batch, &placement, &gap,
-                                     &seconds, &peer_pid, &peer_tid, &eventfd, &mq_name, &core,
-                                     &plain, clocked, one_way, &backoffs))
+                                     &seconds, &peer_pid, &peer_tid, &fd, &name, &core, &plain,
+                                     clocked, one_way, &backoffs))
         return -1;
     int number = shi_limit_kind(kind);
     if (number < 0 || area->len < (Py_ssize_t)sizeof(struct shi_limit_area) ||
-        strlen(mq_name) >= sizeof p->mq_name || !(seconds > 0 && seconds < 1e6)) {
+        strlen(name) >= sizeof p->name || !(seconds > 0 && seconds < 1e6)) {
         PyErr_SetString(PyExc_ValueError, "no such limit, or an area that is too small");
         PyBuffer_Release(area);
         return -1;
@@ -72,8 +72,8 @@ static int limit_params(PyObject *args, PyObject *kwargs, Py_buffer *area,
     p->deadline_ns = shi_now_ns() + (uint64_t)(seconds * 1e9);
     p->peer_pid = peer_pid;
     p->peer_tid = peer_tid;
-    p->eventfd = eventfd;
-    strcpy(p->mq_name, mq_name);
+    p->fd = fd;
+    strcpy(p->name, name);
     p->core = core;
     p->flags = (plain ? SHI_LIMIT_PLAIN : 0) | (*one_way ? SHI_LIMIT_ONE_WAY : 0);
     return 0;
