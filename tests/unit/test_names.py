@@ -4,6 +4,7 @@ import ast
 import builtins
 import inspect
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,33 @@ def test_what_python_says_of_the_core_is_there() -> None:
     assert rows > 5
 
 
+def test_what_a_header_declares_another_file_uses() -> None:
+    """A function of one file alone is static there."""
+    files = {
+        file: re.sub(r"/\*.*?\*/", "", file.read_text(), flags=re.S)
+        for folder in (PACKAGE / "_core", ROOT / "tests" / "native")
+        for file in folder.rglob("*.[ch]")
+    }
+    words = {file: Counter(re.findall(r"\w+", text)) for file, text in files.items()}
+    declared = [
+        (header, name)
+        for header, text in files.items()
+        if header.suffix == ".h"
+        for name in re.findall(
+            r"^(?!static|#|typedef)[\w *]+?\b(shi_\w+)\s*\(", text, re.M
+        )
+    ]
+    assert len(declared) > 100
+    alone = [
+        f"{header.parent.name}/{header.name}: {name}"
+        for header, name in declared
+        # Beside its own: a file, or an inline function or macro of the header.
+        if words[header][name] == 1
+        and sum(name in found for file, found in words.items() if file != header) < 2
+    ]
+    assert not alone
+
+
 def sources() -> str:
     files = [f for f in PACKAGE.rglob("*.py")] + list((ROOT / "tests").rglob("*.py"))
     return "".join(f.read_text() for f in files if f != Path(__file__))
@@ -179,6 +207,12 @@ def test_names_that_the_readme_uses_exist(holder: str) -> None:
             re.findall(r"self\.([a-z]\w*)\b[^=\n]* = ", inspect.getsource(Cluster))
         )
     assert used <= known, used - known
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    named = set(re.findall(r"`((?:shmipi|scripts|tests)/[\w./-]+)`", README))
+    assert len(named) > 2
+    assert not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_errors_that_the_readme_names_exist() -> None:

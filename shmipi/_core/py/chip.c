@@ -203,9 +203,8 @@ METHOD(irq_threshold)
 {
     Machine *machine = MACHINE(object);
     unsigned long value = PyLong_AsUnsignedLong(arg);
-    if (PyErr_Occurred() || shi_use(machine) < 0)
-        return NULL;
-    if (shi_refuse_host(machine, "it masks nothing") < 0)
+    if (PyErr_Occurred() || shi_use(machine) < 0 ||
+        shi_refuse_host(machine, "it masks nothing") < 0)
         return NULL;
     shi_enter(&machine->self);
     shi_chip_threshold(&machine->self, (uint32_t)value);
@@ -219,9 +218,8 @@ METHOD(irq_end)
 {
     Machine *machine = MACHINE(object);
     unsigned long line = PyLong_AsUnsignedLong(arg);
-    if (PyErr_Occurred() || shi_use(machine) < 0)
-        return NULL;
-    if (shi_refuse_host(machine, "it takes no interrupts") < 0)
+    if (PyErr_Occurred() || shi_use(machine) < 0 ||
+        shi_refuse_host(machine, "it takes no interrupts") < 0)
         return NULL;
     if (line == SHI_NO_LINE) {
         if (!machine->self.handling)

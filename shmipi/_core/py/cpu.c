@@ -158,9 +158,7 @@ static PyObject *cpu_loop(PyObject *object, PyObject *unused)
     Machine *machine = (Machine *)object;
     struct shi_self *self = &machine->self;
     (void)unused;
-    if (shi_use(machine) < 0)
-        return NULL;
-    if (shi_refuse_host(machine, "it has no loop") < 0)
+    if (shi_use(machine) < 0 || shi_refuse_host(machine, "it has no loop") < 0)
         return NULL;
     self->inline_python = true;
     for (;;) {

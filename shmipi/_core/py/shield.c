@@ -15,7 +15,7 @@
 
 /* ---- the entries of kick and NMI ------------------------------------------------- */
 
-#define ENTRY(name)                                                                            \
+#define ENTRY(name, body)                                                                      \
     static PyObject *name##_call(PyObject *Py_UNUSED(object), PyObject *const *args,           \
                                  size_t nargsf, PyObject *kwnames)                             \
     {                                                                                          \
@@ -23,12 +23,12 @@
         (void)args;                                                                            \
         (void)nargsf;                                                                          \
         (void)kwnames;                                                                         \
-        if (machine && shi_##name##_python(machine) < 0)                                       \
+        if (machine && body(machine) < 0)                                                      \
             return NULL;                                                                       \
         Py_RETURN_NONE;                                                                        \
     }
-ENTRY(irq_entry)
-ENTRY(nmi_entry)
+ENTRY(irq_entry, shi_irq_entry_python)
+ENTRY(nmi_entry, shi_nmi_entry_python)
 #undef ENTRY
 
 /* ---- imports --------------------------------------------------------------------- */

@@ -16,7 +16,8 @@
 
 /* ---- payloads -------------------------------------------------------------------- */
 
-int64_t shi_sender_alloc(struct shi_self *self, uint64_t length)
+/* A block of the arena, also of what has become free there: its offset, or -errno. */
+static int64_t arena_alloc(struct shi_self *self, uint64_t length)
 {
     struct shi_sender *s = &self->sender;
     int err = shi_sender_arena(self);
@@ -33,7 +34,7 @@ int64_t shi_sender_alloc(struct shi_self *self, uint64_t length)
 
 int64_t shi_csd_block(struct shi_self *self, uint32_t index, uint64_t length)
 {
-    int64_t at = shi_sender_alloc(self, length);
+    int64_t at = arena_alloc(self, length);
     if (at >= 0)
         self->sender.notes[index].block = (uint64_t)at + 1;
     return at;
@@ -80,7 +81,7 @@ int64_t shi_func_publish(struct shi_self *self, const void *pickle, uint32_t len
         /* Release: who reads the top finds backed, zeroed entries below it. */
         shi_store_release(&self->slot->func_top, s->func_top);
     }
-    int64_t at = shi_sender_alloc(self, length);
+    int64_t at = arena_alloc(self, length);
     if (at < 0)
         return at;
     memcpy(shi_arena_base(self->m, self->id) + at, pickle, length);

@@ -49,8 +49,6 @@ uint32_t shi_csd_oldest(const struct shi_self *self);
  * index, -EAGAIN when one has to be waited for (shi_csd_oldest), -ENOSPC. */
 int64_t shi_nowait_get(struct shi_self *self);
 
-/* A block of the sender's arena, also of what has become free there: its offset, or -errno. */
-int64_t shi_sender_alloc(struct shi_self *self, uint64_t length);
 /* Attach a new arena block of `length` bytes to a csd: its offset, or -errno. */
 int64_t shi_csd_block(struct shi_self *self, uint32_t index, uint64_t length);
 /* Let `index` use the block of `owner` too: one payload, many targets. */

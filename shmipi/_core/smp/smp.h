@@ -30,7 +30,7 @@
  *
  * -EAGAIN: every csd is in flight, shi_call_room and again.  -ENXIO: `dst` is not online.
  * -EOWNERDEAD: the machine has ended.  -ESHUTDOWN: this guest has left.  Others: no room for
- * the payload, see shi_sender_alloc.
+ * the payload, see shi_csd_block.
  */
 int64_t shi_call_post(struct shi_self *self, const struct shi_call *call, uint64_t type,
                       uint32_t dst);
