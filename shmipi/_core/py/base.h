@@ -43,7 +43,8 @@ struct func_cache {
 };
 
 typedef struct {
-    PyObject_HEAD struct shi_machine m;
+    PyObject_HEAD
+    struct shi_machine m;
     struct shi_self self;
     int attached; /* mapped, self initialised */
     int closed;

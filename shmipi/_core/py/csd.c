@@ -7,7 +7,8 @@
 #include "py/wait.h"
 
 typedef struct {
-    PyObject_HEAD Machine *machine;
+    PyObject_HEAD
+    Machine *machine;
     uint32_t local;
     PyObject *function, *info;
 } CallSingleData;

@@ -21,9 +21,9 @@
 #include "py/guard.h"
 
 struct func_entry {
-    PyObject_HEAD         /* it is its own weakref callback */
-        Machine *machine; /* borrowed; NULL when it is not in the table */
-    PyObject *key;        /* borrowed: the weakref says when it is gone */
+    PyObject_HEAD     /* it is its own weakref callback */
+    Machine *machine; /* borrowed; NULL when it is not in the table */
+    PyObject *key;    /* borrowed: the weakref says when it is gone */
     PyObject *weak;
     uint32_t index;
     struct shi_guards *guards;

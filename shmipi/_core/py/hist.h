@@ -8,7 +8,8 @@
 #include "base/hist.h"
 
 typedef struct {
-    PyObject_HEAD struct shi_hist *h;
+    PyObject_HEAD
+    struct shi_hist *h;
 } Hist;
 
 /* A new, empty Hist, or NULL with an exception. */

@@ -62,11 +62,14 @@ static PyObject *wait_word(shi_a32 *word, PyObject *arg)
     if (!PyArg_ParseTuple(arg, "kd", &seen, &seconds))
         return NULL;
     int err;
-    Py_BEGIN_ALLOW_THREADS err =
+    Py_BEGIN_ALLOW_THREADS
+    err =
         shi_load_acquire(word) == (uint32_t)seen
             ? shi_event_wait(word, (uint32_t)seen, seconds < 0 ? -1 : (int64_t)(seconds * 1e9))
             : 0;
-    Py_END_ALLOW_THREADS if (err == -EINTR && PyErr_CheckSignals() < 0) return NULL;
+    Py_END_ALLOW_THREADS
+    if (err == -EINTR && PyErr_CheckSignals() < 0)
+        return NULL;
     return PyLong_FromUnsignedLong(shi_load_acquire(word));
 }
 

@@ -228,10 +228,13 @@ METHOD(coproc_wait)
     if (!c)
         return NULL;
     int err = 0;
-    Py_BEGIN_ALLOW_THREADS if (seconds != 0 && shi_load_acquire(&c->event) == (uint32_t)seen)
+    Py_BEGIN_ALLOW_THREADS
+    if (seconds != 0 && shi_load_acquire(&c->event) == (uint32_t)seen)
         err = shi_event_wait(&c->event, (uint32_t)seen,
                              seconds < 0 ? -1 : (int64_t)(seconds * 1e9));
-    Py_END_ALLOW_THREADS if (err == -EINTR && PyErr_CheckSignals() < 0) return NULL;
+    Py_END_ALLOW_THREADS
+    if (err == -EINTR && PyErr_CheckSignals() < 0)
+        return NULL;
     return PyLong_FromUnsignedLong(shi_load_acquire(&c->event));
 }
 

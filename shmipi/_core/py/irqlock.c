@@ -23,7 +23,8 @@
 #define LOOK_NS 500000
 
 typedef struct {
-    PyObject_HEAD Machine *machine;
+    PyObject_HEAD
+    Machine *machine;
     double seconds;
     bool must, anywhere, held;
     uint8_t flags;
@@ -131,8 +132,10 @@ static int sleep_a_while(Machine *machine)
     shi_after_enable(machine);
     if (shi_task_interrupt(machine) < 0)
         return -1;
-    Py_BEGIN_ALLOW_THREADS nanosleep(&pause, NULL);
-    Py_END_ALLOW_THREADS return PyErr_CheckSignals() < 0 || shi_use(machine) < 0 ? -1 : 0;
+    Py_BEGIN_ALLOW_THREADS
+    nanosleep(&pause, NULL);
+    Py_END_ALLOW_THREADS
+    return PyErr_CheckSignals() < 0 || shi_use(machine) < 0 ? -1 : 0;
 }
 
 static PyObject *lock_enter(PyObject *object, PyObject *unused)

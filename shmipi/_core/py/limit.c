@@ -108,10 +108,13 @@ static PyObject *limit_ping(PyObject *module, PyObject *args, PyObject *kwargs)
     p.one_way = one_way ? there->h : NULL;
     const struct shi_limit_area *a = area.buf;
     int err;
-    Py_BEGIN_ALLOW_THREADS err =
-        shi_limit_ping(area.buf, &p, clocked ? rtt->h : NULL, batch_ns);
-    Py_END_ALLOW_THREADS if (err) limit_error(err);
-    else batches = floats(batch_ns, p.backoffs ? p.backoffs : 1);
+    Py_BEGIN_ALLOW_THREADS
+    err = shi_limit_ping(area.buf, &p, clocked ? rtt->h : NULL, batch_ns);
+    Py_END_ALLOW_THREADS
+    if (err)
+        limit_error(err);
+    else
+        batches = floats(batch_ns, p.backoffs ? p.backoffs : 1);
     if (batches)
         result = Py_BuildValue("(OONII)", rtt, there, batches, shi_load_relaxed(&a->slept),
                                shi_load_relaxed(&a->preempted));
@@ -130,8 +133,10 @@ static PyObject *limit_pong(PyObject *module, PyObject *args, PyObject *kwargs)
     (void)module;
     if (limit_params(args, kwargs, &area, &p, &clocked, &one_way) < 0)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS err = shi_limit_pong(area.buf, &p);
-    Py_END_ALLOW_THREADS PyBuffer_Release(&area);
+    Py_BEGIN_ALLOW_THREADS
+    err = shi_limit_pong(area.buf, &p);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&area);
     if (err)
         return limit_error(err);
     Py_RETURN_NONE;

@@ -141,7 +141,8 @@ METHOD(leave)
     self->leaving = 1;
     uint64_t end = shi_now_ns() + (uint64_t)(seconds * 1e9);
     while (machine->waiters && shi_now_ns() < end) {
-        Py_BEGIN_ALLOW_THREADS shi_event_ring(&self->slot->event);
+        Py_BEGIN_ALLOW_THREADS
+        shi_event_ring(&self->slot->event);
         shi_event_wait(&self->slot->event, shi_load_acquire(&self->slot->event), LEAVE_LOOK_NS);
         Py_END_ALLOW_THREADS
     }

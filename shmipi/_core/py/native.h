@@ -8,7 +8,8 @@
 extern PyTypeObject *shi_native_type;
 
 typedef struct {
-    PyObject_HEAD uint32_t index;
+    PyObject_HEAD
+    uint32_t index;
     PyObject *name;
 } NativeHandler;
 

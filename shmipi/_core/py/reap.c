@@ -163,11 +163,11 @@ METHOD(watch)
         struct timespec t = { .tv_sec = (time_t)(ns / 1000000000),
                               .tv_nsec = (long)(ns % 1000000000) };
         struct pollfd p = { .fd = fd, .events = POLLIN };
-        Py_BEGIN_ALLOW_THREADS ready = ppoll(&p, 1, &t, NULL);
-        Py_END_ALLOW_THREADS if (ready < 0 && (errno != EINTR || PyErr_CheckSignals() <
-                                                                     0)) return PyErr_Occurred()
-            ? NULL
-            : PyErr_SetFromErrno(PyExc_OSError);
+        Py_BEGIN_ALLOW_THREADS
+        ready = ppoll(&p, 1, &t, NULL);
+        Py_END_ALLOW_THREADS
+        if (ready < 0 && (errno != EINTR || PyErr_CheckSignals() < 0))
+            return PyErr_Occurred() ? NULL : PyErr_SetFromErrno(PyExc_OSError);
     } while (ready <= 0 && shi_now_ns() < end);
     Py_RETURN_NONE;
 }

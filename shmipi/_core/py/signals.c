@@ -27,7 +27,8 @@ Machine *shi_own_cpu(void)
  * again when the IPI handler has returned.
  */
 typedef struct {
-    PyObject_HEAD vectorcallfunc vectorcall;
+    PyObject_HEAD
+    vectorcallfunc vectorcall;
     PyObject *handler;
 } TaskSignal;
 
@@ -112,7 +113,8 @@ static PyObject *unwrap(PyObject *installed)
  * task at its limit would be raised RecursionError in, and the kick be lost.
  */
 typedef struct {
-    PyObject_HEAD vectorcallfunc vectorcall;
+    PyObject_HEAD
+    vectorcallfunc vectorcall;
 } Entry;
 
 static PyMemberDef entry_members[] = {
