@@ -22,6 +22,7 @@ struct shi_csd_note {
     uint8_t ending;  /* give this one back with the last of its users */
     uint8_t nowait;  /* counts against SHI_NOWAIT_POOL */
     uint8_t left;    /* nobody will ask for its result */
+    uint8_t polled;  /* sent alone, to a CPU that polled: 1 + shi_patience_kind, else 0 */
 };
 
 struct shi_func_note {
@@ -35,7 +36,8 @@ struct shi_sender {
     struct shi_csd_note *notes;
     uint32_t *free_csds; /* stack */
     uint32_t nfree, csd_top;
-    uint32_t *flight; /* ring of csds sent without waiting, oldest first */
+    shi_a16 *patience; /* how long an answer takes that is near: see shi_patience */
+    uint32_t *flight;  /* ring of csds sent without waiting, oldest first */
     uint32_t flight_head, flight_count;
     uint32_t nowait;     /* of those, how many came from wait=0 calls */
     uint32_t room_looks; /* in vain, one after another, for room for more of them */

@@ -243,6 +243,7 @@ void shi_csd_put(struct shi_self *self, uint32_t index)
     s->nowait -= note->nowait;
     note->nowait = 0;
     note->left = 0;
+    note->polled = 0;
     if (note->func) {
         shi_func_drop(self, note->func - 1);
         note->func = 0;
@@ -478,9 +479,11 @@ int shi_sender_init(struct shi_self *self)
     s->notes = calloc(n, sizeof *s->notes);
     s->free_csds = calloc(n, sizeof *s->free_csds);
     s->flight = calloc(n, sizeof *s->flight);
+    s->patience = calloc((size_t)self->m->ncpus * SHI_PATIENCE_KINDS, sizeof *s->patience);
     s->funcs = calloc(SHI_FUNCS, sizeof *s->funcs);
     s->free_funcs = calloc(SHI_FUNCS, sizeof *s->free_funcs);
-    if (!s->notes || !s->free_csds || !s->flight || !s->funcs || !s->free_funcs) {
+    if (!s->notes || !s->free_csds || !s->flight || !s->patience || !s->funcs ||
+        !s->free_funcs) {
         shi_sender_fini(self);
         return -ENOMEM;
     }
@@ -496,6 +499,7 @@ void shi_sender_fini(struct shi_self *self)
     free(s->notes);
     free(s->free_csds);
     free(s->flight);
+    free(s->patience);
     free(s->funcs);
     free(s->free_funcs);
     free(s->loans);

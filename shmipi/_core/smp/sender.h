@@ -32,6 +32,25 @@ static inline uint32_t shi_own_index(const struct shi_self *self, uint32_t local
 
 /* ---- csds ------------------------------------------------------------------------ */
 
+#define SHI_PATIENCE_MAX 512u /* rounds of a loop over one warm line: some 200 ns */
+#define SHI_PATIENCE_KINDS 4u
+
+/*
+ * How long a waiter leaves its csd alone before the first look, where the target polls: for
+ * each target, and apart for native and Python handlers and by the last bit of a function's
+ * number, so that quick functions do not wait for what was learnt of slow ones.  Private
+ * memory; threads of the host share it, so the words are atomic, and a lost step is lost.
+ */
+static inline uint8_t shi_patience_kind(uint32_t func)
+{
+    return (uint8_t)(func >> 31 << 1 | (func & 1));
+}
+
+static inline shi_a16 *shi_patience(const struct shi_self *self, uint32_t dst, uint32_t kind)
+{
+    return &self->sender.patience[dst * SHI_PATIENCE_KINDS + kind];
+}
+
 /* A csd of this sender that nobody uses: its index, or -EAGAIN (all in flight),
  * -ENOSPC. */
 int64_t shi_csd_get(struct shi_self *self);

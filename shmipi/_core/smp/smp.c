@@ -66,8 +66,8 @@ void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
 
 /* ---- sending ----------------------------------------------------------------------- */
 
-/* The enqueue half: 1 when `dst` must be sent an IPI, else 0 or -errno. */
-static int queue_csd(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
+/* Lock and push: enum shi_pushed, or -errno. */
+static int lock_and_push(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
 {
     struct shi_csd *csd = shi_own_csd(self, local);
     if (dst >= self->m->ncpus)
@@ -83,15 +83,19 @@ static int queue_csd(struct shi_self *self, uint32_t local, uint64_t type, uint3
     err = shi_queue_push(self, dst, shi_own_index(self, local), csd);
     if (err < 0)
         shi_csd_cancel(csd);
-    return err < 0 ? err : err == SHI_PUSH_RING;
+    return err;
 }
 
 int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
 {
-    int ipi = queue_csd(self, local, type, dst);
-    if (ipi > 0)
+    /* Before the push: with it the line is the target's. */
+    uint8_t kind = shi_patience_kind(shi_own_csd(self, local)->func);
+    int pushed = lock_and_push(self, local, type, dst);
+    if (pushed == SHI_PUSH_RING)
         shi_chip_send_call_single(self, dst);
-    return ipi < 0 ? ipi : 0;
+    self->sender.notes[local].polled =
+        pushed == SHI_PUSH_ELIDED && type == SHI_CSD_SYNC ? 1 + kind : 0;
+    return pushed < 0 ? pushed : 0;
 }
 
 int64_t shi_call_post(struct shi_self *self, const struct shi_call *call, uint64_t type,
@@ -159,11 +163,11 @@ static int queue_one(struct shi_self *self, struct shi_many *many, const struct 
     else
         shi_csd_fill_shared(self, (uint32_t)local, call, (uint32_t)owner);
     if (!err)
-        err = queue_csd(self, (uint32_t)local, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC, cpu);
+        err = lock_and_push(self, (uint32_t)local, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC, cpu);
     if (err < 0) {
         shi_csd_put(self, (uint32_t)local);
     } else {
-        if (err > 0)
+        if (err == SHI_PUSH_RING)
             many->ipis[many->nipis++] = cpu;
         if (!wait)
             shi_csd_leave(self, (uint32_t)local);

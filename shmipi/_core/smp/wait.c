@@ -11,11 +11,13 @@
 #include "irq/signal.h"
 #include "smp/csd.h"
 #include "smp/entry.h"
+#include "smp/sender.h"
 #include "smp/wait.h"
 #include "smp/watch.h"
 
 #define TICK_NS 10000000u /* no progress for so long: ring again */
 #define DEADLOCK_TICK_NS 1000000u
+#define PATIENCE_STEP 16u
 #define SPIN_ROUND 64 /* looks between two readings of the clock */
 
 /* Interrupts off: the waiter may not serve its own queue (kernel: that is the reason
@@ -35,6 +37,11 @@ void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index
     wait->tick_ns = 0;
     wait->seen = 0;
     wait->published = false;
+    wait->patience = NULL;
+    /* From the note, not from the csd: its line is the target's by now. */
+    uint8_t polled = self->sender.notes[index & (self->m->csds_per_slot - 1)].polled;
+    if (polled && dst < self->m->ncpus)
+        wait->patience = shi_patience(self, dst, polled - 1u);
     if (may_serve(self) && shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING)
         shi_set_polling(self);
 }
@@ -80,11 +87,45 @@ uint64_t shi_wait_budget(const struct shi_self *self, uint32_t dst)
     return !self->host && mine == theirs ? 0 : 20000;
 }
 
+/*
+ * The target polls, and takes the csd's line to write the answer.  A look before it has
+ * takes the line away from it, and it has to ask again: so the sender looks first when the
+ * answer is about to be there.  When that is, it learns: a little later each time it looked
+ * too early, which costs a transfer; sooner by the least step when it was there, so that one
+ * look in seventeen is too early.  The first look asks for the line to write: the next call
+ * fills it.  Meanwhile the own queue is served, as in every wait.
+ */
+static int look_late(struct shi_self *self, struct shi_wait *wait, bool service)
+{
+    shi_a16 *patience = wait->patience;
+    uint32_t rounds = shi_load_relaxed(patience), i;
+    wait->patience = NULL;
+    for (i = 0; i < rounds; i++) {
+        if (service && own_work(self) && serve(self))
+            return SHI_WAIT_PYTHON;
+        shi_signal_fence(); /* a loop that the compiler keeps */
+    }
+    shi_prefetch_write(wait->csd);
+    if (!shi_csd_locked(wait->csd)) {
+        if (rounds)
+            shi_store_relaxed(patience, (uint16_t)(rounds - 1));
+        return SHI_WAIT_DONE;
+    }
+    if (rounds < SHI_PATIENCE_MAX)
+        shi_store_relaxed(patience, (uint16_t)(rounds + PATIENCE_STEP));
+    return SHI_WAIT_MORE;
+}
+
 int shi_wait_spin(struct shi_self *self, struct shi_wait *wait, uint64_t budget_ns)
 {
     bool service = may_serve(self);
     uint64_t end = 0;
     uint32_t i;
+    if (wait->patience && budget_ns) {
+        int rc = look_late(self, wait, service);
+        if (rc != SHI_WAIT_MORE)
+            return rc;
+    }
     for (;;) {
         for (i = 0; i < SPIN_ROUND; i++) {
             if (!shi_csd_locked(wait->csd))

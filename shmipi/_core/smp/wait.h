@@ -12,6 +12,7 @@ struct shi_wait {
     uint64_t tick_ns;     /* next look at progress */
     uint64_t seen;        /* dst's word at the last look */
     uint64_t progress;    /* and what it had done (shi_watch_progress) */
+    shi_a16 *patience;    /* before the first look, NULL: none */
     bool published;
     uint64_t outer; /* what was published before: the wait that this one is within */
 };
