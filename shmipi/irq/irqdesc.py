@@ -362,15 +362,18 @@ class IrqDomain:
         parent = self.parent
         if self.own:
             lines: Iterable[int] = sorted(self.own)
+        elif parent is None:
+            lines = self.table.irq_lines()
         else:
-            lines = parent.hwirqs() if parent else self.table.irq_lines()
+            mine = frozenset(self.table.lines_for(self.is_ipi))
+            lines = [n for n in parent.hwirqs() if parent.own or n in mine]
         others = frozenset[int]().union(*(child.own for child in self.children))
         return [line for line in lines if line not in others]
 
     def free_hwirqs(self, cpus: CpuMask | None = None) -> list[int]:
         """Return those of them that no irq has, in the order in which to take them.
 
-        That is the controller's: on a mips-gic the range reserved for IPIs comes first.
+        That is the controller's.
         ``cpus``: that none has on these, where each CPU has hwirqs of its own (x86).
         """
         if self.is_coprocessor:

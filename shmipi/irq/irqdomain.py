@@ -228,9 +228,10 @@ class DomainCalls:
     def irq_create_mapping(self, domain: DomainLike, hwirq: int, name: str = "") -> int:
         """Give a hwirq of a domain without IPIs a virq; one that has one keeps it.
 
-        Every CPU has the line (on a mips-gic it is routed to CPU 0). A device raises it
-        with ``chip.raise_line(hwirq, cpu)``. ``IrqError``: EINVAL (an IPI domain, or
-        not its hwirq), EBUSY (an IPI has it), ENOMEM.
+        Every CPU has the line (a mips-gic's shared ones are routed to CPU 0). A device
+        raises it with ``chip.raise_line(hwirq, cpu)``. ``IrqError``: EINVAL (an IPI
+        domain, or not its hwirq), EBUSY (an IPI has it, or it is reserved for IPIs),
+        ENOMEM.
         """
         found = self.domain(domain)
         if found.is_ipi:
@@ -240,8 +241,13 @@ class DomainCalls:
             )
         with self.table.locked():
             if hwirq not in found.hwirqs():
+                for_ipis = hwirq in self.table.lines_for(True)
                 raise IrqError(
-                    f"hwirq {hwirq} is not domain {found.name}'s", domain=found.name
+                    f"hwirq {hwirq} is not domain {found.name}'s"
+                    f"{': it is reserved for IPIs' if for_ipis else ''}",
+                    errno=errno.EBUSY if for_ipis else errno.EINVAL,
+                    irq=(self._owner(hwirq) or None) if for_ipis else None,
+                    domain=found.name,
                 )
             owner = self._owner(hwirq)
             if owner:
@@ -250,7 +256,7 @@ class DomainCalls:
                     return owner
                 refuse(desc, f"it has hwirq {hwirq}", code=errno.EBUSY)
             first = self._find_descs(found, 1)
-            routed = self.table.chip.flow == "shared"
+            routed = self.table.chip.is_routed(hwirq)
             cpus = CpuMask([0]) if routed else found.possible
             self.table.make(found.index, first, 0, [hwirq], cpus, PERCPU_FLAGS, name)
         return first

@@ -155,10 +155,11 @@ class PercpuCalls(IpiCalls):
 
     def _enabled(self, desc: IrqDesc) -> CpuMask:
         """The CPUs that let it through: what the controller's masks say."""
-        machine, shared = self.table.machine, self.table.chip.flow == "shared"
+        machine, chip = self.table.machine, self.table.chip
         found = []
         for cpu in self.table.affinity(desc.irq):
             line = desc.mapping.hwirq(cpu)
+            shared = line != INVALID_HWIRQ and chip.is_routed(line)
             register = "mask" if shared else "enable"
             if line != INVALID_HWIRQ and (
                 machine.pic_read(0 if shared else cpu, register, line // 64)

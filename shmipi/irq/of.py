@@ -279,7 +279,7 @@ class _Reader:
 def check_tree(nodes: Iterable[DomainNode], chip: Chip, ncpus: int) -> None:
     """Raise ``DeviceTreeError`` for nodes that ``chip`` cannot have."""
     seen: dict[str, DomainNode] = {}
-    lines_of: dict[str | None, set[int]] = {None: set(chip.ipi_lines(ncpus))}
+    lines_of: dict[str | None, set[int]] = {None: set(chip.irq_lines(ncpus))}
     default = ""
     for node in nodes:
         if node.name in seen or node.name in (root_name(chip), "root"):

@@ -154,8 +154,8 @@ class IrqTable:
             memory,
             machine.affinity_offset,
         )
-        self._routed = chip.flow == "shared"
         self._lines: tuple[int, ...] | None = None
+        self._ipi_lines: tuple[int, ...] | None = None
         self._domains: dict[tuple[int, str, IrqDomainFlags], DomainRecord] = {}
 
     # ---- the lock -------------------------------------------------------------------
@@ -200,10 +200,19 @@ class IrqTable:
         return CpuMask.of_any(mask, self.machine.ncpus)
 
     def irq_lines(self) -> tuple[int, ...]:
-        """Return the controller's lines for IPI domains, in the order to take them."""
+        """Return the controller's lines for irqs, in the order to take them."""
         if self._lines is None:
-            self._lines = tuple(self.chip.ipi_lines(self.machine.ncpus))
+            self._lines = tuple(self.chip.irq_lines(self.machine.ncpus))
         return self._lines
+
+    def lines_for(self, ipi: bool) -> tuple[int, ...]:
+        """Return those of them that IPI domains take, or that devices do."""
+        if self._ipi_lines is None:
+            self._ipi_lines = tuple(self.chip.ipi_lines(self.machine.ncpus))
+        if ipi or self._ipi_lines == self.irq_lines():
+            return self._ipi_lines
+        reserved = frozenset(self._ipi_lines)
+        return tuple(line for line in self.irq_lines() if line not in reserved)
 
     def owners(self, line: int) -> list[int]:
         """Return the irqs that have this line, each for other CPUs.
@@ -343,7 +352,7 @@ class IrqTable:
             if line == INVALID_HWIRQ:
                 continue
             self._store("reset", line, first)  # nothing that was sent before is for it
-            if self._routed:
+            if self.chip.is_routed(line):
                 self._store("route", line, offset + place + 1)
             others = int(self._line_virq[line])
             if others:
@@ -371,7 +380,7 @@ class IrqTable:
 
     def _take_line(self, line: int) -> None:
         self._store("reset", line, int(self._line_virq[line]))
-        if self._routed:
+        if self.chip.is_routed(line):
             self._store("route", line, 0)
         self._store("line_virq", line, 0)
 

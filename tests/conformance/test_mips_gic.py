@@ -10,12 +10,14 @@ import pytest
 
 import shmipi
 from shmipi import Cluster, IrqError, _core, smp
+from shmipi.irq import DomainNode
 from shmipi.irq.chips import Chip
 from shmipi.irq.chips.mips_gic import GIC_WEDGE_RW, MipsGic
 
 LINE_ACK = _core.TRACE_EVENTS.index("line_ack")
 CALL, RESCHED = range(250, 253), range(253, 256)  # of three CPUs
 FREE = 70
+GIC_NUM_LOCAL_INTRS, GIC_LOCAL_INT_TIMER = 7, 2
 VIRQ = 700
 
 
@@ -103,20 +105,25 @@ def wedge(chip, intr):
 @pytest.mark.parametrize(
     ("reserved", "ncpus", "first", "ipi_lines"),
     [
-        (None, 1, 254, [*range(254)]),
-        (None, 4, 248, [*range(248)]),
+        # Nobody said what is reserved: the upper half of what the kernel leaves.
+        (None, 1, 254, [*range(127, 254)]),
+        (None, 4, 248, [*range(124, 248)]),
         (None, 128, 0, []),
-        ((248, 8), 4, 248, [*range(248)]),
-        ((40, 8), 4, 40, [*range(40), *range(48, 256)]),
-        # What is left of the range comes first, then the regular space.
-        ((40, 16), 4, 40, [*range(48, 56), *range(40), *range(56, 256)]),
+        ((248, 8), 4, 248, []),
+        ((40, 8), 4, 40, []),
+        # What is left of the range, and no regular interrupt.
+        ((40, 16), 4, 40, [*range(48, 56)]),
         ((0, 256), 2, 0, [*range(4, 256)]),
     ],
 )
 def test_the_range(reserved, ncpus, first, ipi_lines):
     chip = MipsGic(reserved_ipi_vectors=reserved).for_cpus(ncpus)
     lines = list(chip.lines(ncpus))
-    assert [line.number for line in lines] == list(range(256))
+    assert [line.number for line in lines] == list(range(256 + 7))
+    assert [line.name[14:] for line in lines[256:]] == [
+        *("WD", "COMPARE", "TIMER", "PERFCTR", "SWINT0", "SWINT1", "FDC")
+    ]
+    assert len(chip.irq_lines(ncpus)) == 256 + 7 - 2 * ncpus
     calls = [line.number for line in lines if line.use == "call"]
     resched = [line.number for line in lines if line.use == "reschedule"]
     assert calls == list(range(first, first + ncpus))
@@ -132,22 +139,38 @@ def test_a_range_of_its_own(boot):
     assert chip.MASK >> 60 & 0xFF == 0xF
     assert cluster.call(1, abs, -1) == 1
     assert chip.line("IPI call 1").number == 61
-    assert list(chip.ipi_lines(2))[:7] == [64, 65, 66, 67, 68, 69, 0]
+    assert list(chip.ipi_lines(2)) == [64, 65, 66, 67, 68, 69]
     chip.mp_ops.send_ipi_mask([0, 1], 0x1)
     quiet(cluster)
     assert [chip.read("rows", cpu, 0) for cpu in (0, 1)] == [1, 1]
 
 
-def test_domains_take_what_is_left_of_the_range_first(boot, eventually):
-    """And what they reserve is routed, sent by WEDGE and taken."""
+def test_domains_take_what_is_left_of_the_range_and_no_more(boot, eventually):
+    """gic_ipi_domain_alloc; what they reserve is routed, sent by WEDGE and taken."""
     cluster = boot(2, controller=MipsGic(reserved_ipi_vectors=(60, 6)), idle="halt")
     irq, chip = cluster.irq, cluster.chip
     first = irq.irq_reserve_ipi(None, [0, 1])
     assert [irq.ipi_get_hwirq(first, cpu) for cpu in (0, 1)] == [64, 65]
-    # The range is used up: on to the regular space, from its beginning.
-    second = irq.irq_reserve_ipi(None, [0, 1])
-    assert [irq.ipi_get_hwirq(second, cpu) for cpu in (0, 1)] == [0, 1]
-    assert [chip.map_vp(n) for n in (64, 65, 0, 1)] == [0, 1, 0, 1]
+    # The range is used up: the regular interrupts are devices'.
+    for dest in ([0, 1], [0]):
+        with pytest.raises(IrqError, match=r"has no .*hwirq.* left") as caught:
+            irq.irq_reserve_ipi(None, dest)
+        assert (caught.value.errno, caught.value.domain) == (
+            errno.EBUSY,
+            "mips-gic-ipi",
+        )
+    with pytest.raises(IrqError, match="hwirq 0 is not domain mips-gic-ipi's"):
+        irq.irq_reserve_ipi(None, [0], hwirq=0)
+    assert [chip.map_vp(n) for n in (64, 65, 0, 1)] == [0, 1, None, None]
+    # A device gets no interrupt of the range, reserved or not (gic_irq_domain_map).
+    devices = irq.irq_domain_create(DomainNode("devices", "none"))
+    for taken in (60, 64):
+        with pytest.raises(IrqError) as caught:
+            irq.irq_create_mapping(devices, taken)
+        assert caught.value.errno == (errno.EINVAL if taken == 60 else errno.EBUSY)
+    virq = irq.irq_create_mapping(devices, 3)
+    assert chip.map_vp(3) == 0
+    irq.irq_dispose_mapping(virq)
     seen = cluster.shared("seen", "i8", 1)
     count = smp.NativeHandler("count")
     irq.request_percpu_irq(first, count, "mine", seen)
@@ -170,6 +193,69 @@ def test_a_range_too_small():
         Cluster(4, controller=chip)
     with pytest.raises(ValueError, match="128 CPUs, not 129"):
         Cluster(129, controller="mips-gic")
+
+
+def test_local_interrupts_are_each_cpus_own(boot, eventually):
+    """GIC_LOCAL_INT_*: masked by VL_SMASK, VL_RMASK; dispatched before shared ones."""
+    cluster = boot(2, controller="mips-gic", idle="halt", trace=True)
+    irq, chip = cluster.irq, cluster.chip
+    devices = irq.irq_domain_create(DomainNode("devices", "none"))
+    lines = [256 + n for n in range(GIC_NUM_LOCAL_INTRS)]
+    assert [n for n in devices.hwirqs() if n >= 256] == lines
+    assert not set(lines) & set(irq.domain().hwirqs())
+    seen = cluster.percpu("seen", "i8")
+    count = smp.NativeHandler("count")
+    timer = irq.irq_create_mapping(devices, 256 + GIC_LOCAL_INT_TIMER, "timer")
+    irq.request_percpu_irq(timer, count, "timer", seen)
+    assert irq.irq_to_desc(timer).irq_data.hwirq == 258
+    # Masked at both, then at one: each holds what it was sent.
+    chip.raise_local(GIC_LOCAL_INT_TIMER, 0)
+    chip.raise_local(GIC_LOCAL_INT_TIMER, 1)
+    chip.raise_local(GIC_LOCAL_INT_TIMER, 1)
+    assert [chip.read_gic_vl_pend(cpu) for cpu in (0, 1)] == [4, 4]
+    assert chip.pending_lines(1) == [258]
+    assert chip.PEND == 0
+    irq.enable_percpu_irq(timer, [1])
+    eventually(lambda: seen.tolist() == [0, 1])
+    assert [chip.read_gic_vl_mask(cpu) for cpu in (0, 1)] == [0, 4]
+    assert [irq.irq_percpu_is_enabled(timer, cpu) for cpu in (0, 1)] == [False, True]
+    chip.write_gic_vl_smask(1 << GIC_LOCAL_INT_TIMER, 0)
+    eventually(lambda: seen.tolist() == [1, 1])
+    chip.write_gic_vl_rmask(1 << GIC_LOCAL_INT_TIMER, 1)
+    chip.raise_local(GIC_LOCAL_INT_TIMER, 1)
+    assert chip.read_gic_vl_pend(1) == 4
+    assert not irq.irq_percpu_is_enabled(timer, 1)
+    # With shared ones pending below it: the local one is first.
+    shared = irq.irq_reserve_ipi(None, [1])
+    irq.request_percpu_irq(shared, count, "shared", seen)
+    irq.enable_percpu_irq(shared)
+    first = len(cluster.trace_events())
+    line = irq.ipi_get_hwirq(shared, 1)
+
+    def both():
+        smp.local_irq_disable()
+        here = shmipi.irq.chip()
+        here.raise_line(line, 1)
+        here.write_gic_vl_smask(1 << 2)
+        here.raise_local(2)
+        smp.local_irq_enable()
+
+    cluster.run(both, cpus=[1])
+    events = cluster.trace_events()[first:]
+    taken = events["arg"][(events["event"] == LINE_ACK) & (events["cpu"] == 1)].tolist()
+    assert [n for n in taken if n in (258, line)] == [258, line]
+    cluster.offline(1)
+    chip.raise_local(GIC_LOCAL_INT_TIMER, 1)
+    cluster.online(1)
+    assert chip.read_gic_vl_pend(1) == 0  # lost
+    assert chip.read_gic_vl_mask(1) == 4
+    for wrong in (-1, 7):
+        with pytest.raises(IrqError, match="no local interrupt"):
+            chip.raise_local(wrong, 1)
+        with pytest.raises(IrqError, match="no local interrupts"):
+            chip.write_gic_vl_smask(wrong << 7, 1)
+    with pytest.raises(IrqError, match="no line 258 that another CPU"):
+        chip.raise_line(258, 1)
 
 
 def test_other_chips_give_out_their_free_lines():

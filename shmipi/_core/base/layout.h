@@ -35,7 +35,8 @@
 #define SHI_NOWAIT_POOL 64u /* wait=0 calls in flight, per sender */
 #define SHI_CSD_SPARE 4096u /* csds per slot beyond two for every CPU, at least */
 #define SHI_FUNCS 16384u    /* functions one sender can have registered at a time */
-#define SHI_NLINES 256u     /* interrupt lines (x86: vectors) of a chip */
+#define SHI_NLINES 320u     /* interrupt lines of a chip: a whole number of words */
+#define SHI_NVECTORS 256u   /* vector: of which are used; shared: that are the machine's */
 #define SHI_NO_LINE UINT32_MAX
 #define SHI_NROWS 32u     /* rows of /proc/interrupts that a chip may have */
 #define SHI_NR_IRQS 1024u /* irq descriptors; virq 0 is none */
@@ -443,7 +444,7 @@ struct shi_irqdomain {
     uint32_t coproc; /* 1 + the coprocessor whose domain it is; 0: the CPUs' */
     char name[32];
     uint64_t lines[SHI_NLINES / 64]; /* that are its own; none: what its parent has left */
-    uint32_t reserved[12];
+    uint32_t reserved[10];
 };
 _Static_assert(sizeof(struct shi_irqdomain) == 128, "an irq domain is a line pair");
 

@@ -9,6 +9,10 @@
  * (gic_handle_shared_int): one that comes again meanwhile waits for the next copy, so none
  * keeps those above it from being taken.
  *
+ * Behind them are a CPU's local interrupts (GIC_LOCAL_INT_*): pending and masked in its own
+ * part (VL_PEND, VL_MASK), not routed, and dispatched before the shared ones
+ * (gic_handle_local_int).
+ *
  * Which lines are a CPU's is in a mask of that CPU (the driver's pcpu_masks): a look is
  * three loads and an AND for 64 lines.
  */
@@ -17,7 +21,10 @@
 #include "irq/chip.h"
 #include "irq/ring.h"
 
-#define WORDS (SHI_NLINES / 64)
+#define WORDS (SHI_NVECTORS / 64) /* of the shared ones: the local ones are in the next */
+#define LOCAL WORDS
+
+_Static_assert(LOCAL + 1 == SHI_NLINES / 64, "lines behind the shared ones are local");
 
 static bool shared_set(struct shi_self *self, uint32_t dst, uint32_t line)
 {
@@ -25,6 +32,10 @@ static bool shared_set(struct shi_self *self, uint32_t dst, uint32_t line)
     struct shi_irq_area *area = shi_irq_area(m);
     uint64_t bit = 1ull << (line % 64);
     uint32_t route;
+    if (line / 64 == LOCAL) {
+        shi_fetch_or_full(&shi_slot(m, dst)->irr[LOCAL], bit);
+        return shi_load_full(&shi_pic(m, dst)->enable[LOCAL]) & bit;
+    }
     shi_fetch_or_full(&area->shared[line / 64], bit);
     /* Pending first, mask and route second; SMASK and the map registers are written
      * first and pending is looked at second: one sees the other. */
@@ -46,6 +57,9 @@ static uint64_t mine(const struct shi_machine *m, uint32_t cpu, uint32_t word)
     const struct shi_irq_area *area = shi_irq_area(m);
     const struct shi_pic *pic = shi_pic(m, cpu);
     uint64_t routed = shi_load_full(&pic->routed[word]);
+    if (word == LOCAL)
+        return shi_load_full(&shi_slot(m, cpu)->irr[LOCAL]) &
+               shi_load_full(&pic->enable[LOCAL]) & ~shi_load_relaxed(&pic->isr[LOCAL]);
     if (!routed)
         return 0;
     return shi_load_full(&area->shared[word]) & shi_load_full(&area->mask[word]) & routed &
@@ -56,16 +70,17 @@ static uint64_t mine(const struct shi_machine *m, uint32_t cpu, uint32_t word)
 static uint32_t dispatch(struct shi_self *self)
 {
     struct shi_irq_area *area = shi_irq_area(self->m);
-    uint32_t i;
-    for (i = 0; i < WORDS; i++) {
+    uint32_t n;
+    for (n = 0; n <= WORDS; n++) {
+        uint32_t i = n ? n - 1 : LOCAL;
+        shi_a64 *pend = i == LOCAL ? &self->slot->irr[LOCAL] : &area->shared[i];
         while (self->taken[i]) {
             uint64_t bit = self->taken[i] & (0 - self->taken[i]);
             uint32_t line = i * 64 + (uint32_t)__builtin_ctzll(bit);
             self->taken[i] &= ~bit;
             /* Masked since, or routed away: it stays pending for whoever unmasks it, or is
              * taken there.  WEDGE, cleared; not set any more: taken back. */
-            if (!(mine(self->m, self->id, i) & bit) ||
-                !(shi_fetch_and_full(&area->shared[i], ~bit) & bit))
+            if (!(mine(self->m, self->id, i) & bit) || !(shi_fetch_and_full(pend, ~bit) & bit))
                 continue;
             if (shi_kept_in_service(self->m, line))
                 shi_set_in_service(self, line, true);
@@ -82,7 +97,7 @@ static uint32_t shared_next(struct shi_self *self)
     do {
         if ((line = dispatch(self)) != SHI_NO_LINE)
             return line;
-        for (i = 0, found = 0; i < WORDS; i++)
+        for (i = 0, found = 0; i <= LOCAL; i++)
             found |= self->taken[i] = mine(self->m, self->id, i);
     } while (found);
     return SHI_NO_LINE;
@@ -97,7 +112,7 @@ static void shared_end(struct shi_self *self, uint32_t line)
 static bool shared_pending(const struct shi_machine *m, uint32_t cpu)
 {
     uint32_t i;
-    for (i = 0; i < WORDS; i++)
+    for (i = 0; i <= LOCAL; i++)
         if (mine(m, cpu, i))
             return true;
     return false;
@@ -108,6 +123,14 @@ static void shared_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bo
     struct shi_irq_area *area = shi_irq_area(self->m);
     uint64_t bit = 1ull << (line % 64);
     uint32_t route;
+    if (line / 64 == LOCAL) { /* VL_SMASK, VL_RMASK */
+        shi_a64 *enable = &shi_pic(self->m, cpu)->enable[LOCAL];
+        if (on)
+            shi_fetch_or_full(enable, bit);
+        else
+            shi_fetch_and_full(enable, ~bit);
+        return;
+    }
     if (!on) {
         shi_fetch_and_full(&area->mask[line / 64], ~bit); /* RMASK */
         return;
@@ -120,8 +143,9 @@ static void shared_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bo
 
 static void shared_clear(struct shi_self *self, uint32_t cpu, uint32_t line)
 {
-    (void)cpu;
-    shi_fetch_and_full(&shi_irq_area(self->m)->shared[line / 64], ~(1ull << (line % 64)));
+    shi_a64 *pend = line / 64 == LOCAL ? &shi_slot(self->m, cpu)->irr[LOCAL]
+                                       : &shi_irq_area(self->m)->shared[line / 64];
+    shi_fetch_and_full(pend, ~(1ull << (line % 64)));
 }
 
 void shi_chip_route(struct shi_self *self, uint32_t line, uint32_t cpu)
@@ -130,6 +154,8 @@ void shi_chip_route(struct shi_self *self, uint32_t line, uint32_t cpu)
     struct shi_irq_area *area = shi_irq_area(m);
     uint64_t bit = 1ull << (line % 64);
     uint32_t old = shi_load_relaxed(&area->route[line]) - 1;
+    if (line / 64 == LOCAL)
+        return;
     if (old < m->ncpus && old != cpu)
         shi_fetch_and_full(&shi_pic(m, old)->routed[line / 64], ~bit);
     shi_store_full(&area->route[line], cpu + 1); /* SHI_NO_LINE + 1 is 0: nobody's */

@@ -15,7 +15,7 @@
 static uint32_t highest(const shi_a64 *bits, const shi_a64 *and)
 {
     int i;
-    for (i = SHI_NLINES / 64 - 1; i >= 0; i--) {
+    for (i = SHI_NVECTORS / 64 - 1; i >= 0; i--) {
         /* Full: who unmasks, or comes online, has done so before it looks; an acquire
          * load may pass his own store where the processor has weaker ones (RCpc). */
         uint64_t word = shi_load_full(&bits[i]);

@@ -50,7 +50,9 @@ _USES = {
 #: What the core's layout has room for.
 _NAME_MAX = 15
 _LABEL_MAX = 7
-_FLOW_LINES = {"sgi": 16, "esb": 28}
+_FLOW_LINES = {"sgi": 16, "esb": 28, "shared": _core.NLINES}
+#: Of all other flows.
+_MOST_LINES = 256
 
 
 @dataclass(frozen=True)
@@ -182,11 +184,12 @@ class Chip:
         """
         lines = list(self.lines(ncpus))
         labels = self._check_description()
+        most = _FLOW_LINES.get(self.flow, _MOST_LINES)
         use = bytearray(_core.NLINES)
         row = bytearray([0xFF]) * _core.NLINES
         first: dict[str, int] = {}
         for line in lines:
-            if not 0 <= line.number < _core.NLINES:
+            if not 0 <= line.number < max(most, _MOST_LINES):
                 raise ValueError(f"{self.name}: no line {line.number} ({line.name})")
             if line.use not in _USES:
                 raise ValueError(f"{self.name}: {line.name}: no use {line.use!r}")
@@ -212,7 +215,6 @@ class Chip:
                         f" {kind} in a row"
                     )
         nlines = max(line.number for line in lines) + 1
-        most = _FLOW_LINES.get(self.flow, _core.NLINES)
         if nlines > most:
             raise ValueError(f"{self.name}: flow {self.flow} has lines 0 to {most - 1}")
         return {
@@ -274,9 +276,20 @@ class Chip:
                 )
         return labels
 
-    def ipi_lines(self, ncpus: int) -> Sequence[int]:
-        """Return the lines for IPI domains, in the order in which to take them."""
+    def irq_lines(self, ncpus: int) -> Sequence[int]:
+        """Return the lines of use "irq", in the order in which to take them."""
         return [line.number for line in self.lines(ncpus) if line.use == "irq"]
+
+    def ipi_lines(self, ncpus: int) -> Sequence[int]:
+        """Return those of them that IPI domains take, the others being for devices.
+
+        Here all, for either.
+        """
+        return self.irq_lines(ncpus)
+
+    def is_routed(self, line: int) -> bool:
+        """Is it the machine's, and interrupts the one CPU that it is routed to?"""
+        return self.flow == "shared"
 
     def prepare(self, machine: _core.Machine) -> None:
         """Set the controller up before the first CPU is made: routes, for example."""

@@ -20,7 +20,15 @@ number is taken first.
 A range is reserved for IPIs: what the device tree says in ``mti,reserved-ipi-vectors``,
 else the last two for each CPU. Two blocks in it are the kernel's own, as
 ``mips_smp_ipi_allocate`` reserves them: first a "call" for each CPU, then a "resched"
-for each. IPI domains take what is left of the range, then the others.
+for each. IPI domains take what is left of the range, and nothing else: when that is
+used up there are no more (gic_ipi_domain_alloc), and a device cannot have one of them.
+The driver's default leaves none, so here IPI domains then have the upper half of the
+other interrupts.
+
+Each CPU has seven local interrupts besides (GIC_LOCAL_INT_*, lines 256 to 262): the
+watchdog, two timers, the performance counters, two that software raises, and the debug
+channel. They are no IPIs: other CPUs cannot raise them, and what raises one here is
+whoever stands in for the device. They are masked by VL_SMASK and VL_RMASK, a bit each.
 """
 
 from __future__ import annotations
@@ -43,12 +51,34 @@ from shmipi.irq.chips.mips import (
     PlatSmpOps,
 )
 
-__all__ = ["GIC_WEDGE_RW", "MipsGic"]
+__all__ = [
+    "GIC_LOCAL_INT_COMPARE",
+    "GIC_LOCAL_INT_FDC",
+    "GIC_LOCAL_INT_PERFCTR",
+    "GIC_LOCAL_INT_SWINT0",
+    "GIC_LOCAL_INT_SWINT1",
+    "GIC_LOCAL_INT_TIMER",
+    "GIC_LOCAL_INT_WD",
+    "GIC_NUM_LOCAL_INTRS",
+    "GIC_WEDGE_RW",
+    "MipsGic",
+]
 
 #: The bit of WEDGE that says: make it pending.
 GIC_WEDGE_RW = 1 << 31
 
 _SHARED = 256
+
+#: A CPU's own interrupts (dt-bindings/interrupt-controller/mips-gic.h, asm/mips-gic.h).
+GIC_LOCAL_INT_WD = 0
+GIC_LOCAL_INT_COMPARE = 1
+GIC_LOCAL_INT_TIMER = 2
+GIC_LOCAL_INT_PERFCTR = 3
+GIC_LOCAL_INT_SWINT0 = 4
+GIC_LOCAL_INT_SWINT1 = 5
+GIC_LOCAL_INT_FDC = 6
+GIC_NUM_LOCAL_INTRS = 7
+_LOCAL = ("WD", "COMPARE", "TIMER", "PERFCTR", "SWINT0", "SWINT1", "FDC")
 
 
 # ---- for explain: arch/mips/kernel/smp.c, irq-mips-gic.c -----------------------------
@@ -97,7 +127,7 @@ _MIPS_GIC: Final = chain.of(
 
 
 class MipsGic(MipsSmp):
-    """The MIPS GIC with 256 shared interrupts, and NMIs (SH_MAPi_PIN can map to one).
+    """The MIPS GIC: 256 shared interrupts, seven local ones a CPU, and NMIs.
 
     ``reserved_ipi_vectors`` is ``(base, count)``, the two cells of the device tree's
     ``mti,reserved-ipi-vectors``; None: the last 2 x CPUs. ``ValueError`` for a range
@@ -164,14 +194,20 @@ class MipsGic(MipsSmp):
                 yield Line(intr, f"IPI resched {cpu}", "reschedule", "RES")
             else:
                 yield Line(intr, f"shared {intr}", "irq")
+        for intr, name in enumerate(_LOCAL):
+            yield Line(_SHARED + intr, f"GIC_LOCAL_INT_{name}", "irq")
 
     def ipi_lines(self, ncpus: int) -> Sequence[int]:
-        """Return what is left of the reserved range, then the other interrupts."""
+        """Return what is left of the reserved range."""
+        shared = [n for n in self.irq_lines(ncpus) if n < _SHARED]
+        if self.reserved_ipi_vectors is None:
+            return shared[len(shared) // 2 :]
         reserved = self.ipi_range(ncpus)
-        free = super().ipi_lines(ncpus)
-        return [n for n in free if n in reserved] + [
-            n for n in free if n not in reserved
-        ]
+        return [n for n in shared if n in reserved]
+
+    def is_routed(self, line: int) -> bool:
+        """The shared ones are; local ones are each CPU's."""
+        return line < _SHARED
 
     def prepare(self, machine: _core.Machine) -> None:
         """Route each IPI to its CPU."""
@@ -223,6 +259,49 @@ class MipsGic(MipsSmp):
         cpu = self._routed_to(self._intr(intr))
         return None if cpu < 0 else cpu
 
+    # The registers of a CPU's local interrupts: of this CPU, or of ``cpu``.
+
+    def read_gic_vl_pend(self, cpu: int | None = None) -> int:
+        """Return VL_PEND: bit n is set while local interrupt n is pending."""
+        return self.read("irr", self._vl(cpu), _SHARED // 64)
+
+    def read_gic_vl_mask(self, cpu: int | None = None) -> int:
+        """Return VL_MASK: bit n is set while local interrupt n is not masked."""
+        return self.read("enable", self._vl(cpu), _SHARED // 64)
+
+    def write_gic_vl_smask(self, bits: int, cpu: int | None = None) -> None:
+        """Write VL_SMASK: unmask these; one that is pending is taken now, once."""
+        self._vl_switch(bits, cpu, True)
+
+    def write_gic_vl_rmask(self, bits: int, cpu: int | None = None) -> None:
+        """Write VL_RMASK: mask these; what comes stays pending."""
+        self._vl_switch(bits, cpu, False)
+
+    def raise_local(self, intr: int, cpu: int | None = None) -> None:
+        """Be the device of local interrupt ``intr`` (GIC_LOCAL_INT_*) of a CPU."""
+        if not 0 <= operator.index(intr) < GIC_NUM_LOCAL_INTRS:
+            raise self.invalid(f"no local interrupt {intr}: they are 0 to 6")
+        self.machine.irq_raise(_SHARED + intr, [self._vl(cpu)], 0)
+
+    def _vl(self, cpu: int | None) -> int:
+        return self.cpu() if cpu is None else self.one_cpu(cpu)
+
+    def _vl_switch(self, bits: int, cpu: int | None, on: bool) -> None:
+        bits = operator.index(bits)
+        if not 0 <= bits < 1 << GIC_NUM_LOCAL_INTRS:
+            raise self.invalid(f"no local interrupts {bits:#x}: they are bits 0 to 6")
+        for intr in range(GIC_NUM_LOCAL_INTRS):
+            if bits >> intr & 1:
+                self.machine.irq_enable_line(self._vl(cpu), _SHARED + intr, on)
+
+    def _line(self, line: int) -> int:
+        if operator.index(line) >= _SHARED:
+            raise self.invalid(
+                f"there is no line {line} that another CPU could raise or mask: they"
+                f" are 0 to {_SHARED - 1}"
+            )
+        return super()._line(line)
+
     @property
     def PEND(self) -> int:
         """SH_PEND: bit n is set while interrupt n is pending."""
@@ -236,7 +315,10 @@ class MipsGic(MipsSmp):
     def pending_lines(self, cpu: int) -> list[int]:
         """Return the interrupts that are pending and routed to a CPU, least first."""
         pend = self.PEND & self._register("routed", cpu)
-        return [n for n in range(_SHARED) if pend >> n & 1]
+        local = self.read("irr", cpu, _SHARED // 64)
+        return [n for n in range(_SHARED) if pend >> n & 1] + [
+            _SHARED + n for n in range(GIC_NUM_LOCAL_INTRS) if local >> n & 1
+        ]
 
     def _register(self, name: str, cpu: int = 0) -> int:
         words = (self.read(name, cpu, i) << 64 * i for i in range(_SHARED // 64))
