@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from shmipi.cli.options import (
@@ -22,6 +22,7 @@ from shmipi.report.table import columns_of, folded
 
 if TYPE_CHECKING:
     from shmipi.cluster import Cluster
+    from shmipi.machine.held import Held, Look
     from shmipi.trace.chains import Explained, Step
 
 HELP = """\
@@ -30,7 +31,8 @@ on the CPU that sent it and on the CPU that received it, in order, under the nam
 have in the kernel of the controller's architecture. A line is printed for a tracepoint
 that was recorded, and never for one that was not: what was elided or coalesced is named
 as not passed. The time of a stage is that since the line before, on one clock for all
-CPUs, and holds the cost of its record."""
+CPUs, and holds the cost of its record. A time with a * was taken while other work held
+the core of one of the two CPUs: make the call again."""
 EXAMPLE = """\
 shmipi explain --controller apic
 shmipi explain --controller xive --state polling
@@ -117,15 +119,16 @@ def run(args: argparse.Namespace) -> int:
         args.state = "running"
     with _boot(args) as cluster:
         try:
-            explained = _explain(cluster, args, _record(cluster, args))
+            records, lost = _record(cluster, args)
+            explained = _explain(cluster, args, records)
         except RemoteCallError as error:
             raise CommandError(
                 f"the call from CPU {error.cpu} failed: {error.remote_repr}"
             ) from None
         about = _about(cluster, args)
     if args.json != "-":
-        _print(about, explained, args)
-    write_json(args.json, document("explain", **about, **_as_json(explained)))
+        _print(about, explained, lost, args)
+    write_json(args.json, document("explain", **about, **_as_json(explained, lost)))
     return 0
 
 
@@ -154,12 +157,12 @@ def _boot(args: argparse.Namespace) -> Cluster:
         raise CommandError(str(error), status=2) from None
 
 
-def _record(cluster: Cluster, args: argparse.Namespace) -> Any:
-    """Make the call; return the records of its time."""
+def _record(cluster: Cluster, args: argparse.Namespace) -> tuple[Any, dict[int, Held]]:
+    """Make the call; return the records of its time, and whose core was held in it."""
     targets = _targets(args)
     task = _run_masked if args.coalesce else _run_python
     with _tasks(cluster, task, targets if args.state == "running" else []):
-        start, returned, settled = cluster.run(
+        start, returned, settled, lost = cluster.run(
             _behind_another if args.coalesce else _call,
             args.call,
             targets,
@@ -171,9 +174,8 @@ def _record(cluster: Cluster, args: argparse.Namespace) -> Any:
     # The sender's until the call has returned; the targets' until they were done.
     own = (records["slot"] == _SENDER) & (records["stamp"] <= returned)
     theirs = (records["slot"] != _SENDER) & (records["slot"] < cluster.ncpus)
-    return records[
-        (own | theirs) & (records["stamp"] >= start) & (records["stamp"] <= settled)
-    ]
+    mine = (own | theirs) & (records["stamp"] >= start) & (records["stamp"] <= settled)
+    return records[mine], lost
 
 
 def _explain(cluster: Cluster, args: argparse.Namespace, records: Any) -> Explained:
@@ -239,10 +241,37 @@ def _run_masked() -> None:
         smp.local_irq_enable()
 
 
+def _cores(cpus: list[int]) -> dict[int, tuple[int, int]]:
+    """Return process and core of the sender and of ``cpus``."""
+    from shmipi import _core
+
+    machine = _core.current_machine()
+    slots = {cpu: machine.slot(cpu) for cpu in (_SENDER, *cpus)}
+    return {cpu: (slot.pid, slot.core) for cpu, slot in slots.items()}
+
+
+def _look(cores: dict[int, tuple[int, int]]) -> dict[int, Look]:
+    """Look at what was counted for each; the sender last: it is the one that looks."""
+    from shmipi.machine.held import look
+
+    return {cpu: look(*cores[cpu]) for cpu in reversed(cores)}
+
+
+def _lost(before: dict[int, Look], after: dict[int, Look]) -> dict[int, Held]:
+    """Return the CPUs whose core other work held between two looks, and how."""
+    from shmipi.machine.held import held
+
+    found = {cpu: held(look, after[cpu]) for cpu, look in before.items()}
+    return {cpu: how for cpu, how in sorted(found.items()) if how is not None}
+
+
 def _call(
     kind: str, cpus: list[int], state: str, handler: str | None
-) -> tuple[int, int, int]:
-    """Make the calls; return the times around the last, and when targets were done."""
+) -> tuple[int, int, int, dict[int, Held]]:
+    """Make the calls; return the times around the last, and when targets were done.
+
+    And the CPUs that lost their cores between the look before it and the one after.
+    """
     from shmipi import _core, smp
 
     wanted = {
@@ -264,18 +293,22 @@ def _call(
     # not on the core that a target needs.
     _core.bench_spin(None if mine in theirs else _SPIN_NS)
     start = returned = 0
+    cores = _cores(cpus)
+    before = after = _look(cores)
     try:
         for _ in range(_WARM_UP + 1):
+            before = _look(cores)
             for cpu in (*cpus, *cpus):  # once more: the first may have changed since
                 _core.bench_await(cpu, wanted, _GAP_NS)
             start = _core.stamp()
             call()
             returned = _core.stamp()
+            after = _look(cores)
             time.sleep(_SETTLE_S)
     finally:
         _core.bench_spin(None)
     _settle(cpus, start, _last_record(kind, state))
-    return start, returned, _core.stamp()
+    return start, returned, _core.stamp(), _lost(before, after)
 
 
 def _last_record(kind: str, state: str) -> str:
@@ -306,14 +339,17 @@ def _settle(cpus: list[int], start: int, event: str) -> None:
 
 def _behind_another(
     kind: str, cpus: list[int], state: str, handler: str | None
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int, dict[int, Held]]:
     """The same, each call behind one that the target has not taken yet."""
     from shmipi import _core, shared, smp
 
     del kind, state
     flags, function = shared(_FLAGS), _function(handler)
     start = returned = 0
+    cores = _cores(cpus)
+    before = after = _look(cores)
     for _ in range(_WARM_UP + 1):
+        before = _look(cores)
         while not flags[_MASKED] or flags[_CALLING]:
             pass
         smp.smp_call_function_single(cpus[0], function, None, False)
@@ -322,8 +358,9 @@ def _behind_another(
         start = _core.stamp()
         smp.smp_call_function_single(cpus[0], function)
         returned = _core.stamp()
+        after = _look(cores)
     _settle(cpus, start, "ipi_exit")
-    return start, returned, _core.stamp()
+    return start, returned, _core.stamp(), _lost(before, after)
 
 
 def _function(handler: str | None) -> Any:
@@ -362,12 +399,37 @@ def _about(cluster: Cluster, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _as_json(explained: Explained) -> dict[str, Any]:
+def _marked(steps: Sequence[Step], lost: Mapping[int, Held]) -> list[bool]:
+    """Say of which steps the time was taken while other work may have held the core.
+
+    Those of a CPU that lost its core, and those that follow one of its: what it did
+    next may have had to wait. But none that took too short for anybody to come and go.
+    """
+    from shmipi.machine.held import SWITCHES_NS
+
+    before = [None, *(step.cpu for step in steps)]
+    return [
+        step.stage_ns >= SWITCHES_NS and (step.cpu in lost or last in lost)
+        for step, last in zip(steps, before, strict=False)
+    ]
+
+
+def _as_json(explained: Explained, lost: Mapping[int, Held]) -> dict[str, Any]:
+    marked = _marked(explained.steps, lost)
     return {
+        "held": {
+            str(cpu): {
+                "preempted": how.preempted,
+                "waited_ns": how.waited_ns,
+                "stolen_s": how.stolen_s,
+            }
+            for cpu, how in lost.items()
+        },
         "steps": [
             {
                 "at_ns": step.at_ns,
                 "stage_ns": step.stage_ns,
+                "held": mark,
                 "cpu": step.cpu,
                 "about_cpu": step.target,
                 "side": "sends" if step.cpu == _SENDER else "receives",
@@ -376,7 +438,7 @@ def _as_json(explained: Explained) -> dict[str, Any]:
                 "calls": [call.strip() for call in step.calls],
                 "here": step.note,
             }
-            for step in explained.steps
+            for step, mark in zip(explained.steps, marked, strict=True)
         ],
         "spared": {str(cpu): why for cpu, why in explained.spared.items()},
         "not_passed": explained.not_passed,
@@ -385,7 +447,10 @@ def _as_json(explained: Explained) -> dict[str, Any]:
 
 
 def _print(
-    about: dict[str, Any], explained: Explained, args: argparse.Namespace
+    about: dict[str, Any],
+    explained: Explained,
+    lost: Mapping[int, Held],
+    args: argparse.Namespace,
 ) -> None:
     stream = human_stream(args)
     targets = " and ".join(f"CPU {cpu}" for cpu in about["targets"])
@@ -403,12 +468,16 @@ def _print(
         print(folded(line, width), file=stream)
     print(file=stream)
     rows = [("at", "stage", "CPU", "function in the kernel", "here")]
-    for step in explained.steps:
-        rows += _rows(step)
+    marked = _marked(explained.steps, lost)
+    for step, mark in zip(explained.steps, marked, strict=True):
+        rows += _rows(step, mark)
     for line in _table(rows, width):
         print(line, file=stream)
     print(file=stream)
-    for words in explained.words:
+    notes = [f"* CPU {cpu} {how.why}: other work held it" for cpu, how in lost.items()]
+    if lost and not any(marked):
+        notes.append("no stage was long enough for that: the times are the call's own")
+    for words in (*notes, *explained.words):
         shown = textwrap.fill(words, min(width or 88, 88), break_on_hyphens=False)
         print(shown, file=stream)
 
@@ -443,7 +512,7 @@ def _table(rows: list[tuple[str, str, str, str, str]], width: int | None) -> lis
     return lines
 
 
-def _rows(step: Step) -> list[tuple[str, str, str, str, str]]:
+def _rows(step: Step, mark: bool) -> list[tuple[str, str, str, str, str]]:
     """The lines of a step: one for each function, what happened beside the last."""
     cpu = f"{step.cpu} ->" if step.cpu == _SENDER else f"  -> {step.cpu}"
     calls = step.calls or ("",)
@@ -451,7 +520,7 @@ def _rows(step: Step) -> list[tuple[str, str, str, str, str]]:
     return [
         (
             "" if number else _time(step.at_ns),
-            "" if number else f"+{_time(step.stage_ns)}",
+            "" if number else f"+{_time(step.stage_ns)}{'*' if mark else ''}",
             cpu,
             call,
             step.note if number == last else "",

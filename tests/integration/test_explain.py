@@ -270,7 +270,7 @@ def recorded():
             explain.prepare_parser(parser)
             args = parser.parse_args(["--controller", controller])
             with explain._boot(args) as cluster:
-                records = explain._record(cluster, args)
+                records, _ = explain._record(cluster, args)
                 lines = {
                     line.number: (line.name, line.use)
                     for line in cluster.chip.lines(cluster.ncpus)
@@ -358,6 +358,21 @@ def test_what_a_coalesced_line_says():
 
 
 # ---- for people, and bad arguments ---------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [[], ["--state", "running", "--coalesce"]])
+def test_what_was_taken_while_other_work_held_the_core_is_marked(capfd, more):
+    assert main(["explain", *more, "--json", "-"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    lost = {int(cpu) for cpu in found["held"]}
+    assert lost <= {0, 1}
+    for how in found["held"].values():
+        assert how["preempted"] or how["waited_ns"] > 100_000 or how["stolen_s"]
+    before = None
+    for step in found["steps"]:
+        near = step["cpu"] in lost or before in lost
+        assert step["held"] == (near and step["stage_ns"] >= 1000)
+        before = step["cpu"]
 
 
 def test_the_text_is_for_people(capfd, tmp_path):
