@@ -7,6 +7,7 @@ not end: one that leaks fails, whatever it was about.
 import atexit
 import compileall
 import contextlib
+import gc
 import importlib.util
 import os
 import secrets
@@ -17,6 +18,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,24 @@ def _objects() -> set[Path]:
                 if parts[0] == "shmipi" and len(parts) > 2 and parts[2] in names:
                     found.add(path)
     return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Take away what a failed test left in cycles: its sockets are not the next one's.
+
+    A ResourceWarning about them is an error of whatever test runs just then.
+    """
+    failed = item.session.testsfailed
+    result = yield
+    if item.session.testsfailed != failed:
+        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+            with contextlib.suppress(AttributeError):
+                delattr(sys, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()
+    return result
 
 
 @pytest.fixture(autouse=True)

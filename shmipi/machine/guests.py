@@ -171,7 +171,8 @@ class Guests:
     # ---- a guest comes --------------------------------------------------------------
 
     def _accept(self) -> None:
-        assert self._listener is not None
+        if self._listener is None:
+            return  # closed by what was found at the same time: the order to stop
         try:
             connection, _ = self._listener.accept()
         except OSError:

@@ -216,6 +216,7 @@ def test_what_there_is_no_apic_of():
         Apic(destination="round")
 
 
+@pytest.mark.alone
 def test_x2apic_by_itself_above_255_cpus(boot, counted):
     cluster = boot(260, idle="halt")
     chip = cluster.chip

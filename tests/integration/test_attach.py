@@ -4,6 +4,8 @@ import contextlib
 import errno
 import json
 import os
+import secrets
+import selectors
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +30,7 @@ from shmipi import (
     smp,
 )
 from shmipi.machine import segment
-from shmipi.machine.guests import address
+from shmipi.machine.guests import Guests, address
 from shmipi.names import DOORBELLS
 
 SOON_S = 2.0  # hard; what is meant is a second at most
@@ -172,31 +175,64 @@ def test_no_machine_and_a_dead_one(script, eventually):
         path.unlink()
 
 
-def test_a_machine_that_ends_just_now_says_so(boot, background, eventually):
+@pytest.fixture
+def ending(boot, background, eventually, monkeypatch):
+    """A machine, and what ends it: but not before its task was told to go on."""
     owner = boot(1)
+    begun, told = owner.shared("begun", "i8", 1), owner.shared("told", "i8", 1)
 
     def busy():
         smp.local_irq_disable()
-        end = time.monotonic() + 1.0
-        while time.monotonic() < end:
-            pass
+        begun[0] = 1
+        end = time.monotonic() + 20.0
+        while not told[0] and time.monotonic() < end:
+            time.sleep(0)
+        smp.local_irq_enable()
+        begun[0] = 2
 
-    task = owner.start(busy)[0]
-    eventually(task.running)
-    time.sleep(0.05)
-    shutdown = background(owner.shutdown)
+    owner.start(busy)
+    eventually(lambda: begun[0])
+    # On a busy computer it must not be killed before somebody was told.
+    monkeypatch.setattr(type(owner._host).close, "__defaults__", (30.0,))
+    return owner, begun, told, lambda: background(owner.shutdown)
+
+
+def test_a_machine_that_ends_just_now_says_so(ending):
+    owner, begun, told, shut_down = ending
+    shutdown = shut_down()
     seen = {}
     while shutdown.is_alive():
         try:
             Cluster.attach(owner.name).shutdown()
         except AttachError as error:
             seen[error.errno] = str(error)
+            if error.errno == errno.ESHUTDOWN:
+                told[0] = 1
     shutdown.end()
-    assert "it is being shut down" in seen[errno.ESHUTDOWN]
+    assert "it is being shut down" in seen.get(errno.ESHUTDOWN, ""), seen
     assert seen.keys() <= {errno.ESHUTDOWN, errno.EOWNERDEAD, errno.ENOENT}
+    assert begun[0] == 2
     for name in (None, 5, "", "a/b"):
         with pytest.raises(ValueError, match="name is"):
             Cluster.attach(name)
+
+
+def test_who_comes_with_the_shutdown_does_not_end_it_at_once():
+    """The firmware finds both at one look, and the order to stop closes the door."""
+    full = f"shmipi.{os.getuid()}.t{secrets.token_hex(6)}"
+    config = {"segment": full, "ncpus": 1, "doorbell": "futex"}
+    machine = SimpleNamespace(nslots=_core.GUESTS + 2)
+    with selectors.EpollSelector() as selector:
+        guests = Guests(machine, selector, config, (1, 2), None)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as visitor:
+            visitor.connect(address(full, (1, 2)))
+            found = selector.select(1)
+            assert found
+            guests.close()
+            for key, _ in found:
+                key.data()
+            with pytest.raises(ConnectionResetError):  # and looks how the machine is
+                visitor.recv(100)
 
 
 def test_a_controller_of_a_module_that_is_not_here(tmp_path, script, capsys):

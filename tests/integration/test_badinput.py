@@ -306,7 +306,12 @@ def test_results_when_dev_shm_is_full(script):
         script,
         "6m",
         """
+        import time
         from shmipi import ArenaFullError, Cluster, RemoteCallError
+
+        def wait(_):
+            while not ran[99]:
+                time.sleep(0.001)
 
         def big(n, size):
             ran[n] += 1
@@ -318,13 +323,16 @@ def test_results_when_dev_shm_is_full(script):
 
         with Cluster(2, idle="halt") as cluster:
             ran = cluster.shared("ran", "i8", 100)
-            # More than there is of memory, read one after the other.
+            # More than there is of memory, read one after the other; none is made
+            # before all are asked for, which takes memory, too.
+            cluster.smp.smp_call_function_single(1, wait, None, False)
             calls = [
                 cluster._machine.post(1, big, (n, 300_000), None, False)
                 for n in range(40)
             ]
+            ran[99] = 1
             got = [cluster._machine.collect(call, 1, 10.0) for call in calls]
-            print(got == [(n, bytes(300_000)) for n in range(40)], int(ran.sum()))
+            print(got == [(n, bytes(300_000)) for n in range(40)], int(ran[:40].sum()))
             try:
                 cluster.call(1, big, 50, 8 << 20)
             except RemoteCallError as error:

@@ -121,6 +121,7 @@ def test_cpus_are_out_of_the_terminals_reach(boot):
     assert os.getsid(0) != session
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("ncpus", [1, 2, 17, 256])
 def test_many_cpus(boot, ncpus):
     start = time.monotonic()
@@ -135,6 +136,7 @@ def test_many_cpus(boot, ncpus):
     print(f"shutdown of {ncpus}: {time.monotonic() - start:.2f} s")
 
 
+@pytest.mark.alone
 def test_a_thousand_cpus(boot):
     """1,024 CPUs on however few cores: they boot, answer, and end."""
     cluster = boot(1024, idle="halt")

@@ -121,6 +121,7 @@ def test_idle_auto_is_one_of_the_others(boot):
     assert boot(os.cpu_count() * 2 + 1).idle in ("haltpoll", "halt")
 
 
+@pytest.mark.alone
 def test_halted_cpus_do_not_wake_up(boot, eventually):
     """256 with futex, fewer with those of which a system has few: none switches."""
     few = {"futex": 256, "mqueue": 8}

@@ -249,6 +249,7 @@ def test_a_full_signal_queue_loses_nothing(rig, eventually, doorbell, target):
     print(eventually(lambda: (found.hits[1:4] == 1).all()))
 
 
+@pytest.mark.alone
 def test_idle_cpus_are_not_woken_by_it(boot, eventually):
     cluster = boot(64, idle="halt")
     eventually(lambda: all(cpu.state == "halted" for cpu in cluster.cpus))

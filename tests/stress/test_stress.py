@@ -115,6 +115,7 @@ def test_two_hundred_kills_at_random_moments() -> None:
     assert report.in_flight_at_death > 0  # else none was killed with a call in hand
 
 
+@pytest.mark.alone
 def test_far_more_cpus_than_cores() -> None:
     report = torture(112, 1.5, stutter=0)
     assert report.calls > 112

@@ -1,0 +1,86 @@
+"""What tests/conftest.py promises to every test, tried on small test files."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(folder: Path, *arguments: str, **files: str) -> str:
+    """Run pytest on these files as on those of tests/; what it printed."""
+    for name, text in files.items():
+        (folder / f"test_{name}.py").write_text(text)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+            *("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)),
+            *("-p", "conftest", *arguments, str(folder)),
+        ],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return done.stdout + done.stderr
+
+
+def test_a_failed_tests_sockets_are_not_the_next_ones(tmp_path: Path) -> None:
+    printed = run(
+        tmp_path,
+        sockets="""
+import gc, socket
+
+def test_fails():
+    cycle = [socket.socket()]
+    cycle.append(cycle)
+    assert False
+
+def test_collects():
+    gc.collect()
+""",
+    )
+    assert "1 failed, 1 passed" in printed, printed
+
+
+SHARED = """
+import os, time
+import pytest
+
+def note(kind):
+    with open({log!r}, "a") as file:
+        file.write(f"{{kind}} {{os.getpid()}}\\n")
+
+@pytest.mark.parametrize("n", range(50))
+def test_waits(n):
+    note("begins")
+    time.sleep(0.02)
+    note("ends")
+
+@pytest.mark.alone
+@pytest.mark.parametrize("n", range(3))
+def test_measures(n):
+    note("alone")
+"""
+
+
+@pytest.mark.parametrize("workers", ["2", "3"])
+def test_what_is_alone_runs_when_all_others_have_ended(
+    tmp_path: Path, workers: str
+) -> None:
+    log = tmp_path / "log"
+    text = SHARED.format(log=str(log))
+    how = ("-n", workers, "--dist", "loadscope", "--no-loadscope-reorder")
+    printed = run(tmp_path, *how, one=text, two=text)
+    assert re.search(r"=+ 106 passed in ", printed), printed
+    lines = [line.split() for line in log.read_text().splitlines()]
+    kinds = [kind for kind, _ in lines]
+    assert kinds[-6:] == ["alone"] * 6
+    assert len({pid for kind, pid in lines if kind == "alone"}) == 1
+    assert kinds.count("ends") == 100
+    assert len({pid for kind, pid in lines}) == int(workers)
