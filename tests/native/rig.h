@@ -23,6 +23,7 @@
 #include "smp/csd.h"
 #include "smp/entry.h"
 #include "smp/idle.h"
+#include "smp/queue.h"
 #include "smp/reap.h"
 #include "smp/sender.h"
 #include "smp/smp.h"
@@ -160,6 +161,76 @@ static inline int rig_call(struct shi_self *self, uint32_t dst, uint32_t native,
     CHECK(shi_load_relaxed(&shi_own_csd(self, (uint32_t)local)->status) == SHI_S_DONE);
     shi_call_end(self, (uint32_t)local);
     return 0;
+}
+
+/* ---- a machine at rest ------------------------------------------------------------ */
+
+/* A machine whose CPUs nobody runs: the test is the owner of their queues. */
+static inline void rig_quiet(struct rig *r, uint32_t ncpus)
+{
+    uint32_t i;
+    struct shi_header *plan = calloc(1, sizeof *plan);
+    CHECK(plan);
+    memset(r, 0, sizeof *r);
+    rig_now = r;
+    r->ncpus = ncpus;
+    shi_native_init();
+    CHECK(shi_layout_plan(plan, ncpus, 0, 1 << 20, 1 << 20) == 0);
+    rig_chip(&plan->chip);
+    plan->doorbell = SHI_DB_futex;
+    plan->kick_signal = 40;
+    CHECK(shi_clock_calibrate(&plan->clock) == 0);
+    void *base = mmap(NULL, plan->total_bytes, PROT_READ | PROT_WRITE,
+                      MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    CHECK(base != MAP_FAILED);
+    memcpy(base, plan, sizeof *plan);
+    CHECK(shi_machine_attach(&r->m, base, plan->total_bytes, -1) == 0);
+    free(plan);
+    shi_store_relaxed(&r->m.header->steps, 1); /* so that the reaper looks at queues */
+    CHECK(shi_self_init(&r->host, &r->m, ncpus) == 0);
+    CHECK(shi_self_init(&r->firmware, &r->m, ncpus + 1) == 0);
+    for (i = 0; i < ncpus; i++) {
+        shi_reap_reset(&r->host, i);
+        CHECK(shi_self_init(&r->cpu[i], &r->m, i) == 0);
+    }
+}
+
+static inline void rig_unquiet(struct rig *r)
+{
+    uint32_t i;
+    for (i = 0; i < r->ncpus; i++)
+        shi_self_fini(&r->cpu[i]);
+    shi_self_fini(&r->host);
+    shi_self_fini(&r->firmware);
+    CHECK(munmap(r->m.base, r->m.total_bytes) == 0);
+}
+
+static inline void rig_set_state(struct rig *r, uint32_t cpu, enum shi_state state)
+{
+    shi_a64 *word = &shi_slot(&r->m, cpu)->word;
+    shi_store_full(word, shi_word_with(shi_load_full(word), state));
+}
+
+/* Fill, lock and push a csd of the host: what push says, its index in *local. */
+static inline int rig_push(struct rig *r, uint32_t dst, uint64_t type, uint32_t *local)
+{
+    shi_enter(&r->host);
+    int64_t got = shi_csd_get(&r->host);
+    CHECK(got >= 0);
+    struct shi_csd *csd = shi_own_csd(&r->host, (uint32_t)got);
+    memset((char *)csd + 16, 0, sizeof *csd - 16);
+    csd->func = SHI_FUNC_NATIVE;
+    CHECK(shi_csd_trylock(&r->host, csd, type, dst) == 0);
+    CHECK(shi_csd_trylock(&r->host, csd, type, dst) == -EBUSY);
+    int rc = shi_queue_push(&r->host, dst, shi_own_index(&r->host, (uint32_t)got), csd);
+    if (rc < 0) {
+        shi_csd_cancel(csd);
+        CHECK(!shi_csd_locked(csd));
+        shi_csd_put(&r->host, (uint32_t)got);
+    }
+    shi_leave(&r->host);
+    *local = (uint32_t)got;
+    return rc;
 }
 
 #endif

@@ -8,74 +8,15 @@
 
 static struct rig rig;
 
+#define quiet(n) rig_quiet(&rig, n)
+#define unquiet() rig_unquiet(&rig)
+#define set_state(cpu, state) rig_set_state(&rig, cpu, state)
+#define push(dst, type, local) rig_push(&rig, dst, type, local)
+
 /* Take everything off the owner's queue, oldest first. */
 static struct shi_list take(struct shi_self *self)
 {
     return shi_queue_in_order(self, shi_queue_grab(self));
-}
-
-/* A machine whose CPUs nobody runs: the test is the owner of their queues. */
-static void quiet(uint32_t ncpus)
-{
-    uint32_t i;
-    struct shi_header *plan = calloc(1, sizeof *plan);
-    CHECK(plan);
-    memset(&rig, 0, sizeof rig);
-    rig.ncpus = ncpus;
-    shi_native_init();
-    CHECK(shi_layout_plan(plan, ncpus, 0, 1 << 20, 1 << 20) == 0);
-    rig_chip(&plan->chip);
-    plan->doorbell = SHI_DB_futex;
-    plan->kick_signal = 40;
-    CHECK(shi_clock_calibrate(&plan->clock) == 0);
-    void *base = mmap(NULL, plan->total_bytes, PROT_READ | PROT_WRITE,
-                      MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    CHECK(base != MAP_FAILED);
-    memcpy(base, plan, sizeof *plan);
-    CHECK(shi_machine_attach(&rig.m, base, plan->total_bytes, -1) == 0);
-    free(plan);
-    CHECK(shi_self_init(&rig.host, &rig.m, ncpus) == 0);
-    for (i = 0; i < ncpus; i++) {
-        shi_reap_reset(&rig.host, i);
-        CHECK(shi_self_init(&rig.cpu[i], &rig.m, i) == 0);
-    }
-}
-
-static void unquiet(void)
-{
-    uint32_t i;
-    for (i = 0; i < rig.ncpus; i++)
-        shi_self_fini(&rig.cpu[i]);
-    shi_self_fini(&rig.host);
-    CHECK(munmap(rig.m.base, rig.m.total_bytes) == 0);
-}
-
-static void set_state(uint32_t cpu, enum shi_state state)
-{
-    shi_a64 *word = &shi_slot(&rig.m, cpu)->word;
-    shi_store_full(word, shi_word_with(shi_load_full(word), state));
-}
-
-/* Fill, lock and push a csd of the host: what push says, its index in *local. */
-static int push(uint32_t dst, uint64_t type, uint32_t *local)
-{
-    shi_enter(&rig.host);
-    int64_t got = shi_csd_get(&rig.host);
-    CHECK(got >= 0);
-    struct shi_csd *csd = shi_own_csd(&rig.host, (uint32_t)got);
-    memset((char *)csd + 16, 0, sizeof *csd - 16);
-    csd->func = SHI_FUNC_NATIVE;
-    CHECK(shi_csd_trylock(&rig.host, csd, type, dst) == 0);
-    CHECK(shi_csd_trylock(&rig.host, csd, type, dst) == -EBUSY);
-    int rc = shi_queue_push(&rig.host, dst, shi_own_index(&rig.host, (uint32_t)got), csd);
-    if (rc < 0) {
-        shi_csd_cancel(csd);
-        CHECK(!shi_csd_locked(csd));
-        shi_csd_put(&rig.host, (uint32_t)got);
-    }
-    shi_leave(&rig.host);
-    *local = (uint32_t)got;
-    return rc;
 }
 
 static void who_rings(void)
@@ -175,6 +116,65 @@ static void damage(void)
     unquiet();
 }
 
+static void link_to(uint32_t local, uint32_t next)
+{
+    shi_store_relaxed(&shi_own_csd(&rig.host, local)->next, next);
+}
+
+/* What valid() is for: it finds each way in which links can be wrong, and nothing in whole
+ * ones. */
+static void valid(void)
+{
+    uint32_t locals[3], i, first, last;
+    struct shi_list list;
+    quiet(2);
+    shi_a64 *word = &shi_slot(&rig.m, 1)->word;
+    set_state(1, SHI_RUNNING);
+    CHECK(shi_queue_valid(&rig.m, 1, shi_load_full(word)) == 0);
+    for (i = 0; i < 3; i++)
+        CHECK(push(1, SHI_CSD_SYNC, &locals[i]) >= 0);
+    uint64_t w = shi_load_full(word);
+    first = shi_own_index(&rig.host, locals[0]) + 1;
+    last = shi_own_index(&rig.host, locals[2]) + 1;
+    CHECK(shi_queue_valid(&rig.m, 1, w) == 3);
+    CHECK(shi_queue_valid(&rig.m, 0, w) == -EBADMSG); /* of another CPU */
+    CHECK(shi_queue_valid(&rig.m, 1, w + (1ull << SHI_W_GEN_SHIFT)) == -EBADMSG);
+    CHECK(shi_queue_valid(&rig.m, 1, w | UINT64_MAX << SHI_W_HEAD_SHIFT) == -EBADMSG);
+    link_to(locals[0], last); /* a circle */
+    CHECK(shi_queue_valid(&rig.m, 1, w) == -EBADMSG);
+    link_to(locals[0], UINT32_MAX); /* out of the segment */
+    CHECK(shi_queue_valid(&rig.m, 1, w) == -EBADMSG);
+    link_to(locals[0], 0);
+    struct shi_csd *middle = shi_own_csd(&rig.host, locals[1]);
+    uint64_t lock = shi_load_full(&middle->lock);
+    shi_store_full(&middle->lock, lock & ~SHI_CSD_LOCK); /* unlocked, and still queued */
+    CHECK(shi_queue_valid(&rig.m, 1, w) == -EBADMSG);
+    shi_store_full(&middle->lock, lock);
+    middle->src++;
+    CHECK(shi_queue_valid(&rig.m, 1, w) == -EBADMSG);
+    middle->src--;
+    CHECK(shi_queue_valid(&rig.m, 1, w) == 3);
+
+    list = take(&rig.cpu[1]);
+    struct shi_list whole = list;
+    CHECK(shi_list_valid(&rig.cpu[1], &list) == 3);
+    CHECK(shi_list_valid(&rig.cpu[0], &list) == -EBADMSG);
+    list.count = 2;
+    CHECK(shi_list_valid(&rig.cpu[1], &list) == -EBADMSG);
+    list = whole;
+    list.tail = first;
+    CHECK(shi_list_valid(&rig.cpu[1], &list) == -EBADMSG);
+    list = whole;
+    link_to(locals[2], first); /* the last goes back to the first */
+    CHECK(shi_list_valid(&rig.cpu[1], &list) == -EBADMSG);
+    link_to(locals[2], 0);
+    CHECK(shi_list_valid(&rig.cpu[1], &list) == 3);
+    while (shi_list_pop(&rig.cpu[1], &list) != UINT32_MAX)
+        CHECK(shi_list_valid(&rig.cpu[1], &list) == (int)list.count);
+    CHECK(shi_list_valid(&rig.cpu[1], &list) == 0);
+    unquiet();
+}
+
 /* Many pushers, one owner: everything arrives once, and each pusher's in its order. */
 #define PUSHERS 4
 #define PUSHES 20000
@@ -238,6 +238,7 @@ int main(void)
     order();
     not_ours();
     damage();
+    valid();
     many_pushers();
     return 0;
 }

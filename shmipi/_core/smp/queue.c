@@ -128,3 +128,35 @@ uint32_t shi_list_pop(struct shi_self *self, struct shi_list *list)
         *list = (struct shi_list){ 0, 0, 0 };
     return index;
 }
+
+/* ---- do they hold together? ------------------------------------------------------- */
+
+/* Follow links from `at`: how many csds, the last in *tail; -EBADMSG for one that is not this
+ * CPU's, and for a circle: longer than there are csds. */
+static int follow(const struct shi_machine *m, uint32_t cpu, uint16_t gen, uint32_t at,
+                  uint32_t *tail)
+{
+    uint32_t count = 0;
+    for (*tail = 0; at; at = shi_load_relaxed(&shi_csd(m, at - 1)->next)) {
+        if (!shi_csd_is_of(m, cpu, gen, at - 1) || count == m->ncsds)
+            return -EBADMSG;
+        *tail = at;
+        count++;
+    }
+    return (int)count;
+}
+
+int shi_queue_valid(const struct shi_machine *m, uint32_t cpu, uint64_t word)
+{
+    uint32_t tail;
+    return follow(m, cpu, shi_word_gen(word), shi_word_head(word), &tail);
+}
+
+int shi_list_valid(const struct shi_self *self, const struct shi_list *list)
+{
+    uint32_t tail;
+    int count = follow(self->m, self->id, self->gen, list->head, &tail);
+    if (count < 0 || (uint32_t)count != list->count || tail != list->tail)
+        return -EBADMSG;
+    return count;
+}

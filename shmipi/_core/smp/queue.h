@@ -32,10 +32,18 @@ void shi_list_append(const struct shi_machine *m, struct shi_list *list, uint32_
 /* UINT32_MAX when empty (or damaged: the rest is dropped and counted). */
 uint32_t shi_list_pop(struct shi_self *self, struct shi_list *list);
 
-/* Is `index` a csd that exists, is locked, and is addressed to this CPU? */
-static inline bool shi_csd_is_ours(const struct shi_self *self, uint32_t index)
+/*
+ * For tests, and for the reaper of a machine with steps: do all links hold together?  How many
+ * csds, or -EBADMSG.  Of a queue that nobody drains meanwhile, `word` being its CPU's; of a
+ * list, by its owner.
+ */
+int shi_queue_valid(const struct shi_machine *m, uint32_t cpu, uint64_t word);
+int shi_list_valid(const struct shi_self *self, const struct shi_list *list);
+
+/* Is `index` a csd that exists, is locked, and is addressed to this process of this CPU? */
+static inline bool shi_csd_is_of(const struct shi_machine *m, uint32_t cpu, uint16_t gen,
+                                 uint32_t index)
 {
-    const struct shi_machine *m = self->m;
     if (index >= m->ncsds)
         return false;
     uint32_t owner = index >> m->csd_shift;
@@ -43,8 +51,13 @@ static inline bool shi_csd_is_ours(const struct shi_self *self, uint32_t index)
         return false;
     const struct shi_csd *csd = shi_csd(m, index);
     uint64_t lock = shi_load_acquire(&csd->lock);
-    return (lock & SHI_CSD_LOCK) && (uint16_t)(lock >> SHI_CSD_DST_SHIFT) == self->id &&
-           (uint16_t)(lock >> SHI_CSD_GEN_SHIFT) == self->gen && csd->src == owner;
+    return (lock & SHI_CSD_LOCK) && (uint16_t)(lock >> SHI_CSD_DST_SHIFT) == cpu &&
+           (uint16_t)(lock >> SHI_CSD_GEN_SHIFT) == gen && csd->src == owner;
+}
+
+static inline bool shi_csd_is_ours(const struct shi_self *self, uint32_t index)
+{
+    return shi_csd_is_of(self->m, self->id, self->gen, index);
 }
 
 #endif

@@ -8,6 +8,7 @@
 #include "smp/csd.h"
 #include "smp/entry.h"
 #include "smp/lend.h"
+#include "smp/queue.h"
 #include "smp/reap.h"
 
 /* Its process queues nothing any more. */
@@ -26,6 +27,10 @@ void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end)
      * by the scan, which does not depend on links the dead may have half written. */
     while (!shi_cas_full(&slot->word, &w, (w & SHI_W_GEN) | SHI_DEAD))
         ;
+    /* Pushers link first and swap second, so whoever was killed wherever, the queue is whole.
+     * Acquire is the swap's above; nobody unlocks these before shi_reap_complete. */
+    if (self->steps && shi_queue_valid(self->m, cpu, w) < 0)
+        shi_count(self, SHI_C_corrupt);
     shi_store_release(&slot->waiting_for, 0);
     shi_store_release(&slot->ringing, 0);
     shi_store_relaxed(&slot->pic.init, 0);
