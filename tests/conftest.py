@@ -86,6 +86,7 @@ def pytest_configure(config: pytest.Config) -> None:
         atexit.register(Path(os.environ[_ALONE]).unlink, missing_ok=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist tells that it has ended
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Write it, in one of the workers: all collect the same."""
     if os.environ.get("PYTEST_XDIST_WORKER") == "gw0":

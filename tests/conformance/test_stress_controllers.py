@@ -22,6 +22,7 @@ def time_enough(request: pytest.FixtureRequest) -> None:
         request.node.add_marker(pytest.mark.timeout(120 + 3 * SECONDS))
 
 
+@pytest.mark.alone  # how often a CPU goes off and on in a second is looked at
 @pytest.mark.parametrize("interval", ["onoff_interval", "kill_interval"])
 @pytest.mark.parametrize("controller", CHIPS)
 def test_stress(controller: str, interval: str) -> None:

@@ -570,7 +570,13 @@ def test_two_hosts_bring_a_dead_cpu_back(lab, eventually):
 
 def test_a_host_detaches_while_its_threads_call(lab, background):
     """Each ends with an error, and what they left never reaches the slot's next."""
-    for _ in range(5):
+    gate = lab.shared("gate", "i8", 1)
+
+    def held(number):
+        while shmipi.shared("gate")[0] <= number:
+            time.sleep(0.005)
+
+    for number in range(5):
         here = Cluster.attach(lab.name)
 
         def calls(here=here):
@@ -578,12 +584,13 @@ def test_a_host_detaches_while_its_threads_call(lab, background):
                 here.call(0, len, bytes(5000))
 
         threads = [background(calls) for _ in range(3)]
-        waits = background(here.call, 1, time.sleep, 0.3)
+        waits = background(here.call, 1, held, number)
         time.sleep(0.05)
         here.shutdown()
         for thread in (*threads, waits):
             with pytest.raises(ClusterStateError, match="closed"):
                 thread.end()
+        gate[0] = number + 1
         with Cluster.attach(lab.name) as other:
             assert [other.call(0, int, str(i)) for i in range(50)] == list(range(50))
     assert lab.counters()["corrupt"].sum() == 0
