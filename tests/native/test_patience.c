@@ -24,7 +24,7 @@ static int64_t post(struct shi_self *self, uint32_t dst, uint32_t func, uint64_t
     int64_t local;
     uint32_t busy;
     while ((local = shi_call_post(self, &call, type, dst)) == -EAGAIN)
-        CHECK(shi_call_room(self, NULL, &busy) == 0);
+        CHECK(shi_call_room(self, NULL, NULL, &busy) == 0);
     CHECK(local >= 0);
     return local;
 }
@@ -32,7 +32,7 @@ static int64_t post(struct shi_self *self, uint32_t dst, uint32_t func, uint64_t
 static void call(struct shi_self *self, uint32_t dst, uint32_t func)
 {
     uint32_t local = (uint32_t)post(self, dst, func, SHI_CSD_SYNC);
-    CHECK(shi_call_wait(self, local, dst, 0, NULL) == 0);
+    CHECK(shi_call_wait(self, local, dst, 0, NULL, NULL) == 0);
     CHECK(shi_load_relaxed(&shi_own_csd(self, local)->status) == SHI_S_DONE);
     shi_call_end(self, local);
     CHECK(self->sender.notes[local].polled == 0); /* not the next one's */
@@ -73,7 +73,7 @@ static void by_target_and_function(uint32_t noop, uint32_t late)
         (void)post(&rig.host, 1, noop, SHI_CSD_ASYNC);
     uint32_t local = (uint32_t)post(&rig.host, 1, noop, SHI_CSD_SYNC | SHI_CSD_PARKED);
     CHECK(rig.host.sender.notes[local].polled == 0);
-    CHECK(shi_call_wait(&rig.host, local, 1, 0, NULL) == 0);
+    CHECK(shi_call_wait(&rig.host, local, 1, 0, NULL, NULL) == 0);
     shi_call_end(&rig.host, local);
     CHECK(shi_load_relaxed(patience) == 7);
 }
