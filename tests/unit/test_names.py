@@ -130,6 +130,18 @@ def test_what_a_header_declares_another_file_uses() -> None:
         and sum(name in found for file, found in words.items() if file != header) < 2
     ]
     assert not alone
+    total = sum(words.values(), Counter())
+    macros = {
+        name
+        for header, text in files.items()
+        if header.suffix == ".h"
+        for name in re.findall(r"^#define (\w+)", text, re.M)
+    }
+    # Every type of a csd that the kernel has is named, also the one that none is of.
+    assert {name for name in macros if total[name] == 1} <= {
+        "PY_SSIZE_T_CLEAN",
+        "SHI_CSD_IRQ_WORK",
+    }
 
 
 def sources() -> str:

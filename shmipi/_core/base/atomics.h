@@ -76,6 +76,5 @@ static inline void shi_cpu_relax(void)
 #else
 #define shi_prefetch_write(p) __builtin_prefetch((const void *)(p), 1, 3)
 #endif
-#define shi_prefetch_read(p) __builtin_prefetch((const void *)(p), 0, 3)
 
 #endif

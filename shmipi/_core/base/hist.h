@@ -15,7 +15,6 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define SHI_HIST_SIGFIGS 3
 #define SHI_HIST_SUB_BITS 11 /* 2 * 10^3 values one apart need 2^11 sub-buckets */
 #define SHI_HIST_SUB_COUNT (1u << SHI_HIST_SUB_BITS)
 #define SHI_HIST_HALF_COUNT (SHI_HIST_SUB_COUNT / 2)

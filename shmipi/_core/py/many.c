@@ -169,45 +169,28 @@ static PyObject *run_many(Machine *machine, PyObject *mask, PyObject *function, 
     Py_RETURN_NONE;
 }
 
-PyObject *shi_call_mask(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
-                        PyObject *kwnames)
+/* (mask, func, info, wait), or without a mask: all online CPUs. */
+static PyObject *family(Machine *machine, const char *name, bool masked, bool run_self,
+                        PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
 {
     static const char *const names[] = { "mask", "func", "info", "wait" };
-    PyObject *a[4];
-    if (shi_parse("smp_call_function_many", names, 2, 4, args, nargs, kwnames, a) < 0)
+    PyObject *a[4] = { NULL, NULL, NULL, NULL };
+    int skip = !masked;
+    if (shi_parse(name, names + skip, 2 - skip, 4 - skip, args, nargs, kwnames, a + skip) < 0)
         return NULL;
-    return run_many(machine, a[0], a[1], a[2], a[3], false, NULL);
+    return run_many(machine, a[0], a[1], a[2], a[3], run_self, NULL);
 }
 
-PyObject *shi_call_others(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
-                          PyObject *kwnames)
-{
-    static const char *const names[] = { "func", "info", "wait" };
-    PyObject *a[3];
-    if (shi_parse("smp_call_function", names, 1, 3, args, nargs, kwnames, a) < 0)
-        return NULL;
-    return run_many(machine, NULL, a[0], a[1], a[2], false, NULL);
-}
-
-PyObject *shi_each_cpu(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
-                       PyObject *kwnames)
-{
-    static const char *const names[] = { "func", "info", "wait" };
-    PyObject *a[3];
-    if (shi_parse("on_each_cpu", names, 1, 3, args, nargs, kwnames, a) < 0)
-        return NULL;
-    return run_many(machine, NULL, a[0], a[1], a[2], true, NULL);
-}
-
-PyObject *shi_each_cpu_mask(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
-                            PyObject *kwnames)
-{
-    static const char *const names[] = { "mask", "func", "info", "wait" };
-    PyObject *a[4];
-    if (shi_parse("on_each_cpu_mask", names, 2, 4, args, nargs, kwnames, a) < 0)
-        return NULL;
-    return run_many(machine, a[0], a[1], a[2], a[3], true, NULL);
-}
+#define FAMILY(function, name, masked, run_self)                                               \
+    PyObject *function(Machine *machine, PyObject *const *args, Py_ssize_t nargs,              \
+                       PyObject *kwnames)                                                      \
+    {                                                                                          \
+        return family(machine, name, masked, run_self, args, nargs, kwnames);                  \
+    }
+FAMILY(shi_call_mask, "smp_call_function_many", true, false)
+FAMILY(shi_call_others, "smp_call_function", false, false)
+FAMILY(shi_each_cpu, "on_each_cpu", false, true)
+FAMILY(shi_each_cpu_mask, "on_each_cpu_mask", true, true)
 
 PyObject *shi_each_cpu_cond_mask(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
                                  PyObject *kwnames)

@@ -2,6 +2,7 @@
 /* shmipi._core: the module, put together. */
 #include "py/base.h"
 
+#include "base/step.h"
 #include "base/trace.h"
 #include "irq/chip.h"
 #include "irq/flows.h"
@@ -282,8 +283,8 @@ static int module_exec(PyObject *module)
         { "HALTED", SHI_HALTED },
         { "LIMIT_AREA_BYTES", sizeof(struct shi_limit_area) },
         { "LIMIT_PLACEMENTS", SHI_LIMIT_PLACEMENTS },
-        { "STEP_STOP", 1 },
-        { "STEP_KILL", 2 },
+        { "STEP_STOP", SHI_STEP_STOP },
+        { "STEP_KILL", SHI_STEP_KILL },
     };
     size_t i;
     for (i = 0; i < sizeof numbers / sizeof *numbers; i++)
