@@ -10,7 +10,7 @@ from typing import Final
 __all__ = ["BENCHES", "CHIPS", "CONTROLLERS", "DOORBELLS", "IDLE", "IDLE_POLICIES"]
 
 #: What wakes a halted CPU, by its number in the segment.
-DOORBELLS: Final = ("futex", "sem", "signal", "eventfd", "mqueue")
+DOORBELLS: Final = ("futex", "sem", "signal", "eventfd", "mqueue", "pipe")
 #: What an idle CPU does, by its number in the segment.
 IDLE: Final = ("poll", "haltpoll", "halt")
 IDLE_POLICIES: Final = ("auto", *IDLE)

@@ -13,6 +13,8 @@ soon as every process has it open.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -237,9 +239,58 @@ class Mqueue(Doorbell):
         )
 
 
+class Pipe(Doorbell):
+    """A pipe of one page, which has no name: the host makes it."""
+
+    name = "pipe"
+    about = "a pipe of one page"
+    rings = "write() to its pipe"
+    sleeps = "ppoll() of its pipe"
+    limit = "pipe"
+    limit_about = "write to a sleeper in ppoll, who then reads, the sender spins"
+    is_inherited = True
+    is_descriptor = True
+    is_handed = True
+    remedy = "; raise fs.pipe-user-pages-hard (sysctl), if there is such a limit"
+    sysctls = ("fs/pipe-user-pages-soft", "fs/pipe-user-pages-hard")
+
+    def make(self) -> int:
+        # One descriptor for both directions: whoever rings is a reader too (db_pipe.c).
+        flags = os.O_CLOEXEC | os.O_NONBLOCK
+        ends = zip(os.pipe2(flags), ("rb", "wb"), strict=True)
+        with contextlib.ExitStack() as stack:
+            end, _ = [stack.enter_context(io.FileIO(fd, mode)) for fd, mode in ends]
+            # Down to the page that it needs, which the kernel always allows: there are
+            # as many as CPUs, and a user's pipes have a limit of pages.
+            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 1)
+            return os.open(f"/proc/self/fd/{end.fileno()}", os.O_RDWR | flags)
+
+    def needs(self, limits: Limits, ncpus: int) -> Iterator[Need]:
+        for kind, why in (
+            ("soft", "above it all your programs' pipes are of two pages"),
+            (
+                "hard",
+                "above it there are none, and no machine with them boots",
+            ),
+        ):
+            most = limits.sysctls.get(f"fs/pipe-user-pages-{kind}")
+            if most is None:
+                continue
+            need = ncpus + 16  # while one is made it has more
+            yield Need(
+                f"fs.pipe-user-pages-{kind}",
+                str(most or "unlimited"),
+                f"the pipe doorbell is a page of pipes for each CPU; {why}",
+                f"for --doorbell pipe with {ncpus} CPUs: sysctl"
+                f" fs.pipe-user-pages-{kind}={need + 16384}, or choose another doorbell"
+                if most and most < need
+                else None,
+            )
+
+
 #: Every doorbell, in the order of their numbers.
 BY_NAME: Final[Mapping[str, Doorbell]] = {
-    bell.name: bell for bell in (Futex(), Sem(), Signal(), Eventfd(), Mqueue())
+    bell.name: bell for bell in (Futex(), Sem(), Signal(), Eventfd(), Mqueue(), Pipe())
 }
 #: The files of /proc/sys that they want to know.
 SYSCTLS: Final = tuple(file for bell in BY_NAME.values() for file in bell.sysctls)

@@ -267,7 +267,7 @@ def test_a_controller_of_a_module_that_is_not_here(tmp_path, script, capsys):
     owner.communicate()
 
 
-@pytest.mark.parametrize("doorbell", ["eventfd", "sem"])
+@pytest.mark.parametrize("doorbell", ["eventfd", "sem", "pipe"])
 def test_no_room_for_the_doorbells_is_said_at_once(boot, script, doorbell):
     program = """
     import os, resource, sys, time

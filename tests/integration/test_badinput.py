@@ -215,8 +215,9 @@ def refused(script, ncpus, doorbell, limit, value):
     return script(text + BOOT.format(ncpus=ncpus, doorbell=doorbell)).text
 
 
-def test_rlimit_nofile(script):
-    text = refused(script, 64, "eventfd", "resource.RLIMIT_NOFILE", 40)
+@pytest.mark.parametrize("doorbell", ["eventfd", "pipe"])
+def test_rlimit_nofile(script, doorbell):
+    text = refused(script, 64, doorbell, "resource.RLIMIT_NOFILE", 40)
     assert text.startswith(f"BootError {errno.EMFILE}")
     assert "ulimit -n" in text
     assert "futex" in text

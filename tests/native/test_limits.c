@@ -586,7 +586,8 @@ static void test_names(void)
 {
     static const char *const order[] = { "floor",      "mailbox", "queue",      "cacheline",
                                          "futex_park", "signal",  "membarrier", "futex",
-                                         "sem",        "sigwait", "eventfd",    "mqueue" };
+                                         "sem",        "sigwait", "eventfd",    "mqueue",
+                                         "pipe" };
 
     CHECK(sizeof order / sizeof order[0] == SHI_LIMIT_KINDS, "%d", SHI_LIMIT_KINDS);
     for (int i = 0; i < SHI_LIMIT_KINDS; i++) {

@@ -12,6 +12,9 @@ from shmipi.cli import main
 from shmipi.machine.facts import Facts, gather, steal_seconds
 from shmipi.report.doctor import examine, render, summary
 
+QUEUES = {"fs/mqueue/queues_max": 4096}
+SOFT, HARD = "fs/pipe-user-pages-soft", "fs/pipe-user-pages-hard"
+
 
 @pytest.fixture(scope="module")
 def facts() -> Facts:
@@ -49,7 +52,7 @@ def facts() -> Facts:
         pids_current=None,
         pid_max=4194304,
         threads_max=1_000_000,
-        sysctls={"fs/mqueue/queues_max": 4096},
+        sysctls={**QUEUES, SOFT: 16384, HARD: 0},
         shm_size_bytes=16 << 30,
         shm_free_bytes=16 << 30,
         memory_available_bytes=32 << 30,
@@ -98,6 +101,8 @@ def test_a_quiet_computer_has_nothing_against_it(facts: Facts) -> None:
         ({"threads_max": 1000}, "kernel.threads-max", "warning"),
         ({"sysctls": {"fs/mqueue/queues_max": 256}}, "fs.mqueue", "note"),
         ({"sysctls": {}}, "fs.mqueue", "note"),
+        ({"sysctls": {**QUEUES, SOFT: 512}}, "fs.pipe-user-pages-soft", "note"),
+        ({"sysctls": {**QUEUES, HARD: 512}}, "fs.pipe-user-pages-hard", "note"),
     ],
 )
 def test_each_trouble_is_found_alone(

@@ -555,7 +555,7 @@ enum shi_starved {
 enum shi_hotplug { SHI_HP_ONLINE = 0, SHI_HP_OFFLINE = 1, SHI_HP_STOP = 2 };
 enum shi_idle { SHI_IDLE_POLL = 0, SHI_IDLE_HALTPOLL = 1, SHI_IDLE_HALT = 2 };
 /* What wakes a halted CPU, by its number in the header: irq/db_NAME.c each. */
-#define SHI_DOORBELLS(X) X(futex) X(sem) X(signal) X(eventfd) X(mqueue)
+#define SHI_DOORBELLS(X) X(futex) X(sem) X(signal) X(eventfd) X(mqueue) X(pipe)
 
 enum shi_doorbell {
 #define X(name) SHI_DB_##name,
