@@ -35,6 +35,7 @@ __all__ = [
     "BATCH",
     "BATCHES",
     "BELLS",
+    "BORROWED",
     "EXAMPLE",
     "HELP",
     "PLACEMENTS",
@@ -59,6 +60,8 @@ shmipi bench limits --gap 1000 --json -"""
 
 #: The doorbells, in the order of the tables: the one that is the kick signal last.
 BELLS: Final = sorted(doorbells.BY_NAME.values(), key=lambda bell: bell.by_signal)
+#: The one whose raw round trip is over a machine's doorbells: the rig of all limits.
+BORROWED: Final = next(bell for bell in BELLS if bell.limit_borrows)
 #: Every limit, and what its round trip is.
 ABOUT: Final = {
     "floor": "payload, ring and answer in one line, 10 ns of work on each side, the"
@@ -204,7 +207,7 @@ class Limit:
 def _options(rig: Rig, cpu: int, kind: str, **more: Any) -> dict[str, Any]:
     return {
         "core": rig.cores[cpu],
-        "fd": rig.eventfd(cpu) if kind == "eventfd" else -1,
+        "fd": rig.bell(cpu) if kind == BORROWED.limit else -1,
         "name": "/" + unused_name("shmipi.limit"),
         **more,
     }
@@ -287,8 +290,8 @@ def measure(
             one_way=kind != "membarrier",
             deadline=_patience(calls + warmup, gap_ns),
         )
-        if kind == "eventfd" and options["fd"] < 0:
-            limit.unavailable = "no eventfds: the limit of open files (ulimit -n)"
+        if kind == BORROWED.limit and options["fd"] < 0:
+            limit.unavailable = f"no {kind}s: the limit of open files (ulimit -n)"
             return float("nan")
         try:
             with Disturbance(rig, cpu, limit.seen):
@@ -420,9 +423,9 @@ def measure_alone(
 
 
 def open_base(cores: Sequence[int], controller: str | type[Chip] = "apic") -> Rig:
-    """Boot the rig that can run every limit: with eventfds, if there may be some."""
+    """Boot the rig that can run every limit: with what one borrows, if that may be."""
     try:
-        return Rig(cores, doorbell="eventfd", controller=controller)
+        return Rig(cores, doorbell=BORROWED.name, controller=controller)
     except BootError:
         return Rig(cores, controller=controller)
 

@@ -203,10 +203,10 @@ class Rig:
         """Let a CPU poll or halt when it has nothing to do, from now on."""
         self.machine.set_idle(cpu, IDLE.index(policy))
 
-    def eventfd(self, cpu: int) -> int:
-        """Return the descriptor of a CPU's eventfd doorbell, -1 without these."""
-        eventfds = [] if self.cluster.attached else self.machine.doorbell_fds()
-        return eventfds[cpu] if eventfds else -1
+    def bell(self, cpu: int) -> int:
+        """Return the descriptor that a CPU's doorbell is, -1 if it is none."""
+        bells = [] if self.cluster.attached else self.machine.doorbell_fds()
+        return bells[cpu] if bells else -1
 
     def counters(self, cpu: int) -> dict[str, int]:
         """Return the counters of one CPU."""

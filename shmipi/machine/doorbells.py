@@ -61,6 +61,9 @@ class Doorbell:
     limit: ClassVar[str]
     limit_about: ClassVar[str]
 
+    #: That raw round trip makes no object of its own: it is over a machine's doorbells.
+    limit_borrows: ClassVar[bool] = False
+
     #: It is the kick signal: also with kick=False signals are queued.
     by_signal: ClassVar[bool] = False
     #: The host makes a descriptor of each CPU's, which all others inherit.
@@ -163,6 +166,7 @@ class Eventfd(Doorbell):
     sleeps = "read() of its eventfd"
     limit = "eventfd"
     limit_about = "write to a sleeper in read, the sender spins"
+    limit_borrows = True
     is_inherited = True
     is_descriptor = True
     is_handed = True
