@@ -309,28 +309,9 @@ void shi_csd_collect(struct shi_self *self)
     }
 }
 
-static void fill_head(struct shi_self *self, uint32_t local, const struct shi_call *call)
+int shi_csd_attach(struct shi_self *self, uint32_t local, const struct shi_call *call)
 {
     struct shi_csd *csd = shi_own_csd(self, local);
-    csd->func = call->func;
-    csd->serial = call->serial;
-    csd->kind = call->kind;
-    csd->length = call->length;
-    csd->apply = call->apply;
-    csd->room = 0;
-    csd->value = call->value;
-    if (shi_call_by_number(call)) {
-        shi_func_hold(self, call->func);
-        self->sender.notes[local].func = call->func + 1;
-    }
-}
-
-int shi_csd_fill(struct shi_self *self, uint32_t local, const struct shi_call *call)
-{
-    struct shi_csd *csd = shi_own_csd(self, local);
-    fill_head(self, local, call);
-    if (!call->payload && !call->room)
-        return 0;
     int64_t at =
         shi_csd_block(self, local, call->bytes > call->room ? call->bytes : call->room);
     if (at < 0)
@@ -353,7 +334,7 @@ int shi_csd_fill(struct shi_self *self, uint32_t local, const struct shi_call *c
 void shi_csd_fill_shared(struct shi_self *self, uint32_t local, const struct shi_call *call,
                          uint32_t owner)
 {
-    fill_head(self, local, call);
+    shi_csd_fill_head(self, local, call);
     if (call->payload) {
         shi_own_csd(self, local)->value = shi_own_csd(self, owner)->value;
         shi_csd_share(self, local, owner);

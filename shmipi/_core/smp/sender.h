@@ -75,6 +75,19 @@ void shi_csd_share(struct shi_self *self, uint32_t index, uint32_t owner);
 /* No more csds will share it: it goes with the last that does. */
 void shi_csd_end_sharing(struct shi_self *self, uint32_t owner);
 
+/* ---- functions ------------------------------------------------------------------- */
+
+/* Publish `length` bytes: the function's index, or -EMFILE (as many as there can be),
+ * -ENOBUFS, -E2BIG, -ENOSPC. */
+int64_t shi_func_publish(struct shi_self *self, const void *pickle, uint32_t length);
+/* A csd names the function from now on / no longer. */
+void shi_func_hold(struct shi_self *self, uint32_t index);
+void shi_func_drop(struct shi_self *self, uint32_t index);
+/* The function object is gone: free the number when no csd names it. */
+void shi_func_retire(struct shi_self *self, uint32_t index);
+
+/* ---- filling a csd ---------------------------------------------------------------- */
+
 /* What a call is made of before it has a csd. */
 struct shi_call {
     uint32_t func, serial; /* as in the csd */
@@ -90,21 +103,37 @@ static inline bool shi_call_by_number(const struct shi_call *call)
     return !(call->func & SHI_FUNC_NATIVE) && !(call->apply & SHI_A_INLINE_FUNC);
 }
 
-/* Fill csd `local`, which holds the function from then on.  0, or -errno of its block: give the csd back then. */
-int shi_csd_fill(struct shi_self *self, uint32_t local, const struct shi_call *call);
+/* A block for csd `local` with the payload, or for its result.  0 or -errno. */
+int shi_csd_attach(struct shi_self *self, uint32_t local, const struct shi_call *call);
+
+/* Fill all of csd `local` but its block; it holds the function from then on. */
+static inline void shi_csd_fill_head(struct shi_self *self, uint32_t local,
+                                     const struct shi_call *call)
+{
+    struct shi_csd *csd = shi_own_csd(self, local);
+    csd->func = call->func;
+    csd->serial = call->serial;
+    csd->kind = call->kind;
+    csd->length = call->length;
+    csd->apply = call->apply;
+    csd->room = 0;
+    csd->value = call->value;
+    if (shi_call_by_number(call)) {
+        shi_func_hold(self, call->func);
+        self->sender.notes[local].func = call->func + 1;
+    }
+}
+
+/* Fill csd `local`.  0, or -errno of its block: give the csd back then. */
+static inline int shi_csd_fill(struct shi_self *self, uint32_t local,
+                               const struct shi_call *call)
+{
+    shi_csd_fill_head(self, local, call);
+    return call->payload || call->room ? shi_csd_attach(self, local, call) : 0;
+}
+
 /* The same, with the payload that is in `owner` already. */
 void shi_csd_fill_shared(struct shi_self *self, uint32_t local, const struct shi_call *call,
                          uint32_t owner);
-
-/* ---- functions ------------------------------------------------------------------- */
-
-/* Publish `length` bytes: the function's index, or -EMFILE (as many as there can be),
- * -ENOBUFS, -E2BIG, -ENOSPC. */
-int64_t shi_func_publish(struct shi_self *self, const void *pickle, uint32_t length);
-/* A csd names the function from now on / no longer. */
-void shi_func_hold(struct shi_self *self, uint32_t index);
-void shi_func_drop(struct shi_self *self, uint32_t index);
-/* The function object is gone: free the number when no csd names it. */
-void shi_func_retire(struct shi_self *self, uint32_t index);
 
 #endif

@@ -20,7 +20,8 @@
 
 /* ---- lock and unlock -------------------------------------------------------------- */
 
-int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type, uint32_t dst)
+static inline int lock_csd(struct shi_self *self, struct shi_csd *csd, uint64_t type,
+                           uint32_t dst)
 {
     uint64_t old = shi_load_acquire(&csd->lock);
     if (old & SHI_CSD_LOCK)
@@ -40,7 +41,7 @@ int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type, u
     return 0;
 }
 
-void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
+static inline void unlock_csd(struct shi_self *self, struct shi_csd *csd)
 {
     uint32_t src = csd->src; /* after the exchange the csd may be anything */
     uint64_t seq = shi_load_relaxed(&csd->lock) & SHI_CSD_SEQ;
@@ -64,10 +65,21 @@ void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
     }
 }
 
+int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type, uint32_t dst)
+{
+    return lock_csd(self, csd, type, dst);
+}
+
+void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd)
+{
+    unlock_csd(self, csd);
+}
+
 /* ---- sending ----------------------------------------------------------------------- */
 
 /* Lock and push: enum shi_pushed, or -errno. */
-static int lock_and_push(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
+static inline int lock_and_push(struct shi_self *self, uint32_t local, uint64_t type,
+                                uint32_t dst)
 {
     struct shi_csd *csd = shi_own_csd(self, local);
     if (dst >= self->m->ncpus)
@@ -77,7 +89,7 @@ static int lock_and_push(struct shi_self *self, uint32_t local, uint64_t type, u
     if (__builtin_expect(self->left, 0))
         return -ESHUTDOWN;
     SHI_TRACE(self, call_begin, dst, shi_own_index(self, local) + 1, csd->func, (uint32_t)type);
-    int err = shi_csd_trylock(self, csd, type, dst);
+    int err = lock_csd(self, csd, type, dst);
     if (err)
         return err;
     err = shi_queue_push(self, dst, shi_own_index(self, local), csd);
@@ -358,7 +370,7 @@ static void run_native(struct shi_self *self, uint32_t index, struct shi_csd *cs
     if (!function) {
         shi_count(self, SHI_C_corrupt);
         shi_store_relaxed(&csd->status, SHI_S_NOFUNC);
-        shi_csd_unlock(self, csd);
+        unlock_csd(self, csd);
         return;
     }
     switch (csd->kind) {
@@ -369,7 +381,7 @@ static void run_native(struct shi_self *self, uint32_t index, struct shi_csd *cs
         if (csd->value.u >= shi_array_end(self->m)) {
             shi_count(self, SHI_C_corrupt);
             shi_store_relaxed(&csd->status, SHI_S_BROKEN);
-            shi_csd_unlock(self, csd);
+            unlock_csd(self, csd);
             return;
         }
         info = self->m->base + csd->value.u;
@@ -392,10 +404,10 @@ static void run_native(struct shi_self *self, uint32_t index, struct shi_csd *cs
         shi_count(self, SHI_C_csd_sync);
         function(info);
         SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
-        shi_csd_unlock(self, csd);
+        unlock_csd(self, csd);
     } else {
         shi_count(self, SHI_C_csd_async);
-        shi_csd_unlock(self, csd);
+        unlock_csd(self, csd);
         function(info);
         SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
     }
