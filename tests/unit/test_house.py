@@ -166,10 +166,12 @@ def symbols(path: Path) -> tuple[set[str], set[str]]:
     return has, needs
 
 
+Tables = dict[str, tuple[set[str], set[str]]]
+
+
 @pytest.fixture(scope="module")
-def arrows() -> Graph:
-    """All arrows between files of the core: by includes, and by symbols."""
-    graph = includes()
+def tables() -> Tables:
+    """What each file's object has, and what it needs."""
     compiler = native_script().compiler()
     if compiler is None or shutil.which("nm") is None:
         pytest.skip("symbols of objects: needs a C compiler and nm (binutils)")
@@ -178,7 +180,13 @@ def arrows() -> Graph:
         objects = list(
             pool.map(lambda path: compiled(path, compiler, newest), sources("*.c"))
         )
-    tables = {unit(p): symbols(o) for p, o in zip(sources("*.c"), objects, strict=True)}
+    return {unit(p): symbols(o) for p, o in zip(sources("*.c"), objects, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def arrows(tables: Tables) -> Graph:
+    """All arrows between files of the core: by includes, and by symbols."""
+    graph = includes()
     home = {name: where for where, (has, _) in tables.items() for name in has}
     assert {"shi_queue_push", "PyInit__core"} <= home.keys()
     for where, (_, needs) in tables.items():
@@ -216,6 +224,26 @@ def test_no_arrow_of_the_core_goes_up(arrows: Graph) -> None:
 
 def test_no_circle_of_files_in_the_core(arrows: Graph) -> None:
     compare(circles(arrows), KNOWN_CIRCLES)
+
+
+@pytest.mark.parametrize(
+    ("name", "users"),
+    {
+        # One way to post: users, benches and native tests take it. A csd of one's own
+        # (CallSingleData, a task of several) is filled before, and queued like theirs.
+        "shi_queue_push": {"smp/smp"},
+        "shi_call_post": {"measure/bench", "py/outgoing"},
+        "shi_call_many": {"measure/bench", "py/many"},
+        "shi_call_single": {"py/csd", "py/post"},
+        # One loop over the wait.
+        "shi_wait_spin": {"smp/smp"},
+        "shi_wait_sleep": {"smp/smp"},
+    }.items(),
+    ids=str,
+)
+def test_there_is_one_way(tables: Tables, name: str, users: set[str]) -> None:
+    assert any(name in has for has, _ in tables.values())
+    assert {where for where, (_, needs) in tables.items() if name in needs} == users
 
 
 # ---- the package ---------------------------------------------------------------------
