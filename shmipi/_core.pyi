@@ -58,6 +58,9 @@ NR_IRQS: Final[int]
 NCOPROC: Final[int]
 #: The flows of interrupt controllers, by number.
 FLOWS: Final[tuple[str, ...]]
+FLOW_LINES: Final[dict[str, int]]
+ROUTED_FLOWS: Final[tuple[str, ...]]
+BANKED_FLOWS: Final[tuple[str, ...]]
 TRACE_EVENTS: Final[tuple[str, ...]]
 
 # What a line of a controller is for.

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+from shmipi import _core
 from shmipi.errors import DeviceTreeError
 from shmipi.irq.chips.base import Chip
 from shmipi.irq.table import IrqDomainFlags
@@ -67,7 +68,7 @@ class DomainNode:
 
     def flags(self, chip: Chip) -> IrqDomainFlags:
         """Return the domain's flags under ``chip``. ``DeviceTreeError``."""
-        routed = chip.flow == "shared"
+        routed = chip.flow in _core.ROUTED_FLOWS
         shape = self.shape or ("block" if routed or chip.per_cpu else "single")
         if shape == "single" and routed:
             raise DeviceTreeError(
@@ -81,7 +82,7 @@ class DomainNode:
 
 def root_name(chip: Chip) -> str:
     """Return the name of a chip's root domain."""
-    return f"{chip.name} vector" if chip.flow == "vector" else chip.name
+    return chip.domain_name or chip.name
 
 
 def parse_tree(description: Description | None) -> tuple[DomainNode, ...]:

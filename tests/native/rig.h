@@ -18,6 +18,7 @@
 #include "base/clock.h"
 #include "base/machine.h"
 #include "base/native.h"
+#include "irq/flows.h"
 #include "irq/chip.h"
 #include "smp/cpu.h"
 #include "smp/csd.h"

@@ -83,3 +83,28 @@ def test_a_controller_is_added_in_one_place(monkeypatch):
     assert CHIPS["extra"] is Extra
     assert chips.Extra is Extra
     assert list(CHIPS)[-1] == "extra"
+
+
+def test_a_flow_is_its_file_and_a_line_of_the_registry():
+    """Names, limits and what else Python knows of a flow are those of the C."""
+    core = README.parent / "shmipi" / "_core" / "irq"
+    listed = re.findall(r"X\(([A-Z]+), ([a-z]+)\)", (core / "flows.h").read_text())
+    assert [name for _, name in listed] == list(_core.FLOWS) == list(_core.FLOW_LINES)
+    assert [kind.lower() for kind, _ in listed] == list(_core.FLOWS)
+    own = {
+        name: re.search(r"\.max_lines = \w+", text[text.index(f'.name = "{name}"') :])
+        for path in core.glob("flow_*.c")
+        for text in [path.read_text()]
+        for name in re.findall(r"struct shi_flow shi_flow_(\w+) = \{", text)
+    }
+    assert set(own) == set(_core.FLOWS)
+    assert all(own.values())
+    others = [p for p in core.glob("*.c") if not p.name.startswith("flow")]
+    assert not [p.name for p in others if "shi_flow_" in p.read_text()]
+    used = {chip.flow for chip in CHIPS.values()}
+    assert used == set(_core.FLOWS)
+    assert {chip.flow for chip in CHIPS.values() if chip.banked} == {"sgi"}
+    assert set(_core.BANKED_FLOWS) == {"sgi"}
+    assert set(_core.ROUTED_FLOWS) == {"shared"}
+    assert all(0 < most <= _core.NLINES for most in _core.FLOW_LINES.values())
+    assert all(f"\n{flow} " in (chips.base.__doc__ or "") for flow in _core.FLOWS)

@@ -325,17 +325,6 @@ _Static_assert(sizeof(struct shi_trace_record) == 32, "trace record");
 
 /* ---- interrupt controllers ------------------------------------------------------- */
 
-/* How lines become pending, are taken and are ended: what differs between chips. */
-enum shi_flow_kind {
-    SHI_FLOW_VECTOR = 0,  /* bits by priority class, in-service bits, EOI (local APIC) */
-    SHI_FLOW_MAILBOX = 1, /* bits, read and cleared all at once, least first (mailbox) */
-    SHI_FLOW_MUX = 2,     /* the same, a ring for each bit that goes 0 to 1 (ipi-mux) */
-    SHI_FLOW_SGI = 3,     /* by priority, active until deactivated (GIC) */
-    SHI_FLOW_SHARED = 4,  /* one register for all, each bit routed to a CPU (MIPS GIC) */
-    SHI_FLOW_ESB = 5,     /* messages behind one source with P and Q (XIVE) */
-    SHI_NFLOWS
-};
-
 /* What taking a line means. */
 enum shi_line_use {
     SHI_USE_NONE = 0,
@@ -351,7 +340,7 @@ enum shi_line_use {
 /* A chip, as its class in shmipi/irq/chips/ describes it. */
 struct shi_chip {
     char name[16];
-    uint32_t flow; /* enum shi_flow_kind */
+    uint32_t flow; /* enum shi_flow_kind, irq/flows.h */
     uint32_t nlines;
     uint32_t call_single, call, reschedule;
     uint32_t nmi;       /* SHI_NO_LINE: a real one, that nothing masks */

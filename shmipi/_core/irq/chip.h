@@ -14,7 +14,10 @@
 
 struct shi_flow {
     const char *name;
-    bool eoi_first; /* system lines are ended as they are taken, before their work */
+    uint32_t max_lines; /* that it keeps state for: at most SHI_NLINES */
+    uint32_t banked;    /* the most CPUs of which it keeps a line pending apart; 0: cannot */
+    bool routed;        /* lines are the machine's, and each is routed to one CPU */
+    bool eoi_first;     /* system lines are ended as they are taken, before their work */
     /* Make `line` of `dst` pending.  True: the target has to be rung. */
     bool (*set)(struct shi_self *, uint32_t dst, uint32_t line);
     /* Take the line that is next in the chip's order, or SHI_NO_LINE.  By the owner. */
@@ -33,8 +36,8 @@ struct shi_flow {
     void (*masked)(struct shi_self *);
 };
 
-extern const struct shi_flow shi_flow_vector, shi_flow_mailbox, shi_flow_mux, shi_flow_sgi,
-    shi_flow_shared, shi_flow_esb;
+/* Those that have registers which only they know: see their files. */
+extern const struct shi_flow shi_flow_mailbox, shi_flow_sgi, shi_flow_esb;
 
 /* esb: smp_muxed_ipi_set_message. */
 void shi_esb_message(struct shi_self *self, uint32_t dst, uint32_t message);

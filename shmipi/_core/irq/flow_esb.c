@@ -235,7 +235,7 @@ static bool source_eoi(struct shi_self *self, uint32_t cpu, uint32_t source)
 
 static bool has_esb(const struct shi_self *self, uint32_t line, uint32_t offset)
 {
-    return self->m->chip.flow == SHI_FLOW_ESB && (line == IPI_LINE || line >= MESSAGES) &&
+    return self->m->flow == &shi_flow_esb && (line == IPI_LINE || line >= MESSAGES) &&
            offset < ESB_END;
 }
 
@@ -502,6 +502,7 @@ static void esb_masked(struct shi_self *self)
 
 const struct shi_flow shi_flow_esb = {
     .name = "esb",
+    .max_lines = SHI_ESB_LINES,
     .set = esb_set,
     .next = esb_next,
     .end = esb_end,

@@ -105,6 +105,7 @@ static bool mailbox_pending(const struct shi_machine *m, uint32_t cpu)
 
 const struct shi_flow shi_flow_mailbox = {
     .name = "mailbox",
+    .max_lines = SHI_NVECTORS,
     .set = mailbox_set,
     .next = mailbox_next,
     .end = mailbox_end,
@@ -113,6 +114,7 @@ const struct shi_flow shi_flow_mailbox = {
 
 const struct shi_flow shi_flow_mux = {
     .name = "mux",
+    .max_lines = SHI_NVECTORS,
     .set = mux_set,
     .next = mailbox_next,
     .end = mailbox_end,

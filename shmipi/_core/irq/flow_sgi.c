@@ -182,6 +182,8 @@ static void sgi_reset(const struct shi_machine *m, uint32_t cpu)
 
 const struct shi_flow shi_flow_sgi = {
     .name = "sgi",
+    .max_lines = 16,
+    .banked = 8, /* bits of a byte */
     .set = sgi_set,
     .next = sgi_next,
     .end = sgi_end,

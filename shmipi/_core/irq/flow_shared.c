@@ -182,6 +182,8 @@ static void shared_reset(const struct shi_machine *m, uint32_t cpu)
 
 const struct shi_flow shi_flow_shared = {
     .name = "shared",
+    .max_lines = SHI_NLINES,
+    .routed = true,
     .set = shared_set,
     .next = shared_next,
     .end = shared_end,

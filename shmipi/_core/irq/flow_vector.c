@@ -93,6 +93,7 @@ static bool vector_pending(const struct shi_machine *m, uint32_t cpu)
 
 const struct shi_flow shi_flow_vector = {
     .name = "vector",
+    .max_lines = SHI_NVECTORS,
     .eoi_first = true,
     .set = vector_set,
     .next = vector_next,

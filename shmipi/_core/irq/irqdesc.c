@@ -37,7 +37,7 @@ static void take_line(struct shi_self *self, uint32_t line, uint32_t virq, shi_a
 {
     shi_irqdesc_reset_line(self, line, virq);
     SHI_STEP(self, undo);
-    if (self->m->chip.flow == SHI_FLOW_SHARED)
+    if (self->m->flow->routed)
         shi_chip_route(self, line, SHI_NO_LINE);
     /* One store, whether it is the first or not: killed before it, it is done again. */
     shi_store_full(place, shi_load_relaxed(&shi_irq_area(self->m)->desc[virq].next));

@@ -182,7 +182,7 @@ METHOD(irq_mailbox)
     if (!PyArg_ParseTuple(arg, "IK", &cpu, &bits) || shi_use(machine) < 0 ||
         check_cpu(machine, cpu) < 0)
         return NULL;
-    if (machine->m.chip.flow != SHI_FLOW_MAILBOX ||
+    if (machine->m.flow != &shi_flow_mailbox ||
         (machine->m.chip.nlines < 64 && bits >> machine->m.chip.nlines)) {
         /* PyErr_Format knows neither '#' nor, before 3.12, "llx". */
         char text[2 + 16 + 1];
@@ -263,7 +263,7 @@ METHOD(esb_message)
     if (!PyArg_ParseTuple(arg, "II", &cpu, &message) || shi_use(machine) < 0 ||
         check_cpu(machine, cpu) < 0)
         return NULL;
-    if (machine->m.chip.flow != SHI_FLOW_ESB || message >= SHI_PPC_MSGS)
+    if (machine->m.flow != &shi_flow_esb || message >= SHI_PPC_MSGS)
         return PyErr_Format(PyExc_ValueError, "no message %u", message);
     shi_enter(&machine->self);
     shi_esb_message(&machine->self, cpu, message);
@@ -278,7 +278,7 @@ METHOD(esb_demux)
     (void)arg;
     if (shi_use(machine) < 0)
         return NULL;
-    if (machine->self.host || machine->m.chip.flow != SHI_FLOW_ESB)
+    if (machine->self.host || machine->m.flow != &shi_flow_esb)
         return shi_raise(shi_py.StateError, 0, -1, "no messages here: not a CPU with a xive");
     shi_enter(&machine->self);
     shi_esb_demux(&machine->self);
@@ -483,7 +483,7 @@ METHOD(pic_change)
     if (!at)
         return NULL;
     /* isr is written without read-modify-writes, by its owner in core sections alone. */
-    bool own = !strcmp(name, "isr") && machine->m.chip.flow == SHI_FLOW_SGI &&
+    bool own = !strcmp(name, "isr") && machine->m.flow == &shi_flow_sgi &&
                !machine->self.host && cpu == machine->self.id;
     if (strcmp(name, "irr") && strcmp(name, "bank") && !own) {
         PyErr_Format(PyExc_ValueError, "no pending bits in register %s", name);

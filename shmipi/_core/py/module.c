@@ -161,11 +161,29 @@ static const struct field irqdomain_fields[] = {
 
 static int add_flows(PyObject *module)
 {
-    const char *names[SHI_NFLOWS];
-    uint32_t i;
-    for (i = 0; i < SHI_NFLOWS; i++)
-        names[i] = shi_flow_of(i)->name;
-    return add_names(module, "FLOWS", names, SHI_NFLOWS);
+    const char *names[SHI_NFLOWS], *routed[SHI_NFLOWS], *banked[SHI_NFLOWS];
+    size_t i, nrouted = 0, nbanked = 0;
+    PyObject *lines = PyDict_New();
+    int err = lines ? 0 : -1;
+    for (i = 0; i < SHI_NFLOWS && !err; i++) {
+        const struct shi_flow *flow = shi_flow_of((uint32_t)i);
+        PyObject *most = PyLong_FromUnsignedLong(flow->max_lines);
+        names[i] = flow->name;
+        if (flow->routed)
+            routed[nrouted++] = flow->name;
+        if (flow->banked)
+            banked[nbanked++] = flow->name;
+        err = most ? PyDict_SetItemString(lines, flow->name, most) : -1;
+        Py_XDECREF(most);
+    }
+    if (!err)
+        err = PyModule_AddObjectRef(module, "FLOW_LINES", lines);
+    Py_XDECREF(lines);
+    return err || add_names(module, "FLOWS", names, SHI_NFLOWS) < 0 ||
+                   add_names(module, "ROUTED_FLOWS", routed, nrouted) < 0 ||
+                   add_names(module, "BANKED_FLOWS", banked, nbanked) < 0
+               ? -1
+               : 0;
 }
 
 static int add_fields(PyObject *module, const char *attribute, const struct field *fields,

@@ -286,6 +286,7 @@ class Apic(Chip):
     shorthand = True
     startup = True
     vectors = True
+    domain_name = "apic vector"
     chains = _X86
     hardware: ClassVar = {
         "line_set": "ICR written: {line} set in the IRR of CPU {cpu}",

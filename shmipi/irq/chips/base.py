@@ -50,9 +50,8 @@ _USES = {
 #: What the core's layout has room for.
 _NAME_MAX = 15
 _LABEL_MAX = 7
-_FLOW_LINES = {"sgi": 16, "esb": 28, "shared": _core.NLINES}
-#: Of all other flows.
-_MOST_LINES = 256
+#: Numbers below are a matter of the flow.
+_ROOM = 256
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ class Chip:
     What the core makes of the description:
 
     - The *flow* decides how a line becomes pending, which is taken next, and when it
-      may come again (see the module). Limits: ``sgi`` 16 lines, ``esb`` 28, all others
-      256.
+      may come again (see the module). Limits: ``_core.FLOW_LINES``, 256 lines
+      as a rule.
     - The *use* of a line decides what taking it means. Those of use "irq" are what IPI
       domains give out; they start masked, the others do not.
     - *Rows* are counted when a line is taken. A call that needs no interrupt because
@@ -127,6 +126,8 @@ class Chip:
     per_cpu: bool = False
     #: Lines stay pending for each sending CPU apart.
     banked: bool = False
+    #: What its irq domain is called; None: as the controller.
+    domain_name: ClassVar[str | None] = None
     #: Each CPU has its own table of the lines for IPI domains, so that one line may be
     #: given to several irqs, each for other CPUs.
     vectors: bool = False
@@ -184,12 +185,12 @@ class Chip:
         """
         lines = list(self.lines(ncpus))
         labels = self._check_description()
-        most = _FLOW_LINES.get(self.flow, _MOST_LINES)
+        most = _core.FLOW_LINES[self.flow]
         use = bytearray(_core.NLINES)
         row = bytearray([0xFF]) * _core.NLINES
         first: dict[str, int] = {}
         for line in lines:
-            if not 0 <= line.number < max(most, _MOST_LINES):
+            if not 0 <= line.number < max(most, _ROOM):
                 raise ValueError(f"{self.name}: no line {line.number} ({line.name})")
             if line.use not in _USES:
                 raise ValueError(f"{self.name}: {line.name}: no use {line.use!r}")
@@ -257,8 +258,9 @@ class Chip:
                 f"{self.name}: no flow {self.flow!r}; there are"
                 f" {', '.join(_core.FLOWS)}"
             )
-        if self.banked and self.flow != "sgi":
-            raise ValueError(f"{self.name}: only flow sgi can be banked")
+        if self.banked and self.flow not in _core.BANKED_FLOWS:
+            can = ", ".join(_core.BANKED_FLOWS)
+            raise ValueError(f"{self.name}: only flow {can} can be banked")
         if len(self.rows) > _core.NROWS:
             raise ValueError(f"{self.name}: {_core.NROWS} rows are the most")
         labels = [row.label for row in self.rows]
@@ -289,7 +291,7 @@ class Chip:
 
     def is_routed(self, line: int) -> bool:
         """Is it the machine's, and interrupts the one CPU that it is routed to?"""
-        return self.flow == "shared"
+        return self.flow in _core.ROUTED_FLOWS
 
     def prepare(self, machine: _core.Machine) -> None:
         """Set the controller up before the first CPU is made: routes, for example."""
