@@ -56,10 +56,14 @@ static uint64_t mine(const struct shi_machine *m, uint32_t cpu, uint32_t word)
 {
     const struct shi_irq_area *area = shi_irq_area(m);
     const struct shi_pic *pic = shi_pic(m, cpu);
-    uint64_t routed = shi_load_full(&pic->routed[word]);
-    if (word == LOCAL)
-        return shi_load_full(&shi_slot(m, cpu)->irr[LOCAL]) &
-               shi_load_full(&pic->enable[LOCAL]) & ~shi_load_relaxed(&pic->isr[LOCAL]);
+    uint64_t pend, routed;
+    if (word == LOCAL) {
+        pend = shi_load_full(&shi_slot(m, cpu)->irr[LOCAL]); /* nearly always none */
+        return pend ? pend & shi_load_full(&pic->enable[LOCAL]) &
+                          ~shi_load_relaxed(&pic->isr[LOCAL])
+                    : 0;
+    }
+    routed = shi_load_full(&pic->routed[word]);
     if (!routed)
         return 0;
     return shi_load_full(&area->shared[word]) & shi_load_full(&area->mask[word]) & routed &
