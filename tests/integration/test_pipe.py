@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from shmipi import Cluster, smp
+from shmipi import CallSingleData, Cluster, smp
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -52,6 +52,32 @@ def test_each_is_one_page_and_one_descriptor(cluster):
     for process in (os.getpid(), *(cpu.pid for cpu in cluster.cpus)):
         found = held(process)
         assert [found.count(name) for name in names] == [1, 1]
+
+
+def test_every_way_in_rings_a_halted_cpu(cluster, eventually):
+    seen = cluster.shared("seen", "i8", 1)
+
+    def note(_=None):
+        seen[0] += 1
+
+    csd = CallSingleData(note)
+    ways = [
+        lambda: cluster.call(1, note),
+        lambda: cluster.call(1, note, bytes(1 << 20)),
+        lambda: cluster.submit(1, note).result(5),
+        lambda: cluster.run(note, cpus=[1]),
+        lambda: cluster.smp.smp_call_function_single(1, note, wait=False),
+        lambda: cluster.smp.smp_call_function_single_async(1, csd),
+        lambda: cluster.smp.smp_call_function_many("1", note),
+        lambda: cluster.smp.smp_send_nmi_ipi(1, note),
+    ]
+    for number, way in enumerate(ways, start=1):
+        eventually(lambda: cluster.cpus[1].state == "halted")
+        before = cluster.host_counters()["doorbells_sent"]
+        way()
+        eventually(lambda now=number: seen[0] == now)
+        is_nmi = number == len(ways)  # a signal wakes it
+        assert is_nmi or cluster.host_counters()["doorbells_sent"] > before
 
 
 def test_a_full_pipe_is_a_rung_bell(cluster, eventually):
