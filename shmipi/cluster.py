@@ -58,6 +58,7 @@ _STATES = ("offline", "running", "polling", "halted", "halted", "dead")
 _HANDLER_STATES = {_core.HANDLER_IRQ: "irq", _core.HANDLER_NMI: "nmi"}
 
 _HOTPLUG_LOOK_S = 0.05
+_HOTPLUG_NAP_S = 0.0005
 _KICK_OFFSET = 8  # SIGRTMIN + 8: glibc keeps the first two, others like the next few
 
 
@@ -553,8 +554,9 @@ class Cluster:
 
         Calls that were queued have run; from then on calls to it raise
         ``CpuOfflineError``. A task that it runs is stopped where it stands, and tasks
-        that it has not begun wait, until ``online(cpu)``. Nothing happens if it is
-        offline already. Raises ``CpuOfflineError`` for a CPU that does not exist,
+        that it has not begun wait, until ``online(cpu)``. Its sections with preemption
+        disabled, and anybody's ``smp.cpus_read_lock()``, hold this off. Nothing happens
+        if it is offline already. Raises ``CpuOfflineError`` for what is no CPU,
         ``IpiTimeoutError`` after ``timeout`` seconds (the request stands withdrawn),
         ``CpuDiedError``.
         """
@@ -597,11 +599,26 @@ class Cluster:
     @contextlib.contextmanager
     def _hotplug(self, timeout: float | None) -> Iterator[None]:
         """One change at a time, of all threads of all hosts (cpu_hotplug_lock)."""
-        with (
-            self._hotplug_lock,
-            locks.held(self._machine, "hotplug", timeout, self._check),
-        ):
-            yield
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._hotplug_lock.acquire(timeout=-1 if timeout is None else timeout):
+            raise IpiTimeoutError(
+                f"another thread takes a CPU off- or online for more than {timeout} s"
+            )
+        try:
+            with locks.held(self._machine, "hotplug", timeout, self._check):
+                self._await_readers(deadline)
+                yield
+        finally:
+            self._hotplug_lock.release()
+
+    def _await_readers(self, deadline: float | None) -> None:
+        """Wait until nobody is in ``cpus_read_lock()``; none comes from now on."""
+        while (reader := self._machine.cpus_reader()) >= 0:
+            self._check()
+            if deadline is not None and time.monotonic() >= deadline:
+                who = f"CPU {reader}" if reader < self.ncpus else "a host"
+                raise IpiTimeoutError(f"{who} holds cpus_read_lock()")
+            time.sleep(_HOTPLUG_NAP_S)
 
     def _exists(self, cpu: int) -> None:
         if not 0 <= cpu < self.ncpus:

@@ -68,7 +68,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         choices=_CALLS,
         default="single",
         help="smp_call_function_single, smp_call_function_many to two CPUs,"
-        " smp_send_reschedule, or smp_send_nmi_ipi (default: single)",
+        " resched_cpu, or smp_send_nmi_ipi (default: single)",
     )
     parser.add_argument(
         "--state",
@@ -282,8 +282,8 @@ def _call(
     function = _function(handler)
     make: dict[str, Any] = {
         "single": lambda: smp.smp_call_function_single(cpus[0], function),
-        "many": lambda: smp.smp_call_function_many(cpus, function),
-        "resched": lambda: smp.smp_send_reschedule(cpus[0]),
+        "many": lambda: _call_many(cpus, function),
+        "resched": lambda: smp.resched_cpu(cpus[0]),
         "nmi": lambda: smp.smp_send_nmi_ipi(cpus[0], function),
     }
     call = make[kind]
@@ -309,6 +309,14 @@ def _call(
         _core.bench_spin(None)
     _settle(cpus, start, _last_record(kind, state))
     return start, returned, _core.stamp(), _lost(before, after)
+
+
+def _call_many(cpus: list[int], function: Any) -> None:
+    from shmipi import smp
+
+    smp.preempt_disable()
+    smp.smp_call_function_many(cpus, function)
+    smp.preempt_enable()
 
 
 def _last_record(kind: str, state: str) -> str:

@@ -4,10 +4,15 @@ On a CPU these act on the machine it is part of. In the host they act on the onl
 ``Cluster``; with none or several they raise ``NoMachineError``: use ``cluster.smp``.
 """
 
+from typing import Any
+
 from shmipi._core import (
+    INIT_CSD,
     CallSingleData,
     NativeHandler,
     cond_resched,
+    flush_smp_call_function_queue,
+    get_cpu,
     in_hardirq,
     in_interrupt,
     in_nmi,
@@ -17,11 +22,14 @@ from shmipi._core import (
     local_irq_enable,
     local_irq_restore,
     local_irq_save,
+    need_resched,
     on_each_cpu,
     on_each_cpu_cond_mask,
     on_each_cpu_mask,
     preempt_disable,
     preempt_enable,
+    put_cpu,
+    resched_cpu,
     smp_call_function,
     smp_call_function_many,
     smp_call_function_single,
@@ -35,7 +43,15 @@ from shmipi._core import (
     smp_wmb,
     wait_for_interrupt,
 )
+from shmipi.cpumask import CpuMask
 from shmipi.smp.bound import BoundSmp
+from shmipi.smp.cpus import (
+    cpu_online,
+    cpus_read_lock,
+    cpus_read_unlock,
+    kick_process,
+    variable,
+)
 from shmipi.smp.nmi import (
     NMI_IPI_ALL_OTHERS,
     register_nmi_handler,
@@ -43,7 +59,15 @@ from shmipi.smp.nmi import (
 )
 from shmipi.smp.waitqueue import Completion, WaitQueue, completion, wait_queue
 
+#: The kernel's debug check is in both: a task stays where it is.
+raw_smp_processor_id = smp_processor_id
+
+# Variables of the kernel: not in __all__, because `import *` would keep what they were.
+cpu_online_mask: CpuMask
+nr_cpu_ids: int
+
 __all__ = [
+    "INIT_CSD",
     "NMI_IPI_ALL_OTHERS",
     "BoundSmp",
     "CallSingleData",
@@ -52,21 +76,31 @@ __all__ = [
     "WaitQueue",
     "completion",
     "cond_resched",
+    "cpu_online",
+    "cpus_read_lock",
+    "cpus_read_unlock",
+    "flush_smp_call_function_queue",
+    "get_cpu",
     "in_hardirq",
     "in_interrupt",
     "in_nmi",
     "in_task",
     "irqs_disabled",
+    "kick_process",
     "local_irq_disable",
     "local_irq_enable",
     "local_irq_restore",
     "local_irq_save",
+    "need_resched",
     "on_each_cpu",
     "on_each_cpu_cond_mask",
     "on_each_cpu_mask",
     "preempt_disable",
     "preempt_enable",
+    "put_cpu",
+    "raw_smp_processor_id",
     "register_nmi_handler",
+    "resched_cpu",
     "smp_call_function",
     "smp_call_function_many",
     "smp_call_function_single",
@@ -82,3 +116,11 @@ __all__ = [
     "wait_for_interrupt",
     "wait_queue",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return variable(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "cpu_online_mask", "nr_cpu_ids"})

@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any, NoReturn
 
 from shmipi import _core
+from shmipi.cpumask import CpuMask
 from shmipi.errors import ClusterStateError
-from shmipi.smp import nmi
+from shmipi.smp import cpus, nmi
 
 __all__ = ["BoundSmp"]
 
@@ -30,6 +31,12 @@ class BoundSmp:
         self.on_each_cpu_mask = machine.on_each_cpu_mask
         self.on_each_cpu_cond_mask = machine.on_each_cpu_cond_mask
         self.smp_send_reschedule = machine.smp_send_reschedule
+        self.resched_cpu = machine.resched_cpu
+        self.cpu_online = partial(cpus.cpu_online, machine=machine)
+        self.cpus_read_lock = partial(cpus.cpus_read_lock, machine=machine)
+        self.cpus_read_unlock = partial(cpus.cpus_read_unlock, machine=machine)
+        self.kick_process = cpus.kick_process
+        self.INIT_CSD = _core.INIT_CSD
         self.register_nmi_handler = partial(nmi.register_nmi_handler, machine=machine)
         self.smp_send_nmi_ipi = partial(nmi.smp_send_nmi_ipi, machine=machine)
 
@@ -40,6 +47,17 @@ class BoundSmp:
         """Make a caller-owned request for this machine."""
         return _core.CallSingleData(func, info, machine=self._machine)
 
+    @property
+    def cpu_online_mask(self) -> CpuMask:
+        """The CPUs that are online now."""
+        mask: CpuMask = cpus.variable("cpu_online_mask", self._machine)
+        return mask
+
+    @property
+    def nr_cpu_ids(self) -> int:
+        """How many CPUs the machine has, online or not."""
+        return self._machine.ncpus
+
     def smp_processor_id(self) -> NoReturn:
         """Raise ``ClusterStateError``: the host is no CPU."""
         raise _no_cpu()
@@ -48,8 +66,11 @@ class BoundSmp:
         """Raise ``ClusterStateError``: the host takes no interrupts."""
         raise _no_cpu()
 
+    raw_smp_processor_id = smp_processor_id
     local_irq_enable = local_irq_save = local_irq_disable
+    get_cpu = put_cpu = flush_smp_call_function_queue = local_irq_disable
     preempt_disable = preempt_enable = cond_resched = local_irq_disable
+    need_resched = local_irq_disable
 
     def local_irq_restore(self, flags: int) -> NoReturn:
         """Raise ``ClusterStateError``: the host takes no interrupts."""

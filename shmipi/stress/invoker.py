@@ -7,6 +7,7 @@ import time
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import accumulate
 from random import Random
 from typing import Any, Final
@@ -105,6 +106,15 @@ def _burn(book: Book, number: int) -> None:
 
 
 # ---- the invoker ---------------------------------------------------------------------
+
+
+def _call_many(mask: CpuMask, function: Any, info: Any, wait: bool) -> None:
+    # As scftorture: its caller answers for preemption being disabled.
+    smp.preempt_disable()
+    try:
+        smp.smp_call_function_many(mask, function, info, wait)
+    finally:
+        smp.preempt_enable()
 
 
 def invoke(seed: int, incarnation: int, weights: tuple[int, ...], handler: str) -> None:
@@ -278,9 +288,7 @@ class Invoker:
         self._broadcast(
             flags,
             targets,
-            lambda function, info, wait: smp.smp_call_function_many(
-                mask, function, info, wait
-            ),
+            partial(_call_many, mask),
         )
 
     def all(self, flags: int) -> None:

@@ -30,7 +30,7 @@ class TraceEvent(IntEnum):
     wake_idle_without_ipi = 7  #: not rung: the target was polling
     cpu_halt = 8
     cpu_wake = 9
-    call_entry = 10  #: arg: 0 single, 1 many, 2 reschedule; cpu: the (first) target
+    call_entry = 10  #: arg: 0 single, 1 many, 2 and 3 reschedule; cpu: (first) target
     call_begin = 11  #: a sender has a csd filled
     queue_push = 12  #: the csd is locked and goes to the target's queue
     csd_coalesced = 13  #: not rung: the queue was not empty, somebody has

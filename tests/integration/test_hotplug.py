@@ -189,3 +189,138 @@ def test_threads_at_once(boot, background):
         thread.end(30)
     assert cluster.run(smp.smp_processor_id) == [0, 1, 2]
     assert shmipi.CpuMask("0-2") == cluster.online_mask
+
+
+# ---- what holds it off ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "inside",
+    ["spins", "blocks", "waits for an interrupt", "waits for an answer", "handlers"],
+)
+def test_a_section_with_preemption_disabled_holds_the_takedown_off(
+    cluster, background, eventually, inside
+):
+    """kernel/cpu.c, takedown_cpu: the stopper does not run in it."""
+    n = cluster.shared("section", "i8", 3)
+    n[:] = 0
+
+    def task():
+        smp.preempt_disable()
+        me = smp.get_cpu()  # they nest
+        n[0] = 1
+        while not n[1]:
+            if inside == "blocks":
+                time.sleep(0.001)
+            elif inside == "waits for an interrupt":
+                smp.wait_for_interrupt(0.005)
+            elif inside == "waits for an answer":
+                smp.smp_call_function_single(0, time.sleep, 0.001)
+            smp.cond_resched()
+        smp.put_cpu()
+        n[2] = smp.cpu_online(me)  # still inside
+        smp.preempt_enable()
+        return me
+
+    tasks = cluster.start(task, cpus=[1])
+    eventually(lambda: n[0])
+    thread = background(cluster.offline, 1)
+    end = time.monotonic() + 0.15
+    while time.monotonic() < end:
+        assert cluster.smp.cpu_online(1)
+        if inside == "handlers":  # a handler's end is no end of the section
+            assert cluster.call(1, smp.smp_processor_id) == 1
+        time.sleep(0.002)
+    with pytest.raises(IpiTimeoutError):
+        cluster.offline(1, timeout=0.01)  # one change at a time: nor has the first
+    n[1] = 1
+    thread.end()
+    assert not cluster.smp.cpu_online(1)
+    cluster.online(1)
+    assert tasks.results(5) == [1]
+    assert n[2] == 1
+
+
+def test_a_task_that_ends_inside_the_section_holds_nothing_off(cluster):
+    cluster.run(smp.preempt_disable, cpus=[1])
+    cluster.offline(1, timeout=5)
+    cluster.online(1)
+    with pytest.raises(shmipi.RemoteCallError, match="without preempt_disable"):
+        cluster.run(smp.put_cpu, cpus=[1])
+
+
+def test_cpus_read_lock_holds_hotplug_off(cluster, background, eventually):
+    """From the host and from a task; readers do not keep each other out."""
+    n = cluster.shared("readers", "i8", 2)
+    n[:] = 0
+
+    def task():
+        smp.cpus_read_lock()
+        smp.cpus_read_lock()  # once more, also with a writer that waits
+        n[0] = 1
+        while not n[1]:
+            time.sleep(0.001)
+        smp.cpus_read_unlock()
+        online = str(smp.cpu_online_mask)
+        smp.cpus_read_unlock()
+        return online
+
+    cluster.smp.cpus_read_lock()
+    tasks = cluster.start(task, cpus=[1])
+    eventually(lambda: n[0])
+    cluster.smp.cpus_read_unlock()
+    for change in (cluster.offline, cluster.online):
+        with pytest.raises(IpiTimeoutError, match=r"CPU 1 holds cpus_read_lock"):
+            change(2, timeout=0.05)
+    thread = background(cluster.offline, 2)
+    time.sleep(0.05)
+    assert cluster.smp.cpu_online(2)
+    n[1] = 1
+    assert tasks.results(5) == ["0-2"]
+    thread.end()
+    assert str(cluster.smp.cpu_online_mask) == "0-1"
+    cluster.online(2)
+    with pytest.raises(shmipi.ClusterStateError, match="without cpus_read_lock"):
+        cluster.smp.cpus_read_unlock()
+    with pytest.raises(shmipi.RemoteCallError, match="may have to wait"):
+        cluster.call(1, smp.cpus_read_lock)
+
+
+def test_who_dies_or_ends_with_cpus_read_lock_held_loses_it(cluster, eventually):
+    def task():
+        smp.cpus_read_lock()
+        os.kill(os.getpid(), 9)
+
+    with pytest.raises(shmipi.CpuDiedError):
+        cluster.run(task, cpus=[1])
+    eventually(lambda: cluster.cpus[1].state == "dead")
+    cluster.online(1, timeout=5)
+    cluster.run(smp.cpus_read_lock, cpus=[1])
+    cluster.offline(2, timeout=5)
+    cluster.online(2, timeout=5)
+
+
+def test_readers_and_hotplug_under_fire(cluster, background):
+    """Inside the lock nothing changes, whoever holds it; and both sides get on."""
+    rounds = cluster.shared("rounds", "i8", 3)
+    rounds[:] = 0
+
+    def reader():
+        while not rounds[2]:
+            smp.cpus_read_lock()
+            seen = smp.cpu_online_mask
+            for _ in range(20):
+                assert smp.cpu_online_mask == seen
+            smp.cpus_read_unlock()
+            rounds[smp.smp_processor_id()] += 1
+
+    thread = background(lambda: cluster.run(reader, cpus=[0, 1]))
+    changes, end = 0, time.monotonic() + 20
+    while changes < 20 or min(rounds[:2]) < 20:
+        assert time.monotonic() < end, (changes, rounds)
+        cluster.offline(2, timeout=10)
+        cluster.online(2, timeout=10)
+        changes += 2
+        time.sleep(0.001)
+    rounds[2] = 1
+    thread.end(10)

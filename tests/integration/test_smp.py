@@ -3,6 +3,7 @@
 import errno
 import os
 import time
+import warnings
 
 import pytest
 
@@ -405,9 +406,11 @@ def test_many_from_the_host_is_all_of_the_mask(cluster, mask):
 
 def test_many_never_runs_on_self(cluster):
     def task():
+        smp.preempt_disable()
         smp.smp_call_function_many("0-2", where)
         smp.smp_call_function(where)
         smp.smp_call_function_many([1], where)
+        smp.preempt_enable()
 
     run_on(cluster, 1, task)
     assert sorted(entries(cluster)) == [0, 0, 2, 2]
@@ -600,13 +603,197 @@ def test_reschedule_nudges_and_is_counted(boot, eventually):
     assert cluster.host_counters()["resched_sent"] == 1
 
 
-def test_reschedule_of_a_polling_cpu_is_only_a_flag(boot, eventually):
-    cluster = boot(2, idle="poll")
-    eventually(lambda: cluster.cpus[1].state == "polling")
-    cluster.smp.smp_send_reschedule(1)
-    assert cluster.host_counters()["resched_elided"] == 1
-    assert cluster.host_counters()["resched_sent"] == 0
-    assert cluster.counters()["irq_resched"].tolist() == [0, 0]
+@pytest.fixture
+def polling(boot):
+    """Three CPUs that poll and never halt."""
+    return boot(3, idle="poll")
+
+
+def grown(cluster, work, *names):
+    """Work, and return by how much the sum of each counter grew, host included."""
+
+    def look():
+        cpus, host = cluster.counters(), cluster.host_counters()
+        return [int(cpus[name].sum()) + host[name] for name in names]
+
+    before = look()
+    work()
+    return [now - was for now, was in zip(look(), before, strict=True)]
+
+
+def test_smp_send_reschedule_always_sends(polling, eventually):
+    """linux/smp.h: it traces and sends, also to a CPU that polls, and to itself."""
+    before = polling.counters()["irq_resched"]
+
+    def to_self():
+        for _ in range(3):
+            smp.smp_send_reschedule(1)
+            time.sleep(0.01)
+
+    sent = grown(polling, lambda: polling.smp.smp_send_reschedule(2), "resched_sent")
+    assert sent == [1]
+    assert grown(polling, lambda: run_on(polling, 1, to_self), "resched_sent") == [3]
+    eventually(
+        lambda: (polling.counters()["irq_resched"] - before).tolist() == [0, 3, 1]
+    )
+    assert polling.host_counters()["resched_elided"] == 0
+
+
+def test_resched_cpu_looks_whether_the_target_polls(polling, eventually):
+    """__resched_curr: who polls is told by the flag alone, and looks at it."""
+    eventually(lambda: polling.cpus[1].state == "polling")
+    names = "resched_elided", "resched_sent", "irq_resched"
+    calls = {
+        "host": lambda: polling.smp.resched_cpu(1),
+        "handler": lambda: polling.call(2, smp.resched_cpu, 1),
+        "task": lambda: polling.run(smp.resched_cpu, 1, cpus=[2]),
+    }
+    for name, call in calls.items():
+        done = []
+        # None at all while the flag of the one before is still to be looked at.
+
+        def look(call=call, done=done):
+            done.append(grown(polling, call, *names))
+            return any(done[-1])
+
+        eventually(look)
+        assert done[-1] == [1, 0, 0], name
+        assert not any(map(any, done[:-1])), name
+
+
+def test_resched_cpu_sets_need_resched_and_interrupts_once(cluster, eventually):
+    """Set already: no IPI.  A task sees it until it lets others run."""
+    seen = cluster.shared("seen", "i8", 4)
+    seen[:] = 0
+
+    def task():
+        seen[0] = 1
+        while not seen[1]:
+            time.sleep(0)
+        seen[2] = smp.need_resched()
+        smp.smp_call_function_single(2, id)  # a wait for an answer is no schedule()
+        seen[3] = smp.need_resched()
+        smp.cond_resched()
+        after = smp.need_resched()
+        smp.resched_cpu(smp.smp_processor_id())  # to itself: the flag alone
+        mine = smp.need_resched()
+        smp.wait_for_interrupt(0.0)
+        return after, mine, smp.need_resched()
+
+    before = cluster.counters()["irq_resched"][1]
+    tasks = cluster.start(task, cpus=[1])
+    eventually(lambda: seen[0])
+    assert grown(cluster, lambda: cluster.smp.resched_cpu(1), "resched_sent") == [1]
+    eventually(lambda: cluster.counters()["irq_resched"][1] == before + 1)
+    assert grown(cluster, lambda: cluster.smp.resched_cpu(1), "resched_sent") == [0]
+    seen[1] = 1
+    assert tasks.results(10) == [(False, True, False)]
+    assert seen.tolist() == [1, 1, 1, 1]
+    assert cluster.counters()["irq_resched"][1] == before + 1
+    assert cluster.run(smp.need_resched, cpus=[1]) == [False]
+
+
+def test_resched_cpu_wakes_a_task_that_waits_and_an_idle_cpu(cluster, eventually):
+    begun = cluster.shared("begun", "i8", 1)
+    begun[0] = 0
+
+    def wait():
+        smp.local_irq_disable()
+        begun[0] = 1
+        came = smp.wait_for_interrupt(10)
+        smp.local_irq_enable()
+        return came
+
+    tasks = cluster.start(wait, cpus=[1])
+    eventually(lambda: begun[0] and cluster.cpus[1].state == "halted")
+    cluster.smp.resched_cpu(1)
+    assert tasks.results(5) == [True]
+    eventually(lambda: cluster.cpus[2].state == "halted")
+    cluster.smp.resched_cpu(2)
+    cluster.offline(2)
+    try:
+        assert cluster.smp.resched_cpu(2) is None  # offline: nothing, not even a word
+    finally:
+        cluster.online(2)
+    with pytest.raises(shmipi.CpuOfflineError):
+        cluster.smp.resched_cpu(3)
+
+
+# ---- many: who is interrupted --------------------------------------------------------
+
+
+def test_many_to_several_polling_cpus_interrupts_each(polling, eventually):
+    """With more than one target nobody asks whether they poll."""
+    eventually(lambda: {c.state for c in polling.cpus} == {"polling"})
+    names = "elided", "irq_call", "irq_call_single"
+    noop = smp.NativeHandler("noop")
+    calls = {
+        "many": lambda: polling.smp.smp_call_function_many("0-2", noop),
+        "all": lambda: polling.smp.smp_call_function(noop),
+        "nowait": lambda: polling.smp.on_each_cpu(noop, None, False),
+        "python": lambda: polling.smp.on_each_cpu_mask("0-2", id),
+    }
+    for name, call in calls.items():
+        before = polling.counters()["irq_call"]
+
+        def send(call=call, before=before):
+            call()
+            eventually(
+                lambda: (polling.counters()["irq_call"] - before).tolist() == [1, 1, 1]
+            )
+
+        assert grown(polling, send, *names) == [0, 3, 0], name
+
+
+def test_many_to_one_polling_cpu_is_elided(polling, eventually):
+    eventually(lambda: {c.state for c in polling.cpus} == {"polling"})
+    names = "elided", "irq_call", "irq_call_single"
+    noop = smp.NativeHandler("noop")
+
+    def send():
+        polling.smp.smp_call_function_many("1", noop)
+
+    assert grown(polling, send, *names) == [1, 0, 0]
+
+
+def test_many_warns_once_with_preemption_enabled(boot):
+    """lockdep_assert_preemption_disabled(), of tasks; the host is no CPU."""
+    cluster = boot(2, idle="halt")
+
+    def task(prepare, undo):
+        import warnings
+
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            prepare()
+            for _ in range(3):
+                smp.smp_call_function_many([0], id)
+            undo()
+        return [
+            (w.category is ShmipiWarning, "preemption" in str(w.message)) for w in given
+        ]
+
+    fine = [
+        (smp.preempt_disable, smp.preempt_enable),
+        (smp.get_cpu, smp.put_cpu),
+    ]
+    for pair in fine:
+        assert cluster.run(task, *pair, cpus=[1]) == [[]]
+    assert cluster.run(task, int, int, cpus=[1]) == [[(True, True)]]
+
+    def others():
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            smp.smp_call_function(id)  # these disable it themselves
+            smp.on_each_cpu(id)
+            smp.on_each_cpu_mask("0-1", id)
+
+    cluster.run(others, cpus=[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cluster.smp.smp_call_function_many("0-1", id)
 
 
 # ---- interrupts disabled, warnings, deadlock -----------------------------------------

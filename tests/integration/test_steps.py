@@ -467,8 +467,33 @@ def test_nmi_step(rig, action):
     assert cluster.call(TARGET, smp.smp_processor_id, timeout=5) == TARGET
 
 
+@ACTIONS
+def test_resched_step(rig, action):
+    """Its sender stops or dies between NEED_RESCHED and the interrupt."""
+    cluster = rig.cluster
+    rig.wait(lambda: cluster.cpus[TARGET].state == "halted")
+    halts = cluster.counters()["halts"][TARGET]
+    rig.arm(SENDER, "resched", action, 0)
+    _, call = rig.task(SENDER, lambda: smp.resched_cpu(1))
+    rig.await_hit(SENDER, "resched")
+    # Rung by the reaper, or by the watchdog: it has looked, and sleeps again.
+    rig.wait(lambda: cluster.counters()["halts"][TARGET] > halts)
+    if action == KILL:
+        with pytest.raises(CpuDiedError):
+            rig.machine.collect(call, SENDER, 5.0)
+        cluster.online(SENDER)
+    else:
+        rig.await_stopped()
+        rig.resume()
+        rig.machine.collect(call, SENDER, 5.0)
+    before = cluster.counters()["irq_resched"][TARGET]
+    rig.wait(lambda: cluster.cpus[TARGET].state == "halted")
+    cluster.smp.resched_cpu(TARGET)  # the flag of before does not silence this one
+    rig.wait(lambda: cluster.counters()["irq_resched"][TARGET] > before)
+
+
 def test_every_step_has_a_case():
-    text = {step for step, *_ in CASES} | {"offline", "online", "nmi"}
+    text = {step for step, *_ in CASES} | {"offline", "online", "nmi", "resched"}
     text.add("complete")  # test_waitqueue.py
     text.add("undo")  # test_irq_lock.py
     source = (

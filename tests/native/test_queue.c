@@ -34,7 +34,7 @@ static void who_rings(void)
     CHECK(push(1, SHI_CSD_SYNC, &local) == SHI_PUSH_RING); /* empty again */
     take(&rig.cpu[1]);
     set_state(1, SHI_POLLING);
-    CHECK(push(1, SHI_CSD_SYNC, &local) == SHI_PUSH_ELIDED);
+    CHECK(push(1, SHI_CSD_SYNC, &local) == SHI_PUSH_POLLS);
     CHECK(push(1, SHI_CSD_SYNC, &local) == SHI_PUSH_COALESCED);
     take(&rig.cpu[1]);
     set_state(1, SHI_RUNNING);

@@ -62,7 +62,7 @@ enum shi_state {
 #define SHI_W_STATE 0x7ull
 #define SHI_W_KICKED 0x10ull       /* a kick signal is outstanding */
 #define SHI_W_PENDING 0x20ull      /* the chip has something for this CPU */
-#define SHI_W_NEED_RESCHED 0x40ull /* set instead of a reschedule IPI while polling */
+#define SHI_W_NEED_RESCHED 0x40ull /* TIF_NEED_RESCHED of what runs there */
 #define SHI_W_ASKED 0x80ull        /* running: the interpreter was asked to run Python csds */
 #define SHI_W_GEN_SHIFT 16
 #define SHI_W_GEN 0xffff0000ull
@@ -302,7 +302,12 @@ enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 
     X(nmi_exit)
 
 /* Which function a caller has called. */
-enum shi_call_entry { SHI_E_SINGLE = 0, SHI_E_MANY = 1, SHI_E_RESCHEDULE = 2 };
+enum shi_call_entry {
+    SHI_E_SINGLE = 0,
+    SHI_E_MANY = 1,
+    SHI_E_RESCHEDULE = 2,
+    SHI_E_RESCHED_CPU = 3,
+};
 
 enum shi_trace_event {
     SHI_T_none = 0,
@@ -502,11 +507,12 @@ struct shi_slot {
     shi_a32 handler; /* enum shi_handler: of Python; a native one is in cur_csd alone */
     shi_a64 since;   /* stamp of its begin */
     char handler_name[SHI_HANDLER_NAME];
-    shi_a32 starved; /* enum shi_starved: its senders write it too */
-    shi_a32 lends;   /* 1 once a process of this slot has lent a result */
-    shi_a64 rerung;  /* by who waits for it: see shi_watch_ring */
-    shi_a32 quiet;   /* `departed`, when it last had no csd of anybody's in hand */
-    shi_a32 ended;   /* `departed`, when the slot's last process had ended: the firmware's */
+    shi_a32 starved;   /* enum shi_starved: its senders write it too */
+    shi_a32 lends;     /* 1 once a process of this slot has lent a result */
+    shi_a64 rerung;    /* by who waits for it: see shi_watch_ring */
+    shi_a32 quiet;     /* `departed`, when it last had no csd of anybody's in hand */
+    shi_a32 ended;     /* `departed`, when the slot's last process had ended: the firmware's */
+    shi_a32 cpus_read; /* depth of cpus_read_lock(): of a host, that of all its threads */
 
     /* Tests: stop or die at a labelled step. */
     _Alignas(SHI_PAIR) shi_a32 step;

@@ -46,6 +46,12 @@ bool shi_lock_mine(const struct shi_self *self, const shi_a64 *lock)
     return shi_load_relaxed(lock) == as_holder(self);
 }
 
+bool shi_lock_is_free(const struct shi_self *self, const shi_a64 *lock)
+{
+    uint64_t held = shi_load_full(lock);
+    return !held || !holder_lives(self->m, held);
+}
+
 int shi_lock_try(struct shi_self *self, shi_a64 *lock)
 {
     uint64_t held = shi_load_relaxed(lock);

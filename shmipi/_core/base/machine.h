@@ -148,6 +148,25 @@ static inline bool shi_masked(const struct shi_self *self)
     return self->irqs_off || self->in_core;
 }
 
+/*
+ * Is NEED_RESCHED of this word a reason to leave the idle loop?  Of a task it is not: it is
+ * not preempted, and sees the flag (need_resched()) until it waits, ends or lets others run
+ * (cond_resched()), which is what schedule() is here.
+ */
+static inline bool shi_resched_due(const struct shi_self *self, uint64_t w)
+{
+    return w & SHI_W_NEED_RESCHED && (!self->in_task || self->pausing);
+}
+
+/*
+ * Is this CPU to go offline, or to end?  A section with preemption disabled holds off the
+ * stopper, and with it the takedown (kernel/cpu.c, takedown_cpu).
+ */
+static inline bool shi_hotplug_due(const struct shi_self *self)
+{
+    return !self->preempt && shi_load_acquire(&self->slot->hotplug) != SHI_HP_ONLINE;
+}
+
 /* Does anything wait for the interpreter that interrupts off hold back? */
 static inline bool shi_irqs_wait(const struct shi_self *self)
 {
@@ -197,6 +216,8 @@ bool shi_lock_mine(const struct shi_self *self, const shi_a64 *lock);
 void shi_lock_release(struct shi_self *self, shi_a64 *lock);
 /* A child that shares this process's slot has been waited for: what it held can be taken. */
 void shi_lock_orphan(const struct shi_self *self, shi_a64 *lock, uint32_t pid);
+/* Is it nobody's: free, or of a holder that died? */
+bool shi_lock_is_free(const struct shi_self *self, const shi_a64 *lock);
 
 /* Is the task that runs here to be interrupted?  The flag is in its own csd, so that it is
  * never the next task's. */

@@ -11,6 +11,7 @@
 #include "base/machine.h"
 
 #define SHI_STEPS(X)                                                                           \
+    X(resched)     /* NEED_RESCHED set, no interrupt sent yet */                               \
     X(push)        /* csd filled and locked, not yet on the queue */                           \
     X(aim)         /* its lock word names the target's process, not yet on the queue */        \
     X(pushed)      /* on the queue, the word's state not yet acted upon */                     \

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* smp_call_function_single and smp_send_reschedule. */
+/* smp_call_function_single, smp_send_reschedule and resched_cpu. */
 #include "py/call.h"
 
 #include "irq/chip.h"
@@ -177,8 +177,6 @@ PyObject *shi_send_reschedule(Machine *machine, PyObject *const *args, Py_ssize_
         shi_as_cpu(a[0], &cpu) < 0)
         return NULL;
     struct shi_self *self = &machine->self;
-    if (!self->host && cpu == self->id)
-        Py_RETURN_NONE; /* the flag alone: it is looked at before the next sleep */
     if (cpu < 0 || cpu >= machine->m.ncpus)
         return shi_raise_errno(machine, -ENXIO, (int)cpu);
     shi_enter(self);
@@ -190,5 +188,22 @@ PyObject *shi_send_reschedule(Machine *machine, PyObject *const *args, Py_ssize_
                              "sched: Unexpected reschedule of offline CPU#%d!", (int)cpu) < 0)
             return NULL;
     }
+    Py_RETURN_NONE;
+}
+
+PyObject *shi_resched_cpu(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
+                          PyObject *kwnames)
+{
+    static const char *const names[] = { "cpu" };
+    PyObject *a[1];
+    int64_t cpu;
+    if (shi_parse("resched_cpu", names, 1, 1, args, nargs, kwnames, a) < 0 ||
+        shi_as_cpu(a[0], &cpu) < 0)
+        return NULL;
+    if (cpu < 0 || cpu >= machine->m.ncpus)
+        return shi_raise_errno(machine, -ENXIO, (int)cpu);
+    shi_enter(&machine->self);
+    shi_irq_resched_cpu(&machine->self, (uint32_t)cpu); /* offline: nothing, as in the kernel */
+    shi_leave(&machine->self);
     Py_RETURN_NONE;
 }

@@ -3,6 +3,7 @@
 #include "py/base.h"
 
 #include "irq/remind.h"
+#include "smp/entry.h"
 #include "py/entry.h"
 #include "py/tables.h"
 
@@ -101,8 +102,18 @@ static PyObject *preempt_enable(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED
     if (!machine->self.preempt)
         return shi_raise(shi_py.StateError, 0, (int)machine->self.id,
                          "preempt_enable() without preempt_disable()");
-    machine->self.preempt--;
+    if (!--machine->self.preempt)
+        shi_after_enable(machine); /* the section may have held its own CPU's takedown off */
     Py_RETURN_NONE;
+}
+
+static PyObject *get_cpu(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
+    if (!machine)
+        return NULL;
+    machine->self.preempt++;
+    return PyLong_FromUnsignedLong(machine->self.id);
 }
 
 /* Is it so?  `current`: the machine that is asked. */
@@ -118,6 +129,41 @@ QUESTION(in_interrupt, shi_use_current(), machine->self.in_irq || machine->self.
 QUESTION(in_nmi, shi_use_current(), machine->self.in_nmi)
 QUESTION(in_task, shi_use_current(), !machine->self.in_irq && !machine->self.in_nmi)
 
+/* What is queued here runs now, in task context; what the chip has pending does not. */
+static PyObject *flush_queue(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
+    if (!machine)
+        return NULL;
+    struct shi_self *self = &machine->self;
+    if (!self->in_task || self->in_irq || self->in_nmi)
+        return shi_raise(shi_py.StateError, 0, (int)self->id,
+                         "flush_smp_call_function_queue() is for tasks: a handler's queue is "
+                         "emptied after it");
+    uint8_t flags = shi_irq_save(self);
+    bool inlined = self->inline_python;
+    self->inline_python = true;
+    self->in_core++;
+    if (shi_word_head(shi_load_acquire(&self->slot->word)))
+        self->m->drain(self);
+    self->in_core--;
+    self->inline_python = inlined;
+    shi_run_deferred(machine); /* what stood behind one that a kick had put off */
+    shi_irq_restore(self, flags);
+    shi_after_enable(machine);
+    if (shi_task_interrupt(machine) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *need_resched(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
+    return machine ? PyBool_FromLong((shi_load_relaxed(&machine->self.slot->word) &
+                                      SHI_W_NEED_RESCHED) != 0)
+                   : NULL;
+}
+
 /* A point at which a cooperative CPU (kick=False) takes what waits for it. */
 static PyObject *cond_resched(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
@@ -125,6 +171,8 @@ static PyObject *cond_resched(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(u
     if (!machine)
         return NULL;
     struct shi_self *self = &machine->self;
+    if (self->in_task && !self->in_irq && !self->in_nmi && !self->preempt)
+        shi_schedule(self);
     if (self->in_task && !shi_masked(self) &&
         (shi_word_work(shi_load_acquire(&self->slot->word)) || shi_python_waits(self) ||
          shi_hotplug_asked(self)))
@@ -177,10 +225,13 @@ PyMethodDef shi_context_functions[] = {
     { "irqs_disabled", irqs_disabled, METH_NOARGS,
       DOC(irqs_disabled, "True between local_irq_disable and _enable, and in handlers.") },
     { "preempt_disable", preempt_disable, METH_NOARGS,
-      DOC(preempt_disable, "Tasks are not preempted here: this counts, as in a non-preemptible "
-                           "kernel.") },
+      DOC(preempt_disable, "Tasks are not preempted here, but a task can be taken offline with "
+                           "its CPU: not\nbefore preempt_enable().") },
     { "preempt_enable", preempt_enable, METH_NOARGS,
       DOC(preempt_enable, "ClusterStateError without a preempt_disable().") },
+    { "get_cpu", get_cpu, METH_NOARGS,
+      DOC(get_cpu, "preempt_disable(): returns the number of this CPU.") },
+    { "put_cpu", preempt_enable, METH_NOARGS, DOC(put_cpu, "preempt_enable().") },
     { "in_task", in_task, METH_NOARGS, DOC(in_task, "Not in an interrupt handler or NMI.") },
     { "in_hardirq", in_hardirq, METH_NOARGS, DOC(in_hardirq, "In an IPI handler.") },
     { "in_interrupt", in_interrupt, METH_NOARGS,
@@ -191,8 +242,15 @@ PyMethodDef shi_context_functions[] = {
       "raising." },
     { "task_interrupt_lost", task_interrupt_lost, METH_NOARGS,
       DOC(task_interrupt_lost, "Raise TaskInterrupt once more: it was raised in vain.") },
+    { "flush_smp_call_function_queue", flush_queue, METH_NOARGS,
+      DOC(flush_smp_call_function_queue,
+          "Run the calls that are queued on this CPU now, in this task's context, also with\n"
+          "interrupts disabled.  ClusterStateError in a handler.  kernel/smp.c.") },
+    { "need_resched", need_resched, METH_NOARGS,
+      DOC(need_resched, "Was this CPU asked to reschedule (resched_cpu)?  A task sees it until "
+                        "cond_resched(), a\nwait, or its end.") },
     { "cond_resched", cond_resched, METH_NOARGS,
-      DOC(cond_resched,
-          "Take pending interrupts now: for tasks of a machine with kick=False.") },
+      DOC(cond_resched, "Let others run: take pending interrupts now, which tasks of a machine "
+                        "with kick=False\ndo only here; need_resched() is over.") },
     { NULL, NULL, 0, NULL },
 };

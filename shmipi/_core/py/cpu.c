@@ -14,6 +14,7 @@
 #include "smp/cpu.h"
 #include "smp/idle.h"
 #include "smp/queue.h"
+#include "smp/entry.h"
 #include "py/entry.h"
 #include "py/handler.h"
 #include "py/incoming.h"
@@ -105,6 +106,7 @@ static void run_task(Machine *machine)
     shi_count(self, SHI_C_tasks_run);
     name_task(machine, in.function);
     shi_store_relaxed(&self->slot->task, 1);
+    shi_schedule(self);
     self->in_task = true;
     self->inline_python = false;
     shi_kick_block(self, false);
@@ -125,6 +127,8 @@ static void run_task(Machine *machine)
         self->irqs_off = 0;
     }
     self->preempt = 0;
+    if (shi_xchg_full(&self->slot->cpus_read, 0))
+        complain("CPU %d: the task %s ended with cpus_read_lock() held", machine);
     switch (shi_kick_check(self)) {
     case -EEXIST:
         restore_handlers(machine);
@@ -141,7 +145,7 @@ static void run_task(Machine *machine)
         break;
     }
     shi_set_polling(self);
-    shi_fetch_and_full(&self->slot->word, ~SHI_W_ASKED);
+    shi_fetch_and_full(&self->slot->word, ~(SHI_W_ASKED | SHI_W_NEED_RESCHED));
     self->in_task = false;
     self->inline_python = true;
     shi_store_relaxed(&self->slot->task, 0);

@@ -4,6 +4,7 @@
 
 #include "py/call.h"
 #include "py/outgoing.h"
+#include "py/tables.h"
 #include "py/wait.h"
 
 typedef struct {
@@ -116,6 +117,47 @@ static PyObject *csd_get_info(PyObject *self, void *unused)
     (void)unused;
     return Py_NewRef(((CallSingleData *)self)->info);
 }
+
+/* INIT_CSD(csd, func, info=None) */
+static PyObject *csd_init(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
+                          PyObject *kwnames)
+{
+    static const char *const names[] = { "csd", "func", "info" };
+    PyObject *a[3];
+    (void)module;
+    if (shi_parse("INIT_CSD", names, 2, 3, args, nargs, kwnames, a) < 0)
+        return NULL;
+    if (Py_TYPE(a[0]) != csd_type)
+        return PyErr_Format(PyExc_TypeError, "csd is a CallSingleData, not %R", Py_TYPE(a[0]));
+    CallSingleData *csd = (CallSingleData *)a[0];
+    if (shi_use(csd->machine) < 0)
+        return NULL;
+    CallSingleData *fresh =
+        (CallSingleData *)csd_make(csd->machine, a[1], a[2] ? a[2] : Py_None);
+    if (!fresh)
+        return NULL;
+    if (is_locked(csd)) { /* the kernel would overwrite it under its target's hands */
+        Py_DECREF(fresh);
+        return shi_raise_errno(csd->machine, -EBUSY, -1);
+    }
+    const CallSingleData old = *csd;
+    csd->local = fresh->local;
+    csd->function = fresh->function;
+    csd->info = fresh->info;
+    fresh->local = old.local; /* and goes with it */
+    fresh->function = old.function;
+    fresh->info = old.info;
+    Py_DECREF(fresh);
+    Py_RETURN_NONE;
+}
+
+PyMethodDef shi_csd_functions[] = {
+    { "INIT_CSD", FAST(csd_init), METH_FASTCALL | METH_KEYWORDS,
+      "INIT_CSD(csd, func, info=None)\n--\n\n"
+      "Make a CallSingleData one of `func` and `info`, as CallSingleData() does.\n"
+      "CsdBusyError (EBUSY) while it is in use.  linux/smp.h." },
+    { NULL, NULL, 0, NULL },
+};
 
 static PyGetSetDef csd_getset[] = {
     { "locked", csd_get_locked, NULL, "True while a submission of it has not been taken up.",

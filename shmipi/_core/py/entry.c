@@ -156,7 +156,7 @@ void shi_run_deferred(Machine *machine)
 
 bool shi_hotplug_asked(const struct shi_self *self)
 {
-    return shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
+    return shi_hotplug_due(self) && shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
 }
 
 /* Calls have run here whose results wait for room: a parked CPU could not send them.

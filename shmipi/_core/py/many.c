@@ -148,6 +148,19 @@ done:
     return err;
 }
 
+/* lockdep_assert_preemption_disabled(): another CPU of the mask could go offline, or this be
+ * another CPU, in the middle.  The host is no CPU, and an interrupt handler is not preempted. */
+static int assert_preemption_disabled(const Machine *machine)
+{
+    static bool given;
+    const struct shi_self *self = &machine->self;
+    if (self->host || self->preempt || self->irqs_off || self->in_irq || self->in_nmi)
+        return 0;
+    return shi_warn_once(&given,
+                         "smp_call_function_many() with preemption enabled: it belongs between "
+                         "preempt_disable() and preempt_enable()");
+}
+
 static PyObject *run_many(Machine *machine, PyObject *mask, PyObject *function, PyObject *info,
                           PyObject *wait_arg, bool run_self, PyObject *cond)
 {
@@ -176,7 +189,9 @@ static PyObject *family(Machine *machine, const char *name, bool masked, bool ru
     static const char *const names[] = { "mask", "func", "info", "wait" };
     PyObject *a[4] = { NULL, NULL, NULL, NULL };
     int skip = !masked;
-    if (shi_parse(name, names + skip, 2 - skip, 4 - skip, args, nargs, kwnames, a + skip) < 0)
+    if (shi_parse(name, names + skip, 2 - skip, 4 - skip, args, nargs, kwnames, a + skip) < 0 ||
+        /* smp_call_function_many(); the others disable preemption themselves */
+        (masked && !run_self && assert_preemption_disabled(machine) < 0))
         return NULL;
     return run_many(machine, a[0], a[1], a[2], a[3], run_self, NULL);
 }

@@ -28,6 +28,7 @@ SMP(on_each_cpu, shi_each_cpu)
 SMP(on_each_cpu_mask, shi_each_cpu_mask)
 SMP(on_each_cpu_cond_mask, shi_each_cpu_cond_mask)
 SMP(smp_send_reschedule, shi_send_reschedule)
+SMP(resched_cpu, shi_resched_cpu)
 #undef SMP
 
 #define DOC_SINGLE                                                                             \
@@ -48,7 +49,10 @@ SMP(smp_send_reschedule, shi_send_reschedule)
     "smp_call_function_many(mask, func, info=None, wait=True)\n--\n\n"                         \
     "Run func(info) on every online CPU of `mask` but the calling one.  Offline CPUs are\n"    \
     "skipped.  `mask`: CpuMask, cpulist string or iterable of CPU numbers.  What several\n"    \
-    "CPUs fail with is raised as a CpusFailedError, when all have run."
+    "CPUs fail with is raised as a CpusFailedError, when all have run.  A task calls it\n"     \
+    "between preempt_disable() and preempt_enable(), else ShmipiWarning, once.  With "         \
+    "several\n"                                                                                \
+    "targets nobody asks whether they poll: each is sent the interrupt."
 #define DOC_ALL                                                                                \
     "smp_call_function(func, info=None, wait=True)\n--\n\n"                                    \
     "Run func(info) on all other online CPUs."
@@ -66,8 +70,13 @@ SMP(smp_send_reschedule, shi_send_reschedule)
     "CPU at send time, for the calling CPU after the IPIs went out.  mask=None: all."
 #define DOC_RESCHED                                                                            \
     "smp_send_reschedule(cpu)\n--\n\n"                                                         \
-    "Nudge `cpu`: a reschedule IPI, or only a flag where it is polling.  An offline CPU is\n"  \
-    "warned about (ShmipiWarning) and not sent to."
+    "Send `cpu` a reschedule IPI: always, also where it polls, and to this CPU.  An offline\n" \
+    "CPU is warned about (ShmipiWarning) and not sent to.  linux/smp.h."
+#define DOC_RESCHED_CPU                                                                        \
+    "resched_cpu(cpu)\n--\n\n"                                                                 \
+    "Have `cpu` reschedule: need_resched() is true there, and it is sent a reschedule IPI\n"   \
+    "unless it was true already, or the CPU polls (then its idle loop looks at it), or is\n"   \
+    "this one.  Nothing is done to an offline CPU.  kernel/sched/core.c, __resched_curr."
 
 #define ENTRY(kind, name, doc)                                                                 \
     { #name, FAST(kind##_##name), METH_FASTCALL | METH_KEYWORDS, doc }
@@ -78,7 +87,8 @@ SMP(smp_send_reschedule, shi_send_reschedule)
         ENTRY(kind, smp_call_function, DOC_ALL), ENTRY(kind, on_each_cpu, DOC_EACH),           \
         ENTRY(kind, on_each_cpu_mask, DOC_EACH_MASK),                                          \
         ENTRY(kind, on_each_cpu_cond_mask, DOC_COND),                                          \
-        ENTRY(kind, smp_send_reschedule, DOC_RESCHED)
+        ENTRY(kind, smp_send_reschedule, DOC_RESCHED),                                         \
+        ENTRY(kind, resched_cpu, DOC_RESCHED_CPU)
 
 PyMethodDef shi_smp_methods[] = {
     ENTRIES(method),

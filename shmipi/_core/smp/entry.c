@@ -31,7 +31,7 @@ bool shi_service(struct shi_self *self)
             shi_chip_handle(self);
         } else if (shi_word_head(w)) {
             self->m->drain(self);
-        } else if (w & SHI_W_NEED_RESCHED) {
+        } else if (shi_resched_due(self, w)) {
             SHI_TRACE(self, resched_idle, self->id, 0, 0, 0);
             shi_fetch_and_full(&self->slot->word, ~SHI_W_NEED_RESCHED);
         } else {
@@ -75,8 +75,7 @@ void shi_set_running(struct shi_self *self)
         }
         /* ASKED from a kick since may have been answered by run_deferred already, and a
          * stale one keeps senders from kicking for ever. */
-        next = shi_word_with(w, SHI_RUNNING) &
-               ~(SHI_W_KICKED | SHI_W_NEED_RESCHED | SHI_W_ASKED);
+        next = shi_word_with(w, SHI_RUNNING) & ~(SHI_W_KICKED | SHI_W_ASKED);
         if (shi_python_waits(self))
             next |= SHI_W_ASKED;
         if (shi_cas_full(&self->slot->word, &w, next))
@@ -129,7 +128,7 @@ static void take_interrupts(struct shi_self *self)
     self->ctx = ctx;
     self->counts = self->slot->counters[ctx];
     self->inline_python = inline_python;
-    bool offline = shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
+    bool offline = shi_hotplug_due(self);
     if ((shi_python_waits(self) || offline || shi_cancel_asked(self)) &&
         self->hooks.interrupt) {
         self->hooks.interrupt(self);
@@ -308,7 +307,8 @@ int shi_irq_rering(struct shi_self *self, uint32_t dst)
     /* What died with a ringer may be no more than its promise to ring: RUNG or KICKED
      * with nothing sent silences every later sender, work or no work.  (ASKED alone is
      * the business of the CPU's own timer: remind.h.) */
-    if (!shi_word_work(w) && state != SHI_RUNG && !(w & SHI_W_KICKED))
+    if (!shi_word_work(w) && state != SHI_RUNG && !(w & SHI_W_KICKED) &&
+        !shi_resched_unsent(self->m, dst, w))
         return nmi;
     int err = shi_irq_ring_again(self, dst, set);
     if (!err)

@@ -65,4 +65,17 @@ int shi_kick_check(struct shi_self *self);
  * ring for, or -EAGAIN when no signal could be queued. */
 int shi_irq_rering(struct shi_self *self, uint32_t dst);
 
+/* Another one runs, or the same goes on: NEED_RESCHED has been obeyed. */
+static inline void shi_schedule(struct shi_self *self)
+{
+    if (shi_load_relaxed(&self->slot->word) & SHI_W_NEED_RESCHED)
+        shi_fetch_and_full(&self->slot->word, ~SHI_W_NEED_RESCHED);
+}
+/* NEED_RESCHED of a CPU that sleeps in its idle loop: who set it died before the interrupt. */
+static inline bool shi_resched_unsent(const struct shi_machine *m, uint32_t cpu, uint64_t w)
+{
+    return w & SHI_W_NEED_RESCHED && shi_word_state(w) == SHI_HALTED &&
+           !shi_load_relaxed(&shi_slot(m, cpu)->task);
+}
+
 #endif

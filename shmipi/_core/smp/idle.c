@@ -33,7 +33,7 @@ static bool stopping(const struct shi_self *self)
 static bool has_work(const struct shi_self *self)
 {
     uint64_t w = shi_load_acquire(&self->slot->word);
-    return shi_word_work(w) || w & SHI_W_NEED_RESCHED;
+    return shi_word_work(w) || shi_resched_due(self, w);
 }
 
 static uint64_t window(struct shi_self *self, enum shi_idle idle)
@@ -78,7 +78,7 @@ static inline bool poll_for(struct shi_self *self, shi_ready *ready, const void 
             start = now;
         limit = window(self, (enum shi_idle)shi_load_relaxed(&slot->idle));
         if (now - start >= limit || now >= end || stopping(self) || shi_python_waits(self) ||
-            shi_load_relaxed(&slot->hotplug) != SHI_HP_ONLINE)
+            shi_hotplug_due(self))
             return has_work(self);
         if (!released && now - start >= RELEASE_NS) {
             if (self->hooks.release)
@@ -106,7 +106,7 @@ static int halt(struct shi_self *self)
         shi_kick_block(self, true);
     SHI_STEP(self, halt);
     do {
-        if (shi_word_work(w) || w & SHI_W_NEED_RESCHED || !shi_word_online(w))
+        if (shi_word_work(w) || shi_resched_due(self, w) || !shi_word_online(w))
             return 0;
         next = shi_word_with(w, SHI_HALTED);
         /* Compare-and-swap: work queued since the look makes it fail, and who queues
@@ -204,7 +204,7 @@ int shi_idle_in_task(struct shi_self *self, shi_ready *ready, const void *arg,
     uint64_t start = shi_now_ns(), end = until_ns ? until_ns : UINT64_MAX;
     uint64_t look = start + SIGNALS_NS;
     if (poll_for(self, ready, arg, look < end ? look : end) || shi_python_waits(self) ||
-        stopping(self) || shi_load_relaxed(&slot->hotplug) != SHI_HP_ONLINE ||
+        stopping(self) || shi_hotplug_due(self) ||
         shi_load_relaxed(&slot->idle) == SHI_IDLE_POLL)
         return 0;
     start = shi_now_ns();

@@ -52,12 +52,7 @@ int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct s
     }
     if (shi_word_head(w))
         return coalesced(self, dst, index);
-    if (shi_word_state(w) == SHI_POLLING) {
-        shi_count(self, SHI_C_elided);
-        SHI_TRACE(self, wake_idle_without_ipi, dst, index + 1, 0, 0);
-        return SHI_PUSH_ELIDED;
-    }
-    return SHI_PUSH_RING;
+    return shi_word_state(w) == SHI_POLLING ? SHI_PUSH_POLLS : SHI_PUSH_RING;
 }
 
 uint32_t shi_queue_grab(struct shi_self *self)
@@ -67,10 +62,10 @@ uint32_t shi_queue_grab(struct shi_self *self)
     if (newest && newest <= m->ncsds)
         shi_prefetch_write(shi_csd(m, newest - 1)); /* comes along with the word below */
     /*
-     * Full, and the acquire side of every push on the list.  NEED_RESCHED goes with
-     * it: whoever set it wanted this drain.  PENDING stays for the flow handler.
+     * Full, and the acquire side of every push on the list.  PENDING stays for the flow
+     * handler, NEED_RESCHED for who schedules.
      */
-    uint64_t w = shi_fetch_and_full(&self->slot->word, SHI_W_LOW & ~SHI_W_NEED_RESCHED);
+    uint64_t w = shi_fetch_and_full(&self->slot->word, SHI_W_LOW);
     SHI_STEP(self, drain);
     SHI_TRACE(self, flush, self->id, shi_word_head(w), 0, 0);
     return shi_word_head(w);

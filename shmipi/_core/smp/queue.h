@@ -14,9 +14,9 @@
 #include "base/machine.h"
 
 enum shi_pushed {
-    SHI_PUSH_ELIDED = 0,    /* the target polls: the store was the interrupt */
-    SHI_PUSH_COALESCED = 1, /* the queue was not empty: its first pusher rings */
-    SHI_PUSH_RING = 2,      /* send the interrupt through the chip */
+    SHI_PUSH_COALESCED = 0, /* the queue was not empty: its first pusher rings */
+    SHI_PUSH_RING = 1,      /* send the interrupt through the chip */
+    SHI_PUSH_POLLS = 2,     /* the target polls: alone it needs none, the store was it */
 };
 
 /* Queue a locked csd (index through all slots).  enum shi_pushed, or -ENXIO. */

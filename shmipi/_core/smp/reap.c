@@ -33,6 +33,7 @@ void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end)
         shi_count(self, SHI_C_corrupt);
     shi_store_release(&slot->waiting_for, 0);
     shi_store_release(&slot->ringing, 0);
+    shi_store_release(&slot->cpus_read, 0);
     shi_store_relaxed(&slot->pic.init, 0);
     depart(self, slot);
     shi_event_ring(&self->m->header->hotplug_event);
@@ -248,6 +249,7 @@ void shi_guest_bury(struct shi_self *self, uint32_t id)
     shi_store_release(&slot->pid, 0);
     shi_store_release(&slot->waiting_for, 0);
     shi_store_release(&slot->ringing, 0);
+    shi_store_release(&slot->cpus_read, 0);
     shi_reap_ring_all(self); /* a ring may have died with it */
 }
 

@@ -98,15 +98,24 @@ static inline int lock_and_push(struct shi_self *self, uint32_t local, uint64_t 
     return err;
 }
 
+/* call_function_single_prep_ipi(): its target polls, and looks at the queue by itself. */
+static void elide(struct shi_self *self, uint32_t dst, uint32_t number)
+{
+    shi_count(self, SHI_C_elided);
+    SHI_TRACE(self, wake_idle_without_ipi, dst, number, 0, 0);
+}
+
 int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
 {
     /* Before the push: with it the line is the target's. */
     uint8_t kind = shi_patience_kind(shi_own_csd(self, local)->func);
     int pushed = lock_and_push(self, local, type, dst);
-    if (pushed == SHI_PUSH_RING)
+    if (pushed == SHI_PUSH_POLLS)
+        elide(self, dst, shi_own_index(self, local) + 1);
+    else if (pushed == SHI_PUSH_RING)
         shi_chip_send_call_single(self, dst);
     self->sender.notes[local].polled =
-        pushed == SHI_PUSH_ELIDED && type == SHI_CSD_SYNC ? 1 + kind : 0;
+        pushed == SHI_PUSH_POLLS && type == SHI_CSD_SYNC ? 1 + kind : 0;
     return pushed < 0 ? pushed : 0;
 }
 
@@ -148,9 +157,13 @@ int64_t shi_call_prepare(struct shi_self *self, const struct shi_call *call)
 
 /* ---- many ------------------------------------------------------------------------- */
 
+/* As in the kernel one target that polls needs no interrupt, and of several nobody asks
+ * whether they poll: one register write may be for all of them. */
 static void ring_many(struct shi_self *self, struct shi_many *many)
 {
-    if (many->nipis == 1)
+    if (many->nipis == 1 && many->polls)
+        elide(self, many->ipis[0], many->polls);
+    else if (many->nipis == 1)
         shi_chip_send_call_single(self, many->ipis[0]);
     else if (many->nipis)
         shi_chip_send_call_mask(self, many->ipis, many->nipis);
@@ -179,8 +192,10 @@ static int queue_one(struct shi_self *self, struct shi_many *many, const struct 
     if (err < 0) {
         shi_csd_put(self, (uint32_t)local);
     } else {
-        if (err == SHI_PUSH_RING)
+        if (err != SHI_PUSH_COALESCED) {
+            many->polls = err == SHI_PUSH_POLLS ? shi_own_index(self, (uint32_t)local) + 1 : 0;
             many->ipis[many->nipis++] = cpu;
+        }
         if (!wait)
             shi_csd_leave(self, (uint32_t)local);
         many->cpus[many->queued] = cpu;
@@ -334,28 +349,42 @@ int shi_call_room(struct shi_self *self, const struct shi_waiter *waiter, void *
     return err == -EBADMSG ? 0 : err; /* damaged: collected as such */
 }
 
-/* ---- smp_send_reschedule ---------------------------------------------------------- */
+/* ---- smp_send_reschedule, resched_cpu --------------------------------------------- */
 
 int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst)
 {
-    struct shi_slot *slot = shi_slot(self->m, dst);
-    uint64_t w = shi_load_relaxed(&slot->word);
     SHI_TRACE(self, call_entry, dst, 0, 0, SHI_E_RESCHEDULE);
-    for (;;) {
-        if (!shi_word_online(w))
-            return -ENXIO;
-        if (shi_word_state(w) != SHI_POLLING)
-            break;
-        /* set_nr_if_polling: the idle loop looks at the flag, no IPI is needed. */
-        if (shi_cas_full(&slot->word, &w, w | SHI_W_NEED_RESCHED)) {
-            shi_count(self, SHI_C_resched_elided);
-            shi_count(self, SHI_C_elided);
-            SHI_TRACE(self, wake_idle_without_ipi, dst, 0, 0, 0);
-            return 0;
-        }
-    }
+    if (!shi_word_online(shi_load_relaxed(&shi_slot(self->m, dst)->word)))
+        return -ENXIO;
     shi_count(self, SHI_C_resched_sent);
     shi_chip_send_reschedule(self, dst);
+    return 0;
+}
+
+int shi_irq_resched_cpu(struct shi_self *self, uint32_t dst)
+{
+    struct shi_slot *slot = shi_slot(self->m, dst);
+    uint64_t w = shi_load_relaxed(&slot->word);
+    SHI_TRACE(self, call_entry, dst, 0, 0, SHI_E_RESCHED_CPU);
+    /*
+     * set_nr_and_not_polling(): the flag and the look at the state are one compare-and-swap.
+     * An idle loop that this finds polling looks at the flag, and one that goes to sleep
+     * fails to, because its word has changed.
+     */
+    do {
+        if (!shi_word_online(w))
+            return -ENXIO;
+        if (w & SHI_W_NEED_RESCHED)
+            return 0; /* who set it has told the CPU, or is about to */
+    } while (!shi_cas_full(&slot->word, &w, w | SHI_W_NEED_RESCHED));
+    SHI_STEP(self, resched);
+    if (dst == self->id && !self->host)
+        return 0; /* the flag alone */
+    if (shi_word_state(w) != SHI_POLLING)
+        return shi_irq_send_reschedule(self, dst);
+    shi_count(self, SHI_C_resched_elided);
+    shi_count(self, SHI_C_elided);
+    SHI_TRACE(self, wake_idle_without_ipi, dst, 0, 0, 0);
     return 0;
 }
 

@@ -77,7 +77,8 @@ struct shi_many {
     /* Room for n each, and what came of it: to whom it went by which csd. */
     uint32_t *cpus, *locals, *ipis;
     uint32_t queued, nipis;
-    uint32_t at; /* the CPU that an error is about */
+    uint32_t polls; /* of the last of ipis: its csd (index + 1) if it polls, else 0 */
+    uint32_t at;    /* the CPU that an error is about */
 };
 
 /* smp_call_function_many_cond up to its wait: queue all, then ring who is to be rung, on an
@@ -100,8 +101,12 @@ int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type, u
 /* The target, after (SYNC) or before (ASYNC) the function: rings a parked waiter. */
 void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd);
 
-/* smp_send_reschedule. -ENXIO when offline. */
+/* smp_send_reschedule: the interrupt, whatever the target does, also to itself.  -ENXIO when
+ * offline. */
 int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst);
+/* resched_cpu, __resched_curr: the flag, and the interrupt unless it was set, the target polls
+ * or is this CPU.  -ENXIO when offline. */
+int shi_irq_resched_cpu(struct shi_self *self, uint32_t dst);
 
 /* The lines of call-function and reschedule IPIs, and the queue, are this file's. */
 void shi_smp_register(struct shi_machine *m);

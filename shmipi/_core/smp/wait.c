@@ -71,7 +71,7 @@ static bool serve(struct shi_self *self)
 static bool own_work(const struct shi_self *self)
 {
     uint64_t w = shi_load_acquire(&self->slot->word);
-    return shi_word_work(w) || w & SHI_W_NEED_RESCHED;
+    return shi_word_work(w) || shi_resched_due(self, w);
 }
 
 uint64_t shi_wait_budget(const struct shi_self *self, uint32_t dst)
@@ -243,7 +243,7 @@ int shi_halt_until(struct shi_self *self, shi_ready *ready, const void *arg, int
     if (by_signal) /* first: a ring from now on is for the wait below, not the handler */
         shi_kick_block(self, true);
     do {
-        if (!shi_word_online(w) || (service && (shi_word_work(w) || w & SHI_W_NEED_RESCHED)))
+        if (!shi_word_online(w) || (service && (shi_word_work(w) || shi_resched_due(self, w))))
             goto out;
         next = shi_word_with(w, SHI_HALTED);
     } while (!shi_cas_full(&slot->word, &w, next));

@@ -68,7 +68,8 @@ static bool stranded(const struct shi_machine *m, uint32_t cpu)
     if (state == SHI_POLLING || (state == SHI_RUNNING && !m->kick))
         return false;
     /* RUNG or KICKED with nothing sent silences every later sender, work or no work. */
-    return shi_word_work(w) || state == SHI_RUNG || w & SHI_W_KICKED;
+    return shi_word_work(w) || state == SHI_RUNG || w & SHI_W_KICKED ||
+           shi_resched_unsent(m, cpu, w);
 }
 
 static void look_at(struct shi_self *self, struct shi_watched *seen, uint32_t cpu)

@@ -31,7 +31,7 @@ __all__ = [
 CALLS: Final = {
     "single": "smp_call_function_single",
     "many": "smp_call_function_many",
-    "resched": "smp_send_reschedule",
+    "resched": "resched_cpu",
     "nmi": "smp_send_nmi_ipi",
 }
 
@@ -111,7 +111,7 @@ _ELIDED: Final = (
         "          set_nr_if_polling(rq->idle)",
     ),
 )
-#: The kernel looks at this only when one CPU is left to be interrupted; here, at each.
+#: Looked at only when a single CPU is left to be interrupted.
 _ELIDED_OF_MANY: Final = (
     at(
         "wake_idle_without_ipi",
@@ -142,9 +142,19 @@ _RUN: Final = (
     at("csd_unlock", "  csd_unlock(csd)"),
     at("call_end", "  csd_lock_wait(csd)"),
 )
-_RESCHED: Final = (at("call_entry", "smp_send_reschedule({cpu})"),)
+_RESCHED: Final = (
+    at(
+        "call_entry",
+        "resched_cpu({cpu})",
+        "  resched_curr(cpu_rq({cpu}))",
+        "    __resched_curr(rq, TIF_NEED_RESCHED)",
+        "      set_nr_and_not_polling(ti, tif)",
+        when="=3",
+    ),
+    at("call_entry", "smp_send_reschedule({cpu})", when="=2"),
+)
 _RESCHED_ELIDED: Final = (
-    at("wake_idle_without_ipi", "  set_nr_if_polling(rq->idle)"),
+    at("wake_idle_without_ipi", "      trace_sched_wake_idle_without_ipi({cpu})"),
     at("resched_idle", "do_idle()", "  need_resched()"),
 )
 

@@ -172,7 +172,7 @@ class _Gic(Chip):
         self.raise_line(ipi, self.cpus(target))
 
     def arch_smp_send_reschedule(self, cpu: int) -> None:
-        """Send IPI_RESCHEDULE. Unlike ``smp_send_reschedule``, this is never elided."""
+        """Send IPI_RESCHEDULE."""
         self.smp_cross_call(cpu, IPI_RESCHEDULE)
 
     def arch_send_call_function_single_ipi(self, cpu: int) -> None:
