@@ -9,8 +9,9 @@ Boots a machine with it, calls every CPU, and sends a letter to a handler of its
 import sys
 import time
 from collections.abc import Iterable
+from typing import Any
 
-from shmipi import Cluster, atomic, percpu, smp
+from shmipi import Cluster, smp
 from shmipi.irq.chips import Chip, Line, Row
 
 
@@ -32,9 +33,9 @@ class Postbox(Chip):
             yield Line(letter, f"letter {letter}", "irq")
 
 
-def parcel(virq: int) -> None:
-    """Handle the letter, in interrupt context."""
-    atomic.fetch_add(percpu("parcels"), smp.smp_processor_id(), 1)
+def parcel(virq: int, mine: Any) -> None:
+    """Handle the letter, in interrupt context: ``mine`` is this CPU's row."""
+    mine[0] += 1
 
 
 def main() -> None:
@@ -44,8 +45,8 @@ def main() -> None:
         parcels = cluster.percpu("parcels", "i8")
         called = [cluster.call(cpu, smp.smp_processor_id) for cpu in range(ncpus)]
         virq = cluster.irq.irq_reserve_ipi(None, range(ncpus))
-        cluster.irq.request_percpu_irq(virq, parcel, "parcel")
-        cluster.irq.enable_percpu_irq(virq)
+        cluster.irq.request_percpu_irq(virq, parcel, "parcel", parcels)
+        cluster.irq.enable_percpu_irq_mask(virq)
         cluster.irq.ipi_send_mask(virq, range(1, ncpus))
         deadline = time.monotonic() + 10
         while parcels.sum() < ncpus - 1 and time.monotonic() < deadline:

@@ -7,34 +7,43 @@ its own; in the host that of the only open ``Cluster``, else they raise
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from shmipi import _core
 from shmipi.cpumask import MaskLike
 from shmipi.irq.bound import BoundIrq
 from shmipi.irq.chips.base import Chip
-from shmipi.irq.irqdesc import IrqDesc
+from shmipi.irq.irqdesc import IrqData, IrqDesc
 from shmipi.irq.irqdomain import DomainLike
 from shmipi.irq.manage import IrqHandler
+from shmipi.irq.table import IRQ_TYPE_NONE
 from shmipi.machine import controller
 
 __all__ = [
     "chip",
     "disable_percpu_irq",
+    "disable_percpu_irq_mask",
     "enable_percpu_irq",
+    "enable_percpu_irq_mask",
     "forget",
     "free_percpu_irq",
     "ipi_get_hwirq",
     "ipi_send_mask",
     "ipi_send_single",
     "irq",
+    "irq_create_mapping",
     "irq_destroy_ipi",
+    "irq_dispose_mapping",
+    "irq_find_mapping",
+    "irq_get_irq_data",
+    "irq_percpu_is_enabled",
     "irq_reserve_ipi",
     "irq_send_ipi",
     "irq_send_ipi_all",
     "irq_to_desc",
     "register",
     "request_percpu_irq",
+    "request_percpu_nmi",
 ]
 
 _known: list[tuple[_core.Machine, BoundIrq]] = []
@@ -123,11 +132,53 @@ def free_percpu_irq(virq: int, dev_id: Any = None) -> None:
     irq().free_percpu_irq(virq, dev_id)
 
 
-def enable_percpu_irq(virq: int, cpus: MaskLike | None = None) -> None:
+def request_percpu_nmi(
+    virq: int, handler: IrqHandler, name: str = "", dev_id: Any = None
+) -> NoReturn:
+    """Raise ``IrqError`` EINVAL: no irq is an NMI here; see ``PercpuCalls``."""
+    irq().request_percpu_nmi(virq, handler, name, dev_id)
+
+
+def enable_percpu_irq(virq: int, type: int = IRQ_TYPE_NONE) -> None:
     """Let an irq through on this CPU; see ``PercpuCalls``."""
-    irq().enable_percpu_irq(virq, cpus)
+    irq().enable_percpu_irq(virq, type)
 
 
-def disable_percpu_irq(virq: int, cpus: MaskLike | None = None) -> None:
+def disable_percpu_irq(virq: int) -> None:
     """Hold an irq back on this CPU; see ``PercpuCalls``."""
-    irq().disable_percpu_irq(virq, cpus)
+    irq().disable_percpu_irq(virq)
+
+
+def enable_percpu_irq_mask(virq: int, cpus: MaskLike | None = None) -> None:
+    """Let an irq through on several CPUs; see ``PercpuCalls``."""
+    irq().enable_percpu_irq_mask(virq, cpus)
+
+
+def disable_percpu_irq_mask(virq: int, cpus: MaskLike | None = None) -> None:
+    """Hold an irq back on several CPUs; see ``PercpuCalls``."""
+    irq().disable_percpu_irq_mask(virq, cpus)
+
+
+def irq_percpu_is_enabled(virq: int, cpu: int | None = None) -> bool:
+    """Is an irq let through on this CPU? See ``PercpuCalls``."""
+    return irq().irq_percpu_is_enabled(virq, cpu)
+
+
+def irq_create_mapping(domain: DomainLike, hwirq: int, name: str = "") -> int:
+    """Give a hwirq of a domain without IPIs a virq; see ``IpiCalls``."""
+    return irq().irq_create_mapping(domain, hwirq, name)
+
+
+def irq_dispose_mapping(virq: int) -> None:
+    """Undo ``irq_create_mapping``; see ``IpiCalls``."""
+    irq().irq_dispose_mapping(virq)
+
+
+def irq_find_mapping(domain: DomainLike, hwirq: int) -> int:
+    """Return the virq that a hwirq of a domain has, or 0; see ``IpiCalls``."""
+    return irq().irq_find_mapping(domain, hwirq)
+
+
+def irq_get_irq_data(virq: int) -> IrqData | None:
+    """Return what an irq is in its own domain, or None; see ``IpiCalls``."""
+    return irq().irq_get_irq_data(virq)

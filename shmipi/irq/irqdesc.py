@@ -44,6 +44,7 @@ __all__ = [
     "irq_desc_get_irq_data",
     "irq_to_desc",
     "irqd_is_global_ipi",
+    "irqd_to_hwirq",
     "refuse",
 ]
 
@@ -156,6 +157,11 @@ class IrqData:
 def irq_desc_get_irq_data(desc: IrqDesc) -> IrqData:
     """Return the irq data of a descriptor's own domain."""
     return desc.irq_data
+
+
+def irqd_to_hwirq(data: IrqData) -> int:
+    """Return the hwirq that an irq has in this level's domain."""
+    return data.hwirq
 
 
 def irq_data_get_irq_chip(data: IrqData) -> IrqChip:

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 from shmipi.cpumask import CpuMask
 from shmipi.errors import IrqError
 from shmipi.irq.irqdesc import (
+    IrqData,
     IrqDesc,
     IrqDomain,
     domain_at,
@@ -260,6 +261,32 @@ class DomainCalls:
             cpus = CpuMask([0]) if routed else found.possible
             self.table.make(found.index, first, 0, [hwirq], cpus, PERCPU_FLAGS, name)
         return first
+
+    def irq_find_mapping(self, domain: DomainLike, hwirq: int) -> int:
+        """Return the virq that a hwirq of a domain has, or 0.
+
+        A domain above has the hwirqs of its children's irqs, too.
+        """
+        found = self.domain(domain)
+        if found.is_coprocessor:
+            virqs = self.table.virqs_of(found.index)
+            return virqs[0] if virqs and not hwirq else 0
+        for virq in self.table.owners(hwirq):
+            desc = self.irq_to_desc(virq)
+            above = desc.domain if desc else None
+            while above is not None and above != found:
+                above = above.parent
+            if desc is not None and above is not None:
+                # A block's first virq has the line; each has its own hwirq.
+                mapped = desc.mapping.cpumap
+                place = mapped.index(hwirq) if hwirq in mapped else 0
+                return desc.ipi_base + place
+        return 0
+
+    def irq_get_irq_data(self, virq: int) -> IrqData | None:
+        """Return what an irq is in its own domain; None: there is no such irq."""
+        desc = self.irq_to_desc(virq)
+        return None if desc is None else desc.irq_data
 
     def irq_dispose_mapping(self, virq: int) -> None:
         """Undo ``irq_create_mapping``. ``IrqError`` EINVAL for others' irqs."""

@@ -1,18 +1,21 @@
 """Per-CPU irqs: who handles them, and on which CPUs (``kernel/irq/manage.c``).
 
 ``request_percpu_irq(virq, handler, name, dev_id)`` publishes a handler for all CPUs;
-``enable_percpu_irq(virq)`` then lets the interrupt through on the CPU that calls it
-(the host, which is none, names CPUs). An interrupt that comes before that stays
-pending. A CPU that goes offline takes none, and what is sent to it then is lost; when
-it is back, also as a new process after a kill, what was enabled is enabled: the masks
-are the controller's, in the machine's memory. (In the kernel each driver does that with
-a hotplug callback.)
+``enable_percpu_irq(virq)`` then lets the interrupt through on the CPU that calls it.
+``enable_percpu_irq_mask(virq, cpus)``, which the kernel does not have, does so on
+several CPUs, for the host as well. An interrupt that comes before that stays pending;
+one that is let through and that nobody has requested is masked where it came, as
+spurious (``handle_percpu_devid_irq``). A CPU that goes offline takes none, and what is
+sent to it then is lost; when it is back, also as a new process after a kill, what was
+enabled is enabled: the masks are the controller's, in the machine's memory. (In the
+kernel each driver does that with a hotplug callback.)
 
-The handler is called as ``handler(irq)``, or ``handler(irq, dev_id)`` if there is one,
-in interrupt context on the CPU that took it. A ``dev_id`` that is a per-CPU array
-(``cluster.percpu``) is handed over as that CPU's row, as the kernel's ``__percpu``
-pointer is; a row of one number as an array of one. A ``NativeHandler`` gets ``dev_id``
-as its info: None, an int, a shared array, or that CPU's row of a per-CPU array.
+The handler is called as ``handler(irq, dev_id)`` in interrupt context on the CPU that
+took it; it may return ``IRQ_HANDLED`` or ``IRQ_NONE``, which nobody looks at, as in the
+kernel. A ``dev_id`` that is a per-CPU array (``cluster.percpu``) is handed over as that
+CPU's row, as the kernel's ``__percpu`` pointer is; a row of one number as an array of
+one. A ``NativeHandler`` gets ``dev_id`` as its info: an int, a shared array, or that
+CPU's row of a per-CPU array.
 
 A Python handler is the function as it was when it was requested, whatever becomes of
 the function object, and belongs to the process that requested it. When that was a CPU
@@ -26,15 +29,22 @@ from __future__ import annotations
 import errno
 import warnings
 from collections.abc import Callable
-from types import FunctionType
-from typing import Any, TypeAlias
+from operator import index
+from typing import Any, NoReturn, TypeAlias
 
 from shmipi import _core
 from shmipi.cpumask import CpuMask, MaskLike
-from shmipi.errors import ClusterStateError, ShmipiWarning
+from shmipi.errors import ClusterStateError, IrqError, ShmipiWarning
 from shmipi.irq.ipi import IpiCalls
 from shmipi.irq.irqdesc import IrqDesc, refuse
-from shmipi.irq.table import INVALID_HWIRQ, IrqFlags, irq_name
+from shmipi.irq.table import (
+    INVALID_HWIRQ,
+    IRQ_TYPE_EDGE_RISING,
+    IRQ_TYPE_NONE,
+    IRQ_TYPE_SENSE_MASK,
+    IrqFlags,
+    irq_name,
+)
 from shmipi.machine.arrays import SharedArray
 
 __all__ = ["IrqHandler", "PercpuCalls"]
@@ -56,8 +66,9 @@ class PercpuCalls(IpiCalls):
 
         ``name`` is for ``/proc/interrupts`` (31 bytes are kept). The irq is let through
         nowhere until it is enabled. ``IrqError``: EINVAL (no such irq, a coprocessor's,
-        not per-CPU, no handler), EBUSY (requested already); ``TypeError`` for a handler
-        that is none, ``ClusterStateError`` in an interrupt handler.
+        not per-CPU, no handler, no ``dev_id``), EBUSY (requested already);
+        ``TypeError`` for a handler that is none, ``ClusterStateError`` in an interrupt
+        handler.
         """
         machine = self.table.machine
         label = irq_name(name)
@@ -71,6 +82,8 @@ class PercpuCalls(IpiCalls):
             desc = self._percpu(virq)
             if handler is None:
                 refuse(desc, "a handler is needed")
+            if dev_id is None:
+                refuse(desc, "a dev_id is needed: a per-CPU array, as a rule")
             if self.table.action(virq):
                 refuse(desc, "it is requested already", code=errno.EBUSY)
             # A new one may be in use by those who look it up: the name goes before it.
@@ -90,11 +103,13 @@ class PercpuCalls(IpiCalls):
 
         Any process may free it. As in the kernel this only warns (``ShmipiWarning``),
         and changes nothing, when it is not requested, still enabled on a CPU, or was
-        requested by this process with another ``dev_id``. ``IrqError`` EINVAL for no
-        such irq, or one that is not per-CPU.
+        requested by this process with another ``dev_id``. No such irq, or one that is
+        not per-CPU: nothing.
         """
         with self.table.locked():
-            desc = self._percpu(virq)
+            desc = self._percpu_or_none(virq)
+            if desc is None:
+                return
             known = self._requested.get(virq)
             mine = known is not None and known[0] == desc.epoch
             enabled = self._enabled(desc)
@@ -111,47 +126,102 @@ class PercpuCalls(IpiCalls):
         if problem:
             warnings.warn(problem, ShmipiWarning, stacklevel=2)
 
-    def enable_percpu_irq(self, virq: int, cpus: MaskLike | None = None) -> None:
-        """Let an irq through on this CPU; from the host, on ``cpus`` (default: all).
+    def request_percpu_nmi(
+        self, virq: int, handler: IrqHandler, name: str = "", dev_id: Any = None
+    ) -> NoReturn:
+        """Refuse: ``IrqError`` EINVAL, as where ``irq_supports_nmi`` is false.
 
-        One that is pending is taken at once. On a CPU that is offline it takes effect
-        when that comes online. ``IrqError`` EINVAL: no such irq, not per-CPU, or not
-        for such a CPU.
+        No controller here delivers an irq of a domain as an NMI: what those deliver so
+        is ``smp_send_nmi_ipi``'s and ``register_nmi_handler``'s.
         """
-        self._switch(virq, cpus, True)
+        desc = self._percpu(virq)
+        refuse(desc, f"the chip of domain {desc.domain.name} has no NMIs for irqs")
 
-    def disable_percpu_irq(self, virq: int, cpus: MaskLike | None = None) -> None:
-        """Hold an irq back on this CPU, or on ``cpus``: what comes stays pending."""
-        self._switch(virq, cpus, False)
+    def enable_percpu_irq(self, virq: int, type: int = IRQ_TYPE_NONE) -> None:
+        """Let an irq through on this CPU; one that is pending is taken at once.
+
+        ``type`` is an ``IRQ_TYPE_*``. An SGI of a GIC is IRQ_TYPE_EDGE_RISING: with
+        another the irq is not enabled (``ShmipiWarning``, ``gic_set_type``); other
+        controllers have nothing to set. As in the kernel no such irq, or one that is
+        not per-CPU, is nothing. ``IrqError`` EINVAL: it is not for this CPU;
+        ``ClusterStateError`` in the host, which has ``enable_percpu_irq_mask``.
+        """
+        cpu = self._this_cpu("enable_percpu_irq_mask")
+        desc = self._percpu_or_none(virq)
+        if desc is None:
+            return
+        sense = index(type) & IRQ_TYPE_SENSE_MASK
+        edge_only = self.table.chip.flow == "sgi"
+        if edge_only and sense not in (IRQ_TYPE_NONE, IRQ_TYPE_EDGE_RISING):
+            warnings.warn(
+                f"failed to set type for IRQ{virq}: it is edge triggered",
+                ShmipiWarning,
+                stacklevel=2,
+            )
+            return
+        self._switch(desc, CpuMask([cpu]), True)
+
+    def disable_percpu_irq(self, virq: int) -> None:
+        """Hold an irq back on this CPU: what comes stays pending.
+
+        No such irq: nothing. ``ClusterStateError`` in the host.
+        """
+        cpu = self._this_cpu("disable_percpu_irq_mask")
+        desc = self._percpu_or_none(virq)
+        if desc is not None:
+            self._switch(desc, CpuMask([cpu]), False)
+
+    def enable_percpu_irq_mask(self, virq: int, cpus: MaskLike | None = None) -> None:
+        """Let an irq through on ``cpus``; None: on all that it was reserved for.
+
+        On a CPU that is offline it takes effect when that comes online. ``IrqError``
+        EINVAL: no such irq, not per-CPU, or not for such a CPU.
+        """
+        self._switch_mask(virq, cpus, True)
+
+    def disable_percpu_irq_mask(self, virq: int, cpus: MaskLike | None = None) -> None:
+        """Hold an irq back on ``cpus``, as ``enable_percpu_irq_mask``."""
+        self._switch_mask(virq, cpus, False)
 
     def irq_percpu_is_enabled(self, virq: int, cpu: int | None = None) -> bool:
-        """Is an irq let through on this CPU (from the host: on ``cpu``)?"""
-        desc = self._percpu(virq)
+        """Is an irq let through on this CPU (from the host: on ``cpu``)?
+
+        False for no such irq, or one that is not per-CPU.
+        """
         if cpu is None:
             cpu = self._this_cpu()
-        return cpu in self._enabled(desc)
+        desc = self._percpu_or_none(virq)
+        return desc is not None and cpu in self._enabled(desc)
 
-    def _switch(self, virq: int, cpus: MaskLike | None, on: bool) -> None:
+    def _switch_mask(self, virq: int, cpus: MaskLike | None, on: bool) -> None:
         desc = self._percpu(virq)
-        machine = self.table.machine
-        mask = self.table.affinity(virq)
+        chosen = self.table.affinity(virq)
         if cpus is not None:
             chosen = self.table.cpus([cpus] if isinstance(cpus, int) else cpus)
-        else:
-            chosen = CpuMask([machine.id]) if machine.is_cpu else mask
-        foreign = chosen - mask
+        self._switch(desc, chosen, on)
+
+    def _switch(self, desc: IrqDesc, chosen: CpuMask, on: bool) -> None:
+        foreign = chosen - self.table.affinity(desc.irq)
         if foreign:
             refuse(desc, f"it is not for CPUs {foreign}", foreign.first)
         for cpu in chosen:
             line = desc.mapping.hwirq(cpu)
             if line != INVALID_HWIRQ:
-                machine.irq_enable_line(cpu, line, on)
+                self.table.machine.irq_enable_line(cpu, line, on)
 
-    def _this_cpu(self) -> int:
+    def _this_cpu(self, instead: str = "") -> int:
         machine = self.table.machine
         if not machine.is_cpu:
-            raise ClusterStateError("the host is no CPU: say which CPU is meant")
+            hint = f": use {instead}(virq, cpus)" if instead else ""
+            raise ClusterStateError(f"the host is no CPU: say which CPU is meant{hint}")
         return machine.id
+
+    def _percpu_or_none(self, virq: int) -> IrqDesc | None:
+        """irq_get_desc_lock(irq, IRQ_GET_DESC_CHECK_PERCPU)."""
+        try:
+            return self._percpu(virq)
+        except IrqError:
+            return None
 
     def _enabled(self, desc: IrqDesc) -> CpuMask:
         """The CPUs that let it through: what the controller's masks say."""
@@ -202,14 +272,6 @@ def _is_percpu(dev_id: Any, machine: _core.Machine) -> bool:
 
 def _plain(handler: Callable[..., object], dev_id: Any, machine: _core.Machine) -> Any:
     """Return a function of the irq alone: only functions travel by number."""
-    if dev_id is None:
-        if isinstance(handler, FunctionType):
-            return handler
-
-        def call(irq: int) -> None:
-            handler(irq)
-
-        return call
     if _is_percpu(dev_id, machine):
         flat = dev_id.ndim == 1
 

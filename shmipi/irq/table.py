@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntFlag
+from enum import IntEnum, IntFlag
 from typing import Any, Final
 
 import numpy as np
@@ -26,12 +26,25 @@ from shmipi.irq.chips.base import Chip
 
 __all__ = [
     "INVALID_HWIRQ",
+    "IRQ_HANDLED",
+    "IRQ_NONE",
+    "IRQ_TYPE_EDGE_BOTH",
+    "IRQ_TYPE_EDGE_FALLING",
+    "IRQ_TYPE_EDGE_RISING",
+    "IRQ_TYPE_LEVEL_HIGH",
+    "IRQ_TYPE_LEVEL_LOW",
+    "IRQ_TYPE_LEVEL_MASK",
+    "IRQ_TYPE_NONE",
+    "IRQ_TYPE_SENSE_MASK",
+    "IRQ_WAKE_THREAD",
     "NR_IRQS",
     "DescRecord",
     "DomainRecord",
     "IrqDomainFlags",
     "IrqFlags",
+    "IrqReturn",
     "IrqTable",
+    "IrqType",
     "irq_name",
 ]
 
@@ -39,6 +52,40 @@ __all__ = [
 INVALID_HWIRQ: Final = _core.NO_LINE
 #: How many descriptors a machine has; virq 0 is none.
 NR_IRQS: Final = _core.NR_IRQS
+
+
+class IrqReturn(IntEnum):
+    """What a handler returns (``linux/irqreturn.h``)."""
+
+    IRQ_NONE = 0
+    IRQ_HANDLED = 1
+    IRQ_WAKE_THREAD = 2
+
+
+class IrqType(IntFlag):
+    """How a line is triggered (``linux/irq.h``)."""
+
+    IRQ_TYPE_NONE = 0
+    IRQ_TYPE_EDGE_RISING = 1
+    IRQ_TYPE_EDGE_FALLING = 2
+    IRQ_TYPE_EDGE_BOTH = 3
+    IRQ_TYPE_LEVEL_HIGH = 4
+    IRQ_TYPE_LEVEL_LOW = 8
+    IRQ_TYPE_LEVEL_MASK = 12
+    IRQ_TYPE_SENSE_MASK = 15
+
+
+IRQ_NONE: Final = IrqReturn.IRQ_NONE
+IRQ_HANDLED: Final = IrqReturn.IRQ_HANDLED
+IRQ_WAKE_THREAD: Final = IrqReturn.IRQ_WAKE_THREAD
+IRQ_TYPE_NONE: Final = IrqType.IRQ_TYPE_NONE
+IRQ_TYPE_EDGE_RISING: Final = IrqType.IRQ_TYPE_EDGE_RISING
+IRQ_TYPE_EDGE_FALLING: Final = IrqType.IRQ_TYPE_EDGE_FALLING
+IRQ_TYPE_EDGE_BOTH: Final = IrqType.IRQ_TYPE_EDGE_BOTH
+IRQ_TYPE_LEVEL_HIGH: Final = IrqType.IRQ_TYPE_LEVEL_HIGH
+IRQ_TYPE_LEVEL_LOW: Final = IrqType.IRQ_TYPE_LEVEL_LOW
+IRQ_TYPE_LEVEL_MASK: Final = IrqType.IRQ_TYPE_LEVEL_MASK
+IRQ_TYPE_SENSE_MASK: Final = IrqType.IRQ_TYPE_SENSE_MASK
 
 
 class IrqFlags(IntFlag):

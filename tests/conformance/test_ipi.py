@@ -47,7 +47,7 @@ class Rig:
         virq = self.reserve(domain, dest, **options)
         self.rows[:] = 0
         self.irq.request_percpu_irq(virq, COUNT, "counting", self.rows)
-        self.irq.enable_percpu_irq(virq)
+        self.irq.enable_percpu_irq_mask(virq)
         return virq
 
     def settles(self, *counts):
@@ -219,11 +219,11 @@ def test_arguments_of_the_wrong_kind(rig):
         with pytest.raises(TypeError, match="an irq's name is a string"):
             calls.irq_reserve_ipi(None, "3", name=name)
         with pytest.raises(TypeError, match="an irq's name is a string"):
-            calls.request_percpu_irq(virq, COUNT, name)
+            calls.request_percpu_irq(virq, COUNT, name, 0)
         with pytest.raises(TypeError, match="a domain's name is a string"):
             calls.add_coprocessor(name, print)
     with pytest.raises(ValueError, match="printable"):
-        calls.request_percpu_irq(virq, COUNT, "two\nrows")
+        calls.request_percpu_irq(virq, COUNT, "two\nrows", 0)
     with pytest.raises(TypeError, match="a coprocessor runs a function, not 5"):
         calls.add_coprocessor("test", 5)
     with pytest.raises(TypeError, match="made from a DomainNode, not 'test'"):
@@ -237,8 +237,8 @@ def test_arguments_of_the_wrong_kind(rig):
             calls.ipi_get_hwirq(virq, number)
     assert calls.table.virqs() == [virq]
     assert len(calls.domains) == 2
-    calls.request_percpu_irq(virq, COUNT, "n" * 40)
-    calls.free_percpu_irq(virq)
+    calls.request_percpu_irq(virq, COUNT, "n" * 40, rig.rows)
+    calls.free_percpu_irq(virq, rig.rows)
 
 
 @KINDS
@@ -248,9 +248,9 @@ def test_masks_are_named_as_everywhere(rig):
     assert irqd_is_global_ipi(calls.irq_to_desc(virq).irq_data)
     for send in (calls.ipi_send_mask, calls.irq_send_ipi):
         send(virq, "2-N")
-    calls.enable_percpu_irq(virq, "all")
-    refused(errno.EINVAL, calls.enable_percpu_irq, virq, "0-9")
-    calls.disable_percpu_irq(virq, "all")
+    calls.enable_percpu_irq_mask(virq, "all")
+    refused(errno.EINVAL, calls.enable_percpu_irq_mask, virq, "0-9")
+    calls.disable_percpu_irq_mask(virq, "all")
     calls.irq_destroy_ipi(virq, "all")
 
 
@@ -296,7 +296,7 @@ def test_a_vector_is_available_on_all_target_cpus(rig):
             assert time.monotonic() < deadline, [c.tolist() for c in counts]
             time.sleep(0.0005)
 
-    def python(virq):
+    def python(virq, dev_id):
         shmipi.percpu("high")[smp.smp_processor_id()] += virq * 1000
 
     def row_of(virq):
@@ -310,10 +310,10 @@ def test_a_vector_is_available_on_all_target_cpus(rig):
     for array in counts:
         array[:] = 0
     irq.request_percpu_irq(low, COUNT, "low", counts[0])
-    irq.enable_percpu_irq(low)
+    irq.enable_percpu_irq_mask(low)
     irq.request_percpu_irq(high, COUNT, "high", counts[1])
     assert not irq.irq_percpu_is_enabled(high, 2)
-    irq.enable_percpu_irq(high)
+    irq.enable_percpu_irq_mask(high)
     irq.ipi_send_mask(low, "0-1")
     irq.ipi_send_mask(high, "2-3")
     settles([1, 1, 0, 0], [0, 0, 1, 1])
@@ -323,7 +323,7 @@ def test_a_vector_is_available_on_all_target_cpus(rig):
     assert (row_of(low), row_of(high)) == ([1, 1, 0, 0], [0, 0, 1, 2])
     refused(errno.EINVAL, irq.ipi_send_single, low, 2)
     # The one that is destroyed takes nothing of the other's along, nor does the next.
-    irq.disable_percpu_irq(low)
+    irq.disable_percpu_irq_mask(low)
     irq.free_percpu_irq(low, counts[0])
     irq.irq_destroy_ipi(low)
     assert table.owners(vector) == [high]
@@ -332,8 +332,8 @@ def test_a_vector_is_available_on_all_target_cpus(rig):
     again = rig.reserve(None, "0", hwirq=vector)
     assert irq.irq_percpu_is_enabled(high, 2)
     assert not irq.irq_percpu_is_enabled(again, 0)
-    irq.request_percpu_irq(again, python, "again")
-    irq.enable_percpu_irq(again)
+    irq.request_percpu_irq(again, python, "again", 0)
+    irq.enable_percpu_irq_mask(again)
     irq.ipi_send_single(again, 0)
     irq.ipi_send_single(high, 2)
     settles([1, 1, 0, 0], [again * 1000, 0, 3, 2])
@@ -444,7 +444,7 @@ def test_a_part_is_destroyed_where_each_cpu_has_its_own(rig):
         virq = rig.counting(domain, "0-2")
         free = len(domain.free_hwirqs())
         if shape == "single":
-            rig.irq.disable_percpu_irq(virq)
+            rig.irq.disable_percpu_irq_mask(virq)
             rig.irq.free_percpu_irq(virq, rig.rows)
             rig.irq.irq_destroy_ipi(virq, "1")
             assert rig.irq.irq_to_desc(virq) is None
@@ -456,7 +456,7 @@ def test_a_part_is_destroyed_where_each_cpu_has_its_own(rig):
         refused(errno.EINVAL, rig.irq.irq_destroy_ipi, virq, "1")
         rig.irq.irq_send_ipi_all(virq)
         rig.settles(0, 0, 1, 0)
-        rig.irq.disable_percpu_irq(virq)
+        rig.irq.disable_percpu_irq_mask(virq)
         rig.irq.free_percpu_irq(virq, rig.rows)
         rig.irq.irq_destroy_ipi(virq, "2")
         assert rig.irq.irq_to_desc(virq) is None
@@ -479,10 +479,10 @@ def test_what_was_put_off_is_not_the_next_ones(rig, background):
     seen = rig.cluster.shared("seen", "i8", 2)
     seen[:] = 0
 
-    def first(virq):
+    def first(virq, dev_id):
         shmipi.shared("seen")[0] += 1
 
-    def second(virq):
+    def second(virq, dev_id):
         shmipi.shared("seen")[1] += 1
 
     def long_in_c():
@@ -498,19 +498,19 @@ def test_what_was_put_off_is_not_the_next_ones(rig, background):
     while not going[0]:
         time.sleep(0.001)
     virq = rig.reserve(None, "0-3")
-    rig.irq.request_percpu_irq(virq, first)
-    rig.irq.enable_percpu_irq(virq, "1")
+    rig.irq.request_percpu_irq(virq, first, "", 0)
+    rig.irq.enable_percpu_irq_mask(virq, "1")
     line = rig.irq.ipi_get_hwirq(virq, 1)
     rig.irq.ipi_send_single(virq, 1)
     while not rig.cluster.chip.in_service(1):
         time.sleep(0.001)
-    rig.irq.disable_percpu_irq(virq, "1")
-    rig.irq.free_percpu_irq(virq)
+    rig.irq.disable_percpu_irq_mask(virq, "1")
+    rig.irq.free_percpu_irq(virq, 0)
     rig.irq.irq_destroy_ipi(virq)
     assert rig.reserve(None, "0-3") == virq
     assert rig.irq.ipi_get_hwirq(virq, 1) == line
-    rig.irq.request_percpu_irq(virq, second)
-    rig.irq.enable_percpu_irq(virq, "1")
+    rig.irq.request_percpu_irq(virq, second, "", 0)
+    rig.irq.enable_percpu_irq_mask(virq, "1")
     assert going[0] == 1
     task.end(60)
     assert seen.tolist() == [0, 0]
@@ -525,7 +525,7 @@ def test_a_line_is_nobodys_before_and_after(rig):
     """What the hardware does to a line that no irq has reaches no irq."""
     virq = rig.reserve(None, "0-3")
     lines = [rig.irq.ipi_get_hwirq(virq, cpu) for cpu in range(NCPUS)]
-    rig.irq.enable_percpu_irq(virq)
+    rig.irq.enable_percpu_irq_mask(virq)
     rig.irq.irq_destroy_ipi(virq)
 
     def others():
@@ -595,10 +595,10 @@ def test_a_chip_without_send_ipi(rig):
     # It is for devices, which raise it.
     rig.rows[:] = 0
     rig.irq.request_percpu_irq(virq, COUNT, "timer", rig.rows)
-    rig.irq.enable_percpu_irq(virq, [0])
+    rig.irq.enable_percpu_irq_mask(virq, [0])
     rig.cluster.chip.raise_line(hwirq, 0)
     rig.settles(1, 0, 0, 0)
-    rig.irq.disable_percpu_irq(virq, [0])
+    rig.irq.disable_percpu_irq_mask(virq, [0])
     rig.irq.free_percpu_irq(virq, rig.rows)
     rig.irq.irq_dispose_mapping(virq)
     assert rig.irq.irq_to_desc(virq) is None
@@ -679,7 +679,7 @@ def test_a_cpu_reserves_and_all_send(rig):
     (virq,) = rig.cluster.run(reserve_and_request, rig.rows, cpus=[1])
     rig.irq.irq_send_ipi_all(virq)
     rig.settles(0, 1, 0, 0)  # enable_percpu_irq is for the CPU that calls it
-    rig.irq.enable_percpu_irq(virq, "0,2")
+    rig.irq.enable_percpu_irq_mask(virq, "0,2")
     rig.settles(1, 1, 1, 0)
 
     def send(virq):

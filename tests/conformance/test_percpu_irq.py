@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 import shmipi
-from shmipi import ClusterStateError, ShmipiWarning, smp
+from shmipi import ClusterStateError, ShmipiWarning, irq, smp
 from shmipi.errors import IrqError
 from shmipi.irq import DomainNode
 from shmipi.irq.chips import CHIPS
@@ -28,7 +28,7 @@ class Rig:
         self.rows[:] = 0
         self.irq.request_percpu_irq(virq, COUNT, "native", self.rows)
         if on:
-            self.irq.enable_percpu_irq(virq)
+            self.irq.enable_percpu_irq_mask(virq)
         return virq
 
     def settles(self, *counts, where=None):
@@ -81,7 +81,7 @@ def refused(code, call, *args, **options):
     return caught.value
 
 
-def note(irq):
+def note(irq, dev_id):
     """A Python handler: how often, and which irq."""
     row = shmipi.percpu("seen")[smp.smp_processor_id()]
     row[0] += 1
@@ -96,12 +96,12 @@ def test_what_comes_while_disabled_is_taken_once_on_enable(rig):
     for _ in range(3):
         rig.irq.irq_send_ipi_all(virq)
     rig.settles(0, 0, 0)
-    rig.irq.enable_percpu_irq(virq, "0-1")
+    rig.irq.enable_percpu_irq_mask(virq, "0-1")
     rig.wait(lambda: rig.rows[0] and rig.rows[1])
     taken = rig.rows.tolist()
     # Once; where a source remembers that it came again (Q of an ESB), once more.
     assert set(taken[:2]) <= ({1, 2} if rig.cluster.chip.flow == "esb" else {1})
-    rig.irq.disable_percpu_irq(virq, [0])
+    rig.irq.disable_percpu_irq_mask(virq, [0])
     rig.irq.irq_send_ipi(virq, "0-1")
     rig.wait(lambda: rig.rows[1] > taken[1])
     time.sleep(0.003)
@@ -112,7 +112,7 @@ def test_what_comes_while_disabled_is_taken_once_on_enable(rig):
         True,
         False,
     ]
-    rig.irq.enable_percpu_irq(virq, [0])
+    rig.irq.enable_percpu_irq_mask(virq, [0])
     rig.wait(lambda: rig.rows[0] > taken[0])
 
 
@@ -120,8 +120,6 @@ def test_a_cpu_enables_for_itself(rig):
     virq = rig.native(on=False)
 
     def switch(virq, on):
-        from shmipi import irq
-
         (irq.enable_percpu_irq if on else irq.disable_percpu_irq)(virq)
         return irq.irq().irq_percpu_is_enabled(virq)
 
@@ -135,7 +133,7 @@ def test_a_cpu_enables_for_itself(rig):
 
 def test_masks_follow_a_cpu_offline_and_back(rig):
     virq = rig.native()
-    rig.irq.disable_percpu_irq(virq, [2])
+    rig.irq.disable_percpu_irq_mask(virq, [2])
     for cpu in (1, 2):
         rig.cluster.offline(cpu)
     rig.irq.irq_send_ipi_all(virq)
@@ -145,14 +143,14 @@ def test_masks_follow_a_cpu_offline_and_back(rig):
     rig.settles(1, 0, 0)  # lost, as everything sent to a CPU that is not there
     rig.irq.irq_send_ipi_all(virq)
     rig.settles(2, 1, 0)
-    rig.irq.enable_percpu_irq(virq, [2])
+    rig.irq.enable_percpu_irq_mask(virq, [2])
     rig.settles(2, 1, 1)
 
 
 def test_enabling_on_a_cpu_that_is_offline_waits_for_it(rig):
     virq = rig.native(on=False)
     rig.cluster.offline(1)
-    rig.irq.enable_percpu_irq(virq, [1])
+    rig.irq.enable_percpu_irq_mask(virq, [1])
     rig.cluster.online(1)
     rig.irq.irq_send_ipi(virq, [1])
     rig.settles(0, 1, 0)
@@ -162,7 +160,7 @@ def test_enabling_on_a_cpu_that_is_offline_waits_for_it(rig):
 def test_masks_survive_a_kill_and_a_new_process(boot, controller):
     rig = Rig(boot(3, idle="halt", controller=controller))
     virq = rig.native()
-    rig.irq.disable_percpu_irq(virq, [2])
+    rig.irq.disable_percpu_irq_mask(virq, [2])
     rig.irq.irq_send_ipi(virq, [1])
     rig.settles(0, 1, 0)
     for cpu in (1, 2):
@@ -175,7 +173,7 @@ def test_masks_survive_a_kill_and_a_new_process(boot, controller):
     rig.settles(1, 1, 0)
     rig.irq.irq_send_ipi_all(virq)
     rig.settles(2, 2, 0)
-    rig.irq.enable_percpu_irq(virq, [2])
+    rig.irq.enable_percpu_irq_mask(virq, [2])
     rig.settles(2, 2, 1)
 
 
@@ -184,14 +182,12 @@ def test_masks_survive_a_kill_and_a_new_process(boot, controller):
 
 def test_a_python_handler_idle_and_in_a_task(rig):
     virq = rig.irq.irq_reserve_ipi(None, "0-2")
-    rig.irq.request_percpu_irq(virq, note, "note")
-    rig.irq.enable_percpu_irq(virq)
+    rig.irq.request_percpu_irq(virq, note, "note", rig.seen)
+    rig.irq.enable_percpu_irq_mask(virq)
     rig.irq.irq_send_ipi_all(virq)
     rig.settles([1, virq], [1, virq], [1, virq], where=rig.seen)
 
     def busy(virq):
-        from shmipi import irq
-
         seen = shmipi.percpu("seen")
         end = time.monotonic() + 5
         irq.irq_send_ipi(virq, [smp.smp_processor_id()])  # to itself, too
@@ -221,11 +217,11 @@ def test_what_a_handler_gets(rig):
 
     def with_request(handler, dev_id):
         rig.irq.request_percpu_irq(virq, handler, "h", dev_id)
-        rig.irq.enable_percpu_irq(virq)
+        rig.irq.enable_percpu_irq_mask(virq)
         rig.irq.irq_send_ipi(virq, "1-2")
 
     def done():
-        rig.irq.disable_percpu_irq(virq)
+        rig.irq.disable_percpu_irq_mask(virq)
 
     with_request(Handler(), shared)  # an object, and a shared array as it is
     rig.settles(0, virq, virq, where=shared)
@@ -259,11 +255,11 @@ def test_a_handler_that_raises_harms_nobody(boot, capfd):
     rig = Rig(boot(3, idle="halt"))
     virq = rig.irq.irq_reserve_ipi(None, "0")
 
-    def bad(irq):
+    def bad(irq, dev_id):
         raise ValueError("from the handler")
 
-    rig.irq.request_percpu_irq(virq, bad, "bad")
-    rig.irq.enable_percpu_irq(virq)
+    rig.irq.request_percpu_irq(virq, bad, "bad", 0)
+    rig.irq.enable_percpu_irq_mask(virq)
     before = rig.counter("unraisable")
     for _ in range(2):
         rig.irq.irq_send_ipi_all(virq)
@@ -278,13 +274,11 @@ def test_a_python_handler_dies_with_its_requester(boot, controller):
     rig = Rig(boot(3, idle="halt", controller=controller))
 
     def request(virq):
-        from shmipi import irq
-
-        irq.request_percpu_irq(virq, note, "theirs")
+        irq.request_percpu_irq(virq, note, "theirs", 0)
 
     virq = rig.irq.irq_reserve_ipi(None, "0-2")
     rig.cluster.run(request, virq, cpus=[1])
-    rig.irq.enable_percpu_irq(virq)
+    rig.irq.enable_percpu_irq_mask(virq)
     rig.irq.irq_send_ipi(virq, "0,2")
     rig.settles([1, virq], [0, 0], [1, virq], where=rig.seen)
     os.kill(rig.cluster.cpus[1].pid, signal.SIGKILL)
@@ -298,11 +292,11 @@ def test_a_python_handler_dies_with_its_requester(boot, controller):
         assert rig.counter("irq_handled") == before[1]
     rig.settles([1, virq], [0, 0], [1, virq], where=rig.seen)
     # Still requested; whoever comes frees it and takes it over.
-    refused(errno.EBUSY, rig.irq.request_percpu_irq, virq, note)
-    rig.irq.disable_percpu_irq(virq)
+    refused(errno.EBUSY, rig.irq.request_percpu_irq, virq, note, "", 0)
+    rig.irq.disable_percpu_irq_mask(virq)
     rig.irq.free_percpu_irq(virq)
-    rig.irq.request_percpu_irq(virq, note, "ours")
-    rig.irq.enable_percpu_irq(virq)
+    rig.irq.request_percpu_irq(virq, note, "ours", 0)
+    rig.irq.enable_percpu_irq_mask(virq)
     rig.irq.irq_send_ipi_all(virq)
     rig.settles([2, virq], [1, virq], [2, virq], where=rig.seen)
 
@@ -313,30 +307,30 @@ def test_a_python_handler_dies_with_its_requester(boot, controller):
 @KINDS
 def test_requesting_what_cannot_be(rig):
     request = rig.irq.request_percpu_irq
-    assert refused(errno.EINVAL, request, 0, note).irq == 0
-    assert refused(errno.EINVAL, request, 99, note).irq == 99
+    assert refused(errno.EINVAL, request, 0, note, "", 0).irq == 0
+    assert refused(errno.EINVAL, request, 99, note, "", 0).irq == 99
     virq = rig.irq.irq_reserve_ipi(None, "0-1")
-    error = refused(errno.EINVAL, request, virq, None)
+    error = refused(errno.EINVAL, request, virq, None, "", 0)
     assert (error.irq, error.domain) == (virq, rig.irq.domain().name)
     with pytest.raises(TypeError, match="an irq handler is"):
-        request(virq, 3)
+        request(virq, 3, "", 0)
     with pytest.raises(TypeError, match="a native irq handler takes"):
         request(virq, COUNT, "x", b"text")
-    request(virq, note, "first")
-    error = refused(errno.EBUSY, request, virq, note, "second")
+    request(virq, note, "first", 0)
+    error = refused(errno.EBUSY, request, virq, note, "second", 0)
     assert (error.irq, error.domain) == (virq, rig.irq.domain().name)
     assert rig.irq.irq_to_desc(virq).name == "first"
     block = rig.irq.irq_domain_create(DomainNode("block", "block"))
     part = rig.irq.irq_reserve_ipi(block, "0-1") + 1
-    for call in (request, rig.irq.enable_percpu_irq, rig.irq.free_percpu_irq):
-        args = (part, note) if call == request else (part,)
+    for call in (request, rig.irq.enable_percpu_irq_mask):
+        args = (part, note, "", 0) if call == request else (part,)
         assert refused(errno.EINVAL, call, *args).irq == part
 
 
 @KINDS
 def test_enabling_what_cannot_be(rig):
     virq = rig.native("0-1")
-    for call in (rig.irq.enable_percpu_irq, rig.irq.disable_percpu_irq):
+    for call in (rig.irq.enable_percpu_irq_mask, rig.irq.disable_percpu_irq_mask):
         error = refused(errno.EINVAL, call, virq, "1-2")
         assert (error.irq, error.cpu, error.domain) == (
             virq,
@@ -346,8 +340,6 @@ def test_enabling_what_cannot_be(rig):
         assert refused(errno.EINVAL, call, 77).irq == 77
 
     def on_a_foreign_cpu(virq):
-        from shmipi import irq
-
         irq.enable_percpu_irq(virq)
 
     with pytest.raises(shmipi.RemoteCallError) as caught:
@@ -360,16 +352,16 @@ def test_enabling_what_cannot_be(rig):
 @KINDS
 def test_freeing_what_is_in_use_only_warns(rig):
     virq = rig.native("0-2")
-    rig.irq.disable_percpu_irq(virq, "0-1")
+    rig.irq.disable_percpu_irq_mask(virq, "0-1")
     with pytest.warns(ShmipiWarning, match=f"IRQ {virq} still enabled on CPU2!"):
         rig.irq.free_percpu_irq(virq, rig.rows)
     rig.irq.ipi_send_single(virq, 2)
     rig.settles(0, 0, 1)
-    rig.irq.disable_percpu_irq(virq, [2])
+    rig.irq.disable_percpu_irq_mask(virq, [2])
     rig.irq.free_percpu_irq(virq, rig.rows)
     with pytest.warns(ShmipiWarning, match="already-free IRQ"):
         rig.irq.free_percpu_irq(virq, rig.rows)
-    assert refused(errno.EINVAL, rig.irq.free_percpu_irq, 99).irq == 99
+    assert rig.irq.free_percpu_irq(99) is None  # manage.c: returns silently
 
 
 @KINDS
@@ -387,12 +379,110 @@ def test_destroying_a_requested_irq_withdraws_it(rig):
         rig.irq.request_percpu_irq(again, COUNT, "new", rig.rows)
 
 
-def test_an_irq_that_nobody_requested_is_counted(rig):
+def test_a_spurious_percpu_irq_is_disabled_where_it_came(rig):
+    """handle_percpu_devid_irq: "Spurious and unmasked percpu IRQ"."""
     virq = rig.irq.irq_reserve_ipi(None, "0-2")
-    rig.irq.enable_percpu_irq(virq)
+    rig.irq.enable_percpu_irq_mask(virq)
     before = rig.counter("irq_other")
     rig.irq.irq_send_ipi(virq, "0-1")
     rig.wait(lambda: rig.counter("irq_other") == before + 2)
+    enabled = [rig.irq.irq_percpu_is_enabled(virq, cpu) for cpu in range(3)]
+    assert enabled == [False, False, True]
+    # It comes no more, and when somebody has requested it and enables it, once.
+    for _ in range(3):
+        rig.irq.irq_send_ipi(virq, "0-1")
+    rig.cluster.smp.on_each_cpu(id)
+    assert rig.counter("irq_other") == before + 2
+    rig.rows[:] = 0
+    rig.irq.request_percpu_irq(virq, COUNT, "late", rig.rows)
+    rig.settles(0, 0, 0)
+    rig.irq.enable_percpu_irq_mask(virq)
+    rig.settles(1, 1, 0)
+
+
+# ---- as in kernel/irq/manage.c -------------------------------------------------------
+
+
+def test_the_second_argument_of_enable_percpu_irq_is_a_type(rig):
+    """It acts on this CPU only; 0 is IRQ_TYPE_NONE and no CPU."""
+    virq = rig.native(on=False)
+
+    def enabled():
+        return [rig.irq.irq_percpu_is_enabled(virq, cpu) for cpu in range(3)]
+
+    def enable(virq, *type):
+        irq.enable_percpu_irq(virq, *type)
+        return irq.irq_percpu_is_enabled(virq)
+
+    assert rig.cluster.run(enable, virq, 0, cpus=[1]) == [True]
+    assert enabled() == [False, True, False]
+    assert rig.cluster.call(2, enable, virq, irq.IRQ_TYPE_EDGE_RISING)
+    assert enabled() == [False, True, True]
+    rig.cluster.run(irq.disable_percpu_irq, virq, cpus=[1])
+    assert enabled() == [False, False, True]
+    rig.irq.irq_send_ipi_all(virq)
+    rig.settles(0, 0, 1)
+    for call in (rig.irq.enable_percpu_irq, rig.irq.disable_percpu_irq):
+        with pytest.raises(ClusterStateError, match="percpu_irq_mask"):
+            call(virq)
+
+
+@pytest.mark.parametrize("booted", ["apic", "gicv3"], indirect=True)
+def test_a_type_that_the_chip_cannot_set(rig):
+    """gic_set_type: an SGI is edge triggered; a chip without irq_set_type takes any."""
+    virq = rig.native(on=False)
+    edge_only = rig.cluster.controller == "gicv3"
+
+    def enable(virq):
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            irq.enable_percpu_irq(virq, irq.IRQ_TYPE_LEVEL_HIGH)
+        return irq.irq_percpu_is_enabled(virq), [str(w.message) for w in given]
+
+    ((on, told),) = rig.cluster.run(enable, virq, cpus=[0])
+    assert on is not edge_only
+    assert [f"failed to set type for IRQ{virq}" in text for text in told] == [
+        True
+    ] * edge_only
+
+
+@KINDS
+def test_no_dev_id_is_refused_and_no_such_irq_is_nothing(rig):
+    virq = rig.irq.irq_reserve_ipi(None, "0-2")
+    refused(errno.EINVAL, rig.irq.request_percpu_irq, virq, note, "note")
+    refused(errno.EINVAL, rig.irq.request_percpu_irq, virq, COUNT, "native", None)
+    refused(errno.EINVAL, rig.irq.request_percpu_irq, 99, COUNT, "none", rig.rows)
+    refused(errno.EINVAL, rig.irq.request_percpu_nmi, virq, COUNT, "nmi", rig.rows)
+
+    def nothing(virq):
+        irq.enable_percpu_irq(virq)
+        irq.disable_percpu_irq(virq)
+        irq.free_percpu_irq(virq, 0)
+        return irq.irq_percpu_is_enabled(virq)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for other in (99, 0, 5000):
+            assert rig.cluster.run(nothing, other, cpus=[1]) == [False]
+            assert rig.irq.free_percpu_irq(other, 0) is None
+            assert not rig.irq.irq_percpu_is_enabled(other, 0)
+
+
+@KINDS
+def test_irqs_are_found_by_their_hwirq(rig):
+    virq = rig.irq.irq_reserve_ipi(None, "0-2")
+    desc = rig.irq.irq_to_desc(virq)
+    data = rig.irq.irq_get_irq_data(virq)
+    assert irq.irqd_to_hwirq(data) == desc.hwirq == rig.irq.ipi_get_hwirq(virq, 0)
+    for domain in (desc.domain, rig.irq.root):
+        assert rig.irq.irq_find_mapping(domain, desc.hwirq) == virq
+    if desc.mapping.shape == "block":
+        hwirq = rig.irq.ipi_get_hwirq(virq, 2)
+        assert rig.irq.irq_find_mapping(None, hwirq) == virq + 2
+    assert rig.cluster.run(irq.irq_find_mapping, None, desc.hwirq, cpus=[1]) == [virq]
+    rig.irq.irq_destroy_ipi(virq)
+    assert rig.irq.irq_find_mapping(None, desc.hwirq) == 0
+    assert rig.irq.irq_get_irq_data(virq) is None
 
 
 @KINDS
@@ -400,13 +490,9 @@ def test_not_in_an_interrupt_handler_but_masks(rig):
     virq = rig.irq.irq_reserve_ipi(None, "0-2")
 
     def request(virq):
-        from shmipi import irq
-
-        irq.request_percpu_irq(virq, note)
+        irq.request_percpu_irq(virq, note, "", 0)
 
     def free(virq):
-        from shmipi import irq
-
         irq.free_percpu_irq(virq)
 
     for call in (request, free):
@@ -415,8 +501,6 @@ def test_not_in_an_interrupt_handler_but_masks(rig):
         assert isinstance(caught.value.__cause__, ClusterStateError)
 
     def enable(virq):
-        from shmipi import irq
-
         irq.enable_percpu_irq(virq)
 
     rig.cluster.call(1, enable, virq)
@@ -442,7 +526,7 @@ def test_requested_irqs_have_rows(rig):
     other = rig.irq.irq_reserve_ipi(None, "1")
     rig.irq.request_percpu_irq(virq, COUNT, "counter", rig.rows)
     rig.rows[:] = 0
-    rig.irq.enable_percpu_irq(virq)
+    rig.irq.enable_percpu_irq_mask(virq)
     for cpu in (0, 0, 2):
         before = rig.rows[cpu]
         rig.irq.ipi_send_single(virq, cpu)
@@ -453,7 +537,7 @@ def test_requested_irqs_have_rows(rig):
     assert counts == [2, 0, 1]
     assert text.startswith(rig.irq.domain().name)
     assert text.endswith(" counter")
-    rig.irq.request_percpu_irq(other, note, "other")
+    rig.irq.request_percpu_irq(other, note, "other", 0)
     assert irq_rows(rig.cluster.interrupts())[other][0] == [0, 0, 0]
     # From outside, by a reader that maps nothing, it is the same.
     from shmipi.machine.inspect import Inspector
@@ -464,7 +548,7 @@ def test_requested_irqs_have_rows(rig):
         (virq, [2, 0, 1]),
         (other, [0, 0, 0]),
     ]
-    rig.irq.disable_percpu_irq(virq)
+    rig.irq.disable_percpu_irq_mask(virq)
     rig.irq.free_percpu_irq(virq, rig.rows)
     rig.irq.irq_destroy_ipi(virq)
     again = rig.native("0-2")

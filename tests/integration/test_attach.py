@@ -47,7 +47,7 @@ def where(x):
 def count(info):
     atomic.fetch_add(hits, 0, 1)
 
-def taken(virq):
+def taken(virq, dev_id):
     atomic.fetch_add(percpu("taken"), smp.smp_processor_id(), 1)
 
 if __name__ == "__main__":
@@ -79,13 +79,13 @@ if __name__ == "__main__":
         lab.online(1)
         virq = lab.irq.irq_reserve_ipi(None, "0-1")
         seen = lab.percpu("taken", "i8")
-        lab.irq.request_percpu_irq(virq, taken, "mine")
-        lab.irq.enable_percpu_irq(virq)
+        lab.irq.request_percpu_irq(virq, taken, "mine", seen)
+        lab.irq.enable_percpu_irq_mask(virq)
         lab.irq.ipi_send_mask(virq, "0-1")
         lab.run(int)
         assert seen[:2].tolist() == [1, 1], seen
-        lab.irq.disable_percpu_irq(virq)
-        lab.irq.free_percpu_irq(virq)
+        lab.irq.disable_percpu_irq_mask(virq)
+        lab.irq.free_percpu_irq(virq, seen)
         lab.irq.irq_destroy_ipi(virq)
         assert lab.counters()["tasks_run"].sum() >= 3 * n
         assert lab.host_counters()["calls_single"] >= 20

@@ -664,13 +664,13 @@ def test_a_requested_irqs_handler_keeps_its_number(boot, gone):
     hits = cluster.shared("hits", "i8", 3)
     x = 0
 
-    def handler(virq):
+    def handler(virq, dev_id):
         atomic.fetch_add(hits, smp.smp_processor_id(), 1)
         return x
 
     virq = cluster.irq.irq_reserve_ipi(None, "all")
-    cluster.irq.request_percpu_irq(virq, handler, "mine")
-    cluster.irq.enable_percpu_irq(virq)
+    cluster.irq.request_percpu_irq(virq, handler, "mine", 0)
+    cluster.irq.enable_percpu_irq_mask(virq)
     cluster.irq.ipi_send_mask(virq, "0")
     cluster.run(int)
     assert hits.tolist() == [1, 0, 0]
@@ -701,13 +701,13 @@ def test_an_irqs_number_is_given_back_with_the_irq(boot):
 
     for _ in range(50):
 
-        def handler(_):
+        def handler(*_):
             pass
 
-        cluster.irq.request_percpu_irq(virq, handler, "mine")
+        cluster.irq.request_percpu_irq(virq, handler, "mine", 0)
         cluster.smp.register_nmi_handler(handler)
         cluster.smp.register_nmi_handler(None)
-        cluster.irq.free_percpu_irq(virq)
+        cluster.irq.free_percpu_irq(virq, 0)
         del handler
     assert published() == 1
     assert _number_of(cluster, lambda: 1) < 10

@@ -137,13 +137,13 @@ def test_the_handler_of_an_irq_is_seen(boot, eventually):
     cluster = boot(2, idle="halt")
     gate = cluster.shared("irq_gate", "i8", 1)
 
-    def on_irq(virq):
+    def on_irq(virq, dev_id):
         while not gate[0]:
             time.sleep(0.001)
 
     virq = cluster.irq.irq_reserve_ipi(None, "0-1")
-    cluster.irq.request_percpu_irq(virq, on_irq, "mine")
-    cluster.irq.enable_percpu_irq(virq, cpus="0-1")
+    cluster.irq.request_percpu_irq(virq, on_irq, "mine", 0)
+    cluster.irq.enable_percpu_irq_mask(virq, cpus="0-1")
     cluster.irq.ipi_send_single(virq, 1)
     eventually(seen(cluster, 1, "irq", ".on_irq"))
     gate[0] = 1

@@ -14,7 +14,7 @@ from shmipi.names import DOORBELLS
 LONG_S = 20.0  # a wake-up that is lost is not made good by chance in that time
 
 
-def count(_=None):
+def count(*_):
     atomic.fetch_add(shmipi.shared("n"), smp.smp_processor_id(), 1)
 
 
@@ -52,8 +52,8 @@ def test_every_kind_of_interrupt_ends_it(boot, background, eventually, doorbell)
     n = cluster.shared("n", "i8", 3)
     cells = cluster.shared("cells", "i8", 1)
     virq = cluster.irq.irq_reserve_ipi(None, "1")
-    cluster.irq.request_percpu_irq(virq, count, "mine")
-    cluster.irq.enable_percpu_irq(virq)
+    cluster.irq.request_percpu_irq(virq, count, "mine", 0)
+    cluster.irq.enable_percpu_irq_mask(virq)
     native, noop = smp.NativeHandler("count"), smp.NativeHandler("noop")
     ways = {
         "call": lambda: cluster.call(1, count),

@@ -224,6 +224,9 @@ static bool handle(struct shi_self *self, uint32_t line)
     }
     if (action != SHI_IA_PYTHON) {
         shi_count(self, SHI_C_irq_other); /* freed meanwhile, or never requested */
+        /* handle_percpu_devid_irq: "Spurious and unmasked percpu IRQ", held back from here on */
+        if (action == SHI_IA_NONE && virq)
+            shi_chip_enable(self, self->id, line, false);
         return true;
     }
     if (self->inline_python && self->hooks.irq && !shi_python_waits(self)) {
