@@ -192,6 +192,11 @@ __all__ = [
     "SYSVEC",
     "Apic",
     "__apic_send_IPI",
+    "__apic_send_IPI_all",
+    "__apic_send_IPI_allbutself",
+    "__apic_send_IPI_mask",
+    "__apic_send_IPI_mask_allbutself",
+    "__apic_send_IPI_self",
     *(name for name in list(globals()) if name.isupper() and not name.startswith("_")),
 ]
 
@@ -896,11 +901,41 @@ def __apic_send_IPI(cpu: int, vector: int) -> None:
     ``NoMachineError`` where there is no machine, or several, to act on, ``IrqError``
     EINVAL if its controller is no APIC.
     """
+    _current().apic_send_IPI(cpu, vector)
+
+
+def _current() -> Apic:
     chip = cast(Chip, controller.of(_core.current_machine()))
     if not isinstance(chip, Apic):
         raise chip.invalid("this machine has no local APIC: boot it with 'apic'")
-    chip.apic_send_IPI(cpu, vector)
+    return chip
+
+
+def __apic_send_IPI_mask(mask: MaskLike, vector: int) -> None:
+    """Send ``vector`` to the CPUs of ``mask``, as ``__apic_send_IPI``."""
+    _current().apic_send_IPI_mask(mask, vector)
+
+
+def __apic_send_IPI_mask_allbutself(mask: MaskLike, vector: int) -> None:
+    """Send ``vector`` to the CPUs of ``mask`` but this, as ``__apic_send_IPI``."""
+    _current().apic_send_IPI_mask_allbutself(mask, vector)
+
+
+def __apic_send_IPI_allbutself(vector: int) -> None:
+    """Send ``vector`` to all online CPUs but this one, as ``__apic_send_IPI``."""
+    _current().apic_send_IPI_allbutself(vector)
+
+
+def __apic_send_IPI_all(vector: int) -> None:
+    """Send ``vector`` to all online CPUs, as ``__apic_send_IPI``."""
+    _current().apic_send_IPI_all(vector)
+
+
+def __apic_send_IPI_self(vector: int) -> None:
+    """Send ``vector`` to this CPU, as ``__apic_send_IPI``."""
+    _current().apic_send_IPI_self(vector)
 
 
 # The kernel's names, which a class body can not define.
-setattr(Apic, "__apic_send_IPI", Apic.apic_send_IPI)
+for _name in ("", "_mask", "_mask_allbutself", "_allbutself", "_all", "_self"):
+    setattr(Apic, f"__apic_send_IPI{_name}", getattr(Apic, f"apic_send_IPI{_name}"))
