@@ -9,7 +9,6 @@ Boots a machine with it, calls every CPU, and sends a letter to a handler of its
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any
 
 from shmipi import Cluster, smp
 from shmipi.irq.chips import Chip, Line, Row
@@ -33,7 +32,7 @@ class Postbox(Chip):
             yield Line(letter, f"letter {letter}", "irq")
 
 
-def parcel(virq: int, mine: Any) -> None:
+def parcel(virq: int, mine: list[int]) -> None:
     """Handle the letter, in interrupt context: ``mine`` is this CPU's row."""
     mine[0] += 1
 

@@ -271,7 +271,17 @@ def _is_percpu(dev_id: Any, machine: _core.Machine) -> bool:
 
 
 def _plain(handler: Callable[..., object], dev_id: Any, machine: _core.Machine) -> Any:
-    """Return a function of the irq alone: only functions travel by number."""
+    """Return a function of the irq alone: only functions travel by number.
+
+    It has the handler's name, by which ``Cluster.cpus`` and ``shmipi ps`` show it.
+    """
+    call = _bound(handler, dev_id, machine)
+    name = getattr(handler, "__qualname__", type(handler).__qualname__)
+    call.__qualname__, call.__name__ = name, name.rpartition(".")[2]
+    return call
+
+
+def _bound(handler: Callable[..., object], dev_id: Any, machine: _core.Machine) -> Any:
     if _is_percpu(dev_id, machine):
         flat = dev_id.ndim == 1
 

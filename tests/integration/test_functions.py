@@ -675,10 +675,11 @@ def test_a_requested_irqs_handler_keeps_its_number(boot, gone):
     cluster.run(int)
     assert hits.tolist() == [1, 0, 0]
     x = 1
-    cluster.smp.smp_call_function_single(0, handler, virq)
+    published = cluster.irq._requested[virq][1]
+    cluster.smp.smp_call_function_single(0, published, virq)
     if gone:
         cluster.irq._requested.clear()
-        del handler
+        del handler, published
         gc.collect()
     for n in range(20):  # they take numbers that are free, and CPU 0 forgets dead ones
         cluster.call(0, eval(f"lambda: {n}"))
