@@ -277,22 +277,31 @@ class IpiCalls(DomainCalls):
 
     def ipi_send_single(self, virq: int, cpu: int) -> None:
         """Send an IPI to one CPU. ``IrqError`` EINVAL when it is not for that CPU."""
+        if self.table.send_single(virq, cpu):
+            return
         desc = self._desc(virq)
         _ipi_send_verify(desc, CpuMask([cpu]))
         _send_single(desc, cpu)
 
     def ipi_send_mask(self, virq: int, dest: MaskLike) -> None:
         """Send an IPI to the CPUs of ``dest``. ``IrqError`` EINVAL for others."""
+        table = self.table
+        if table.send_mask(virq, dest, table.by_groups):
+            return
         desc = self._desc(virq)
-        cpus = self.table.cpus(dest)
+        cpus = table.cpus(dest)
         _ipi_send_verify(desc, cpus)
-        _send_mask(desc, cpus)
+        if not table.send_mask(virq, cpus, table.by_groups):
+            _send_mask(desc, cpus)
 
     def irq_send_ipi(self, virq: int, mask: MaskLike) -> None:
         """Send an IPI to the CPUs of ``mask``: ``irq_desc_send_ipi`` by number."""
-        irq_desc_send_ipi(self._desc(virq), mask)
+        if not self.table.send_mask(virq, mask, self.table.by_groups):
+            irq_desc_send_ipi(self._desc(virq), mask)
 
     def irq_send_ipi_all(self, virq: int) -> None:
         """Send an IPI to all CPUs that it was reserved for."""
+        if self.table.send_all(virq, self.table.by_groups):
+            return
         desc = self._desc(virq)
         irq_desc_send_ipi(desc, irq_data_get_affinity_mask(desc.irq_data))

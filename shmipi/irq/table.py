@@ -11,7 +11,7 @@ died frees what he was about to make, or to free.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, Final
@@ -201,6 +201,14 @@ class IrqTable:
             memory,
             machine.affinity_offset,
         )
+        #: The core's send of an IPI; False where it is not plainly right to use it.
+        self.send_single: Callable[[int, int], bool] = machine.ipi_send_single
+        self.send_mask: Callable[[int, MaskLike, bool], bool] = machine.ipi_send_mask
+        self.send_all: Callable[[int, bool], bool] = machine.ipi_send_all
+        if not chip.core_raises:
+            self.send_single = self.send_mask = self.send_all = _not_sent
+        #: Does it write once for each group of CPUs that share a line?
+        self.by_groups = chip.core_raises == "groups"
         self._lines: tuple[int, ...] | None = None
         self._ipi_lines: tuple[int, ...] | None = None
         self._domains: dict[tuple[int, str, IrqDomainFlags], DomainRecord] = {}
@@ -228,7 +236,7 @@ class IrqTable:
             machine.irq_reset_line(index, value)
         elif what == "affinity":
             self._affinity[index] = _words(value, self._affinity.shape[1])
-        elif what in ("used", "flags", "next"):
+        elif what in ("used", "flags", "epoch", "next"):
             _core.atomic_store(self._desc[what], index, value)
         elif what == "domain_used":
             _core.atomic_store(self._domain["used"], index, value)
@@ -490,6 +498,10 @@ class IrqTable:
     def drop_domain(self, index: int) -> None:
         """Remove a domain's record; the lock is held."""
         self._store("domain_used", index, 0)
+
+
+def _not_sent(virq: int, cpus: object, by_groups: bool = False, /) -> bool:
+    return False
 
 
 def _words(members: Any, count: int) -> NDArray[np.uint64]:

@@ -4,7 +4,9 @@
 
 #include "base/event.h"
 #include "irq/chip.h"
+#include "irq/ipi.h"
 #include "irq/irqdesc.h"
+#include "py/entry.h"
 #include "py/chip.h"
 #include "py/func.h"
 #include "py/line.h"
@@ -182,6 +184,177 @@ METHOD(irq_reset_line)
     Py_RETURN_NONE;
 }
 
+/* ---- sending --------------------------------------------------------------------- */
+
+/* A number of CPU or irq: false for what is none, or no plain int. */
+static bool as_number(PyObject *object, uint32_t *number)
+{
+    int overflow;
+    if (!PyLong_CheckExact(object))
+        return false;
+    long value = PyLong_AsLongAndOverflow(object, &overflow);
+    *number = (uint32_t)value;
+    return !overflow && value >= 0 && value <= INT32_MAX;
+}
+
+/* What was sent to this CPU itself is taken now. */
+static PyObject *sent(Machine *machine, int err)
+{
+    if (!machine->self.host)
+        shi_after_enable(machine);
+    return PyBool_FromLong(!err);
+}
+
+/* ipi_send_single(virq, cpu) -> bool: sent, or not plainly right. */
+static PyObject *machine_ipi_send_single(PyObject *object, PyObject *const *args,
+                                         Py_ssize_t nargs)
+{
+    Machine *machine = MACHINE(object);
+    uint32_t virq, cpu;
+    if (shi_use(machine) < 0)
+        return NULL;
+    if (nargs != 2 || !as_number(args[0], &virq) || !as_number(args[1], &cpu))
+        Py_RETURN_FALSE;
+    shi_enter(&machine->self);
+    int err = shi_ipi_send_single(&machine->self, virq, cpu);
+    shi_leave(&machine->self);
+    return sent(machine, err);
+}
+
+/* The bits of an int: false without an exception for CPUs that no machine has. */
+static bool bits_of_int(PyObject *bits, uint64_t *words, uint32_t n)
+{
+    words[0] = PyLong_AsUnsignedLongLong(bits);
+    if (words[0] != UINT64_MAX || !PyErr_Occurred())
+        return true;
+    PyErr_Clear();
+    PyObject *bytes = PyObject_CallMethod(bits, "to_bytes", "ns", (Py_ssize_t)n * 8, "little");
+    if (bytes)
+        memcpy(words, PyBytes_AS_STRING(bytes), (size_t)n * 8); /* as the segment: little */
+    PyErr_Clear();
+    Py_XDECREF(bytes);
+    return bytes != NULL;
+}
+
+static bool set_bits(uint64_t *words, uint32_t n, uint64_t first, uint64_t last)
+{
+    if (first > last || last / 64 >= n)
+        return false;
+    for (; first <= last; first++)
+        words[first / 64] |= 1ull << (first % 64);
+    return true;
+}
+
+static bool number_at(const char **at, uint64_t *number)
+{
+    const char *begin = *at;
+    for (*number = 0; **at >= '0' && **at <= '9' && *at - begin < 9; ++*at)
+        *number = *number * 10 + (uint64_t)(**at - '0');
+    return *at != begin;
+}
+
+/* Numbers and ranges; what else a cpulist can be is not read here. */
+static bool bits_of_text(PyObject *text, uint64_t *words, uint32_t n, uint32_t ncpus)
+{
+    const char *at = PyUnicode_AsUTF8(text);
+    uint64_t first, last;
+    if (!at) {
+        PyErr_Clear();
+        return false;
+    }
+    if (!strcmp(at, "all"))
+        return set_bits(words, n, 0, ncpus - 1);
+    do {
+        if (!number_at(&at, &first))
+            return false;
+        last = first;
+        if (*at == '-' && (at++, !number_at(&at, &last)))
+            return false;
+        if (!set_bits(words, n, first, last))
+            return false;
+    } while (*at == ',' && *++at);
+    return !*at && at[-1] != ',';
+}
+
+static bool bits_of_numbers(PyObject *sequence, uint64_t *words, uint32_t n)
+{
+    Py_ssize_t i;
+    for (i = 0; i < PySequence_Fast_GET_SIZE(sequence); i++) {
+        uint32_t cpu;
+        if (!as_number(PySequence_Fast_GET_ITEM(sequence, i), &cpu) ||
+            !set_bits(words, n, cpu, cpu))
+            return false;
+    }
+    return true;
+}
+
+/* shmipi.CpuMask, borrowed; NULL with an exception. */
+static PyTypeObject *cpumask_type(void)
+{
+    static PyObject *type;
+    PyObject *module = type ? NULL : PyImport_ImportModule("shmipi.cpumask");
+    if (module)
+        type = PyObject_GetAttrString(module, "CpuMask");
+    Py_XDECREF(module);
+    return (PyTypeObject *)type;
+}
+
+/* The CPUs that a mask names, where it is one that is read without Python code. */
+static bool mask_bits(PyObject *mask, uint64_t *words, uint32_t n, uint32_t ncpus)
+{
+    if (Py_IS_TYPE(mask, cpumask_type())) {
+        PyObject *bits = PyObject_GetAttrString(mask, "_bits");
+        bool good = bits && PyLong_CheckExact(bits) && bits_of_int(bits, words, n);
+        PyErr_Clear();
+        Py_XDECREF(bits);
+        return good;
+    }
+    if (PyUnicode_CheckExact(mask))
+        return bits_of_text(mask, words, n, ncpus);
+    return (PyList_CheckExact(mask) || PyTuple_CheckExact(mask)) &&
+           bits_of_numbers(mask, words, n);
+}
+
+/* ipi_send_all(virq, by_groups) -> bool: to all that it was reserved for. */
+static PyObject *machine_ipi_send_all(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    Machine *machine = MACHINE(object);
+    uint32_t virq;
+    if (shi_use(machine) < 0)
+        return NULL;
+    if (nargs != 2 || !as_number(args[0], &virq))
+        Py_RETURN_FALSE;
+    shi_enter(&machine->self);
+    int err = shi_ipi_send_mask(&machine->self, virq, NULL, 0, args[1] == Py_True);
+    shi_leave(&machine->self);
+    return sent(machine, err);
+}
+
+/* ipi_send_mask(virq, mask, by_groups) -> bool: sent, or not plainly right.  `by_groups`: one
+ * write for each group of CPUs. */
+static PyObject *machine_ipi_send_mask(PyObject *object, PyObject *const *args,
+                                       Py_ssize_t nargs)
+{
+    Machine *machine = MACHINE(object);
+    uint32_t virq, n = shi_affinity_words(machine->m.ncpus);
+    uint64_t few[4] = { 0 }, *words = few;
+    int err = -EINVAL;
+    if (shi_use(machine) < 0 || !cpumask_type())
+        return NULL;
+    if (nargs != 3 || !as_number(args[0], &virq))
+        Py_RETURN_FALSE;
+    if (n > sizeof few / sizeof *few && !(words = PyMem_Calloc(n, sizeof *words)))
+        return PyErr_NoMemory();
+    if (mask_bits(args[1], words, n, machine->m.ncpus)) {
+        shi_enter(&machine->self);
+        err = shi_ipi_send_mask(&machine->self, virq, words, n, args[2] == Py_True);
+        shi_leave(&machine->self);
+    }
+    if (words != few)
+        PyMem_Free(words);
+    return sent(machine, err);
+}
+
 /* ---- coprocessors ---------------------------------------------------------------- */
 
 static struct shi_coproc *coproc_arg(Machine *machine, unsigned number)
@@ -296,6 +469,12 @@ PyMethodDef shi_irq_methods[] = {
     { "irq_free", machine_irq_free, METH_O, "irq_free(virq)" },
     { "irq_reset_line", machine_irq_reset_line, METH_VARARGS,
       "irq_reset_line(line, virq): masked and not pending where it is the irq's" },
+    { "ipi_send_single", FAST(machine_ipi_send_single), METH_FASTCALL,
+      "ipi_send_single(virq, cpu) -> bool: sent, or not plainly right" },
+    { "ipi_send_all", FAST(machine_ipi_send_all), METH_FASTCALL,
+      "ipi_send_all(virq, by_groups) -> bool" },
+    { "ipi_send_mask", FAST(machine_ipi_send_mask), METH_FASTCALL,
+      "ipi_send_mask(virq, mask, by_groups) -> bool" },
     { "coproc_raise", machine_coproc_raise, METH_VARARGS, "coproc_raise(number, virq)" },
     { "coproc_take", machine_coproc_take, METH_O, "coproc_take(number) -> bool" },
     { "coproc_wait", machine_coproc_wait, METH_VARARGS,

@@ -112,6 +112,10 @@ class Chip:
     description: ClassVar[str] = ""
     #: Which of the core's flows takes and ends its lines.
     flow: ClassVar[str]
+    #: What the core does for an IPI of a domain in ``raise_line``'s place, the same
+    #: but quicker: a register write for each of "cpus", or for each of "groups". With
+    #: "" it calls that. A class that has a ``raise_line`` is "" unless it says more.
+    core_raises: ClassVar[str] = "cpus"
     #: The most CPUs that it can address.
     max_cpus: int = 4096
     #: The rows of ``/proc/interrupts``, in order.
@@ -143,6 +147,11 @@ class Chip:
     at_most: ClassVar[float] = 1.3
 
     _machine: _core.Machine | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "raise_line" in vars(cls) and "core_raises" not in vars(cls):
+            cls.core_raises = ""
 
     def __repr__(self) -> str:
         where = "" if self._machine is None else f" of Cluster {self._machine.name!r}"

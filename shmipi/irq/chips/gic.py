@@ -141,6 +141,7 @@ class _Gic(Chip):
     """What both versions have."""
 
     flow = "sgi"
+    core_raises = "groups"  # no pseudo-NMI is a domain's
     rows = tuple(Row(f"IPI{n}", text) for n, (_, _, text) in enumerate(_IPIS))
 
     def lines(self, ncpus: int) -> Iterable[Line]:
