@@ -32,6 +32,7 @@ BENCHES: Final = {
     "limits": "round trips between two processes with nothing of shmipi in between",
     "latency": "waiting calls from one CPU to another, beside their limits",
     "controllers": "the same calls through each interrupt controller",
+    "irq": "IPIs of a domain to the handlers of requested irqs, beside plain calls",
     "throughput": "calls per second that nobody waits for",
     "boot": "boot and shutdown time, and memory per CPU",
     "broadcast": "on_each_cpu(wait=True) over many halted CPUs",

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from shmipi import _core, atomic, smp
+from shmipi import _core, atomic, irq, smp
 from shmipi.machine.arrays import SharedArray, shared
 
 __all__ = [
     "busy",
     "flood_native",
     "flood_python",
+    "irq_sends",
     "limit_ping",
     "limit_pong",
     "native_calls",
@@ -28,18 +29,26 @@ __all__ = [
     "pipe_ping",
     "pipe_pong",
     "prepare",
+    "prepare_irqs",
     "python_batches",
     "python_calls",
     "python_one_way",
     "settle",
     "stamp_entry",
+    "take_call",
+    "take_irq",
 ]
 
 #: Names of the shared arrays of a rig.
 AREA, STAMPS, FLAGS = "bench.area", "bench.stamps", "bench.flags"
+#: Of a machine for irqs: interrupts and calls that handlers have counted.
+TAKEN, CALLED = "bench.taken", "bench.called"
+_PATIENCE = 100_000_000  # looks at a count, each some 50 ns
 
 _stamps: SharedArray
 _flags: SharedArray
+_taken: SharedArray
+_called: SharedArray
 
 
 def prepare() -> tuple[float, str]:
@@ -253,3 +262,80 @@ def flood_python(
     # All have been entered. This one is served when the last of them has returned.
     call(cpu, noop)
     return start, _core.stamp()
+
+
+# --- IPIs of a domain
+
+
+def prepare_irqs() -> None:
+    """Look the counts up that the handlers of irqs and calls keep."""
+    global _taken, _called
+    _taken, _called = shared(TAKEN), shared(CALLED)
+
+
+def take_irq(virq: int) -> None:
+    """Count an interrupt: its sender waits for that."""
+    atomic.fetch_add(_taken, 0, 1)
+
+
+def take_call(info: object) -> None:
+    """Count a call."""
+    atomic.fetch_add(_called, 0, 1)
+
+
+def _counted(counts: SharedArray, before: int) -> None:
+    load = atomic.load
+    for _ in range(_PATIENCE):
+        if load(counts, 0) != before:
+            return
+    raise RuntimeError("an interrupt was sent, and its handler does not run")
+
+
+def irq_sends(
+    cpu: int,
+    virq: int,
+    handler: str,
+    calls: int,
+    warmup: int,
+    gap_ns: int,
+    state: int,
+) -> tuple[_core.Hist, _core.Hist, _core.Hist, int]:
+    """Send an IPI, and make a call that nobody waits for, in turns.
+
+    Returns what the sends took, the calls, the ways to the irq's handler and back, and
+    how often ``cpu`` was not in ``state`` in time.
+    """
+    pause, clock, load = _core.bench_await, time.perf_counter_ns, atomic.load
+    sends, nowaits, rtts = _core.Hist(), _core.Hist(), _core.Hist()
+    missed = 0
+    func: Any = _core.NativeHandler("count") if handler == "native" else take_call
+    info = _called if handler == "native" else None
+
+    def send(counts: bool) -> int:
+        late = pause(cpu, state, gap_ns) > 0
+        before = load(_taken, 0)
+        start = clock()
+        irq.ipi_send_single(virq, cpu)
+        sent = clock()
+        _counted(_taken, before)
+        if counts:
+            rtts.record(clock() - start)
+            sends.record(sent - start)
+        return late
+
+    def call(counts: bool) -> int:
+        late = pause(cpu, state, gap_ns) > 0
+        before = load(_called, 0)
+        start = clock()
+        smp.smp_call_function_single(cpu, func, info, False)
+        sent = clock()
+        _counted(_called, before)
+        if counts:
+            nowaits.record(sent - start)
+        return late
+
+    for number in range(-warmup, calls):
+        first, second = (send, call) if number % 2 else (call, send)
+        late = first(number >= 0) + second(number >= 0)
+        missed += late if number >= 0 else 0
+    return sends, nowaits, rtts, missed

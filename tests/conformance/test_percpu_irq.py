@@ -553,3 +553,49 @@ def test_requested_irqs_have_rows(rig):
     rig.irq.irq_destroy_ipi(virq)
     again = rig.native("0-2")
     assert irq_rows(rig.cluster.interrupts())[again][0] == [0, 0, 0]
+
+
+def test_a_native_handler_runs_in_the_middle_of_a_long_c_call(rig):
+    """In the signal handler: the interpreter reaches no bytecode until that returns."""
+    cluster, irq = rig.cluster, rig.irq
+    at, taken = cluster.shared("at", "i8", 2), cluster.percpu("taken-in-c", "i8")
+    seen = cluster.percpu("seen-in-python", "i8")
+    native, python = (irq.irq_reserve_ipi(None, "0-1") for _ in range(2))
+    irq.request_percpu_irq(native, smp.NativeHandler("count"), "native", taken)
+
+    def note(virq, row):
+        row[0] += 1
+
+    irq.request_percpu_irq(python, note, "python", seen)
+    irq.enable_percpu_irq(native)
+    irq.enable_percpu_irq(python)
+
+    def compute(at):
+        numbers = range(20_000_000)
+        at[0] = 1
+        found = sum(numbers)  # one call of C, a second or so
+        at[1] = 1
+        return found
+
+    call = rig.cluster._machine.post(1, compute, (at,), None, True)
+    deadline = time.monotonic() + 10
+    while not at[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(0.005)
+    for count in (1, 2, 3):
+        irq.ipi_send_single(native, 1)
+        while taken[1] < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+    irq.ipi_send_single(python, 1)  # the last: it is in service until it has run
+    time.sleep(0.002)
+    assert (at[1], seen[1]) == (0, 0)  # it is still there, and Python waits
+    rig.cluster._machine.collect(call, 1, 30.0)
+    while not seen[1]:
+        assert time.monotonic() < deadline + 20
+        time.sleep(0.001)
+    for virq, dev_id in ((native, taken), (python, seen)):
+        irq.disable_percpu_irq(virq)
+        irq.free_percpu_irq(virq, dev_id)
+        irq.irq_destroy_ipi(virq)

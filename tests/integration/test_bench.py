@@ -17,6 +17,7 @@ from shmipi import _core
 from shmipi.bench import broadcast, latency, limits, throughput
 from shmipi.bench.runner import Rig
 from shmipi.cli import main
+from shmipi.irq.chips import CHIPS
 from shmipi.machine.topology import usable_cores
 
 pytestmark = [
@@ -207,6 +208,37 @@ def test_throughput(capfd):
             assert 0 < low <= row["ratio"] <= high
             assert (row["limit"], row["limit_per_s"] > 0) == ("queue", True)
     assert {r["senders"] > 1 for r in found["rows"]} == {True, False}
+
+
+def test_irq(capfd):
+    found = document(
+        capfd,
+        *("irq", "--controller", "mips-gic", "--calls", "10", "--blocks", "5"),
+        *("--warmup", "2", "--gap", "5", "--doorbell", "sem"),
+    )
+    assert len(found["rows"]) == 6
+    for row in found["rows"]:
+        assert (row["bench"], row["controller"]) == ("irq", "mips-gic")
+        for key in ("send_ns", "nowait_ns", "rtt_ns"):
+            check_stats(row[key])
+        assert row["rtt_ns"]["min"] > row["send_ns"]["min"] > 0
+        low, high = row["send_ratio_spread"]
+        assert 0 < low <= row["send_ratio"] <= high
+        assert row["met"] == (row["send_ratio"] <= row["at_most"] == 2)
+        native = (row["target_state"], row["handler"]) == ("polling", "native")
+        assert ("line_ns" in row) == native
+    kinds = {(row["target_state"], row["handler"]) for row in found["rows"]}
+    assert len(kinds) == 6
+
+
+def test_irq_through_every_controller(capfd):
+    arguments = ["--calls", "5", "--blocks", "5", "--handler", "native"]
+    found = document(capfd, "irq", *arguments, "--state", "running")
+    assert [row["controller"] for row in found["rows"]] == list(CHIPS)
+    assert {row["target_state"] for row in found["rows"]} == {"running"}
+    for wrong in (["--controller", "pic"], ["--state", "asleep"], ["--calls", "0"]):
+        assert main(["bench", "irq", *wrong]) == 2
+        assert wrong[0] in capfd.readouterr().err
 
 
 def test_boot(capfd):
