@@ -111,7 +111,7 @@ class Row:
 
     def why(self) -> list[str]:
         """Return why its figures are not what they claim to be."""
-        found = self.seen.why(self.calls)
+        found = self.seen.why(2 * self.calls)  # sends and calls
         if self.missed > MISSED_SHARE * 2 * self.calls:
             found.append(
                 f"the target was not {self.state} at {self.missed} of"
@@ -162,13 +162,10 @@ class _Bench:
         self.virq = {}
         for handler in handlers:
             virq = self.virq[handler] = irq.irq_reserve_ipi(None, "all")
-            if handler == "native":
-                irq.request_percpu_irq(
-                    virq, _core.NativeHandler("count"), f"bench {handler}", taken
-                )
-            else:
-                irq.request_percpu_irq(virq, tasks.take_irq, f"bench {handler}")
-            irq.enable_percpu_irq(virq)
+            native = handler == "native"
+            func: Any = _core.NativeHandler("count") if native else tasks.take_irq
+            irq.request_percpu_irq(virq, func, f"bench {handler}", taken)
+            irq.enable_percpu_irq_mask(virq)
 
     def measure(self, row: Row, block: int, calls: int, options: Options) -> None:
         """Measure one block of a row."""

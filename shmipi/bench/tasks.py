@@ -273,9 +273,9 @@ def prepare_irqs() -> None:
     _taken, _called = shared(TAKEN), shared(CALLED)
 
 
-def take_irq(virq: int) -> None:
+def take_irq(virq: int, taken: SharedArray) -> None:
     """Count an interrupt: its sender waits for that."""
-    atomic.fetch_add(_taken, 0, 1)
+    atomic.fetch_add(taken, 0, 1)
 
 
 def take_call(info: object) -> None:

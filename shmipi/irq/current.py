@@ -102,11 +102,8 @@ def ipi_get_hwirq(virq: int, cpu: int) -> int:
 
 def ipi_send_single(virq: int, cpu: int) -> None:
     """Send an IPI to one CPU; see ``IpiCalls``."""
-    # A sender's time counts: no function more than there has to be.
-    machine = _core.current_machine()
-    bound = _known[-1][1] if _known and _known[-1][0] is machine else irq()
-    if not bound.table.send_single(virq, cpu):
-        bound.ipi_send_single(virq, cpu)
+    if not _core.ipi_send_single(virq, cpu):  # a sender's time counts
+        irq().ipi_send_single(virq, cpu)
 
 
 def ipi_send_mask(virq: int, dest: MaskLike) -> None:

@@ -201,12 +201,11 @@ class IrqTable:
             memory,
             machine.affinity_offset,
         )
-        #: The core's send of an IPI; False where it is not plainly right to use it.
+        #: The core's sends of IPIs; False where that is not plainly right.
         self.send_single: Callable[[int, int], bool] = machine.ipi_send_single
         self.send_mask: Callable[[int, MaskLike, bool], bool] = machine.ipi_send_mask
         self.send_all: Callable[[int, bool], bool] = machine.ipi_send_all
-        if not chip.core_raises:
-            self.send_single = self.send_mask = self.send_all = _not_sent
+        machine.ipi_sends(bool(chip.core_raises))
         #: Does it write once for each group of CPUs that share a line?
         self.by_groups = chip.core_raises == "groups"
         self._lines: tuple[int, ...] | None = None
@@ -498,10 +497,6 @@ class IrqTable:
     def drop_domain(self, index: int) -> None:
         """Remove a domain's record; the lock is held."""
         self._store("domain_used", index, 0)
-
-
-def _not_sent(virq: int, cpus: object, by_groups: bool = False, /) -> bool:
-    return False
 
 
 def _words(members: Any, count: int) -> NDArray[np.uint64]:

@@ -567,8 +567,8 @@ def test_a_native_handler_runs_in_the_middle_of_a_long_c_call(rig):
         row[0] += 1
 
     irq.request_percpu_irq(python, note, "python", seen)
-    irq.enable_percpu_irq(native)
-    irq.enable_percpu_irq(python)
+    irq.enable_percpu_irq_mask(native)
+    irq.enable_percpu_irq_mask(python)
 
     def compute(at):
         numbers = range(20_000_000)
@@ -596,6 +596,6 @@ def test_a_native_handler_runs_in_the_middle_of_a_long_c_call(rig):
         assert time.monotonic() < deadline + 20
         time.sleep(0.001)
     for virq, dev_id in ((native, taken), (python, seen)):
-        irq.disable_percpu_irq(virq)
+        irq.disable_percpu_irq_mask(virq)
         irq.free_percpu_irq(virq, dev_id)
         irq.irq_destroy_ipi(virq)

@@ -53,6 +53,7 @@ typedef struct {
     uint32_t waiters;  /* host: threads that have given the interpreter up inside a wait */
     uint32_t *natives; /* guest: the machine's number of each of ours + 1; NULL: the same */
     struct func_table sent;
+    bool sends_ipis;    /* its controller leaves sending IPIs of domains to the core */
     bool sending;       /* functions have been sent */
     uint32_t *irq_held; /* by virq: the function that its handler is, + 1 (py/irq.c) */
     struct func_cache *received;

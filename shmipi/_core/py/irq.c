@@ -205,20 +205,42 @@ static PyObject *sent(Machine *machine, int err)
     return PyBool_FromLong(!err);
 }
 
-/* ipi_send_single(virq, cpu) -> bool: sent, or not plainly right. */
-static PyObject *machine_ipi_send_single(PyObject *object, PyObject *const *args,
-                                         Py_ssize_t nargs)
+/* ipi_sends(on): may the core send IPIs of domains in the controller's place? */
+METHOD(ipi_sends)
 {
-    Machine *machine = MACHINE(object);
-    uint32_t virq, cpu;
-    if (shi_use(machine) < 0)
+    int on = PyObject_IsTrue(arg);
+    if (on < 0)
         return NULL;
-    if (nargs != 2 || !as_number(args[0], &virq) || !as_number(args[1], &cpu))
+    MACHINE(object)->sends_ipis = on;
+    Py_RETURN_NONE;
+}
+
+static PyObject *send_single(Machine *machine, PyObject *const *args, Py_ssize_t nargs)
+{
+    uint32_t virq, cpu;
+    if (!machine->sends_ipis || nargs != 2 || !as_number(args[0], &virq) ||
+        !as_number(args[1], &cpu))
         Py_RETURN_FALSE;
     shi_enter(&machine->self);
     int err = shi_ipi_send_single(&machine->self, virq, cpu);
     shi_leave(&machine->self);
     return sent(machine, err);
+}
+
+/* ipi_send_single(virq, cpu) -> bool: sent, or not plainly right. */
+static PyObject *machine_ipi_send_single(PyObject *object, PyObject *const *args,
+                                         Py_ssize_t nargs)
+{
+    return shi_use(MACHINE(object)) < 0 ? NULL : send_single(MACHINE(object), args, nargs);
+}
+
+/* The same on the machine of this process: a sender's time counts. */
+static PyObject *current_ipi_send_single(PyObject *module, PyObject *const *args,
+                                         Py_ssize_t nargs)
+{
+    Machine *machine = shi_use_current();
+    (void)module;
+    return machine ? send_single(machine, args, nargs) : NULL;
 }
 
 /* The bits of an int: false without an exception for CPUs that no machine has. */
@@ -322,7 +344,7 @@ static PyObject *machine_ipi_send_all(PyObject *object, PyObject *const *args, P
     uint32_t virq;
     if (shi_use(machine) < 0)
         return NULL;
-    if (nargs != 2 || !as_number(args[0], &virq))
+    if (!machine->sends_ipis || nargs != 2 || !as_number(args[0], &virq))
         Py_RETURN_FALSE;
     shi_enter(&machine->self);
     int err = shi_ipi_send_mask(&machine->self, virq, NULL, 0, args[1] == Py_True);
@@ -341,7 +363,7 @@ static PyObject *machine_ipi_send_mask(PyObject *object, PyObject *const *args,
     int err = -EINVAL;
     if (shi_use(machine) < 0 || !cpumask_type())
         return NULL;
-    if (nargs != 3 || !as_number(args[0], &virq))
+    if (!machine->sends_ipis || nargs != 3 || !as_number(args[0], &virq))
         Py_RETURN_FALSE;
     if (n > sizeof few / sizeof *few && !(words = PyMem_Calloc(n, sizeof *words)))
         return PyErr_NoMemory();
@@ -469,6 +491,7 @@ PyMethodDef shi_irq_methods[] = {
     { "irq_free", machine_irq_free, METH_O, "irq_free(virq)" },
     { "irq_reset_line", machine_irq_reset_line, METH_VARARGS,
       "irq_reset_line(line, virq): masked and not pending where it is the irq's" },
+    { "ipi_sends", machine_ipi_sends, METH_O, "ipi_sends(on): may the core send them?" },
     { "ipi_send_single", FAST(machine_ipi_send_single), METH_FASTCALL,
       "ipi_send_single(virq, cpu) -> bool: sent, or not plainly right" },
     { "ipi_send_all", FAST(machine_ipi_send_all), METH_FASTCALL,
@@ -490,3 +513,9 @@ int shi_irq_types(PyObject *module)
         coproc_type = PyStructSequence_NewType(&coproc_desc);
     return coproc_type ? PyModule_AddObjectRef(module, "Coproc", (PyObject *)coproc_type) : -1;
 }
+
+PyMethodDef shi_irq_functions[] = {
+    { "ipi_send_single", FAST(current_ipi_send_single), METH_FASTCALL,
+      "ipi_send_single(virq, cpu) -> bool: by this process's machine" },
+    { NULL, NULL, 0, NULL },
+};

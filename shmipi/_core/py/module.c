@@ -224,6 +224,7 @@ static int module_exec(PyObject *module)
         shi_waitq_functions,   shi_native_functions,  shi_segment_functions,
         shi_bench_functions,   shi_limit_functions,   shi_clock_functions,
         shi_process_functions, shi_shield_functions,  shi_csd_functions,
+        shi_irq_functions,
     };
     if (add_methods(module, parts, sizeof parts / sizeof *parts) < 0 ||
         shi_atomic_add(module) < 0 || shi_function_types() < 0 ||

@@ -19,6 +19,7 @@ extern PyMethodDef shi_context_functions[], shi_machine_functions[], shi_barrier
 extern PyMethodDef shi_waitq_functions[], shi_native_functions[], shi_segment_functions[];
 extern PyMethodDef shi_bench_functions[], shi_limit_functions[], shi_clock_functions[];
 extern PyMethodDef shi_process_functions[], shi_shield_functions[], shi_csd_functions[];
+extern PyMethodDef shi_irq_functions[];
 
 /* What cpu_context() returns. */
 enum { SHI_NO_CPU, SHI_CPU_TASK, SHI_CPU_HANDLER };
