@@ -82,7 +82,10 @@ static void native_handlers(void)
     CHECK(native >= 0);
     raise_line(); /* nobody has requested it */
     CHECK(counted(SHI_C_irq_other) == 1 && counted(SHI_C_irq_handled) == 0);
+    raise_line(); /* and since that is spurious, it is held back from then on */
+    CHECK(counted(SHI_C_irq_other) == 1);
     shi_irqdesc_set_native(desc, (uint32_t)native, SHI_K_INT, 77);
+    shi_chip_enable(&rig.host, 0, LINE, true);
     raise_line();
     CHECK(got == 77 && counted(SHI_C_irq_handled) == 1);
     /* this_cpu_ptr(), and nothing behind the arrays. */
