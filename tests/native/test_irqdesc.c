@@ -140,7 +140,8 @@ static void put_off(void)
 static void reset(void)
 {
     boot();
-    raise_line();
+    raise_line(); /* counted; nobody has requested it, so it is held back ... */
+    shi_chip_enable(&rig.host, 0, LINE, true); /* ... until it is enabled anew */
     shi_enter(&rig.host);
     shi_irq_raise(&rig.host, 0, LINE);
     shi_leave(&rig.host);
