@@ -41,7 +41,7 @@ def _here(machine: _core.Machine | None) -> _core.Machine:
 
 
 def _is_online(machine: _core.Machine, cpu: int) -> bool:
-    return machine.slot(cpu)[3] not in (_core.OFFLINE, _core.CPU_DEAD)
+    return machine.slot(cpu).state not in (_core.OFFLINE, _core.CPU_DEAD)
 
 
 def cpu_online(cpu: int, *, machine: _core.Machine | None = None) -> bool:

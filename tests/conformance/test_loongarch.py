@@ -42,11 +42,11 @@ def taken(machine):
 
     def quiet():
         end = time.monotonic() + 5
-        slots = (machine._machine.slot(n)[3] for n in range(3))
+        slots = (machine._machine.slot(n).state for n in range(3))
         while any(state != _core.HALTED for state in slots):
             assert time.monotonic() < end, "they do not come to rest"
             time.sleep(0.0005)
-            slots = (machine._machine.slot(n)[3] for n in range(3))
+            slots = (machine._machine.slot(n).state for n in range(3))
 
     quiet()
     first = len(machine.trace_events())
