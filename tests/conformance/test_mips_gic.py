@@ -215,7 +215,7 @@ def test_local_interrupts_are_each_cpus_own(boot, eventually):
     assert [chip.read_gic_vl_pend(cpu) for cpu in (0, 1)] == [4, 4]
     assert chip.pending_lines(1) == [258]
     assert chip.PEND == 0
-    irq.enable_percpu_irq(timer, [1])
+    irq.enable_percpu_irq_mask(timer, [1])
     eventually(lambda: seen.tolist() == [0, 1])
     assert [chip.read_gic_vl_mask(cpu) for cpu in (0, 1)] == [0, 4]
     assert [irq.irq_percpu_is_enabled(timer, cpu) for cpu in (0, 1)] == [False, True]
@@ -228,7 +228,7 @@ def test_local_interrupts_are_each_cpus_own(boot, eventually):
     # With shared ones pending below it: the local one is first.
     shared = irq.irq_reserve_ipi(None, [1])
     irq.request_percpu_irq(shared, count, "shared", seen)
-    irq.enable_percpu_irq(shared)
+    irq.enable_percpu_irq_mask(shared)
     first = len(cluster.trace_events())
     line = irq.ipi_get_hwirq(shared, 1)
 
