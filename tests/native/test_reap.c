@@ -122,6 +122,70 @@ static void orphans(void)
     rig_unquiet(&rig);
 }
 
+/* Thousands of senders that have broadcast have millions of csds: only those with some out are
+ * looked at.  How many are out is right at every moment at which one may be in a queue. */
+static void only_who_has_some_out_is_scanned(void)
+{
+    boot();
+    struct shi_self *sender = &rig.cpu[0];
+    uint32_t i, locals[70];
+    shi_enter(sender);
+    CHECK(shi_load_full(&sender->slot->csds_out) == 0);
+    for (i = 0; i < 70; i++) { /* more than a page of them */
+        int64_t local = shi_csd_get(sender);
+        CHECK(local >= 0 && shi_load_full(&sender->slot->csds_out) == i + 1);
+        locals[i] = (uint32_t)local;
+    }
+    for (i = 69; i > 0; i--) {
+        shi_csd_put(sender, locals[i]);
+        CHECK(shi_load_full(&sender->slot->csds_out) == i);
+    }
+    struct shi_csd *csd = shi_own_csd(sender, locals[0]);
+    CHECK(shi_csd_trylock(sender, csd, SHI_CSD_SYNC, 1) == 0);
+    CHECK(shi_queue_push(sender, 1, shi_own_index(sender, locals[0]), csd) >= 0);
+    /* Nobody's: a look at it would take it for a call to CPU 1 and unlock it. */
+    struct shi_csd *stray = shi_own_csd(&rig.cpu[2], 0);
+    shi_leave(sender);
+    shi_enter(&rig.cpu[2]);
+    int64_t local = shi_csd_get(&rig.cpu[2]);
+    CHECK(local == 0);
+    shi_csd_put(&rig.cpu[2], 0);
+    shi_leave(&rig.cpu[2]);
+    shi_store_full(&stray->lock, shi_load_full(&csd->lock));
+    shi_reap_mark(&rig.firmware, 1, 9);
+    CHECK(shi_reap_complete(&rig.firmware, 1) == 1);
+    CHECK(!shi_csd_locked(csd) && shi_csd_locked(stray));
+    shi_store_full(&stray->lock, 0);
+    rig_unquiet(&rig);
+}
+
+/* What a killed sender had out stays told until the slot's next process knows all of it. */
+static void what_the_dead_had_out_is_told(void)
+{
+    uint32_t local;
+    boot();
+    struct shi_self *sender = &rig.cpu[0];
+    shi_enter(sender);
+    int64_t at = shi_csd_get(sender);
+    CHECK(at >= 0 && shi_csd_get(sender) >= 0); /* the other was never sent */
+    local = (uint32_t)at;
+    struct shi_csd *csd = shi_own_csd(sender, local);
+    CHECK(shi_csd_trylock(sender, csd, SHI_CSD_SYNC, 1) == 0);
+    CHECK(shi_queue_push(sender, 1, shi_own_index(sender, local), csd) >= 0);
+    shi_leave(sender);
+    shi_reap_mark(&rig.firmware, 0, 9);
+    CHECK(shi_load_full(&sender->slot->csds_out) == 2);
+    shi_reap_reset(&rig.firmware, 0);
+    CHECK(shi_load_full(&sender->slot->csds_out) == 2);
+    shi_self_fini(sender);
+    CHECK(shi_self_init(sender, &rig.m, 0) == 0);
+    CHECK(shi_load_full(&sender->slot->csds_out) == 1);
+    shi_reap_mark(&rig.firmware, 1, 9);
+    CHECK(shi_reap_complete(&rig.firmware, 1) == 1);
+    CHECK(!shi_csd_locked(csd));
+    rig_unquiet(&rig);
+}
+
 int main(void)
 {
     who_waited_is_told();
@@ -129,5 +193,7 @@ int main(void)
     pids_are_guarded();
     a_new_process();
     orphans();
+    only_who_has_some_out_is_scanned();
+    what_the_dead_had_out_is_told();
     return 0;
 }

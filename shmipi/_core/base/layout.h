@@ -490,7 +490,7 @@ struct shi_slot {
     shi_a64 start_time; /* field 22 of /proc/PID/stat */
     shi_a32 idle;       /* enum shi_idle */
     shi_a32 hotplug;    /* enum shi_hotplug: futex of a parked CPU */
-    shi_a32 csd_top;    /* csds below this may be in use: what the reaper scans */
+    shi_a32 csd_top;    /* csds below this may be in use: what the reaper scans, if csds_out */
     shi_a32 func_top;   /* functions below this may be published */
     shi_a32 registered; /* 1 once the process has taken the slot */
     shi_a32 boot_error; /* errno of a process that could not become this CPU */
@@ -513,6 +513,9 @@ struct shi_slot {
     shi_a32 quiet;     /* `departed`, when it last had no csd of anybody's in hand */
     shi_a32 ended;     /* `departed`, when the slot's last process had ended: the firmware's */
     shi_a32 cpus_read; /* depth of cpus_read_lock(): of a host, that of all its threads */
+    /* csds that its process has handed out and not taken back: see shi_reap_complete.  Not
+     * beside csd_top, in a line that its callers read: it changes with every call. */
+    shi_a32 csds_out;
 
     /* Tests: stop or die at a labelled step. */
     _Alignas(SHI_PAIR) shi_a32 step;

@@ -33,6 +33,8 @@ struct shi_func_note {
 
 struct shi_sender {
     struct shi_arena arena;
+    void *room; /* of all tables below: one mapping, a page of which costs when touched */
+    size_t room_bytes;
     struct shi_csd_note *notes;
     uint32_t *free_csds; /* stack */
     uint32_t nfree, csd_top;

@@ -39,6 +39,12 @@ void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end)
     shi_event_ring(&self->m->header->hotplug_event);
 }
 
+static uint32_t csds_of(const struct shi_machine *m, uint32_t id)
+{
+    uint32_t top = shi_load_acquire(&shi_slot(m, id)->csd_top);
+    return top < m->csds_per_slot ? top : m->csds_per_slot;
+}
+
 uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
 {
     const struct shi_machine *m = self->m;
@@ -46,9 +52,16 @@ uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
     uint64_t end = shi_load_relaxed(&shi_slot(m, cpu)->end);
     uint32_t s, i, done = 0;
     for (s = 0; s < m->nslots; s++) {
-        uint32_t top = shi_load_acquire(&shi_slot(m, s)->csd_top);
-        if (top > m->csds_per_slot)
-            top = m->csds_per_slot;
+        /*
+         * Thousands of CPUs that have all broadcast have millions of csds, and next to none
+         * in flight.  A csd pushed before the word was made DEAD is counted here: the push's
+         * swap released the count, and shi_reap_mark's exchange of the same word acquired it.
+         * If the count is a later one, its sender has found the csd unlocked.  Relaxed, the
+         * process of a killed sender counts as it did, until the slot's next has inherited.
+         */
+        if (!shi_load_relaxed(&shi_slot(m, s)->csds_out))
+            continue;
+        uint32_t top = csds_of(m, s);
         struct shi_csd *csd = (struct shi_csd *)shi_region(m, s);
         for (i = 0; i < top; i++, csd++) {
             uint64_t lock = shi_load_acquire(&csd->lock);
@@ -69,12 +82,6 @@ uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
     }
     shi_fetch_add_relaxed(&shi_slot(m, cpu)->counters[SHI_CTX_TASK][SHI_C_died], done);
     return done;
-}
-
-static uint32_t csds_of(const struct shi_machine *m, uint32_t id)
-{
-    uint32_t top = shi_load_acquire(&shi_slot(m, id)->csd_top);
-    return top < m->csds_per_slot ? top : m->csds_per_slot;
 }
 
 /* Is this csd of a process that ended, at `ended`, in nobody's hands?  `lock`: locked. */

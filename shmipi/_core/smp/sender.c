@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #include "smp/csd.h"
@@ -128,6 +129,17 @@ void shi_func_retire(struct shi_self *self, uint32_t index)
 
 /* ---- csds ------------------------------------------------------------------------ */
 
+/*
+ * How many are out: what the reaper scans this slot for.  It is stored before the csd is filled,
+ * so before the push's compare-and-swap on its target's word releases both: who has marked the
+ * target DEAD, in the same word, finds at least 1 until the csd has been unlocked and put back.
+ */
+static void publish_out(struct shi_self *self)
+{
+    struct shi_sender *s = &self->sender;
+    shi_store_relaxed(&self->slot->csds_out, s->csd_top - s->nfree);
+}
+
 /* In flight: a ring of indices, oldest first. */
 static void flight_push(struct shi_self *self, uint32_t index)
 {
@@ -152,8 +164,10 @@ static int64_t pop_free(struct shi_self *self)
     struct shi_sender *s = &self->sender;
     while (s->nfree) {
         uint32_t index = s->free_csds[--s->nfree]; /* used last: its line is warm */
-        if (usable(self, index))
+        if (usable(self, index)) {
+            publish_out(self);
             return index;
+        }
     }
     return -EAGAIN;
 }
@@ -173,6 +187,7 @@ static int64_t new_csd(struct shi_self *self)
     uint32_t index = s->csd_top++;
     /* Release: the reaper that reads the top finds backed, zeroed csds below it. */
     shi_store_release(&self->slot->csd_top, s->csd_top);
+    publish_out(self);
     return index;
 }
 
@@ -250,6 +265,7 @@ void shi_csd_put(struct shi_self *self, uint32_t index)
     }
     put_block(self, index);
     s->free_csds[s->nfree++] = index;
+    publish_out(self);
 }
 
 void shi_csd_end_sharing(struct shi_self *self, uint32_t owner)
@@ -453,22 +469,36 @@ static void inherit(struct shi_self *self)
     shi_lend_inherit(self); /* last: what is in flight cannot be lost */
 }
 
+static size_t lines(size_t n, size_t size)
+{
+    return (n * size + SHI_LINE - 1) / SHI_LINE * SHI_LINE;
+}
+
+/* A mapping, not the heap: in a CPU that has just been forked, what another process's tables
+ * left on the heap is a copy of each page, though all that calloc() writes is zeros. */
 int shi_sender_init(struct shi_self *self)
 {
     struct shi_sender *s = &self->sender;
-    uint32_t n = self->m->csds_per_slot;
-    s->notes = calloc(n, sizeof *s->notes);
-    s->free_csds = calloc(n, sizeof *s->free_csds);
-    s->flight = calloc(n, sizeof *s->flight);
-    s->patience = calloc((size_t)self->m->ncpus * SHI_PATIENCE_KINDS, sizeof *s->patience);
-    s->funcs = calloc(SHI_FUNCS, sizeof *s->funcs);
-    s->free_funcs = calloc(SHI_FUNCS, sizeof *s->free_funcs);
-    if (!s->notes || !s->free_csds || !s->flight || !s->patience || !s->funcs ||
-        !s->free_funcs) {
-        shi_sender_fini(self);
+    size_t n = self->m->csds_per_slot;
+    size_t patience = lines((size_t)self->m->ncpus * SHI_PATIENCE_KINDS, sizeof *s->patience);
+    size_t free_csds = lines(n, sizeof *s->free_csds), flight = lines(n, sizeof *s->flight);
+    size_t free_funcs = lines(SHI_FUNCS, sizeof *s->free_funcs);
+    size_t funcs = lines(SHI_FUNCS, sizeof *s->funcs), notes = lines(n, sizeof *s->notes);
+    size_t bytes = patience + free_csds + flight + free_funcs + funcs + notes;
+    char *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED)
         return -ENOMEM;
-    }
+    s->room = at;
+    s->room_bytes = bytes;
+    s->patience = (shi_a16 *)(void *)at;
+    s->free_csds = (uint32_t *)(void *)(at += patience);
+    s->flight = (uint32_t *)(void *)(at += free_csds);
+    s->free_funcs = (uint32_t *)(void *)(at += flight);
+    s->funcs = (struct shi_func_note *)(void *)(at += free_funcs);
+    s->notes = (struct shi_csd_note *)(void *)(at += funcs);
     inherit(self);
+    /* Not before: what the slot's earlier process had out is told until all of it is known. */
+    publish_out(self);
     return 0;
 }
 
@@ -477,12 +507,8 @@ void shi_sender_fini(struct shi_self *self)
     struct shi_sender *s = &self->sender;
     if (s->arena.m)
         shi_arena_fini(&s->arena);
-    free(s->notes);
-    free(s->free_csds);
-    free(s->flight);
-    free(s->patience);
-    free(s->funcs);
-    free(s->free_funcs);
+    if (s->room)
+        munmap(s->room, s->room_bytes);
     free(s->loans);
     memset(s, 0, sizeof *s);
 }
