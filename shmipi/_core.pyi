@@ -1,7 +1,7 @@
 """Types of the C core. What each function means is in its docstring there."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType, ModuleType
 from typing import Any, Final, NoReturn, SupportsIndex, TypeAlias, final
 
@@ -616,6 +616,7 @@ def limit_pong(
     clocked: bool = ...,
     one_way: bool = ...,
 ) -> None: ...
+def limit_fork(cores: Sequence[int], /) -> tuple[float, float]: ...
 def bench_calls(
     cpu: int,
     calls: int,
@@ -645,5 +646,5 @@ def bench_broadcast(
     gap_ns: int = ...,
     state: int = ...,
     deadline: float = ...,
-) -> tuple[list[float], int]: ...
+) -> tuple[list[float], float, int]: ...
 def bench_spin(ns: int | None, /) -> None: ...

@@ -14,7 +14,7 @@ from shmipi.bench import option
 from shmipi.bench.runner import machine_facts
 from shmipi.cluster import Cluster
 from shmipi.irq.chips import Chip
-from shmipi.machine import segment
+from shmipi.machine import segment, topology
 from shmipi.names import IDLE_POLICIES
 from shmipi.report.cells import Table
 
@@ -30,10 +30,12 @@ __all__ = [
 ]
 
 HELP = """\
-Each machine is booted once, measured and shut down."""
+Each machine is booted once, measured and shut down. Beside it the limit: as many forks
+of a warm firmware whose children do nothing."""
 EXAMPLE = """\
 shmipi bench boot
-shmipi bench boot --cpus 4,64"""
+shmipi bench boot --cpus 4,64
+shmipi bench boot --cpus 1024,4096"""
 
 #: CPUs of the machines that are booted by default.
 SIZES: Final = (2, 16, 256, 1024)
@@ -58,12 +60,17 @@ def run(
     """Boot machines of ``sizes`` CPUs and return the document of ``bench boot``.
 
     ``boot_s`` is until every CPU is online, ``shutdown_s`` until every process is gone
-    and nothing is left. Raises what a boot raises.
+    and nothing is left. ``fork_s`` is what as many forks of a firmware take whose
+    children are pinned, say so and sleep, and ``exit_s`` their end; ``ratio`` is
+    ``boot_s / fork_s``, ``shutdown_ratio`` ``shutdown_s / exit_s``, and ``growth`` and
+    ``fork_growth`` are what a CPU, and a fork, takes compared with the row before:
+    None in the first. Raises what a boot raises.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in options.sizes:
         if progress is not None:
             progress(f"{size} CPUs")
+        fork_s, exit_s = forks(size, options)
         started = time.perf_counter()
         cluster = Cluster(
             size,
@@ -85,7 +92,13 @@ def run(
             "bench": "boot",
             "ncpus": size,
             "boot_s": booted - started,
-            "shutdown_s": time.perf_counter() - ending,
+            "fork_s": fork_s,
+            "ratio": (booted - started) / fork_s,
+            "shutdown_s": (shutdown_s := time.perf_counter() - ending),
+            "exit_s": exit_s,
+            "shutdown_ratio": shutdown_s / exit_s,
+            "growth": None,
+            "fork_growth": None,
             "private_kib_per_cpu": sum(private) / len(private) if private else None,
             "sampled": len(private),
             "shared_kib": memory,
@@ -95,8 +108,25 @@ def run(
         }
         if not private:
             row["private_note"] = "/proc/PID/smaps_rollup cannot be read here"
+        if rows:
+            more = size / rows[-1]["ncpus"]
+            row["growth"] = row["boot_s"] / rows[-1]["boot_s"] / more
+            row["fork_growth"] = fork_s / rows[-1]["fork_s"] / more
         rows.append(row)
     return {"bench": "boot", "machine": machine_facts(), "rows": rows}
+
+
+def forks(count: int, options: Options) -> tuple[float, float]:
+    """Return what so many forks of a warm firmware take, and their end, in seconds.
+
+    The firmware is that of a small machine, whose CPUs are halted meanwhile.
+    """
+    cores = topology.place(count, options.cores)
+    small = Cluster(2, idle="halt", cores=options.cores)
+    try:
+        return small._host.measure_fork(cores)
+    finally:
+        small.shutdown()
 
 
 def private_kib(pid: int, *, proc: Path = Path("/proc")) -> int | None:
@@ -129,11 +159,16 @@ def table(result: dict[str, Any]) -> Table:
             [
                 str(row["ncpus"]),
                 f"{row['boot_s']:.3f} s",
+                f"{row['fork_s']:.3f} s",
+                f"{row['ratio']:.2f}",
                 f"{row['shutdown_s']:.3f} s",
+                f"{row['exit_s']:.3f} s",
+                "-" if row["growth"] is None else f"{row['growth']:.2f}",
                 "-" if private is None else f"{private / 1024:.2f} MiB",
                 "-"
                 if row["shared_kib"] is None
                 else f"{row['shared_kib'] / 1024:.2f} MiB",
             ]
         )
-    return ["CPUs", "boot", "shutdown", "private per CPU", "shared"], rows, []
+    header = ["CPUs", "boot", "fork", "ratio", "shutdown", "exit", "growth per CPU"]
+    return [*header, "private per CPU", "shared"], rows, []

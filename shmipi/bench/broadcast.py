@@ -20,14 +20,18 @@ HELP = """\
 CPU 0 calls a native no-op on every other CPU, all of which have halted."""
 EXAMPLE = """\
 shmipi bench broadcast
-shmipi bench broadcast --cpus 16,512"""
+shmipi bench broadcast --cpus 16,512
+shmipi bench broadcast --cpus 1024,4095"""
 
 #: How many halted CPUs are called.
 SIZES: Final = (16, 64, 128, 256, 512)
 
 
-def broadcasts(calls: int, gap_ns: int) -> tuple[list[float], int]:
-    """Task: call all other CPUs ``calls`` times: ns of each, how often one was up."""
+def broadcasts(calls: int, gap_ns: int) -> tuple[list[float], float, int]:
+    """Task: call all other CPUs ``calls`` times.
+
+    Returns ns of each, ns of the first (of three before them), how often one was up.
+    """
     return _core.bench_broadcast(
         calls, warmup=3, gap_ns=gap_ns, state=_core.HALTED, deadline=300.0
     )
@@ -56,11 +60,14 @@ def run(
     """Measure ``calls`` broadcasts over ``sizes`` CPUs each: ``bench broadcast``.
 
     CPU 0 sends, and every other CPU has halted before each broadcast: the machine has
-    one CPU more than are called. ``ns_per_cpu`` is the median.
+    one CPU more than are called. ``ns_per_cpu`` is the median, and ``first_ns_per_cpu``
+    the machine's very first, whose pages nobody has touched yet; ``first_ratio`` is how
+    many times the median that is. ``growth`` is ``ns_per_cpu`` compared with the row
+    before: None in the first.
 
     Raises what a boot raises.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in options.sizes:
         if progress is not None:
             progress(f"{size} halted CPUs")
@@ -71,7 +78,9 @@ def run(
         ) as rig:
             before = shared_kib(rig.cluster)
             with Disturbance(rig, 1, seen):
-                spans, missed = rig.run(0, broadcasts, options.calls, options.gap_ns)
+                spans, first, missed = rig.run(
+                    0, broadcasts, options.calls, options.gap_ns
+                )
             after = shared_kib(rig.cluster)
             why = seen.why(None)  # CPUs of one core push each other off it: as meant
             row: dict[str, Any] = {
@@ -83,6 +92,11 @@ def run(
                 "doorbell": options.doorbell,
                 "controller": rig.cluster.controller,
                 "ns_per_cpu": median(spans) / size,
+                "first_ns_per_cpu": first / size,
+                "first_ratio": first / median(spans),
+                "growth": median(spans) / size / rows[-1]["ns_per_cpu"]
+                if rows
+                else None,
                 "total_ns": median(spans),
                 "ns_per_cpu_spread": [min(spans) / size, max(spans) / size],
                 "missed_state": missed,
@@ -116,9 +130,12 @@ def table(result: dict[str, Any]) -> Table:
                 span(row["ns_per_cpu"]),
                 f"{span(low)} - {span(high)}",
                 span(row["total_ns"]),
+                span(row["first_ns_per_cpu"]),
+                f"{row['first_ratio']:.1f}",
+                "-" if row["growth"] is None else f"{row['growth']:.2f}",
                 f"{row['shared_kib']} KiB",
                 valid(row, notes, f"{row['ncpus']} CPUs"),
             ]
         )
-    header = ["halted CPUs", "per CPU", "spread", "broadcast", "shared", "valid"]
-    return header, rows, notes
+    header = ["halted CPUs", "per CPU", "spread", "broadcast", "first, per CPU"]
+    return [*header, "ratio", "growth per CPU", "shared", "valid"], rows, notes

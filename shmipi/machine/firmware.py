@@ -280,6 +280,8 @@ class Firmware:
             self.answer(message["id"], self.start_coprocessor, number, virq, fds[0])
         elif message["op"] == "kill_coprocessor":
             self.answer(message["id"], self.kill_coprocessor, message["pid"])
+        elif message["op"] == "fork":
+            self.answer(message["id"], self.fork, message["cores"])
         elif message["op"] == "kill":
             self.kill_cpu(message["cpu"], message["generation"])
 
@@ -322,6 +324,12 @@ class Firmware:
                 # Who sent the IPI waits for no answer, as with the hardware.
                 print(f"shmipi: CPU {number} did not start: {error}", file=sys.stderr)
                 self.machine.pic_write(number, "startup", 0, _core.STARTUP_RESET)
+
+    def fork(self, cores: list[int]) -> dict[str, float]:
+        """Measure what forking this process costs by itself. ``OSError``."""
+        self.before_fork()
+        made, ended = _core.limit_fork(cores)
+        return {"fork_s": made, "exit_s": ended}
 
     def start_coprocessor(self, number: int, virq: int, fd: int) -> dict[str, int]:
         """Fork a coprocessor that runs what ``fd`` holds. ``OSError``."""

@@ -74,6 +74,23 @@ class Orders:
         with self._lock:
             self._order({"op": "kill", "cpu": cpu, "generation": generation})
 
+    def measure_fork(self, cores: Sequence[int]) -> tuple[float, float]:
+        """Have the firmware fork a child for each of ``cores`` that does nothing there.
+
+        Seconds until all have run, and until all have ended again: what a boot of so
+        many CPUs and its end cannot be faster than. ``BootError``,
+        ``MachineDiedError``.
+        """
+        reply = self._ask({"op": "fork", "cores": list(cores)})
+        if reply is None or "error" in reply:
+            reply = reply or {"error": "no answer", "errno": errno.ETIMEDOUT}
+            raise BootError(
+                f"the firmware could not fork {len(cores)} times:"
+                f" {why(reply['error'], reply['errno'])}",
+                errno=reply["errno"],
+            )
+        return float(reply["fork_s"]), float(reply["exit_s"])
+
     def start_coprocessor(self, number: int, virq: int, start: bytes) -> int:
         """Have a coprocessor forked that runs ``start``: its pid. ``OSError``.
 

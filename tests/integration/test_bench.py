@@ -17,6 +17,7 @@ from shmipi import _core
 from shmipi.bench import broadcast, latency, limits, throughput
 from shmipi.bench.runner import Rig
 from shmipi.cli import main
+from shmipi.errors import BootError
 from shmipi.irq.chips import CHIPS
 from shmipi.machine.topology import usable_cores
 
@@ -249,6 +250,32 @@ def test_boot(capfd):
         assert 0 < row["shutdown_s"] < 30
         assert 100 < row["private_kib_per_cpu"] < 20_000
         assert row["shared_kib"] > 0
+        assert 0 < row["fork_s"] < 30
+        assert 0 < row["exit_s"] < 30
+        assert row["ratio"] == pytest.approx(row["boot_s"] / row["fork_s"])
+        ratio = row["shutdown_s"] / row["exit_s"]
+        assert row["shutdown_ratio"] == pytest.approx(ratio)
+    first, second = found["rows"]
+    for growth, seconds in (("growth", "boot_s"), ("fork_growth", "fork_s")):
+        assert first[growth] is None
+        each = [row[seconds] / row["ncpus"] for row in (first, second)]
+        assert second[growth] == pytest.approx(each[1] / each[0])
+
+
+def test_raw_forks_leave_nothing_and_say_why_not(boot):
+    """They are the firmware's, which goes on; a core that is not there is told."""
+    import psutil
+
+    cluster = boot(2, idle="halt")
+    firmware = psutil.Process(cluster._machine.firmware_pid)
+    made, ended = cluster._host.measure_fork([0] * 40)
+    assert made > 0
+    assert ended > 0
+    assert len(firmware.children()) == 2
+    with pytest.raises(BootError, match="could not fork 2 times"):
+        cluster._host.measure_fork([0, 1023])
+    assert len(firmware.children()) == 2
+    assert cluster.call(1, abs, -3) == 3
 
 
 def test_broadcast(capfd):
@@ -256,6 +283,11 @@ def test_broadcast(capfd):
     assert [row["ncpus"] for row in found["rows"]] == [3, 8]
     for row in found["rows"]:
         assert row["ns_per_cpu"] * row["ncpus"] == pytest.approx(row["total_ns"])
+        first = row["first_ns_per_cpu"] * row["ncpus"]
+        assert row["first_ratio"] == pytest.approx(first / row["total_ns"])
+    assert found["rows"][0]["growth"] is None
+    ratio = found["rows"][1]["ns_per_cpu"] / found["rows"][0]["ns_per_cpu"]
+    assert found["rows"][1]["growth"] == pytest.approx(ratio)
 
 
 def test_the_text_is_for_people(capfd):
@@ -436,8 +468,9 @@ def test_a_limit_that_is_forbidden_says_why(rig):
 
 def test_a_broadcast_reaches_all(rig):
     before = rig.counters(1)["native_run"]
-    spans, _ = rig.run(0, broadcast.broadcasts, 7, 100_000)
+    spans, first, _ = rig.run(0, broadcast.broadcasts, 7, 100_000)
     assert len(spans) == 7
+    assert first > 0
     assert rig.counters(1)["native_run"] - before == 10  # and three to warm up
 
 

@@ -381,6 +381,8 @@ int shi_bench_broadcast(struct shi_self *self, struct shi_bench_broadcast *b)
         uint64_t from = shi_stamp();
         err = broadcast(self, func, &many, b->deadline_ns);
         uint64_t took = shi_stamp() - from;
+        if (!i)
+            b->first_ns = (double)shi_stamp_to_ns(took);
         if (!err && i >= b->warmup)
             b->ns[i - b->warmup] = (double)shi_stamp_to_ns(took);
     }

@@ -64,6 +64,7 @@ struct shi_bench_broadcast {
     int state; /* as above, of every other CPU */
     uint64_t deadline_ns;
     double *ns;
+    double first_ns; /* of the first, which warms up or not: whose pages nobody has touched */
     uint32_t missed;
 };
 int shi_bench_broadcast(struct shi_self *self, struct shi_bench_broadcast *b);

@@ -198,7 +198,7 @@ static PyObject *bench_broadcast(PyObject *module, PyObject *args, PyObject *kwa
     free(b.ns);
     if (err)
         return loop_error(machine, err, 0);
-    return list ? Py_BuildValue("(NI)", list, b.missed) : NULL;
+    return list ? Py_BuildValue("(NdI)", list, b.first_ns, b.missed) : NULL;
 }
 
 static PyObject *bench_spin(PyObject *module, PyObject *arg)
@@ -234,7 +234,7 @@ PyMethodDef shi_bench_functions[] = {
       "bench_until(cpu, counter, until, seconds=60)\n--\n\nWait for a counter of `cpu`." },
     { "bench_broadcast", WORDS(bench_broadcast),
       "bench_broadcast(calls, *, warmup, gap_ns, state, deadline)\n--\n\n"
-      "on_each_cpu(wait=True) of a native handler: (ns of each, missed)." },
+      "on_each_cpu(wait=True) of a native handler: (ns of each, of the very first, missed)." },
     { "bench_spin", bench_spin, METH_O,
       "bench_spin(ns)\n--\n\n"
       "Let this CPU's waiters spin so long before they sleep; None: as the machine does." },

@@ -3,6 +3,7 @@
 #include "py/base.h"
 
 #include "base/clock.h"
+#include "measure/fork.h"
 #include "measure/limit.h"
 #include "py/hist.h"
 #include "py/tables.h"
@@ -142,6 +143,33 @@ static PyObject *limit_pong(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
+/* limit_fork(cores) -> (seconds until all are there, seconds until all have ended) */
+static PyObject *limit_fork(PyObject *module, PyObject *arg)
+{
+    struct shi_forks found;
+    Py_ssize_t n, i;
+    (void)module;
+    PyObject *list = PySequence_Fast(arg, "cores");
+    if (!list)
+        return NULL;
+    n = PySequence_Fast_GET_SIZE(list);
+    uint32_t *cores = calloc(n ? (size_t)n : 1, sizeof *cores);
+    if (!cores)
+        PyErr_NoMemory();
+    for (i = 0; cores && i < n && !PyErr_Occurred(); i++)
+        cores[i] = (uint32_t)PyLong_AsUnsignedLong(PySequence_Fast_GET_ITEM(list, i));
+    Py_DECREF(list);
+    if (!PyErr_Occurred() && (n < 1 || n > (Py_ssize_t)SHI_MAX_CPUS))
+        PyErr_Format(PyExc_ValueError, "%zd forks", n);
+    int err = PyErr_Occurred() ? 0 : shi_forks((uint32_t)n, cores, (uint32_t)n, &found);
+    free(cores);
+    if (PyErr_Occurred())
+        return NULL;
+    if (err)
+        return limit_error(err);
+    return Py_BuildValue("(dd)", (double)found.fork_ns / 1e9, (double)found.exit_ns / 1e9);
+}
+
 #define WORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
 PyMethodDef shi_limit_functions[] = {
     { "limit_ping", WORDS(limit_ping),
@@ -152,5 +180,10 @@ PyMethodDef shi_limit_functions[] = {
     { "limit_pong", WORDS(limit_pong),
       "limit_pong($module, /, area, kind, session, calls, **options)\n--\n\nIts target, in "
       "another process." },
+    { "limit_fork", limit_fork, METH_O,
+      "limit_fork(cores)\n--\n\n"
+      "Fork this process, of one thread, once for each of `cores`; each child is pinned "
+      "there,\n"
+      "says so and sleeps: seconds until all have, and until all have ended.  OSError." },
     { NULL, NULL, 0, NULL },
 };

@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: MIT */
+#include "base/sys.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "base/event.h"
+#include "measure/fork.h"
+
+#define LOOK_NS 100000000
+
+/* Shared with the children. */
+struct meeting {
+    shi_a32 here; /* children that have run */
+    shi_a32 full; /* event: the last of them has */
+    shi_a32 end;  /* event: they may go */
+};
+
+/* What a CPU has to do too, and nothing else: die with its parent, be pinned, say that it is
+ * there, and sleep. */
+static void child(struct meeting *m, pid_t parent, uint32_t n, uint32_t core)
+{
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(core % CPU_SETSIZE, &set);
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) || getppid() != parent ||
+        sched_setaffinity(0, sizeof set, &set))
+        _exit(1);
+    /* Full: who finds all here finds this one pinned. */
+    if (shi_fetch_add_full(&m->here, 1) + 1 == n)
+        shi_event_ring(&m->full);
+    /* Acquire pairs with the ring of `end`, which changes it before it wakes. */
+    while (!shi_load_acquire(&m->end))
+        shi_event_wait(&m->end, 0, -1);
+    _exit(0);
+}
+
+/* 1: all are here, 0: not yet, -ECHILD: one died, and is not waited for. */
+static int all_here(struct meeting *m, uint32_t n, const pid_t *pids)
+{
+    uint32_t i;
+    if (shi_load_acquire(&m->here) == n)
+        return 1;
+    for (i = 0; i < n; i++) {
+        siginfo_t info = { .si_pid = 0 };
+        if (waitid(P_PID, (id_t)pids[i], &info, WEXITED | WNOHANG | WNOWAIT) || info.si_pid)
+            return -ECHILD;
+    }
+    return 0;
+}
+
+int shi_forks(uint32_t n, const uint32_t *cores, uint32_t ncores, struct shi_forks *found)
+{
+    struct meeting *m =
+        mmap(NULL, sizeof *m, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    pid_t *pids = calloc(n, sizeof *pids), parent = getpid();
+    uint32_t i, made = 0;
+    int err = m == MAP_FAILED || !pids ? -ENOMEM : 0;
+    uint64_t from = shi_now_ns();
+    for (; !err && made < n; made++) {
+        pids[made] = fork();
+        if (!pids[made])
+            child(m, parent, n, cores[made % ncores]);
+        if (pids[made] < 0) {
+            err = -errno;
+            break;
+        }
+    }
+    while (!err) {
+        /* Acquire, before the look: a ring after it ends the wait. */
+        uint32_t seen = shi_load_acquire(&m->full);
+        int here = all_here(m, n, pids);
+        if (here > 0)
+            break;
+        err = here;
+        if (!err && !seen)
+            shi_event_wait(&m->full, seen, LOOK_NS);
+    }
+    uint64_t to = shi_now_ns();
+    found->fork_ns = to - from;
+    if (m != MAP_FAILED)
+        shi_event_ring(&m->end);
+    for (i = 0; i < made; i++)
+        while (waitpid(pids[i], NULL, 0) < 0 && errno == EINTR)
+            ;
+    found->exit_ns = shi_now_ns() - to;
+    if (m != MAP_FAILED)
+        munmap(m, sizeof *m);
+    free(pids);
+    return err;
+}
