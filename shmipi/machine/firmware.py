@@ -48,6 +48,7 @@ __all__ = ["main"]
 _MESSAGE_MAX = 1 << 16
 _REAP_RETRY_S = 0.005
 _KILL_WAIT_S = 5.0
+_LOOK_S = 0.01
 # By name: shmipi's own are above this module, which does not use them.
 _PRELOAD = ("numpy", "cloudpickle", "shmipi.smp", "shmipi.atomic", "shmipi.irq")
 _ONLINE_S = 30.0
@@ -199,6 +200,7 @@ class Firmware:
     def await_online(self, cpus: list[int]) -> None:
         """Return when every one of ``cpus`` is online. ``OSError`` when one died."""
         deadline = time.monotonic() + _ONLINE_S + 0.05 * len(cpus)
+        reaped = 0.0
         for number in cpus:  # they come up in about this order
             while True:
                 seen = self.machine.hotplug_event
@@ -223,9 +225,12 @@ class Firmware:
                 self.check_host()
                 if time.monotonic() > deadline:
                     raise OSError(errno.ETIMEDOUT, f"CPU {number} does not come online")
-                self.machine.wait_hotplug(seen, 0.01)
+                self.machine.wait_hotplug(seen, _LOOK_S)
                 self.machine.look_after()  # the others go on while one comes up
-                self.reap()
+                # Not for each that comes online: the kernel looks at every child.
+                if (now := time.monotonic()) - reaped >= _LOOK_S:
+                    self.reap()
+                    reaped = now
 
     # ---- events ---------------------------------------------------------------------
 
