@@ -596,6 +596,28 @@ def test_a_host_detaches_while_its_threads_call(lab, background):
     assert lab.counters()["corrupt"].sum() == 0
 
 
+@pytest.mark.parametrize("way", ["call", "run", "single", "each"])
+def test_a_host_detaches_in_a_signal_handler_of_its_call(lab, way):
+    """It gets an error, and not None: what it reads is no longer the machine's."""
+    here = Cluster.attach(lab.name)
+    ways = {
+        "call": lambda: here.call(1, time.sleep, 0.3),
+        "run": lambda: here.run(time.sleep, 0.3),
+        "single": lambda: here.smp.smp_call_function_single(1, time.sleep, 0.3),
+        "each": lambda: here.smp.on_each_cpu(time.sleep, 0.3),
+    }
+    before = signal.signal(signal.SIGALRM, lambda *_: here.shutdown())
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(ClusterStateError, match="closed"):
+            ways[way]()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        here.shutdown()
+    assert lab.run(int) == [0] * len(lab.cpus)
+
+
 LEAVES_TASKS = """
 import os, sys, time
 from shmipi import Cluster, atomic, shared, smp

@@ -292,6 +292,10 @@ int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t d
         if (waiter)
             waiter->take_back(arg, gone);
     }
+    /* A signal's handler that ran in `turn` may have detached this guest, or let a thread that
+     * did go first: what reads as an unlocked csd is a page of zeros in the slot's place. */
+    if (!rc && __builtin_expect(self->left, 0))
+        rc = -ESHUTDOWN;
     if (!self->host)
         self->inline_python = inlined;
     shi_wait_end(self, &wait);
