@@ -128,7 +128,7 @@ static void storm(enum shi_flow_kind flow, bool banked, enum shi_idle idle)
     }
     CHECK(shi_irq_trylock(&rig.host) == 0);
     CHECK(shi_irq_trylock(&rig.firmware) == -EAGAIN);
-    shi_irqdesc_set_native(shi_irqdesc(&rig.m, VIRQ), (uint32_t)native, SHI_K_NONE, 0);
+    shi_irqdesc_set_native(shi_irqdesc(&rig.m, VIRQ), (uint32_t)native, SHI_K_NONE, 0, 0);
     shi_irq_unlock(&rig.host);
     for (i = 0; i < CPUS; i++) {
         if (flow == SHI_FLOW_SHARED) {

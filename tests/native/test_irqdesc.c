@@ -2,6 +2,8 @@
 /* irq descriptors by themselves: the lock, who handles a line, what is put off and freed. */
 #include "rig.h"
 
+#include <pthread.h>
+
 #include "irq/irqdesc.h"
 
 #define VIRQ 40
@@ -84,26 +86,82 @@ static void native_handlers(void)
     CHECK(counted(SHI_C_irq_other) == 1 && counted(SHI_C_irq_handled) == 0);
     raise_line(); /* and since that is spurious, it is held back from then on */
     CHECK(counted(SHI_C_irq_other) == 1);
-    shi_irqdesc_set_native(desc, (uint32_t)native, SHI_K_INT, 77);
+    shi_irqdesc_set_native(desc, (uint32_t)native, SHI_K_INT, 77, 0);
     shi_chip_enable(&rig.host, 0, LINE, true);
     raise_line();
     CHECK(got == 77 && counted(SHI_C_irq_handled) == 1);
     /* this_cpu_ptr(), and nothing behind the arrays. */
     shi_store_full(&rig.m.header->array_used, SHI_PAGE);
-    desc->stride = 64;
-    shi_irqdesc_set_native(desc, (uint32_t)native, SHI_K_POINTER, rig.m.array_offset);
+    shi_irqdesc_set_native(desc, (uint32_t)native, SHI_K_POINTER, rig.m.array_offset, 64);
     raise_line();
     CHECK(got == (uint64_t)(uintptr_t)(rig.m.base + rig.m.array_offset));
     got = 0;
-    shi_irqdesc_set_native(desc, (uint32_t)native, SHI_K_POINTER, UINT64_MAX);
+    shi_irqdesc_set_native(desc, (uint32_t)native, SHI_K_POINTER, UINT64_MAX, 64);
     raise_line();
     CHECK(got == 0 && counted(SHI_C_irq_other) == 2);
-    shi_irqdesc_set_native(desc, SHI_NATIVE_MAX, SHI_K_INT, 5); /* there is no such one */
+    shi_irqdesc_set_native(desc, SHI_NATIVE_MAX, SHI_K_INT, 5, 0); /* there is no such one */
     raise_line();
     CHECK(got == 0 && counted(SHI_C_irq_other) == 3);
     shi_irqdesc_clear(desc);
     raise_line();
     CHECK(got == 0 && counted(SHI_C_irq_other) == 4 && counted(SHI_C_irq_handled) == 2);
+    rig_unquiet(&rig);
+}
+
+#define REPLACED 200000
+
+static uint64_t torn, ran;
+static shi_a32 replacing;
+static int numbers[2];
+
+static void first(void *info)
+{
+    ran++;
+    torn += (uint64_t)(uintptr_t)info != 1;
+}
+
+static void second(void *info)
+{
+    ran++;
+    torn += (uint64_t)(uintptr_t)info != 2;
+}
+
+static void *replace(void *desc)
+{
+    uint32_t i;
+    for (i = 0; i < REPLACED; i++)
+        shi_irqdesc_set_native(desc, (uint32_t)numbers[i % 2], SHI_K_INT, 1 + i % 2, 0);
+    shi_store_full(&replacing, 0);
+    return NULL;
+}
+
+/* A handler is called with its own info, or not at all, while another takes its place. */
+static void replaced_while_it_is_read(void)
+{
+    struct shi_irqdesc *desc = boot();
+    pthread_t thread;
+    numbers[0] = shi_native_register("first", first);
+    numbers[1] = shi_native_register("second", second);
+    shi_irqdesc_set_native(desc, (uint32_t)numbers[0], SHI_K_INT, 1, 0);
+    shi_store_full(&replacing, 1);
+    CHECK(pthread_create(&thread, NULL, replace, desc) == 0);
+    do
+        raise_line();
+    while (shi_load_full(&replacing));
+    CHECK(pthread_join(thread, NULL) == 0);
+    CHECK(ran > 0 && torn == 0);
+    ran = 0;
+    raise_line();
+    CHECK(ran == 1 && torn == 0);
+    /* Killed half way: nobody's, and the line is not held back for it. */
+    shi_store_full(&desc->seq, shi_load_full(&desc->seq) + 1);
+    desc->func = (uint32_t)numbers[1];
+    raise_line();
+    CHECK(torn == 0);
+    CHECK(ran == 1);
+    shi_irqdesc_set_native(desc, (uint32_t)numbers[1], SHI_K_INT, 2, 0);
+    raise_line();
+    CHECK(ran == 2 && torn == 0);
     rig_unquiet(&rig);
 }
 
@@ -174,6 +232,7 @@ int main(void)
 {
     the_lock();
     native_handlers();
+    replaced_while_it_is_read();
     put_off();
     reset();
     coprocessors();

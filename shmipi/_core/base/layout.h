@@ -426,7 +426,8 @@ struct shi_irqdesc {
     uint32_t epoch;  /* counts its reservations: a descriptor held for longer is stale */
     uint32_t stride; /* native, info in a per-CPU array: bytes from a CPU's row to the next */
     shi_a32 next;    /* vector: the irq that has the same line on other CPUs; 0: none */
-    uint32_t reserved[7];
+    shi_a32 seq;     /* odd while who handles it changes: shi_irqdesc_read */
+    uint32_t reserved[6];
 };
 _Static_assert(sizeof(struct shi_irqdesc) == 128, "an irq descriptor is a line pair");
 

@@ -9,6 +9,8 @@
 #include "irq/chip.h"
 #include "irq/irqdesc.h"
 
+#define READ_TRIES 1000
+
 struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq)
 {
     return virq < SHI_NR_IRQS ? &shi_irq_area(m)->desc[virq] : NULL;
@@ -59,7 +61,7 @@ void shi_irq_free_undo(struct shi_self *self)
         }
     for (virq = first ? first : 1; virq < SHI_NR_IRQS && virq - first < count; virq++) {
         SHI_STEP(self, undo);
-        shi_store_full(&area->desc[virq].action, SHI_IA_NONE);
+        shi_irqdesc_clear(&area->desc[virq]);
         SHI_STEP(self, undo);
         shi_store_full(&area->desc[virq].used, 0);
     }
@@ -86,34 +88,92 @@ void shi_irq_unlock(struct shi_self *self)
 
 /* ---- handlers -------------------------------------------------------------------- */
 
-void shi_irqdesc_set_native(struct shi_irqdesc *desc, uint32_t native, uint32_t kind,
-                            uint64_t info)
+/* Its lock is held.  The number is odd meanwhile, also where who changed it was killed. */
+static uint32_t begin_change(struct shi_irqdesc *desc)
 {
-    desc->func = native;
-    desc->kind = kind;
-    desc->info = info;
-    shi_store_release(&desc->action, SHI_IA_NATIVE); /* read with acquire by handle */
+    uint32_t seq = shi_load_relaxed(&desc->seq) | 1;
+    shi_store_relaxed(&desc->seq, seq); /* the releases of `put` keep it before the fields */
+    return seq;
+}
+
+static void end_change(struct shi_irqdesc *desc, uint32_t seq, uint32_t action)
+{
+    shi_store_release(&desc->action, action);
+    shi_store_release(&desc->seq, seq + 1); /* read with acquire: it finds all the fields */
+}
+
+/* Release: who reads it with acquire (`get`) and looks at the number after that finds the
+ * odd one, or a later one. */
+static void put(uint32_t *field, uint32_t value)
+{
+    shi_store_release((shi_a32 *)field, value);
+}
+
+static uint32_t get(const uint32_t *field)
+{
+    return shi_load_acquire((const shi_a32 *)field);
+}
+
+void shi_irqdesc_set_native(struct shi_irqdesc *desc, uint32_t native, uint32_t kind,
+                            uint64_t info, uint32_t stride)
+{
+    uint32_t seq = begin_change(desc);
+    put(&desc->func, native);
+    put(&desc->kind, kind);
+    put(&desc->stride, stride);
+    shi_store_release((shi_a64 *)&desc->info, info);
+    end_change(desc, seq, SHI_IA_NATIVE);
 }
 
 void shi_irqdesc_set_python(struct shi_self *self, struct shi_irqdesc *desc, uint32_t func,
                             uint32_t serial)
 {
-    desc->func = func;
-    desc->serial = serial;
-    desc->src = (uint16_t)self->id;
-    desc->src_gen = self->gen;
-    shi_store_release(&desc->action, SHI_IA_PYTHON);
+    uint32_t seq = begin_change(desc);
+    put(&desc->func, func);
+    put(&desc->serial, serial);
+    put(&desc->stride, 0);
+    shi_store_release((shi_a16 *)&desc->src, (uint16_t)self->id);
+    shi_store_release((shi_a16 *)&desc->src_gen, self->gen);
+    end_change(desc, seq, SHI_IA_PYTHON);
 }
 
 void shi_irqdesc_set_line(struct shi_irqdesc *desc, uint32_t line)
 {
-    desc->func = line;
-    shi_store_release(&desc->action, SHI_IA_LINE);
+    uint32_t seq = begin_change(desc);
+    put(&desc->func, line);
+    end_change(desc, seq, SHI_IA_LINE);
 }
 
 void shi_irqdesc_clear(struct shi_irqdesc *desc)
 {
+    uint32_t seq = begin_change(desc);
     shi_store_full(&desc->action, SHI_IA_NONE);
+    end_change(desc, seq, SHI_IA_NONE);
+}
+
+bool shi_irqdesc_read(const struct shi_irqdesc *desc, struct shi_irqdesc *seen)
+{
+    uint32_t tries, seq;
+    for (tries = 0; tries < READ_TRIES; tries++) {
+        seq = shi_load_acquire(&desc->seq);
+        if (seq & 1) { /* bounded: who replaces it may wait for this core, or be dead */
+            shi_cpu_relax();
+            continue;
+        }
+        seen->func = get(&desc->func);
+        seen->serial = get(&desc->serial);
+        seen->kind = get(&desc->kind);
+        seen->stride = get(&desc->stride);
+        seen->src = shi_load_acquire((const shi_a16 *)&desc->src);
+        seen->src_gen = shi_load_acquire((const shi_a16 *)&desc->src_gen);
+        seen->info = shi_load_acquire((const shi_a64 *)&desc->info);
+        shi_store_relaxed(&seen->action, shi_load_acquire(&desc->action));
+        /* Of two requests the one's function would get the other's info: all again. */
+        if (shi_load_relaxed(&desc->seq) == seq)
+            return true;
+    }
+    shi_store_relaxed(&seen->action, SHI_IA_NONE);
+    return false;
 }
 
 bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *desc)
@@ -125,9 +185,8 @@ bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *des
     if (desc->kind == SHI_K_INT)
         info = (void *)(uintptr_t)desc->info;
     else if (desc->kind == SHI_K_POINTER) {
-        uint64_t info_at = *(const volatile uint64_t *)&desc->info; /* once: it is checked */
-        uint64_t at = info_at + (uint64_t)desc->stride * self->id;  /* this_cpu_ptr() */
-        if (info_at >= shi_array_end(self->m) || at >= shi_array_end(self->m))
+        uint64_t at = desc->info + (uint64_t)desc->stride * self->id; /* this_cpu_ptr() */
+        if (desc->info >= shi_array_end(self->m) || at >= shi_array_end(self->m))
             return false;
         info = self->m->base + at;
     }
@@ -207,15 +266,17 @@ static bool handle(struct shi_self *self, uint32_t line)
 {
     uint32_t i, virq = shi_irqdesc_virq(self, line);
     const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
-    uint32_t action = virq && desc ? shi_load_acquire(&desc->action) : SHI_IA_NONE;
+    struct shi_irqdesc seen = { .action = SHI_IA_NONE };
+    bool known = !virq || !desc || shi_irqdesc_read(desc, &seen);
+    uint32_t action = shi_load_relaxed(&seen.action);
     shi_a64 *count = line_count(self->m, self->id, line); /* kstat_irqs: the owner's alone */
     shi_store_relaxed(count, shi_load_relaxed(count) + 1);
-    if (action == SHI_IA_NATIVE && shi_irqdesc_run_native(self, desc)) {
+    if (action == SHI_IA_NATIVE && shi_irqdesc_run_native(self, &seen)) {
         shi_count(self, SHI_C_irq_handled);
         return true;
     }
     if (action == SHI_IA_LINE) {
-        uint32_t as = *(const volatile uint32_t *)&desc->func; /* once: it is checked */
+        uint32_t as = seen.func;
         if (as < self->m->chip.nlines && self->m->chip.use[as] != SHI_USE_IRQ) {
             shi_count(self, SHI_C_irq_handled);
             shi_chip_count_row(self, as);
@@ -225,7 +286,7 @@ static bool handle(struct shi_self *self, uint32_t line)
     if (action != SHI_IA_PYTHON) {
         shi_count(self, SHI_C_irq_other); /* freed meanwhile, or never requested */
         /* handle_percpu_devid_irq: "Spurious and unmasked percpu IRQ", held back from here on */
-        if (action == SHI_IA_NONE && virq)
+        if (action == SHI_IA_NONE && virq && known)
             shi_chip_enable(self, self->id, line, false);
         return true;
     }

@@ -31,14 +31,18 @@ void shi_irq_free_undo(struct shi_self *self);
 
 /* Publish or withdraw the handler.  The table's lock is held. */
 void shi_irqdesc_set_native(struct shi_irqdesc *desc, uint32_t native, uint32_t kind,
-                            uint64_t info);
+                            uint64_t info, uint32_t stride);
 void shi_irqdesc_set_python(struct shi_self *self, struct shi_irqdesc *desc, uint32_t func,
                             uint32_t serial);
 /* Whoever it comes to does what taking `line` means there. */
 void shi_irqdesc_set_line(struct shi_irqdesc *desc, uint32_t line);
 void shi_irqdesc_clear(struct shi_irqdesc *desc);
+/* Who handles it, all of one request: action, func, serial, src, src_gen, kind, info and
+ * stride; nothing else of `seen` is filled.  False, and nobody: it is being replaced, and who
+ * does that is slow, or dead. */
+bool shi_irqdesc_read(const struct shi_irqdesc *desc, struct shi_irqdesc *seen);
 
-/* Does the process that requested it with a Python handler live? */
+/* Does the process that requested it with a Python handler live?  Of what _read gave. */
 bool shi_irqdesc_requester_lives(const struct shi_machine *m, const struct shi_irqdesc *desc);
 /* Before a line is given to `virq`, and when it is given back: masked and not pending, and
  * counted from zero; at every CPU, or at those of the irq where others have the line at
@@ -50,7 +54,7 @@ uint32_t shi_irqdesc_virq(const struct shi_self *self, uint32_t line);
 /* Lines of irqs are this file's.  Native: run; Python: run, or put off, and then the line is
  * ended later, by shi_chip_end. */
 void shi_irqdesc_register(struct shi_machine *m);
-/* Run the native handler of `desc`: false when it has none. */
+/* Run the native handler of what _read gave: false when it has none. */
 bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *desc);
 /* The next line whose Python handler was put off, or SHI_NO_LINE. */
 uint32_t shi_irqdesc_pop(struct shi_self *self);

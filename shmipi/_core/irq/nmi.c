@@ -80,13 +80,14 @@ void shi_nmi_done(struct shi_self *self)
 /* Run it here if it is native: true.  False: Python has to. */
 static bool run(struct shi_self *self)
 {
-    const struct shi_irqdesc *desc = shi_irqdesc(self->m, NMI_DESC);
-    uint32_t action = shi_load_acquire(&desc->action);
+    struct shi_irqdesc seen;
+    shi_irqdesc_read(shi_irqdesc(self->m, NMI_DESC), &seen);
+    uint32_t action = shi_load_relaxed(&seen.action);
     if (action == SHI_IA_PYTHON)
         return false;
     if (action == SHI_IA_NATIVE) {
         shi_nmi_entered(self);
-        shi_irqdesc_run_native(self, desc);
+        shi_irqdesc_run_native(self, &seen);
     }
     return true; /* nobody's: counted, as the kernel's "NMI received for unknown reason" */
 }

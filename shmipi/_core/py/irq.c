@@ -37,16 +37,15 @@ static int request_native(Machine *machine, struct shi_irqdesc *desc, PyObject *
     struct outgoing out;
     if (number < 0)
         return -1;
-    desc->stride = stride;
     if (info == Py_None) {
-        shi_irqdesc_set_native(desc, native, SHI_K_NONE, 0);
+        shi_irqdesc_set_native(desc, native, SHI_K_NONE, 0, 0);
         return 0;
     }
     if (shi_outgoing_info(machine, &out, handler, info) < 0)
         return -1;
     int err = 0;
     if (out.call.kind == SHI_K_INT || out.call.kind == SHI_K_POINTER) {
-        shi_irqdesc_set_native(desc, native, out.call.kind, out.call.value.u);
+        shi_irqdesc_set_native(desc, native, out.call.kind, out.call.value.u, stride);
     } else {
         PyErr_SetString(PyExc_TypeError, "a native irq handler takes None, an int, or a shared "
                                          "array");
@@ -104,7 +103,6 @@ static int request_python(Machine *machine, uint32_t virq, PyObject *handler)
     uint32_t old = machine->irq_held[virq];
     shi_enter(self);
     shi_func_hold(self, (uint32_t)index);
-    desc->stride = 0;
     shi_irqdesc_set_python(
         self, desc, (uint32_t)index,
         shi_load_relaxed(&shi_func_entry(&machine->m, self->id, (uint32_t)index)->serial));

@@ -15,17 +15,18 @@ static PyObject *handler_of(Machine *machine, const struct shi_irqdesc *desc)
 {
     int tries;
     for (tries = 0; tries < HANDLER_TRIES; tries++) {
+        struct shi_irqdesc seen, now;
         /* A handler dies with the process that requested it: its table may be another's
          * now. */
-        if (shi_load_acquire(&desc->action) != SHI_IA_PYTHON ||
-            !shi_irqdesc_requester_lives(&machine->m, desc))
+        if (!shi_irqdesc_read(desc, &seen) || shi_load_relaxed(&seen.action) != SHI_IA_PYTHON ||
+            !shi_irqdesc_requester_lives(&machine->m, &seen))
             return NULL;
-        const struct shi_irqdesc seen = *(const volatile struct shi_irqdesc *)desc;
         PyObject *function =
             shi_function_received(machine, seen.src, seen.src_gen, seen.func, seen.serial);
         /* Another one may have taken its place just then, and its number be freed. */
         if (function ||
-            (shi_load_acquire(&desc->action) == SHI_IA_PYTHON && shi_same_handler(&seen, desc)))
+            (shi_irqdesc_read(desc, &now) && shi_load_relaxed(&now.action) == SHI_IA_PYTHON &&
+             shi_same_handler(&seen, &now)))
             return function;
         PyErr_Clear();
     }
