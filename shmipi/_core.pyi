@@ -84,6 +84,7 @@ W_PENDING: Final[int]
 
 # What a CPU that is started by IPI is at.
 STARTUP_WAITING: Final[int]
+STARTUP_STARTED: Final[int]
 STARTUP_ASKED: Final[int]
 STARTUP_RESET: Final[int]
 

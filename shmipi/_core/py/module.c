@@ -292,6 +292,7 @@ static int module_exec(PyObject *module)
         { "USE_IRQ", SHI_USE_IRQ },
         { "USE_COUNT", SHI_USE_COUNT },
         { "STARTUP_WAITING", SHI_SU_WAITING },
+        { "STARTUP_STARTED", SHI_SU_STARTED },
         { "STARTUP_ASKED", SHI_SU_ASKED },
         { "STARTUP_RESET", SHI_SU_RESET },
         { "NO_CPU", SHI_NO_CPU },
