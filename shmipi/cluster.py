@@ -195,6 +195,8 @@ class Cluster:
         self._counters = Counters(self._machine)
         self._futures = self._ending.futures = _Futures(self._machine, host)
         self._hotplug_lock = threading.Lock()
+        #: Whose turn it is to change CPUs, of this host's threads.
+        self._hotplug_turn: Callable[[], _Turn | None] = lambda: None
         #: ``shmipi.smp`` bound to this machine.
         self.smp = BoundSmp(self._machine)
         #: ``shmipi.irq`` bound to this machine: irq domains, IPIs, coprocessors.
@@ -600,16 +602,30 @@ class Cluster:
     def _hotplug(self, timeout: float | None) -> Iterator[None]:
         """One change at a time, of all threads of all hosts (cpu_hotplug_lock)."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        if not self._hotplug_lock.acquire(timeout=-1 if timeout is None else timeout):
-            raise IpiTimeoutError(
-                f"another thread takes a CPU off- or online for more than {timeout} s"
-            )
+        # Who has the turn keeps this object, and nobody else does: an exception that
+        # comes between any two steps (Ctrl-C) ends the turn with the frame it was in.
+        turn = _Turn()
         try:
+            while not self._take_turn(turn):
+                self._check()
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise IpiTimeoutError(
+                        "another thread takes a CPU off- or online for more than"
+                        f" {timeout} s"
+                    )
+                time.sleep(_HOTPLUG_NAP_S)
             with locks.held(self._machine, "hotplug", timeout, self._check):
                 self._await_readers(deadline)
                 yield
         finally:
-            self._hotplug_lock.release()
+            del turn  # the frame may live on in a traceback
+
+    def _take_turn(self, turn: _Turn) -> bool:
+        with self._hotplug_lock:
+            if self._hotplug_turn() is not None:
+                return False
+            self._hotplug_turn = weakref.ref(turn)
+            return True
 
     def _await_readers(self, deadline: float | None) -> None:
         """Wait until nobody is in ``cpus_read_lock()``; none comes from now on."""
@@ -650,6 +666,12 @@ class Cluster:
                     cpu=cpu,
                 )
             self._machine.wait_hotplug(seen, _HOTPLUG_LOOK_S)
+
+
+class _Turn:
+    """A thread's turn to take CPUs off- and online; see ``Cluster._hotplug``."""
+
+    __slots__ = ("__weakref__",)
 
 
 def _settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
