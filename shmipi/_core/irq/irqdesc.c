@@ -10,6 +10,7 @@
 #include "irq/irqdesc.h"
 
 #define READ_TRIES 1000
+#define VIRQ_TRIES 3
 
 struct shi_irqdesc *shi_irqdesc(const struct shi_machine *m, uint32_t virq)
 {
@@ -220,16 +221,26 @@ static bool is_for(const struct shi_machine *m, uint32_t virq, uint32_t cpu)
 uint32_t shi_irqdesc_virq(const struct shi_self *self, uint32_t line)
 {
     const struct shi_irq_area *area = shi_irq_area(self->m);
-    /* Acquire: of its descriptor what was stored before it was published (make). */
-    uint32_t n, virq = shi_load_acquire(&area->line_virq[line]);
-    if (!virq || virq >= SHI_NR_IRQS || !shi_load_acquire(&area->desc[virq].next))
-        return virq < SHI_NR_IRQS ? virq : 0;
-    /* Several, each for other CPUs.  One that was destroyed meanwhile may lead to those of
-     * another line, which its hwirq tells. */
-    for (n = 0; virq && virq < SHI_NR_IRQS && n < SHI_NR_IRQS; n++) {
-        if (area->desc[virq].hwirq == line && is_for(self->m, virq, self->id))
-            return virq;
-        virq = shi_load_acquire(&area->desc[virq].next);
+    uint32_t tries, n, first, virq;
+    for (tries = 0; tries < VIRQ_TRIES; tries++) {
+        /* Acquire: of its descriptor what was stored before it was published (make). */
+        first = virq = shi_load_acquire(&area->line_virq[line]);
+        if (!first || first >= SHI_NR_IRQS)
+            return 0;
+        if (!shi_load_acquire(&area->desc[first].next)) {
+            /* `next` is cleared anew only after the line was taken from it (take_line, make):
+             * else this one may have become another line's irq, and left a chain behind. */
+            if (shi_load_acquire(&area->line_virq[line]) == first)
+                return first;
+            continue;
+        }
+        /* Several, each for other CPUs.  One that was destroyed meanwhile may lead to those of
+         * another line, which its hwirq tells, or nowhere: then from the first again. */
+        for (n = 0; virq && virq < SHI_NR_IRQS && n < SHI_NR_IRQS; n++) {
+            if (area->desc[virq].hwirq == line && is_for(self->m, virq, self->id))
+                return virq;
+            virq = shi_load_acquire(&area->desc[virq].next);
+        }
     }
     return 0;
 }
