@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shmipi import _core, atomic, irq, smp
+from shmipi.errors import CpuOfflineError
 from shmipi.machine.arrays import SharedArray, shared
 
 __all__ = [
@@ -43,7 +44,8 @@ __all__ = [
 AREA, STAMPS, FLAGS = "bench.area", "bench.stamps", "bench.flags"
 #: Of a machine for irqs: interrupts and calls that handlers have counted.
 TAKEN, CALLED = "bench.taken", "bench.called"
-_PATIENCE = 100_000_000  # looks at a count, each some 50 ns
+_PATIENCE = 2_000  # times so many looks at a count, each some 50 ns:
+_LOOKS = 50_000  # then, is the CPU there that should count?
 
 _stamps: SharedArray
 _flags: SharedArray
@@ -283,11 +285,14 @@ def take_call(info: object) -> None:
     atomic.fetch_add(_called, 0, 1)
 
 
-def _counted(counts: SharedArray, before: int) -> None:
+def _counted(counts: SharedArray, before: int, cpu: int) -> None:
     load = atomic.load
     for _ in range(_PATIENCE):
-        if load(counts, 0) != before:
-            return
+        for _ in range(_LOOKS):
+            if load(counts, 0) != before:
+                return
+        if not smp.cpu_online(cpu):
+            raise CpuOfflineError(f"CPU {cpu} went offline or died", cpu=cpu)
     raise RuntimeError("an interrupt was sent, and its handler does not run")
 
 
@@ -317,7 +322,7 @@ def irq_sends(
         start = clock()
         irq.ipi_send_single(virq, cpu)
         sent = clock()
-        _counted(_taken, before)
+        _counted(_taken, before, cpu)
         if counts:
             rtts.record(clock() - start)
             sends.record(sent - start)
@@ -329,7 +334,7 @@ def irq_sends(
         start = clock()
         smp.smp_call_function_single(cpu, func, info, False)
         sent = clock()
-        _counted(_called, before)
+        _counted(_called, before, cpu)
         if counts:
             nowaits.record(sent - start)
         return late

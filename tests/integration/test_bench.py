@@ -14,10 +14,10 @@ import pytest
 
 import shmipi
 from shmipi import _core
-from shmipi.bench import broadcast, latency, limits, throughput
+from shmipi.bench import broadcast, irq, latency, limits, tasks, throughput
 from shmipi.bench.runner import Rig
 from shmipi.cli import main
-from shmipi.errors import BootError
+from shmipi.errors import BootError, CpuDiedError, CpuOfflineError, RemoteCallError
 from shmipi.irq.chips import CHIPS
 from shmipi.machine.topology import usable_cores
 
@@ -516,3 +516,20 @@ def test_options_have_defaults_for_all():
     assert options.doorbells == latency.DOORBELLS
     assert options.handlers == latency.HANDLERS == throughput.HANDLERS
     assert options.gap_ns == 30_000
+
+
+def test_an_irq_bench_whose_target_is_killed_says_so():
+    """And does not wait until its patience is over."""
+    cores = usable_cores()[:2]
+    with Rig(cores, controller="loongarch") as own:
+        bench = irq._Bench(own, ["native"])
+        sends = own.start(
+            *(0, tasks.irq_sends, 1, bench.virq["native"], "native"),
+            *(1_000_000, 1, 1000, _core.HALTED),
+        )
+        time.sleep(0.1)
+        os.kill(own.cluster.cpus[1].pid, signal.SIGKILL)
+        with pytest.raises(RemoteCallError) as failed:
+            sends.result()
+    assert isinstance(failed.value.__cause__, (CpuOfflineError, CpuDiedError))
+    assert failed.value.__cause__.cpu == 1
