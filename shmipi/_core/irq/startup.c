@@ -75,6 +75,10 @@ int shi_chip_init(struct shi_self *self, uint32_t cpu)
     shi_a32 *startup = &shi_pic(self->m, cpu)->startup;
     uint32_t was = shi_load_acquire(startup);
     do {
+        /* In reset, and its process still there: who sent the INIT before was killed right
+         * here, and nobody else would end it.  (None is made in reset before a STARTUP.) */
+        if (was == SHI_SU_RESET && !is_dead(self->m, cpu))
+            break;
         /* What waits, or comes up to wait, or is about to be made, is in reset. */
         if (was != SHI_SU_STARTED)
             return 0;
