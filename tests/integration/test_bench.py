@@ -3,11 +3,13 @@
 No figure is compared with a time: the computer that runs the tests is busy with others.
 """
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -275,6 +277,29 @@ def test_raw_forks_leave_nothing_and_say_why_not(boot):
     with pytest.raises(BootError, match="could not fork 2 times"):
         cluster._host.measure_fork([0, 1023])
     assert len(firmware.children()) == 2
+    assert cluster.call(1, abs, -3) == 3
+
+
+def test_a_raw_fork_that_is_stopped_does_not_hold_the_firmware_up(boot):
+    """It is killed, and the measuring fails with a reason."""
+    import psutil
+
+    cluster = boot(2, idle="halt")
+    firmware = psutil.Process(cluster._machine.firmware_pid)
+    cpus = {child.pid for child in firmware.children()}
+
+    def stop_one() -> None:
+        while not (forks := {child.pid for child in firmware.children()} - cpus):
+            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(min(forks), signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop_one)
+    thread.start()
+    with contextlib.suppress(BootError):  # it may have been here before it was stopped
+        cluster._host.measure_fork([0] * 200)
+    thread.join()
+    assert {child.pid for child in firmware.children()} == cpus
     assert cluster.call(1, abs, -3) == 3
 
 

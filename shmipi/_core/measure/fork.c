@@ -42,7 +42,7 @@ static void child(struct meeting *m, pid_t parent, uint32_t n, uint32_t core)
     _exit(0);
 }
 
-/* 1: all are here, 0: not yet, -ECHILD: one died, and is not waited for. */
+/* 1: all are here, 0: not yet, -ECHILD: one died or was stopped, and is not waited for. */
 static int all_here(struct meeting *m, uint32_t n, const pid_t *pids)
 {
     uint32_t i;
@@ -50,10 +50,25 @@ static int all_here(struct meeting *m, uint32_t n, const pid_t *pids)
         return 1;
     for (i = 0; i < n; i++) {
         siginfo_t info = { .si_pid = 0 };
-        if (waitid(P_PID, (id_t)pids[i], &info, WEXITED | WNOHANG | WNOWAIT) || info.si_pid)
+        const int look = WEXITED | WSTOPPED | WNOHANG | WNOWAIT;
+        if (waitid(P_PID, (id_t)pids[i], &info, look) || info.si_pid)
             return -ECHILD;
     }
     return 0;
+}
+
+/* Until it is gone.  One that was stopped (SIGSTOP) would never go by itself. */
+static void reap(pid_t pid)
+{
+    int status;
+    for (;;) {
+        pid_t done = waitpid(pid, &status, WUNTRACED);
+        if (done < 0 && errno == EINTR)
+            continue;
+        if (done < 0 || !WIFSTOPPED(status))
+            return;
+        kill(pid, SIGKILL);
+    }
 }
 
 int shi_forks(uint32_t n, const uint32_t *cores, uint32_t ncores, struct shi_forks *found)
@@ -88,8 +103,7 @@ int shi_forks(uint32_t n, const uint32_t *cores, uint32_t ncores, struct shi_for
     if (m != MAP_FAILED)
         shi_event_ring(&m->end);
     for (i = 0; i < made; i++)
-        while (waitpid(pids[i], NULL, 0) < 0 && errno == EINTR)
-            ;
+        reap(pids[i]);
     found->exit_ns = shi_now_ns() - to;
     if (m != MAP_FAILED)
         munmap(m, sizeof *m);
