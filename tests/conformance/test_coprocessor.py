@@ -9,7 +9,7 @@ import time
 import pytest
 
 import shmipi
-from shmipi import ClusterStateError, NoMachineError, _core, smp
+from shmipi import ClusterStateError, NoMachineError, _core, irq, smp
 from shmipi.errors import DeviceTreeError, IrqError
 from shmipi.irq import IrqFlags
 
@@ -100,14 +100,18 @@ def test_it_is_a_domain_of_its_own_with_one_hwirq(started):
 
 def test_its_irq_can_not_be_requested(started):
     cluster, dsp, taken = started
+    data = cluster.shared("data", "i8", cluster.ncpus)
     for call, args in (
-        (cluster.irq.request_percpu_irq, (dsp.virq, print)),
-        (cluster.irq.enable_percpu_irq, (dsp.virq,)),
-        (cluster.irq.disable_percpu_irq, (dsp.virq,)),
-        (cluster.irq.free_percpu_irq, (dsp.virq,)),
+        (cluster.irq.request_percpu_irq, (dsp.virq, print, "dsp", data)),
+        (cluster.irq.enable_percpu_irq_mask, (dsp.virq,)),
+        (cluster.irq.disable_percpu_irq_mask, (dsp.virq,)),
     ):
         error = refused(errno.EINVAL, call, *args)
         assert (error.irq, error.domain) == (dsp.virq, "dsp")
+    # Where the kernel returns nothing, nothing happens: it stays the coprocessor's.
+    cluster.irq.free_percpu_irq(dsp.virq)
+    cluster.call(0, irq.enable_percpu_irq, dsp.virq)
+    cluster.call(0, irq.disable_percpu_irq, dsp.virq)
     cluster.irq.irq_send_ipi_all(dsp.virq)
     wait(lambda: taken[1] == 1)
 
