@@ -1,9 +1,9 @@
 """Who runs which test when several processes share a run (pytest-xdist, ``-n``).
 
 Most tests wait: for a boot, for a sleep, for a program. They run beside each other, in
-pieces of their files. Those marked ``alone`` measure, or boot so many CPUs that others
-would not get to run for seconds: they run at the end, one after the other, when all the
-rest has ended.
+pieces of their files. Those marked ``alone`` measure, boot so many CPUs that others
+would not get to run for seconds, or remove what dead machines left (another test may
+just have killed one): they run at the end, one by one, when all the rest has ended.
 """
 
 from collections.abc import Callable

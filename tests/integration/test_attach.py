@@ -387,6 +387,7 @@ def test_a_death_is_told_as_one(boot, script):
     check_told(process, ended, "MachineDiedError")
 
 
+@pytest.mark.alone
 def test_the_owners_death_is_told_and_nobody_keeps_the_machine_alive(script):
     name = f"orphan{os.getpid()}"
     program = f"""

@@ -437,6 +437,7 @@ def header(**fields: int) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.alone
 def test_a_machine_of_another_version_is_named_and_let_alone() -> None:
     data = header(abi=_core.ABI + 7)
     with object_of(data) as name:
@@ -489,6 +490,7 @@ def test_random_slots_are_shown_somehow() -> None:
         assert all(c.isprintable() or c == "\n" for c in text)
 
 
+@pytest.mark.alone
 def test_an_inspector_reads_on_after_the_end_and_keeps_nothing_alive(
     launch: Any,
 ) -> None:
@@ -515,6 +517,7 @@ def test_an_inspector_reads_on_after_the_end_and_keeps_nothing_alive(
 # ---- clean ---------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_clean_removes_the_dead_and_only_those(launch: Any, eventually: Any) -> None:
     live = launch("--cpus", "2")
     dead = launch("--cpus", "2")
@@ -544,6 +547,7 @@ def test_clean_removes_the_dead_and_only_those(launch: Any, eventually: Any) -> 
     assert dead.name not in here("clean").stdout
 
 
+@pytest.mark.alone
 def test_clean_finds_semaphores_whose_machine_is_gone() -> None:
     import posix_ipc
 
@@ -567,6 +571,7 @@ def test_clean_finds_semaphores_whose_machine_is_gone() -> None:
             file.unlink(missing_ok=True)
 
 
+@pytest.mark.alone
 def test_clean_lets_another_versions_live_machine_be() -> None:
     with object_of(header(abi=99)) as name:
         assert name not in here("clean").stdout

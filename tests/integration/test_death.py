@@ -341,6 +341,7 @@ def test_the_firmware_ended_by_sigterm(host, eventually):
     process.kill()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("doorbell", ["futex", "sem", "mqueue"])
 def test_host_and_firmware_killed_at_once(host, eventually, doorbell):
     from shmipi.machine import segment
@@ -360,6 +361,7 @@ def test_host_and_firmware_killed_at_once(host, eventually, doorbell):
     assert process.machine not in {m.name for m in segment.clean()}
 
 
+@pytest.mark.alone
 def test_clean_never_touches_a_live_machine(boot):
     from shmipi.machine import segment
 
@@ -370,6 +372,7 @@ def test_clean_never_touches_a_live_machine(boot):
     assert cluster.call(0, int) == 0
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(os.getuid() != 0, reason="needs a PID namespace")
 def test_clean_in_another_pid_namespace_leaves_a_live_machine(boot, script):
     cluster = boot(1, idle="halt")

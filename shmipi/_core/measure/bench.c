@@ -123,6 +123,9 @@ int64_t shi_bench_await(struct shi_self *self, uint32_t dst, int state, uint32_t
         if (in_state(self, dst, state))
             return missed;
         int err = look(self, deadline_ns);
+        /* Offline or dead, it gets to no other state. */
+        if (!err && !shi_word_online(shi_load_relaxed(&shi_slot(self->m, dst)->word)))
+            err = -ENXIO;
         if (err)
             return err;
         if (missed > RELAXED_TRIES)
@@ -351,6 +354,8 @@ static int all_in_state(struct shi_self *self, struct shi_bench_broadcast *b)
         b->missed++;
         while (!in_state(self, cpu, b->state)) {
             int err = look(self, b->deadline_ns);
+            if (!err && !shi_word_online(shi_load_relaxed(&shi_slot(self->m, cpu)->word)))
+                err = -ENXIO; /* it gets to no other state */
             if (err)
                 return err;
             sched_yield(); /* CPUs of this core cannot halt before they run */

@@ -41,7 +41,7 @@ struct shi_bench_calls {
 int shi_bench_calls(struct shi_self *self, struct shi_bench_calls *b);
 
 /* Pause for gap_ns, and on until `dst` is in `state` (-1: any).  How often it was not, or
- * -ETIMEDOUT, -ECANCELED. */
+ * -ETIMEDOUT, -ECANCELED, -ENXIO (`dst` is offline or dead). */
 int64_t shi_bench_await(struct shi_self *self, uint32_t dst, int state, uint32_t gap_ns,
                         uint64_t deadline_ns);
 
