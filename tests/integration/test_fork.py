@@ -113,72 +113,7 @@ def test_a_child_that_outlives_the_host_keeps_no_machine(boot, eventually):
         os.waitpid(pid, 0)
 
 
-def answers(call):
-    """What ``call`` gives this process, and a child forked by a handler in its wait."""
-    r, w = os.pipe()
-    pids = []
-
-    def fork_once(*_):
-        if not pids:
-            pids.append(os.fork())
-
-    before = signal.signal(signal.SIGALRM, fork_once)
-    # One that comes while an IPI is served waits for the next.
-    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.01)
-    try:
-        answer = str(call())
-    except Exception as error:
-        answer = f"{type(error).__name__}: {error}"
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    if pids == [0]:
-        os.write(w, answer.encode())
-        os._exit(0)
-    signal.signal(signal.SIGALRM, before)
-    os.close(w)
-    with os.fdopen(r) as stream:
-        child = stream.read()
-    os.waitpid(pids[0], 0)
-    return answer, child
-
-
-def slow_bytes(n):
-    time.sleep(0.3)
-    return bytes(n)
-
-
-def test_a_handler_forks_while_its_host_waits(cluster):
-    """The answer is the parent's: the child neither takes it nor gives it back."""
-    for call, answer in (
-        (lambda: len(cluster.call(1, slow_bytes, 100_000)), "100000"),
-        (lambda: cluster.smp.on_each_cpu(time.sleep, 0.3), "None"),
-    ):
-        parent, child = answers(call)
-        assert parent == answer
-        assert child.startswith("ClusterStateError")
-        assert "fork's child" in child
-    assert len(cluster.call(1, bytes, 100_000)) == 100_000
-    assert cluster.counters()["corrupt"].sum() == 0
-
-
 # ---- in a task -----------------------------------------------------------------------
-
-
-def test_a_handler_forks_while_its_task_waits(cluster):
-    """The child does not serve its parent's queue, nor say what its parent is doing."""
-
-    def task():
-        return answers(lambda: smp.smp_call_function_single(1, time.sleep, 0.3))
-
-    waits = cluster._machine.post(0, task, (), None, True)
-    end = time.monotonic() + 0.4
-    while time.monotonic() < end:
-        assert cluster.call(0, os.getpid, timeout=5) == cluster.cpus[0].pid
-        time.sleep(0.02)
-    parent, child = cluster._machine.collect(waits, 0, 10)
-    assert parent == "None"
-    assert child.startswith("ClusterStateError")
-    assert "fork's child" in child
-    assert cluster.run(smp.smp_processor_id) == [0, 1, 2]
 
 
 def test_a_task_that_forks_makes_no_second_cpu(cluster):

@@ -48,8 +48,6 @@ void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index
 
 void shi_wait_end(struct shi_self *self, struct shi_wait *wait)
 {
-    if (self->left) /* the slot is another's */
-        return;
     if (wait->published) /* a wait that an NMI's handler interrupted goes on */
         shi_store_release(&self->slot->waiting_for, wait->outer);
     if (self->in_task && may_serve(self))
