@@ -588,14 +588,14 @@ def nothing(info: object) -> None:
     pass
 
 
-def test_interrupts_are_the_machines_own(boot: Any) -> None:
+def test_interrupts_are_the_machines_own(boot: Any, eventually: Any) -> None:
     name = f"t{secrets.token_hex(6)}"
     cluster: Cluster = boot(3, name=name, idle="halt")
     for cpu, calls in ((1, 5), (2, 2)):
-        for _ in range(calls):
-            time.sleep(0.002)  # each finds it halted
+        for _ in range(calls):  # each finds it halted
+            eventually(lambda cpu=cpu: cluster.cpus[cpu].state == "halted", 5.0)
             cluster.smp.smp_call_function_single(cpu, nothing)
-    time.sleep(0.05)
+    eventually(lambda: {cpu.state for cpu in cluster.cpus} == {"halted"}, 5.0)
     text = shmipi("interrupts", name).stdout
     assert text == cluster.interrupts()
     lines = text.splitlines()
