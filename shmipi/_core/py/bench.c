@@ -82,7 +82,7 @@ static PyObject *bench_calls(PyObject *module, PyObject *args, PyObject *kwargs)
     b.deadline_ns = deadline(seconds);
     rtt = shi_hist_make();
     one_way = shi_hist_make();
-    b.batches = calloc(b.batch ? b.calls / b.batch + 1 : 1, sizeof *b.batches);
+    b.batches = calloc(b.batch ? (size_t)b.calls / b.batch + 1 : 1, sizeof *b.batches);
     if (!rtt || !one_way || !b.batches) {
         if (!PyErr_Occurred())
             PyErr_NoMemory();
@@ -188,7 +188,7 @@ static PyObject *bench_broadcast(PyObject *module, PyObject *args, PyObject *kwa
     if (!machine)
         return NULL;
     b.deadline_ns = deadline(seconds);
-    b.ns = calloc(b.calls + 1, sizeof *b.ns);
+    b.ns = calloc((size_t)b.calls + 1, sizeof *b.ns);
     if (!b.ns)
         return PyErr_NoMemory();
     bool inlined = loop_begin(machine);
