@@ -2,32 +2,26 @@
 /* The three steps of a call, and of a call to many: what they take, and what they leave. */
 #include "rig.h"
 
-#include <dlfcn.h>
-
 #include "smp/lend.h"
 #include "smp/payload.h"
 
 static struct rig rig;
 
-/* Core sections of the host: its mutex. A sanitizer has its own pthread_mutex_lock. */
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SECTIONS(n) true
-#else
-#define SECTIONS(n) (sections == (n))
-#endif
+/* Core sections of the host: its mutex.  The linker puts these in the place of all calls of
+ * it (dlsym() would find no real one in a program without a dynamic linker, and a sanitizer
+ * has its own). */
+/* LINK: -Wl,--wrap=pthread_mutex_lock */
 static uint32_t sections;
 
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-int pthread_mutex_lock(pthread_mutex_t *mutex)
+int __real_pthread_mutex_lock(pthread_mutex_t *mutex);
+int __wrap_pthread_mutex_lock(pthread_mutex_t *mutex);
+
+int __wrap_pthread_mutex_lock(pthread_mutex_t *mutex)
 {
-    static int (*real)(pthread_mutex_t *);
-    if (!real)
-        *(void **)&real = dlsym(RTLD_NEXT, "pthread_mutex_lock");
     if (mutex == &rig.host.lock)
         sections++;
-    return real(mutex);
+    return __real_pthread_mutex_lock(mutex);
 }
-#endif
 
 static uint32_t in_use(const struct shi_self *self)
 {
@@ -60,13 +54,19 @@ static struct shi_call with_payload(const void *data, uint64_t bytes)
 static void sections_of_a_call(void)
 {
     struct shi_self *self = &rig.host;
+    uint32_t fewest = UINT32_MAX, i;
     CHECK(rig_call(self, 0, 0, 0, SHI_K_NONE) == 0);
-    sections = 0;
-    CHECK(rig_call(self, 1, 0, 0, SHI_K_NONE) == 0);
-    CHECK(SECTIONS(2));
+    /* A wait that lasts rings again, which takes a section. */
+    for (i = 0; i < 5; i++) {
+        sections = 0;
+        CHECK(rig_call(self, 1, 0, 0, SHI_K_NONE) == 0);
+        CHECK(sections >= 2);
+        fewest = sections < fewest ? sections : fewest;
+    }
+    CHECK(fewest == 2);
     sections = 0;
     CHECK(shi_call_post(self, &noop, SHI_CSD_ASYNC, 1) >= 0);
-    CHECK(SECTIONS(1));
+    CHECK(sections == 1);
     all_come_back(self);
 }
 
@@ -146,7 +146,7 @@ static void many(void)
     /* A section for each CPU, one for the doorbells. */
     sections = 0;
     CHECK(shi_call_many(self, &it, &noop, true) == 0 && it.queued == 4);
-    CHECK(SECTIONS(5));
+    CHECK(sections == 5);
     for (i = 0; i < it.queued; i++) {
         CHECK(it.cpus[i] == i);
         CHECK(shi_call_wait(self, it.locals[i], it.cpus[i], 0, NULL, NULL) == 0);
