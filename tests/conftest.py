@@ -9,6 +9,7 @@ import compileall
 import contextlib
 import gc
 import importlib.util
+import json
 import os
 import secrets
 import signal
@@ -73,25 +74,29 @@ for _number in (signal.SIGINT, signal.SIGHUP):
 
 # ---- several processes that share a run ----------------------------------------------
 
-#: The file in which the workers say which tests are `alone`: who deals the tests out
-#: collects none itself.
-_ALONE = "SHMIPI_TESTS_ALONE"
+#: The file in which a worker says which tests have which of these marks: who deals the
+#: tests out collects none itself.
+_MARKED = "SHMIPI_TESTS_MARKED"
+_MARKS = ("alone", "long")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make that file, in the process that deals out."""
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
-        handle, os.environ[_ALONE] = tempfile.mkstemp(prefix="shmipi-tests-alone-")
+        handle, os.environ[_MARKED] = tempfile.mkstemp(prefix="shmipi-tests-marked-")
         os.close(handle)
-        atexit.register(Path(os.environ[_ALONE]).unlink, missing_ok=True)
+        atexit.register(Path(os.environ[_MARKED]).unlink, missing_ok=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist tells that it has ended
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Write it, in one of the workers: all collect the same."""
     if os.environ.get("PYTEST_XDIST_WORKER") == "gw0":
-        alone = [i.nodeid for i in session.items if i.get_closest_marker("alone")]
-        Path(os.environ[_ALONE]).write_text("\n".join(alone))
+        marked = {
+            mark: [i.nodeid for i in session.items if i.get_closest_marker(mark)]
+            for mark in _MARKS
+        }
+        Path(os.environ[_MARKED]).write_text(json.dumps(marked))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -103,8 +108,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     spec: Any = importlib.util.spec_from_file_location("schedule", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    alone = Path(os.environ[_ALONE])
-    return module.Schedule(config, log, lambda: alone.read_text().splitlines())
+    marked = Path(os.environ[_MARKED])
+    return module.Schedule(config, log, lambda: json.loads(marked.read_text()))
 
 
 # ---- the look for leaks --------------------------------------------------------------

@@ -19,9 +19,15 @@ def run(folder: Path, *arguments: str, **files: str) -> str:
         [
             *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
             *("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)),
-            *("-p", "conftest", *arguments, str(folder)),
+            *("-p", "xdist", "-p", "timeout", "-p", "conftest"),
+            *(*arguments, str(folder)),
         ],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}",
+            # Hypothesis takes each process a second to load.
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -84,3 +90,71 @@ def test_what_is_alone_runs_when_all_others_have_ended(
     assert len({pid for kind, pid in lines if kind == "alone"}) == 1
     assert kinds.count("ends") == 100
     assert len({pid for kind, pid in lines}) == int(workers)
+
+
+DYING = """
+import os
+import pytest
+
+def note(kind):
+    with open({log!r}, "a") as file:
+        file.write(kind + "\\n")
+
+@pytest.mark.parametrize("n", range(5))
+def test_waits(n):
+    note(f"waits {{n}}")
+    if n == 3:
+        os._exit(1)
+
+@pytest.mark.alone
+@pytest.mark.parametrize("n", range(3))
+def test_measures(n):
+    note(f"measures {{n}}")
+    if n == 1:
+        os._exit(1)
+"""
+
+
+def test_who_ends_a_worker_fails_and_all_others_run_once(tmp_path: Path) -> None:
+    """As a test does that hangs: at its time limit it takes its worker with it."""
+    log = tmp_path / "log"
+    how = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
+    printed = run(tmp_path, *how, one=DYING.format(log=str(log)))
+    assert re.search(r"=+ 2 failed, 6 passed in ", printed), printed
+    for name in ("test_waits[3]", "test_measures[1]"):
+        assert re.search(rf"FAILED .*{re.escape(name)}", printed), printed
+    assert sorted(log.read_text().splitlines()) == [
+        *(f"measures {n}" for n in range(3)),
+        *(f"waits {n}" for n in range(5)),
+    ]
+
+
+LONG = """
+import os, time
+import pytest
+
+def note(kind):
+    with open({log!r}, "a") as file:
+        file.write(f"{{kind}} {{os.getpid()}}\\n")
+
+@pytest.mark.parametrize("n", range(30))
+def test_short(n):
+    note("short")
+    time.sleep(0.01)
+
+@pytest.mark.long
+def test_long():
+    note("long")
+    time.sleep(0.4)
+"""
+
+
+def test_what_is_long_begins_first(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    how = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
+    printed = run(tmp_path, *how, one=LONG.format(log=str(log)))
+    assert re.search(r"=+ 31 passed in ", printed), printed
+    lines = [line.split() for line in log.read_text().splitlines()]
+    by = next(pid for kind, pid in lines if kind == "long")
+    assert next(kind for kind, pid in lines if pid == by) == "long"
+    assert sum(pid != by for _, pid in lines) >= 10  # the other goes on meanwhile
