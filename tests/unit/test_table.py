@@ -78,24 +78,26 @@ def test_prose_is_folded_under_its_words() -> None:
     assert folded("  name  two three four", 18) == "  name  two three\n        four"
 
 
-def test_how_wide_a_line_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    assert columns_of(io.StringIO()) is None
-    master, slave = pty.openpty()
-    with open(slave, "w") as terminal:
-        assert columns_of(terminal) == 80  # it does not know its size
-        monkeypatch.setenv("TERM", "xterm")
-        assert can_redraw(terminal)
-        for term in ("dumb", ""):
-            monkeypatch.setenv("TERM", term)
-            assert not can_redraw(terminal)
-        monkeypatch.setenv("COLUMNS", "33")
-        assert columns_of(terminal) == 33
-    os.close(master)
-    assert columns_of(io.StringIO()) == 33
-    for odd in ("", "0", "-1", "x", "\u0663", "9" * 30):
-        monkeypatch.setenv("COLUMNS", odd)
+def test_how_wide_a_line_may_be() -> None:
+    # Undone before the test is over: pytest looks at these, too, to say how it went.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COLUMNS", raising=False)
         assert columns_of(io.StringIO()) is None
+        master, slave = pty.openpty()
+        with open(slave, "w") as terminal:
+            assert columns_of(terminal) == 80  # it does not know its size
+            patch.setenv("TERM", "xterm")
+            assert can_redraw(terminal)
+            for term in ("dumb", ""):
+                patch.setenv("TERM", term)
+                assert not can_redraw(terminal)
+            patch.setenv("COLUMNS", "33")
+            assert columns_of(terminal) == 33
+        os.close(master)
+        assert columns_of(io.StringIO()) == 33
+        for odd in ("", "0", "-1", "x", "\u0663", "9" * 30):
+            patch.setenv("COLUMNS", odd)
+            assert columns_of(io.StringIO()) is None
 
 
 def test_no_control_codes_but_on_a_terminal(listing: Listing) -> None:
