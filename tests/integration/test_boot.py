@@ -210,4 +210,5 @@ def test_the_segment_is_private(boot):
     cluster = boot(1)
     path = Path(f"/dev/shm/shmipi.{os.getuid()}.{cluster.name}")
     assert path.stat().st_mode & 0o777 == 0o600
-    assert path.read_bytes()[:8] == b"shmipi\n\x1a"
+    with open(path, "rb") as file:
+        assert file.read(8) == b"shmipi\n\x1a"
