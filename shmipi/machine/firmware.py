@@ -49,6 +49,10 @@ _MESSAGE_MAX = 1 << 16
 _REAP_RETRY_S = 0.005
 _KILL_WAIT_S = 5.0
 _LOOK_S = 0.01
+_FORKS = 64  # so many in a row: the host may die meanwhile
+_TOGETHER_S = 20e-6  # for each CPU that ends with others, who are looked at together
+_TOGETHER_MOST_S = 0.002
+_ALIVE_MOST = 64  # of those who end in a row, that are looked at behind the first
 # By name: shmipi's own are above this module, which does not use them.
 _PRELOAD = ("numpy", "cloudpickle", "shmipi.smp", "shmipi.atomic", "shmipi.irq")
 _ONLINE_S = 30.0
@@ -75,6 +79,7 @@ class Firmware:
         self.generations: dict[int, int] = {}  # CPU -> of its process
         self.unreaped: set[int] = set()  # pids of the dead whose number is guarded
         self.stopping = False
+        self.again = False  # reap() has not looked at everybody
         self.deadline = 0.0  # of an orderly stop
         self.selector = selectors.EpollSelector()
 
@@ -152,23 +157,17 @@ class Firmware:
     def boot(self, cpus: list[int]) -> None:
         """Fork these CPUs and wait until each is online or dead. ``OSError``."""
         self.before_fork()
-        me = os.getpid()
-        private = self.private()
-        try:
-            for number in cpus:
-                self.check_host()
-                self.generations[number] = self.machine.reap_reset(number)
-                # Here, and the child has it: to change it there costs each its memory.
-                self.show(f"CPU {number}")
-                try:
-                    # Not os.fork(): the child goes to its idle loop, without Python.
-                    pid = self.machine.fork_cpu(number, me, private)
-                except OSError:
-                    self.machine.reap_mark(number)  # dead as before, not coming up
-                    raise
+        me, private = os.getpid(), self.private()
+        for at in range(0, len(cpus), _FORKS):
+            self.check_host()
+            some = cpus[at : at + _FORKS]
+            # Not os.fork(): a child goes to its idle loop, without Python.
+            made, code = self.machine.fork_cpus(some, me, private)
+            for number, (pid, generation) in zip(some, made, strict=False):
                 self.pids[pid] = number
-        finally:
-            self.show("firmware")
+                self.generations[number] = generation
+            if code:
+                raise OSError(code, os.strerror(code))
         self.await_online(cpus)
 
     def show(self, role: str) -> None:
@@ -241,18 +240,23 @@ class Firmware:
             if self.unreaped:
                 timeout = _REAP_RETRY_S
             if self.stopping:
-                timeout = max(0.0, self.deadline - time.monotonic())
+                left = max(0.0, self.deadline - time.monotonic())
+                timeout = left if timeout is None else min(left, timeout)
+            if self.again:
+                self.again, timeout = False, 0.0
             # In C: every 10 ms it looks whether some CPU was left without its ring.
             self.machine.watch(
                 self.selector.fileno(), -1.0 if timeout is None else timeout
             )
             for key, _ in self.selector.select(0):
                 key.data()
+            if self.stopping:  # each look costs, and more of them end every moment
+                time.sleep(min(_TOGETHER_S * len(self.pids), _TOGETHER_MOST_S))
             self.reap()
             self.guests.look()
-            self.end_ordered()
-            self.start_asked()
-            if self.stopping and time.monotonic() >= self.deadline:
+            if not self.stopping:
+                self.obey_cpus()
+            elif time.monotonic() >= self.deadline:
                 self.kill_all()
                 return
 
@@ -300,26 +304,27 @@ class Firmware:
         elif message.get("op") == "kill" and isinstance(cpu, int):
             self.kill_cpu(cpu, message.get("generation"))
 
-    def live(self) -> set[int]:
-        """Return the CPUs that have a process."""
-        return {cpu for pid, cpu in self.pids.items() if pid not in self.unreaped}
+    def processes(self, number: int) -> list[int]:
+        """Return the pid of the CPU, if it has a process: ours, and not reaped.
 
-    def end_ordered(self) -> None:
-        """End the processes that an INIT IPI was sent to."""
-        for pid, number in self.pids.items():
-            order = self.machine.init_order(number)
-            if order and order == self.generations[number] & 0xFFFF:
-                # Our child, not reaped: nobody else has this pid.
+        So nobody else has the number.
+        """
+        return [
+            pid
+            for pid, cpu in self.pids.items()
+            if cpu == number and pid not in self.unreaped
+        ]
+
+    def obey_cpus(self) -> None:
+        """Do what INIT and STARTUP IPIs have ordered: end processes, make processes."""
+        ends, starts = self.machine.ordered()
+        for number, generation in ends:
+            if generation != self.generations.get(number, 0) & 0xFFFF:
+                continue
+            for pid in self.processes(number):
                 os.kill(pid, signal.SIGKILL)
-
-    def start_asked(self) -> None:
-        """Boot the CPUs without a process that a STARTUP IPI has reached."""
-        ncpus = self.config["ncpus"]
-        if self.stopping or len(live := self.live()) == ncpus:
-            return
-        for number in set(range(ncpus)) - live:
-            startup = self.machine.pic_read(number, "startup")
-            if startup != _core.STARTUP_ASKED:
+        for number in starts:
+            if self.processes(number):
                 continue
             try:
                 self.boot([number])
@@ -380,18 +385,14 @@ class Firmware:
 
     def kill_cpu(self, number: int, generation: Any) -> None:
         """Kill the process that is this CPU, unless it is another one by now."""
-        if number not in self.live():
-            return
-        if self.machine.slot(number).generation != generation:
-            return
-        for pid, cpu in self.pids.items():
-            if cpu == number and pid not in self.unreaped:
-                os.kill(pid, signal.SIGKILL)  # not reaped, so the number is still its
+        for pid in self.processes(number):
+            if self.machine.slot(number).generation == generation:
+                os.kill(pid, signal.SIGKILL)
 
     def boot_one(self, number: int) -> None:
         if not 0 <= number < self.config["ncpus"]:
             raise OSError(errno.ENXIO, f"there is no CPU {number}")
-        if number in self.live():
+        if self.processes(number):
             raise OSError(errno.EBUSY, f"CPU {number} is not dead")
         self.boot([number])
 
@@ -429,9 +430,9 @@ class Firmware:
                 continue
             self.unreaped.add(pid)
             self.bury(pid, end)
-            self.release(pid)
-        for pid in list(self.unreaped):
-            self.release(pid)
+            if not self.stopping:
+                self.release()
+        self.release()
 
     def find_dead(self) -> Iterator[tuple[int, int]]:
         """Yield children that ended and are not waited for yet, each once, and how."""
@@ -443,20 +444,32 @@ class Firmware:
                 yield found.si_pid, ending_number(found)
             else:
                 return
+        alive = 0
         children = [*self.pids, *self.coprocessors]
+        if self.stopping and found is not None and found.si_pid in self.pids:
+            # None before it is dead.
+            children = children[children.index(found.si_pid) :]
         for pid in [pid for pid in children if pid not in self.unreaped]:
             with contextlib.suppress(ChildProcessError):
                 if (found := os.waitid(os.P_PID, pid, look)) is not None:
                     yield pid, ending_number(found)
+                else:
+                    alive += 1
+            if self.stopping and alive == _ALIVE_MOST:
+                self.again = True  # they were told in a row, and most end so
+                return
 
-    def release(self, pid: int) -> None:
-        """Give up a dead CPU's pid, unless a sender may be about to signal it."""
-        number = self.pids.get(pid)
-        if number is None or self.machine.reap_unguarded(number):
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
-            self.unreaped.discard(pid)
-            self.pids.pop(pid, None)
+    def release(self) -> None:
+        """Give up dead CPUs' pids, but those that a sender may be about to signal."""
+        if not self.unreaped:
+            return
+        guarded = self.machine.reap_guarded()
+        for pid in list(self.unreaped):
+            if self.pids.get(pid) not in guarded:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+                self.unreaped.discard(pid)
+                self.pids.pop(pid, None)
 
     def bury(self, pid: int, end: int) -> None:
         number = self.pids.get(pid)

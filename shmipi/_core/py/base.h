@@ -48,8 +48,9 @@ typedef struct {
     struct shi_self self;
     int attached; /* mapped, self initialised */
     int closed;
-    int ending;        /* the host: its orderly end has begun */
-    int foreign;       /* a fork's child: this machine is its parent's */
+    int ending;   /* the host: its orderly end has begun */
+    int foreign;  /* a fork's child: this machine is its parent's */
+    bool newborn; /* CPU: has run no Python; the interpreter does not know of the fork yet */
     uint32_t waiters;  /* host: threads that have given the interpreter up inside a wait */
     uint32_t *natives; /* guest: the machine's number of each of ours + 1; NULL: the same */
     struct func_table sent;

@@ -15,10 +15,12 @@
 #include "smp/idle.h"
 #include "smp/queue.h"
 #include "smp/entry.h"
+#include "smp/reap.h"
 #include "py/entry.h"
 #include "py/handler.h"
 #include "py/incoming.h"
 #include "py/tables.h"
+#include "py/title.h"
 
 /* ---- tasks ----------------------------------------------------------------------- */
 
@@ -157,17 +159,16 @@ static void run_task(Machine *machine)
     shi_incoming_clear(&in);
 }
 
-static PyObject *cpu_loop(PyObject *object, PyObject *unused)
+/* Until the machine ends. */
+static void cpu_loop(Machine *machine)
 {
-    Machine *machine = (Machine *)object;
     struct shi_self *self = &machine->self;
-    (void)unused;
-    if (shi_use(machine) < 0 || shi_refuse_host(machine, "it has no loop") < 0)
-        return NULL;
     self->inline_python = true;
     for (;;) {
         shi_remind_stop(self);
         enum shi_idle_why why = shi_idle(self);
+        if (why == SHI_IDLE_STOP && machine->newborn)
+            return;
         shi_take_back(machine, NULL);
         switch (why) {
         case SHI_IDLE_PYTHON:
@@ -184,29 +185,20 @@ static PyObject *cpu_loop(PyObject *object, PyObject *unused)
                 PyErr_WriteUnraisable(NULL);
             break;
         case SHI_IDLE_STOP:
-            Py_RETURN_NONE;
+            shi_flush_standard_files();
+            return;
         }
     }
 }
 
+#define SHI_FORKS 64u /* at most at once: the firmware looks after its host in between */
+
 /* ---- becoming one ---------------------------------------------------------------- */
 
-/* Forked generators are alike: `random` reseeds itself, numpy's must be told. */
-static int own_randomness(void)
-{
-    PyObject *modules = PySys_GetObject("modules"); /* borrowed */
-    PyObject *module = modules ? PyDict_GetItemString(modules, "numpy.random") : NULL;
-    if (!module)
-        return 0;
-    PyObject *done = PyObject_CallMethod(module, "seed", NULL);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
-}
-
 /*
- * From here to the idle loop in C, with as little Python as can be: what the interpreter
- * touches (reference counts, inline caches) is a private copy of a page, times the
- * number of CPUs.
+ * From here to the idle loop in C, without Python: what the interpreter touches (reference
+ * counts, inline caches, locks that it makes anew) is a private copy of a page, times the
+ * number of CPUs.  What it has to do after a fork is done when it is first needed (shi_take_back).
  */
 static int become(Machine *machine, uint32_t number, pid_t firmware, const int *fds,
                   size_t nfds)
@@ -229,8 +221,6 @@ static int become(Machine *machine, uint32_t number, pid_t firmware, const int *
     CPU_SET(shi_load_relaxed(&self->slot->core) % CPU_SETSIZE, &core);
     if (sched_setaffinity(0, sizeof core, &core))
         return -errno;
-    if (own_randomness() < 0)
-        return -EIO;
     shi_cpu_hooks(machine);
     err = shi_remind_open(self);
     /* Without kicks only NMIs need it: a machine that queues no signals boots without. */
@@ -247,56 +237,89 @@ static int become(Machine *machine, uint32_t number, pid_t firmware, const int *
     return 0;
 }
 
-/* fork_cpu(cpu, firmware_pid, fds) -> pid.  The child closes `fds`, takes the slot, and
- * never returns. */
-static PyObject *fork_cpu(PyObject *object, PyObject *args)
+/* In the child: it takes the slot, and never returns. */
+static _Noreturn void be_cpu(Machine *machine, uint32_t number, pid_t firmware, const int *fds,
+                             size_t nfds)
 {
-    Machine *machine = (Machine *)object;
-    unsigned number;
-    int firmware;
-    PyObject *list;
-    int fds[128];
-    Py_ssize_t i;
-    if (!PyArg_ParseTuple(args, "IiO!", &number, &firmware, &PyList_Type, &list))
-        return NULL;
-    if (number >= machine->m.ncpus || PyList_GET_SIZE(list) > 128) {
-        PyErr_SetString(PyExc_ValueError, "fork_cpu");
-        return NULL;
-    }
-    for (i = 0; i < PyList_GET_SIZE(list); i++)
-        fds[i] = (int)PyLong_AsLong(PyList_GET_ITEM(list, i));
-    if (PyErr_Occurred())
-        return NULL;
-    PyOS_BeforeFork();
-    pid_t pid = fork();
-    if (pid) {
-        int saved = errno;
-        PyOS_AfterFork_Parent();
-        errno = saved;
-        return pid < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(pid);
-    }
-    PyOS_AfterFork_Child();
-    int err = become(machine, number, firmware, fds, (size_t)PyList_GET_SIZE(list));
+    machine->newborn = true;
+    shi_current = machine; /* before its signals are let in */
+    shi_title_show(machine->m.header->name, number);
+    int err = become(machine, number, firmware, fds, nfds);
     if (err) {
-        if (PyErr_Occurred())
-            PyErr_Print();
         shi_store_release(&shi_slot(&machine->m, number)->boot_error, (uint32_t)-err);
         _exit(1);
     }
-    shi_current = machine;
-    PyObject *done = cpu_loop(object, NULL);
-    if (!done)
-        PyErr_Print();
-    shi_flush_standard_files();
-    _exit(done ? 0 : 1);
+    cpu_loop(machine);
+    _exit(0);
 }
 
-/* Run in the child of every fork: a CPU's is no CPU.  (In the firmware's it is one.) */
+/*
+ * fork_cpus(cpus, firmware_pid, fds) -> ([(pid, generation), ...], errno): a process for each
+ * of `cpus`, as far as the system lets; errno is 0, or of the fork that it refused.  A child
+ * closes `fds`.
+ *
+ * All in a row, without Python in between: after each fork, what the firmware writes to is a
+ * copied page again.
+ */
+static PyObject *fork_cpus(PyObject *object, PyObject *args)
+{
+    Machine *machine = (Machine *)object;
+    struct shi_self *self = &machine->self;
+    int firmware, fds[128], err = 0;
+    PyObject *cpus, *list;
+    Py_ssize_t i, n, nfds;
+    struct {
+        uint32_t number, generation;
+        pid_t pid;
+    } cpu[SHI_FORKS];
+    if (!PyArg_ParseTuple(args, "O!iO!", &PyList_Type, &cpus, &firmware, &PyList_Type, &list))
+        return NULL;
+    n = PyList_GET_SIZE(cpus);
+    nfds = PyList_GET_SIZE(list);
+    for (i = 0; i < nfds && i < 128; i++)
+        fds[i] = (int)PyLong_AsLong(PyList_GET_ITEM(list, i));
+    for (i = 0; i < n && i < (Py_ssize_t)SHI_FORKS; i++)
+        if (shi_as_slot(PyList_GET_ITEM(cpus, i), machine->m.ncpus, &cpu[i].number) < 0)
+            return NULL;
+    if (PyErr_Occurred())
+        return NULL;
+    if (nfds > 128 || n > (Py_ssize_t)SHI_FORKS) {
+        PyErr_SetString(PyExc_ValueError, "fork_cpus");
+        return NULL;
+    }
+    shi_title_find();
+    PyOS_BeforeFork();
+    for (i = 0; i < n; i++) {
+        cpu[i].generation = shi_reap_reset(self, cpu[i].number);
+        cpu[i].pid = fork();
+        if (!cpu[i].pid)
+            be_cpu(machine, cpu[i].number, firmware, fds, (size_t)nfds);
+        if (cpu[i].pid < 0) {
+            err = errno;
+            shi_reap_mark(self, cpu[i].number, 0); /* dead as before, not coming up */
+            break;
+        }
+    }
+    n = i;
+    PyOS_AfterFork_Parent();
+    PyObject *found = PyList_New(n);
+    for (i = 0; found && i < n; i++) {
+        PyObject *one = Py_BuildValue("iI", (int)cpu[i].pid, cpu[i].generation);
+        if (!one)
+            Py_CLEAR(found);
+        else
+            PyList_SET_ITEM(found, i, one);
+    }
+    return found ? Py_BuildValue("Ni", found, err) : NULL;
+}
+
+/* Run in the child of every fork: a CPU's is no CPU.  (In the firmware's it is one; a CPU's own
+ * fork runs this when the CPU first needs the interpreter.) */
 static PyObject *forked(PyObject *object, PyObject *unused)
 {
     Machine *machine = (Machine *)object;
     (void)unused;
-    if (!machine->self.host) {
+    if (!machine->self.host && !machine->newborn) {
         machine->foreign = 1;
         if (shi_current == machine)
             shi_current = NULL;
@@ -308,7 +331,8 @@ static PyObject *forked(PyObject *object, PyObject *unused)
 }
 
 PyMethodDef shi_cpu_methods[] = {
-    { "fork_cpu", fork_cpu, METH_VARARGS, "fork_cpu(cpu, firmware_pid, fds) -> pid" },
+    { "fork_cpus", fork_cpus, METH_VARARGS,
+      "fork_cpus(cpus, firmware_pid, fds) -> ([(pid, generation), ...], errno)" },
     { "forked", forked, METH_NOARGS, "forked()\n--\n\nA fork's child of a CPU is no CPU." },
     { NULL, NULL, 0, NULL },
 };

@@ -28,6 +28,38 @@ PyThreadState *shi_give_up(Machine *machine)
     return NULL;
 }
 
+/* Forked generators are alike: `random` reseeds itself, numpy's must be told. */
+static void own_randomness(void)
+{
+    PyObject *modules = PySys_GetObject("modules"); /* borrowed */
+    PyObject *module = modules ? PyDict_GetItemString(modules, "numpy.random") : NULL;
+    PyObject *done = module ? PyObject_CallMethod(module, "seed", NULL) : NULL;
+    if (module && !done)
+        PyErr_WriteUnraisable(module);
+    Py_XDECREF(done);
+}
+
+/*
+ * The interpreter hears that it was forked, before it runs anything here.  Most CPUs of a large
+ * machine never get here, or long after boot: it writes to 200 pages, each a copy of its own.
+ *
+ * Until now it was held by this thread, as at the fork, and nothing of it was used; the kick's
+ * handler may have asked it to look (PyErr_SetInterruptEx), which it forgets here.  That is no
+ * loss: what waits for our kicks and NMIs is in this CPU's own books, and who calls this looks.
+ */
+static void adopt(Machine *machine)
+{
+    sigset_t all, mask;
+    sigfillset(&all);
+    /* One that comes in the middle would be both noted here and known to the interpreter. */
+    pthread_sigmask(SIG_SETMASK, &all, &mask);
+    PyOS_AfterFork_Child();
+    machine->newborn = false; /* not before: see forked() */
+    shi_signals_early();
+    pthread_sigmask(SIG_SETMASK, &mask, NULL);
+    own_randomness();
+}
+
 void shi_take_back(Machine *machine, PyThreadState *mine)
 {
     if (mine) {
@@ -37,6 +69,8 @@ void shi_take_back(Machine *machine, PyThreadState *mine)
         PyThreadState *state = machine->released;
         machine->released = NULL;
         PyEval_RestoreThread(state);
+    } else if (__builtin_expect(machine->newborn, 0)) {
+        adopt(machine);
     }
 }
 
@@ -45,7 +79,7 @@ void shi_take_back(Machine *machine, PyThreadState *mine)
 static void hook_release(struct shi_self *self)
 {
     Machine *machine = self->hooks.arg;
-    if (!machine->released)
+    if (!machine->released && !machine->newborn)
         machine->released = PyEval_SaveThread();
 }
 

@@ -293,7 +293,6 @@ static int module_exec(PyObject *module)
         { "USE_COUNT", SHI_USE_COUNT },
         { "STARTUP_WAITING", SHI_SU_WAITING },
         { "STARTUP_STARTED", SHI_SU_STARTED },
-        { "STARTUP_ASKED", SHI_SU_ASKED },
         { "STARTUP_RESET", SHI_SU_RESET },
         { "NO_CPU", SHI_NO_CPU },
         { "CPU_TASK", SHI_CPU_TASK },

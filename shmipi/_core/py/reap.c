@@ -20,6 +20,14 @@ METHOD(set_firmware)
     Py_RETURN_NONE;
 }
 
+/* Takes `item` over, which may be NULL. */
+static bool append(PyObject *list, PyObject *item)
+{
+    bool good = item && PyList_Append(list, item) == 0;
+    Py_XDECREF(item);
+    return good;
+}
+
 #define CPU_METHOD(name, expression)                                                           \
     METHOD(name)                                                                               \
     {                                                                                          \
@@ -46,8 +54,19 @@ METHOD(reap_orphans)
     return PyLong_FromUnsignedLong(shi_reap_orphans(&machine->self, (uint32_t)id));
 }
 
-CPU_METHOD(reap_unguarded, return PyBool_FromLong(shi_reap_unguarded(&machine->self, cpu)))
-CPU_METHOD(reap_reset, return PyLong_FromUnsignedLong(shi_reap_reset(&machine->self, cpu)))
+/* reap_guarded() -> CPUs that some live slot may still signal, one look for all of them */
+METHOD(reap_guarded)
+{
+    Machine *machine = MACHINE(object);
+    uint32_t s, target;
+    (void)arg;
+    PyObject *found = PyList_New(0);
+    for (s = 0; found && s < machine->m.nslots; s++)
+        if ((target = shi_reap_guards(&machine->self, s)) != 0 &&
+            !append(found, PyLong_FromUnsignedLong(target - 1)))
+            Py_CLEAR(found);
+    return found;
+}
 
 /* guest_admit(slot, pid), guest_bury(slot), guest_clear(slot) -> csds others still have. */
 METHOD(guest_admit)
@@ -137,9 +156,28 @@ METHOD(look_after)
     Py_RETURN_NONE;
 }
 
-/* init_order(cpu) -> generation of the process that INIT ends, 0: none */
-CPU_METHOD(init_order, return PyLong_FromUnsignedLong(
-                           shi_load_acquire(&shi_slot(&machine->m, cpu)->pic.init)))
+/* ordered() -> ([(cpu, generation of the process that INIT ends), ...], [cpus that a STARTUP
+ * has reached]): one look at all. */
+METHOD(ordered)
+{
+    Machine *machine = MACHINE(object);
+    uint32_t cpu, gen;
+    (void)arg;
+    PyObject *ends = PyList_New(0), *starts = PyList_New(0);
+    bool good = ends && starts;
+    for (cpu = 0; good && cpu < machine->m.ncpus; cpu++) {
+        struct shi_pic *pic = &shi_slot(&machine->m, cpu)->pic;
+        if ((gen = shi_load_acquire(&pic->init)) != 0)
+            good = append(ends, Py_BuildValue("II", cpu, gen));
+        if (good && shi_load_acquire(&pic->startup) == SHI_SU_ASKED)
+            good = append(starts, PyLong_FromUnsignedLong(cpu));
+    }
+    if (good)
+        return Py_BuildValue("NN", ends, starts);
+    Py_XDECREF(ends);
+    Py_XDECREF(starts);
+    return NULL;
+}
 
 /* watch(fd, seconds): look after the CPUs until `fd` can be read, a CPU is to be ended or
  * started, or time is up (< 0: never).  In C, because it is the firmware's life: 100 times a second. */
@@ -186,14 +224,14 @@ PyMethodDef shi_reap_methods[] = {
     MANY(reap_mark, "reap_mark(cpu, end=0)"),
     ONE(reap_complete, "reap_complete(cpu) -> how many"),
     ONE(reap_orphans, "reap_orphans(slot) -> csds of its earlier processes that are out"),
-    ONE(reap_unguarded, "reap_unguarded(cpu) -> bool"),
-    ONE(reap_reset, "reap_reset(cpu) -> generation"),
+    NOARGS(reap_guarded, "CPUs that some live slot may still signal: a list."),
     MANY(guest_admit, "guest_admit(slot, pid)"),
     ONE(guest_bury, "guest_bury(slot)"),
     ONE(guest_clear, "guest_clear(slot) -> how many csds others still have"),
     NOARGS(reap_ring_all, "Ring every CPU that has work."),
     NOARGS(look_after, "The watchdog's look, if 10 ms have gone by since the last."),
-    ONE(init_order, "init_order(cpu) -> generation of the process that INIT ends"),
+    NOARGS(ordered,
+           "CPUs that INIT ends, with the generation of each, and those that STARTUP reached."),
     MANY(watch, "watch(fd, seconds): look after the CPUs until fd can be read"),
     NOARGS(stop_all, "The machine stops."),
     { NULL, NULL, 0, NULL },

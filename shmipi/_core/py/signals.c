@@ -155,9 +155,14 @@ int shi_signal_entry(PyObject *module, const char *name, vectorcallfunc function
 static shi_a32 wakeup_fd = UINT32_MAX; /* an int: -1 */
 static void (*python_handler)(int);    /* the same for every signal */
 
+/* What came before the CPU's interpreter knew of its fork: then it forgets what was asked. */
+static shi_a64 early;
+
 static void on_task_signal(int number)
 {
     int saved = errno;
+    if (shi_current && shi_current->newborn)
+        shi_fetch_or_full(&early, 1ull << (number - 1));
     unsigned char byte = (unsigned char)number;
     python_handler(number); /* first, as in the interpreter: who is woken finds it noted */
     int fd = (int)shi_load_acquire(&wakeup_fd);
@@ -245,6 +250,15 @@ void shi_signals_raise(Machine *machine)
         if (set >> (number - 1) & 1)
             PyErr_SetInterruptEx(number);
     machine->raised = true;
+}
+
+void shi_signals_early(void)
+{
+    uint64_t set = shi_xchg_full(&early, 0);
+    int number;
+    for (number = 1; set; number++, set >>= 1)
+        if (set & 1)
+            PyErr_SetInterruptEx(number);
 }
 
 int shi_signals_check(Machine *machine)

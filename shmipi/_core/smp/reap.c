@@ -138,18 +138,22 @@ void shi_reap_ring_all(struct shi_self *self)
     shi_hosts_ring(self->m);
 }
 
+uint32_t shi_reap_guards(struct shi_self *self, uint32_t id)
+{
+    struct shi_slot *slot = shi_slot(self->m, id);
+    /* Full: after the word was made DEAD (see hazard_set). */
+    uint32_t target = shi_load_full(&slot->ringing);
+    if (!target || (id < self->m->ncpus && !shi_word_online(shi_load_full(&slot->word))))
+        return 0;
+    return target;
+}
+
 bool shi_reap_unguarded(struct shi_self *self, uint32_t cpu)
 {
-    const struct shi_machine *m = self->m;
     uint32_t s;
-    for (s = 0; s < m->nslots; s++) {
-        struct shi_slot *slot = shi_slot(m, s);
-        /* Full: after the word was made DEAD (see hazard_set). */
-        if (shi_load_full(&slot->ringing) != cpu + 1)
-            continue;
-        if (s >= m->ncpus || shi_word_online(shi_load_full(&slot->word)))
+    for (s = 0; s < self->m->nslots; s++)
+        if (shi_reap_guards(self, s) == cpu + 1)
             return false;
-    }
     return true;
 }
 

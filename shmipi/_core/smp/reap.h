@@ -21,6 +21,8 @@ void shi_reap_ring_all(struct shi_self *self);
 uint32_t shi_reap_orphans(struct shi_self *self, uint32_t id);
 /* 4. May its pid be given up?  False while some live slot may still signal it. */
 bool shi_reap_unguarded(struct shi_self *self, uint32_t cpu);
+/* Whom this slot, if it is live, may still signal: 1 + the CPU, or 0. */
+uint32_t shi_reap_guards(struct shi_self *self, uint32_t id);
 /* 5. Make the slot ready for a new process; its generation, never 0 in 16 bits. */
 uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu);
 

@@ -1,0 +1,98 @@
+"""A CPU is forked without Python, which hears of it when it first runs anything."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+
+import shmipi
+from shmipi import smp
+from shmipi.bench.boot import private_kib
+
+
+def look(where):
+    """Say who runs it; `random` is seeded anew by a hook of Python after a fork."""
+    row = shmipi.shared("rows")[where]
+    row[0] = os.getpid()
+    row[1] = threading.active_count()
+    row[2] = random.getrandbits(62)
+    row[3] += 1
+
+
+def note(where):
+    look(where)
+
+
+def nmi(regs):
+    look(smp.smp_processor_id())
+
+
+@pytest.mark.parametrize("idle", ["halt", "haltpoll"])
+def test_whatever_runs_first_finds_an_interpreter_of_its_own(boot, eventually, idle):
+    cluster = boot(8, idle=idle)
+    rows = cluster.shared("rows", "u8", (8, 4))
+    n = cluster.shared("n", "i8", 1)
+    count = smp.NativeHandler("count")
+    cluster.smp.on_each_cpu(count, n)
+    cluster.call(0, count, n)  # nothing of it is Python
+    assert n[0] == 9
+    pids = [cpu.pid for cpu in cluster.cpus]
+    before = [private_kib(pid) for pid in pids]
+    assert max(before) < 300, "a CPU that has run no Python has little of its own"
+
+    cluster.call(0, look, 0)
+    cluster.run(look, 1, cpus=[1])
+    cluster.smp.smp_call_function_single(2, note, 2, wait=False)
+    cluster.submit(3, look, 3).result(5)
+    # Parked, and back, before it has run anything.
+    cluster.offline(4)
+    cluster.online(4)
+    cluster.call(4, look, 4)
+    assert cluster.smp.smp_send_nmi_ipi(5, nmi, 5_000_000) == 1
+    cluster.smp.smp_call_function_many([6], note, 6, True)
+    cluster.run(smp.smp_call_function_single, 7, note, 7, True, cpus=[0])
+    eventually(lambda: rows[:, 3].tolist() == [1] * 8)
+    assert rows[:, 0].tolist() == pids
+    assert rows[:, 1].tolist() == [1] * 8
+    assert len(set(rows[:, 2].tolist())) == 8
+    assert cluster.run(smp.smp_processor_id) == list(range(8))
+
+
+def test_cpus_that_have_run_nothing_are_taken_offline_killed_and_ended(
+    boot, eventually
+):
+    cluster = boot(4, idle="halt")
+    cluster.offline(1)
+    os.kill(cluster.cpus[2].pid, signal.SIGKILL)
+    eventually(lambda: cluster.cpus[2].state == "dead")
+    cluster.online(2)
+    cluster.online(1)
+    cluster.offline(3)
+    start = time.monotonic()
+    cluster.shutdown()
+    assert time.monotonic() - start < 1.5, "each ended by itself: the grace is 2 s"
+
+
+def test_a_signal_that_comes_before_python_is_not_lost(script):
+    done = script(
+        """
+        import os, signal, time
+        from shmipi import Cluster
+        from shmipi.irq.chips.apic import Apic
+
+        class Noting(Apic):
+            def bind(self, machine):
+                signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b"noted\\n"))
+                return super().bind(machine)
+
+        if __name__ == "__main__":
+            with Cluster(2, idle="halt", controller=Noting()) as cluster:
+                os.kill(cluster.cpus[1].pid, signal.SIGUSR1)
+                time.sleep(0.2)
+                print("pid", cluster.call(1, os.getpid) == cluster.cpus[1].pid)
+        """
+    )
+    assert done.text == "noted\npid True\n"
