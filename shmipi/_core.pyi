@@ -7,7 +7,7 @@ from typing import Any, Final, NoReturn, SupportsIndex, TypeAlias, final
 
 from numpy.typing import NDArray
 
-from shmipi.cpumask import MaskLike
+from shmipi.cpumask import CpuMask, MaskLike
 
 if sys.version_info >= (3, 12):
     from collections.abc import Buffer
@@ -271,6 +271,16 @@ class Machine:
         self, seconds: float = ..., must: bool = ..., anywhere: bool = ..., /
     ) -> IrqLock: ...
     def irq_free_undo(self) -> None: ...
+    def irq_synchronize(
+        self,
+        irq: int,
+        pairs: list[tuple[int, int]],
+        seconds: float,
+        hard: bool,
+        begun: bool,
+        /,
+    ) -> None: ...
+    def irq_in_progress(self, cpus: CpuMask | None, /) -> int: ...
     def irq_request(
         self,
         virq: int,

@@ -29,6 +29,8 @@ from shmipi.irq.current import (
     irq_to_desc,
     request_percpu_irq,
     request_percpu_nmi,
+    synchronize_hardirq,
+    synchronize_irq,
 )
 from shmipi.irq.ipi import __ipi_send_mask, __ipi_send_single, irq_desc_send_ipi
 from shmipi.irq.irqdesc import (
@@ -125,4 +127,6 @@ __all__ = [
     "irqd_to_hwirq",
     "request_percpu_irq",
     "request_percpu_nmi",
+    "synchronize_hardirq",
+    "synchronize_irq",
 ]

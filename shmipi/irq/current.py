@@ -14,7 +14,7 @@ from shmipi.cpumask import MaskLike
 from shmipi.irq.bound import BoundIrq
 from shmipi.irq.chips.base import Chip
 from shmipi.irq.irqdesc import IrqData, IrqDesc
-from shmipi.irq.irqdomain import DomainLike
+from shmipi.irq.irqdomain import SYNCHRONIZE_S, DomainLike
 from shmipi.irq.manage import IrqHandler
 from shmipi.irq.table import IRQ_TYPE_NONE
 from shmipi.machine import controller
@@ -44,6 +44,8 @@ __all__ = [
     "register",
     "request_percpu_irq",
     "request_percpu_nmi",
+    "synchronize_hardirq",
+    "synchronize_irq",
 ]
 
 _known: list[tuple[_core.Machine, BoundIrq]] = []
@@ -90,9 +92,11 @@ def irq_reserve_ipi(
     return irq().irq_reserve_ipi(domain, dest, hwirq=hwirq, name=name)
 
 
-def irq_destroy_ipi(virq: int, dest: MaskLike | None = None) -> None:
+def irq_destroy_ipi(
+    virq: int, dest: MaskLike | None = None, *, timeout: float = SYNCHRONIZE_S
+) -> None:
     """Give an IPI back; see ``IpiCalls``."""
-    irq().irq_destroy_ipi(virq, dest)
+    irq().irq_destroy_ipi(virq, dest, timeout=timeout)
 
 
 def ipi_get_hwirq(virq: int, cpu: int) -> int:
@@ -136,9 +140,21 @@ def request_percpu_irq(
     irq().request_percpu_irq(virq, handler, name, dev_id)
 
 
-def free_percpu_irq(virq: int, dev_id: Any = None) -> None:
+def free_percpu_irq(
+    virq: int, dev_id: Any = None, *, timeout: float = SYNCHRONIZE_S
+) -> None:
     """Withdraw the handler of an irq; see ``PercpuCalls``."""
-    irq().free_percpu_irq(virq, dev_id)
+    irq().free_percpu_irq(virq, dev_id, timeout=timeout)
+
+
+def synchronize_irq(virq: int, *, timeout: float = SYNCHRONIZE_S) -> None:
+    """Wait until no handler of an irq is in progress; see ``DomainCalls``."""
+    irq().synchronize_irq(virq, timeout=timeout)
+
+
+def synchronize_hardirq(virq: int, *, timeout: float = SYNCHRONIZE_S) -> bool:
+    """Do the same, also in handlers of other irqs; see ``DomainCalls``."""
+    return irq().synchronize_hardirq(virq, timeout=timeout)
 
 
 def request_percpu_nmi(
@@ -178,9 +194,9 @@ def irq_create_mapping(domain: DomainLike, hwirq: int, name: str = "") -> int:
     return irq().irq_create_mapping(domain, hwirq, name)
 
 
-def irq_dispose_mapping(virq: int) -> None:
+def irq_dispose_mapping(virq: int, *, timeout: float = SYNCHRONIZE_S) -> None:
     """Undo ``irq_create_mapping``; see ``IpiCalls``."""
-    irq().irq_dispose_mapping(virq)
+    irq().irq_dispose_mapping(virq, timeout=timeout)
 
 
 def irq_find_mapping(domain: DomainLike, hwirq: int) -> int:

@@ -29,7 +29,12 @@ from shmipi.irq.irqdesc import (
     irqd_is_global_ipi,
     refuse,
 )
-from shmipi.irq.irqdomain import PERCPU_FLAGS, DomainCalls, DomainLike
+from shmipi.irq.irqdomain import (
+    PERCPU_FLAGS,
+    SYNCHRONIZE_S,
+    DomainCalls,
+    DomainLike,
+)
 from shmipi.irq.table import INVALID_HWIRQ, IrqFlags
 
 __all__ = [
@@ -220,23 +225,33 @@ class IpiCalls(DomainCalls):
         else:
             text = (
                 f"domain {domain.name}: of the {count} hwirqs from {wanted} on some are"
-                " reserved already, or not its own"
+                " reserved already, still handled by a CPU, or not its own"
             )
         owner = None
         if wanted is not None and not domain.is_coprocessor:
             owner = self._owner(wanted, cpus) or None
         return IrqError(text, errno=errno.EBUSY, irq=owner, domain=domain.name)
 
-    def irq_destroy_ipi(self, virq: int, dest: MaskLike | None = None) -> None:
+    def irq_destroy_ipi(
+        self,
+        virq: int,
+        dest: MaskLike | None = None,
+        *,
+        timeout: float = SYNCHRONIZE_S,
+    ) -> None:
         """Give back an IPI, or in a domain with a hwirq for each CPU those of ``dest``.
 
         None is all that it was reserved for. A hwirq that all CPUs share is given back
         whatever the mask. What was sent and not taken yet is dropped. virqs of a block
-        stay reserved until the last of its CPUs is gone.
+        stay reserved until the last of its CPUs is gone. Returns when no handler of it
+        is in progress there any more (``synchronize_irq``); what a CPU has taken and
+        not begun to handle is dropped, and until it has been its hwirq is not given to
+        another irq.
 
         ``IrqError`` EINVAL: no such irq, not of an IPI domain, ``dest`` is empty or has
         other CPUs than it was reserved for. A handler that is still there is withdrawn,
-        with a warning.
+        with a warning. ``IpiTimeoutError``: it is given back, but a handler is still in
+        progress after ``timeout`` seconds.
         """
         with self.table.locked():
             desc = self._desc(virq)
@@ -251,11 +266,13 @@ class IpiCalls(DomainCalls):
                 refuse(desc, "the mask of CPUs is empty")
             whole = not desc.domain.is_per_cpu or gone == mask
             requested = whole and bool(self.table.action(desc.irq))
+            places = self._places(desc, gone)
             if whole:
                 self.table.destroy(desc.ipi_base, desc.ipi_nr)
             else:
                 lines = {cpu: desc.mapping.hwirq(cpu) for cpu in gone}
                 self.table.shrink(desc.ipi_base, lines)
+        self._let_end(virq, places, timeout)
         if requested:
             self._was_requested(desc)
 

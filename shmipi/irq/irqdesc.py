@@ -379,13 +379,15 @@ class IrqDomain:
     def free_hwirqs(self, cpus: CpuMask | None = None) -> list[int]:
         """Return those of them that no irq has, in the order in which to take them.
 
-        That is the controller's.
-        ``cpus``: that none has on these, where each CPU has hwirqs of its own (x86).
+        That is the controller's. ``cpus``: that none has on these, where each CPU has
+        hwirqs of its own (x86). One that a CPU still has in hand, for the irq that had
+        it, is not free: what was taken for that one is not handled by the next.
         """
         if self.is_coprocessor:
             return [] if self.table.virqs_of(self.index) else [0]
         own, table = set(self.hwirqs()), self.table
         on = None if self.is_per_cpu else cpus
+        own -= table.in_progress(on)
         return [n for n in table.irq_lines() if n in own and table.line_is_free(n, on)]
 
 

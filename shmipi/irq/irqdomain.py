@@ -31,14 +31,22 @@ from shmipi.irq.irqdesc import (
     refuse,
 )
 from shmipi.irq.of import DomainNode, root_name
-from shmipi.irq.table import NR_IRQS, IrqDomainFlags, IrqFlags, IrqTable
+from shmipi.irq.table import (
+    INVALID_HWIRQ,
+    NR_IRQS,
+    IrqDomainFlags,
+    IrqFlags,
+    IrqTable,
+)
 
-__all__ = ["PERCPU_FLAGS", "DomainCalls", "DomainLike"]
+__all__ = ["PERCPU_FLAGS", "SYNCHRONIZE_S", "DomainCalls", "DomainLike"]
 
 #: A domain, its name, a consumer's description (``{"interrupt-parent": name}``), or
 #: None: the default IPI domain.
 DomainLike: TypeAlias = IrqDomain | str | Mapping[str, Any] | None
 
+#: How many seconds the end of handlers is waited for.
+SYNCHRONIZE_S = 10.0
 #: What every irq is that CPUs take.
 PERCPU_FLAGS = (
     IrqFlags.IRQ_PER_CPU | IrqFlags.IRQ_PER_CPU_DEVID | IrqFlags.IRQ_NO_BALANCING
@@ -256,6 +264,12 @@ class DomainCalls:
                 if desc.domain == found:
                     return owner
                 refuse(desc, f"it has hwirq {hwirq}", code=errno.EBUSY)
+            if hwirq in self.table.in_progress():
+                raise IrqError(
+                    f"hwirq {hwirq}: a CPU still handles it for the irq that had it",
+                    errno=errno.EBUSY,
+                    domain=found.name,
+                )
             first = self._find_descs(found, 1)
             routed = self.table.chip.is_routed(hwirq)
             cpus = CpuMask([0]) if routed else found.possible
@@ -288,16 +302,75 @@ class DomainCalls:
         desc = self.irq_to_desc(virq)
         return None if desc is None else desc.irq_data
 
-    def irq_dispose_mapping(self, virq: int) -> None:
-        """Undo ``irq_create_mapping``. ``IrqError`` EINVAL for others' irqs."""
+    def irq_dispose_mapping(self, virq: int, *, timeout: float = SYNCHRONIZE_S) -> None:
+        """Undo ``irq_create_mapping``. ``IrqError`` EINVAL for others' irqs.
+
+        Waits for handlers as ``irq_destroy_ipi``.
+        """
         with self.table.locked():
             desc = self._desc(virq)
             if desc.domain.is_ipi:
                 refuse(desc, "it is an IPI: irq_destroy_ipi is its")
             requested = bool(self.table.action(virq))
+            places = self._places(desc, self.table.affinity(virq))
             self.table.destroy(desc.ipi_base, desc.ipi_nr)
+        self._let_end(virq, places, timeout)
         if requested:
             self._was_requested(desc)
+
+    # ---- handlers in progress -------------------------------------------------------
+
+    def synchronize_irq(self, virq: int, *, timeout: float = SYNCHRONIZE_S) -> None:
+        """Wait until no handler of an irq is in progress on any CPU.
+
+        That is, those that are in progress now: also one whose interrupt a CPU has
+        taken and whose Python function it has not come to yet. What comes meanwhile
+        is handled, and not waited for. A CPU that dies is in no handler. No such irq:
+        nothing.
+
+        ``IpiTimeoutError`` after ``timeout`` seconds (a CPU that is stopped);
+        ``IpiDeadlockError`` in the handler itself, where the kernel hangs;
+        ``ClusterStateError`` in other interrupt handlers and with interrupts disabled.
+        """
+        machine = self.table.machine
+        machine.irq_synchronize(virq, self._places_of(virq), timeout, False, False)
+
+    def synchronize_hardirq(self, virq: int, *, timeout: float = SYNCHRONIZE_S) -> bool:
+        """Do the same, also in handlers of other irqs: True.
+
+        No irq has a threaded handler here. Two handlers that wait for each other's end
+        do so until ``IpiTimeoutError``.
+        """
+        machine = self.table.machine
+        machine.irq_synchronize(virq, self._places_of(virq), timeout, True, False)
+        return True
+
+    def _places_of(self, virq: int) -> list[tuple[int, int]]:
+        desc = self.irq_to_desc(virq)
+        if desc is None:
+            return []
+        return self._places(desc, self.table.affinity(desc.ipi_base))
+
+    def _places(self, desc: IrqDesc, cpus: CpuMask) -> list[tuple[int, int]]:
+        """Return where a handler of it may be in progress: (CPU, line) each."""
+        if desc.domain.is_coprocessor:
+            return []
+        found: list[tuple[int, int]] = []
+        for cpu in cpus:
+            line = desc.mapping.hwirq(cpu)
+            if line == INVALID_HWIRQ:
+                continue
+            if self.table.chip.is_routed(line):  # it may have been another CPU's
+                found += [(n, line) for n in range(self.table.machine.ncpus)]
+            else:
+                found.append((cpu, line))
+        return found
+
+    def _let_end(
+        self, virq: int, places: list[tuple[int, int]], timeout: float
+    ) -> None:
+        """Wait for handlers that have begun, and that nobody can begin any more."""
+        self.table.machine.irq_synchronize(virq, places, timeout, False, True)
 
     def _was_requested(self, desc: IrqDesc) -> None:
         raise NotImplementedError

@@ -37,6 +37,7 @@ from shmipi.cpumask import CpuMask, MaskLike
 from shmipi.errors import ClusterStateError, IrqError, ShmipiWarning
 from shmipi.irq.ipi import IpiCalls
 from shmipi.irq.irqdesc import IrqDesc, refuse
+from shmipi.irq.irqdomain import SYNCHRONIZE_S
 from shmipi.irq.table import (
     INVALID_HWIRQ,
     IRQ_TYPE_EDGE_RISING,
@@ -98,13 +99,18 @@ class PercpuCalls(IpiCalls):
                 machine.irq_request(virq, published, None)
             self._requested[virq] = (desc.epoch, published, dev_id)
 
-    def free_percpu_irq(self, virq: int, dev_id: Any = None) -> None:
+    def free_percpu_irq(
+        self, virq: int, dev_id: Any = None, *, timeout: float = SYNCHRONIZE_S
+    ) -> None:
         """Withdraw the handler of an irq that is enabled nowhere any more.
 
-        Any process may free it. As in the kernel this only warns (``ShmipiWarning``),
-        and changes nothing, when it is not requested, still enabled on a CPU, or was
-        requested by this process with another ``dev_id``. No such irq, or one that is
-        not per-CPU: nothing.
+        Returns when it is in progress on no CPU, as ``synchronize_irq``; what was taken
+        and not begun is dropped. Any process may free it. As in the kernel this only
+        warns (``ShmipiWarning``), and changes nothing, when it is not requested, still
+        enabled on a CPU, or was requested by this process with another ``dev_id``. No
+        such irq, or one that is not per-CPU: nothing. ``IpiTimeoutError``: it is
+        withdrawn, but still in progress after ``timeout`` seconds;
+        ``ClusterStateError`` in an interrupt handler.
         """
         with self.table.locked():
             desc = self._percpu_or_none(virq)
@@ -125,6 +131,8 @@ class PercpuCalls(IpiCalls):
                 self._requested.pop(virq, None)
         if problem:
             warnings.warn(problem, ShmipiWarning, stacklevel=2)
+        else:
+            self._let_end(virq, self._places_of(virq), timeout)
 
     def request_percpu_nmi(
         self, virq: int, handler: IrqHandler, name: str = "", dev_id: Any = None

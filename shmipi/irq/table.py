@@ -294,6 +294,15 @@ class IrqTable:
             for virq in owners
         )
 
+    def in_progress(self, cpus: CpuMask | None = None) -> frozenset[int]:
+        """Return the lines that CPUs have taken, and whose handlers have not ended.
+
+        Without handlers that wait for the interpreter: they look whose the line is.
+        ``cpus``: these, where each CPU has a table of its own (``Chip.vectors``).
+        """
+        on = cpus if self.chip.vectors else None
+        return frozenset(CpuMask.from_bits(self.machine.irq_in_progress(on)))
+
     # ---- descriptors ----------------------------------------------------------------
 
     def lookup(self, virq: int) -> DescRecord | None:

@@ -41,6 +41,8 @@ IRQ = [
     "disable_percpu_irq",
     "request_percpu_irq",
     "free_percpu_irq",
+    "synchronize_irq",
+    "synchronize_hardirq",
 ]
 VALUES = {
     "IRQ_NONE": 0,

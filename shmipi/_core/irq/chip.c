@@ -133,6 +133,7 @@ void shi_chip_take(struct shi_self *self)
             continue;
         if (flow->end)
             flow->end(self, line);
+        shi_line_done(self, line);
         trace_eoi(self, line, false);
     }
 }
@@ -164,6 +165,7 @@ void shi_chip_end(struct shi_self *self, uint32_t line)
 {
     if (self->m->flow->end)
         self->m->flow->end(self, line);
+    shi_line_done(self, line);
     SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
     shi_chip_recheck(
         self); /* what its end lets through, or what came while it was in service */
@@ -227,6 +229,8 @@ static void reset(const struct shi_machine *m, uint32_t cpu)
     for (i = 0; i < SHI_NLINES / 64; i++) {
         shi_store_relaxed(&slot->irr[i], 0);
         shi_store_relaxed(&pic->isr[i], 0);
+        shi_store_release(&pic->inprogress[i], 0);
+        shi_store_relaxed(&pic->put_off[i], 0);
     }
     for (i = 0; i < m->chip.nlines; i++) /* those of requested irqs stay as they are */
         if (m->chip.use[i] != SHI_USE_IRQ)

@@ -121,6 +121,46 @@ static inline void shi_set_in_service(struct shi_self *self, uint32_t line, bool
     shi_store_relaxed(isr, on ? was | bit : was & ~bit);
 }
 
+/*
+ * IRQD_IRQ_INPROGRESS, for each CPU apart: a line that has a handler is this CPU's from just
+ * before it is acknowledged until its handler has ended, or was found to be gone.  Not the
+ * in-service bit, which a handler's own EOI ends.  While a CPU that lives has it, the line is
+ * given to no other irq, so that what was taken for the one is never handled by the next.
+ *
+ * Called before the read-modify-write that takes the pending bit back (full).  Who frees the
+ * line takes pending bits back first and looks here second: either it finds this, or the
+ * acknowledge finds nothing pending.  Likewise who withdraws the handler: that first, and
+ * here second, while the CPU looks for the handler after the acknowledge.
+ */
+static inline void shi_line_begin(struct shi_self *self, uint32_t line)
+{
+    shi_a64 *lines = &self->slot->pic.inprogress[line / 64]; /* written by the owner alone */
+    shi_store_relaxed(lines, shi_load_relaxed(lines) | 1ull << (line % 64));
+}
+
+/* Release: who finds that it has ended finds what its handler did. */
+static inline void shi_line_done(struct shi_self *self, uint32_t line)
+{
+    shi_a64 *lines = &self->slot->pic.inprogress[line / 64];
+    uint64_t bit = 1ull << (line % 64), was = shi_load_relaxed(lines);
+    if (was & bit)
+        shi_store_release(lines, was & ~bit);
+}
+
+/* Lines of one word that `cpu` has in progress: none of the dead.  `begun`: without those
+ * whose handler was put off: it looks then whether it is the same irq's still. */
+static inline uint64_t shi_lines_in_progress(const struct shi_machine *m, uint32_t cpu,
+                                             uint32_t word, bool begun)
+{
+    const struct shi_pic *pic = shi_pic(m, cpu);
+    /* Full: after what was withdrawn, or taken back, and before who lives. */
+    uint64_t lines = shi_load_full(&pic->inprogress[word]);
+    if (lines && begun)
+        lines &= ~shi_load_full(&pic->put_off[word]);
+    return lines && shi_word_state(shi_load_full(&shi_slot(m, cpu)->word)) != SHI_DEAD ? lines
+                                                                                       : 0;
+}
+
 /* Where a CPU's lines of one kind lie. */
 static inline uint32_t shi_line_of(const struct shi_machine *m, uint32_t line, uint32_t cpu)
 {

@@ -312,7 +312,14 @@ static void enqueue(struct shi_self *self)
         /* The turn first: who sets N again takes a new one. */
         if (shi_load_relaxed(turn_of(self->m, self->id, source)))
             shi_store_relaxed(turn_of(self->m, self->id, source), 0);
-        shi_fetch_and_full(&self->slot->irr[0], ~N(source));
+        bool irq = shi_kept_in_service(self->m, line_of(source));
+        if (irq)
+            shi_line_begin(self, line_of(source));
+        uint64_t was = shi_fetch_and_full(&self->slot->irr[0], ~N(source));
+        if (irq && !(was & N(source))) { /* somebody has taken it back meanwhile */
+            shi_line_done(self, line_of(source));
+            continue;
+        }
         shi_store_relaxed(&pic->eq[put % SHI_EQ], generation | line_of(source));
         shi_store_relaxed(&pic->eq_put, ++put);
     }
@@ -353,6 +360,7 @@ static uint32_t get_irq(struct shi_self *self)
             shi_store_relaxed(turn_of(self->m, self->id, source), HELD);
         while (was & P(source) && !shi_cas_full(&self->slot->irr[0], &was, was | N(source)))
             ;
+        shi_line_done(self, line_of(source));
         enqueue(self);
     }
     return SHI_NO_LINE;

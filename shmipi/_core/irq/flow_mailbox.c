@@ -64,18 +64,49 @@ static uint64_t open_lines(const struct shi_pic *pic, uint32_t word)
     return shi_load_relaxed(&pic->enable[word]) & ~shi_load_relaxed(&pic->isr[word]);
 }
 
+/* Of these lines those that have handlers. */
+static uint64_t irqs_of(const struct shi_machine *m, uint32_t word, uint64_t lines)
+{
+    uint64_t left, irqs = 0;
+    for (left = lines; left; left &= left - 1)
+        if (shi_kept_in_service(m, word * 64 + (uint32_t)__builtin_ctzll(left)))
+            irqs |= left & (0 - left);
+    return irqs;
+}
+
+/* Read and clear what is pending and open: what was there at the first look; one that came
+ * since has set the summary bit again. */
+static uint64_t read_and_clear(struct shi_self *self, uint32_t word)
+{
+    struct shi_pic *pic = &self->slot->pic;
+    shi_a64 *irr = &self->slot->irr[word];
+    /* Relaxed: they were set before the summary bit, which shi_chip_handle has taken with a
+     * full read-modify-write. */
+    uint64_t want = shi_load_relaxed(irr) & open_lines(pic, word), got, irqs, masked;
+    if (!want)
+        return 0;
+    irqs = irqs_of(self->m, word, want);
+    if (__builtin_expect(!irqs, 1))
+        return shi_fetch_and_full(irr, ~want) & want;
+    shi_store_relaxed(&pic->inprogress[word], shi_load_relaxed(&pic->inprogress[word]) | irqs);
+    got = shi_fetch_and_full(irr, ~want) & want;
+    masked = got & irqs & ~shi_load_full(&pic->enable[word]);
+    if (masked)
+        shi_fetch_or_full(irr, masked); /* before they are let go of: whose they were */
+    got &= ~masked;
+    shi_store_release(&pic->inprogress[word],
+                      shi_load_relaxed(&pic->inprogress[word]) & ~(irqs & ~got));
+    if (masked & shi_load_full(&pic->enable[word]))
+        shi_chip_recheck(self); /* unmasked again, by one that did not find them pending */
+    return got;
+}
+
 static uint32_t mailbox_next(struct shi_self *self)
 {
-    struct shi_slot *slot = self->slot;
     uint32_t i, words = (self->m->chip.nlines + 63) / 64;
     for (i = 0; i < words; i++) {
-        if (!self->taken[i]) {
-            /* Relaxed: they were set before the summary bit, which shi_chip_handle has
-             * taken with a full read-modify-write; one set since sets it again. */
-            uint64_t open = open_lines(&slot->pic, i);
-            if (shi_load_relaxed(&slot->irr[i]) & open)
-                self->taken[i] = shi_fetch_and_full(&slot->irr[i], ~open) & open;
-        }
+        if (!self->taken[i])
+            self->taken[i] = read_and_clear(self, i);
         if (self->taken[i]) {
             uint32_t line = i * 64 + (uint32_t)__builtin_ctzll(self->taken[i]);
             self->taken[i] &= self->taken[i] - 1;

@@ -97,8 +97,8 @@ static uint32_t deliverable(const struct shi_machine *m, uint32_t cpu)
     return priority < pmr && priority < running ? line : SHI_NO_LINE;
 }
 
-/* Take a pending SGI of this number.  False: somebody has cleared it meanwhile. */
-static bool take(struct shi_self *self, uint32_t line, uint32_t *source)
+/* Clear a pending SGI of this number.  False: somebody has meanwhile. */
+static bool unpend(struct shi_self *self, uint32_t line, uint32_t *source)
 {
     shi_a64 *bank = &self->slot->pic.bank[line / 8];
     uint64_t bit, senders;
@@ -114,6 +114,26 @@ static bool take(struct shi_self *self, uint32_t line, uint32_t *source)
         if (shi_fetch_and_full(bank, ~bit) & bit)
             return true;
     }
+    return false;
+}
+
+/* The same, and it is not masked either. */
+static bool take(struct shi_self *self, uint32_t line, uint32_t *source)
+{
+    struct shi_pic *pic = &self->slot->pic;
+    if (!shi_kept_in_service(self->m, line))
+        return unpend(self, line, source);
+    shi_line_begin(self, line);
+    if (unpend(self, line, source)) {
+        if (shi_load_full(&pic->enable[0]) >> line & 1)
+            return true;
+        /* Before it is let go of: whose it was it still is. */
+        if (self->m->chip.banked)
+            shi_fetch_or_full(&pic->bank[line / 8], bank_bit(line, *source));
+        else
+            shi_fetch_or_full(&self->slot->irr[0], 1ull << line);
+    }
+    shi_line_done(self, line);
     return false;
 }
 

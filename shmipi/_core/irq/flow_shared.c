@@ -70,6 +70,37 @@ static uint64_t mine(const struct shi_machine *m, uint32_t cpu, uint32_t word)
            ~shi_load_relaxed(&pic->isr[word]);
 }
 
+/* Not masked here, and not routed away. */
+static bool is_open(const struct shi_machine *m, uint32_t cpu, uint32_t line)
+{
+    const struct shi_irq_area *area = shi_irq_area(m);
+    const struct shi_pic *pic = shi_pic(m, cpu);
+    uint32_t word = line / 64;
+    uint64_t on = word == LOCAL
+                      ? shi_load_full(&pic->enable[LOCAL])
+                      : shi_load_full(&area->mask[word]) & shi_load_full(&pic->routed[word]);
+    return on >> (line % 64) & 1;
+}
+
+/* WEDGE, cleared.  False: it is not set any more (taken back), or masked, or routed away. */
+static bool take(struct shi_self *self, shi_a64 *pend, uint32_t line)
+{
+    uint64_t bit = 1ull << (line % 64);
+    if (!shi_kept_in_service(self->m, line))
+        return shi_fetch_and_full(pend, ~bit) & bit;
+    shi_line_begin(self, line);
+    if (shi_fetch_and_full(pend, ~bit) & bit) {
+        if (is_open(self->m, self->id, line))
+            return true;
+        /* Before it is let go of: whose it was it still is.  As its sender: who unmasked it,
+         * or has it now, did not find it pending. */
+        if (shared_set(self, self->id, line))
+            shi_chip_recheck(self);
+    }
+    shi_line_done(self, line);
+    return false;
+}
+
 /* The next line of the copy, or SHI_NO_LINE. */
 static uint32_t dispatch(struct shi_self *self)
 {
@@ -83,8 +114,8 @@ static uint32_t dispatch(struct shi_self *self)
             uint32_t line = i * 64 + (uint32_t)__builtin_ctzll(bit);
             self->taken[i] &= ~bit;
             /* Masked since, or routed away: it stays pending for whoever unmasks it, or is
-             * taken there.  WEDGE, cleared; not set any more: taken back. */
-            if (!(mine(self->m, self->id, i) & bit) || !(shi_fetch_and_full(pend, ~bit) & bit))
+             * taken there. */
+            if (!(mine(self->m, self->id, i) & bit) || !take(self, pend, line))
                 continue;
             if (shi_kept_in_service(self->m, line))
                 shi_set_in_service(self, line, true);

@@ -48,10 +48,37 @@ static bool vector_set(struct shi_self *self, uint32_t dst, uint32_t vector)
     return true;
 }
 
+/* INTA: pending to in service.  False: somebody has taken it back, or masked it, meanwhile. */
+static bool acknowledge(struct shi_self *self, uint32_t vector)
+{
+    struct shi_pic *pic = &self->slot->pic;
+    shi_a64 *irr = &self->slot->irr[vector / 64];
+    uint64_t bit = 1ull << (vector % 64);
+    /* The kernel's system vectors write EOI before they do anything else.  In service
+     * before it is not pending any more: who looks from outside always finds it. */
+    if (!shi_kept_in_service(self->m, vector)) {
+        shi_fetch_and_full(irr, ~bit);
+        return true;
+    }
+    shi_line_begin(self, vector);
+    shi_set_in_service(self, vector, true);
+    if (shi_fetch_and_full(irr, ~bit) & bit) {
+        if (shi_load_full(&pic->enable[vector / 64]) & bit)
+            return true;
+        shi_fetch_or_full(irr, bit); /* before it is let go of: whose it was it still is */
+    }
+    shi_set_in_service(self, vector, false);
+    shi_line_done(self, vector);
+    return false;
+}
+
 static uint32_t vector_next(struct shi_self *self)
 {
     struct shi_pic *pic = &self->slot->pic;
-    uint32_t vector = deliverable(self->m, self->id);
+    uint32_t vector;
+    do {
+        vector = deliverable(self->m, self->id);
+    } while (vector != SHI_NO_LINE && !acknowledge(self, vector));
     if (vector == SHI_NO_LINE) {
         if (shi_load_relaxed(&pic->spurious)) {
             shi_store_relaxed(&pic->spurious, 0);
@@ -60,15 +87,7 @@ static uint32_t vector_next(struct shi_self *self)
         }
         return SHI_NO_LINE;
     }
-    uint64_t bit = 1ull << (vector % 64);
     shi_store_relaxed(&pic->spurious, 0);
-    /* The kernel's system vectors write EOI before they do anything else.  In service
-     * before it is not pending any more: who looks from outside always finds it. */
-    if (self->m->chip.use[vector] == SHI_USE_IRQ) {
-        shi_a64 *isr = &pic->isr[vector / 64];
-        shi_store_relaxed(isr, shi_load_relaxed(isr) | bit);
-    }
-    shi_fetch_and_full(&self->slot->irr[vector / 64], ~bit);
     return vector;
 }
 

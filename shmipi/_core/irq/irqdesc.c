@@ -210,6 +210,11 @@ static shi_a64 *line_count(const struct shi_machine *m, uint32_t cpu, uint32_t l
     return (shi_a64 *)(m->base + shi_line_count_offset(m)) + (uint64_t)cpu * SHI_NLINES + line;
 }
 
+uint64_t shi_irqdesc_taken(const struct shi_machine *m, uint32_t cpu, uint32_t line)
+{
+    return shi_load_relaxed(line_count(m, cpu, line));
+}
+
 /* Is this CPU one of those that the irq was reserved for? */
 static bool is_for(const struct shi_machine *m, uint32_t virq, uint32_t cpu)
 {
@@ -306,6 +311,7 @@ static bool handle(struct shi_self *self, uint32_t line)
         return true;
     }
     self->later_for[line] = reservation(virq, desc);
+    shi_fetch_or_full(&self->slot->pic.put_off[line / 64], 1ull << (line % 64));
     for (i = 0; i < self->nlater; i++)
         if (self->later[i] == line)
             return false; /* once more before it was handled at all */
@@ -328,6 +334,9 @@ uint32_t shi_irqdesc_pop(struct shi_self *self)
     self->nlater--;
     for (i = 0; i < self->nlater; i++)
         self->later[i] = self->later[i + 1];
+    /* Full, and before its irq is looked at: who withdraws that does so first, and then looks
+     * whether it has begun (shi_lines_in_progress). */
+    shi_fetch_and_full(&self->slot->pic.put_off[line / 64], ~(1ull << (line % 64)));
     return line;
 }
 

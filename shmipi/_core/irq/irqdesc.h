@@ -48,6 +48,8 @@ bool shi_irqdesc_requester_lives(const struct shi_machine *m, const struct shi_i
  * counted from zero; at every CPU, or at those of the irq where others have the line at
  * other CPUs. */
 void shi_irqdesc_reset_line(struct shi_self *self, uint32_t line, uint32_t virq);
+/* How often `cpu` has taken a line since it was given to its irq. */
+uint64_t shi_irqdesc_taken(const struct shi_machine *m, uint32_t cpu, uint32_t line);
 /* Whose a line is at this CPU: its irq, or 0. */
 uint32_t shi_irqdesc_virq(const struct shi_self *self, uint32_t line);
 

@@ -319,6 +319,18 @@ void shi_after_enable(Machine *machine)
         shi_irq_window(machine);
 }
 
+int shi_nap(Machine *machine, long ns)
+{
+    const struct timespec pause = { 0, ns };
+    shi_after_enable(machine);
+    if (shi_task_interrupt(machine) < 0)
+        return -1;
+    Py_BEGIN_ALLOW_THREADS
+    nanosleep(&pause, NULL);
+    Py_END_ALLOW_THREADS
+    return PyErr_CheckSignals() < 0 || shi_use(machine) < 0 ? -1 : 0;
+}
+
 /* The Python-level handler of the NMI signal: nothing holds it up. */
 int shi_nmi_entry_python(Machine *machine)
 {

@@ -24,6 +24,8 @@ void shi_wait_python(Machine *machine);
 void shi_irq_window(Machine *machine);
 /* Interrupts came on, or something was let through: take what is there now. */
 void shi_after_enable(Machine *machine);
+/* Sleep for a while, interrupts as they are: 0, or -1 with an exception. */
+int shi_nap(Machine *machine, long ns);
 /* Where an exception may enter the task: -1, TaskInterrupt set, when it was cancelled. */
 int shi_task_interrupt(Machine *machine);
 /* Bodies of the Python-level handlers of kick and NMI: 0, or -1 for an exception that is

@@ -12,7 +12,6 @@
 
 #include <errno.h>
 #include <math.h>
-#include <time.h>
 
 #include "irq/chip.h"
 #include "irq/irqdesc.h"
@@ -125,19 +124,6 @@ static bool try_it(IrqLock *lock)
     return lock->held;
 }
 
-/* A while, with interrupts as they were before: 0, or -1 with an exception. */
-static int sleep_a_while(Machine *machine)
-{
-    const struct timespec pause = { 0, LOOK_NS };
-    shi_after_enable(machine);
-    if (shi_task_interrupt(machine) < 0)
-        return -1;
-    Py_BEGIN_ALLOW_THREADS
-    nanosleep(&pause, NULL);
-    Py_END_ALLOW_THREADS
-    return PyErr_CheckSignals() < 0 || shi_use(machine) < 0 ? -1 : 0;
-}
-
 static PyObject *lock_enter(PyObject *object, PyObject *unused)
 {
     IrqLock *lock = (IrqLock *)object;
@@ -154,7 +140,7 @@ static PyObject *lock_enter(PyObject *object, PyObject *unused)
                 Py_RETURN_FALSE;
             return timed_out(lock);
         }
-        if (sleep_a_while(machine) < 0)
+        if (shi_nap(machine, LOOK_NS) < 0)
             return NULL;
     }
     Py_RETURN_TRUE;

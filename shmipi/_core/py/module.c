@@ -26,6 +26,7 @@ static PyMethodDef *all_methods(void)
         shi_chip_methods,    shi_irq_methods,      shi_waitq_methods,  shi_slot_methods,
         shi_segment_methods, shi_doorbell_methods, shi_native_methods, shi_hotplug_methods,
         shi_reap_methods,    shi_lock_methods,     shi_step_methods,   shi_irqlock_methods,
+        shi_irqsync_methods,
     };
     size_t n = 0, p;
     for (p = 0; p < sizeof parts / sizeof *parts; p++) {
