@@ -113,6 +113,106 @@ def test_a_child_that_outlives_the_host_keeps_no_machine(boot, eventually):
         os.waitpid(pid, 0)
 
 
+FORK_IN_A_WAIT = """
+import ctypes, os, signal, sys, time, warnings
+import shmipi
+from shmipi import Cluster, smp
+
+warnings.simplefilter("ignore")
+
+
+def slow_bytes(n):
+    time.sleep(0.2)
+    return bytes(n)
+
+
+def answers(call, fork):
+    # What `call` gives this process, and a child that a signal's handler forks in its
+    # wait. One child: the flag is set before the fork, the timer rings once, and who is
+    # not the process that set it up does not fork.
+    me, forked, pids = os.getpid(), [], []
+    fork = os.fork if fork == "python" else ctypes.PyDLL(None).fork
+    r, w = os.pipe()
+
+    def fork_once(*_):
+        if forked or os.getpid() != me:
+            return
+        forked.append(True)
+        pids.append(fork())
+        if os.getpid() == me:
+            shmipi.shared("forks")[0] = 1
+        else:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)  # whatever it waits for, it ends
+
+    before = signal.signal(signal.SIGALRM, fork_once)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        answer = str(call())
+    except Exception as error:
+        answer = f"{type(error).__name__}: {error}"
+    if os.getpid() != me:
+        os.write(w, answer.encode())
+        os._exit(0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    os.close(w)
+    child = os.read(r, 1000).decode()
+    os.close(r)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    return len(pids), answer, child
+
+
+def report(what, found):
+    forks, parent, child = found
+    told = "fork's child" in child and child.startswith("ClusterStateError")
+    print(what, forks, parent, "told" if told else child, flush=True)
+
+
+def waits(how, fork):
+    if how == "call":
+        return answers(lambda: smp.smp_call_function_single(1, time.sleep, 0.2), fork)
+    return answers(lambda: smp.wait_for_interrupt(timeout=0.2), fork)
+
+
+if __name__ == "__main__":
+    fork = sys.argv[1]
+    with Cluster(2, idle="halt") as cluster:
+        forks = cluster.shared("forks", "i8", 1)
+        for what, call in (
+            ("host large", lambda: len(cluster.call(1, slow_bytes, 100_000))),
+            ("host many", lambda: cluster.smp.on_each_cpu(time.sleep, 0.2)),
+            ("host run", lambda: cluster.run(slow_bytes, 3, cpus=[1])),
+        ):
+            report(what, answers(call, fork))
+        for how in ("call", "wait_for_interrupt"):
+            pid, forks[0] = cluster.cpus[0].pid, 0
+            tasks = cluster.start(waits, how, fork, cpus=[0])
+            while how == "call" and not tasks.wait(0.03):
+                if forks[0]:  # a signal that comes while an IPI is served is put off
+                    assert cluster.call(0, os.getpid, timeout=5) == pid
+            report("task " + how, tasks.results(5)[0])
+        print(len(cluster.call(1, bytes, 100_000)), cluster.run(smp.smp_processor_id))
+        print(cluster.counters()["corrupt"].sum())
+"""
+
+
+@pytest.mark.parametrize("fork", ["python", "c"])
+def test_a_handler_forks_in_a_wait(script, fork):
+    """The wait is the parent's: its child neither takes the answer nor gives it back,
+    nor serves the CPU's queue, nor says what the CPU is doing."""
+    assert script(FORK_IN_A_WAIT, fork, timeout=20).text.splitlines() == [
+        "host large 1 100000 told",
+        "host many 1 None told",
+        "host run 1 [b'\\x00\\x00\\x00'] told",
+        "task call 1 None told",
+        "task wait_for_interrupt 1 False told",
+        "100000 [0, 1]",
+        "0",
+    ]
+
+
 # ---- in a task -----------------------------------------------------------------------
 
 

@@ -5,6 +5,8 @@
 
 #include <errno.h>
 
+#include "base/trace.h"
+
 #define TURNS 20
 #define CALLS 50
 #define HOSTS 3
@@ -79,6 +81,26 @@ static void what_was_never_pushed_is_free_again(void)
     self = admit(slot);
     CHECK(self->sender.nfree == self->sender.csd_top && !self->sender.flight_count);
     CHECK(!shi_csd_locked(shi_own_csd(self, (uint32_t)local)));
+    die(self);
+    rig_stop(&rig);
+}
+
+/* What a thread of a host that has left is about to say is not in the next one's ring. */
+static void who_has_left_says_nothing_more(void)
+{
+    rig_boot(&rig, 1, SHI_IDLE_HALT);
+    uint32_t slot = shi_first_guest(&rig.m);
+    struct shi_self *self = admit(slot);
+    rig.m.trace_offset = rig.m.array_offset; /* a ring of one record for each slot */
+    rig.m.trace_records = 1;
+    self->trace = true;
+    SHI_TRACE(self, call_begin, 0, 0, 0, 0);
+    struct shi_trace_record *ring = shi_trace_ring(&rig.m, slot);
+    CHECK(ring->event == SHI_T_call_begin && ring->seq == 1);
+    CHECK(shi_self_leave(self) == 0);
+    SHI_TRACE(self, call_end, 0, 0, 0, 0);
+    CHECK(ring->event == SHI_T_call_begin);
+    rig.m.trace_records = 0;
     die(self);
     rig_stop(&rig);
 }
@@ -211,6 +233,7 @@ static void the_locks_of_the_dead_are_free(void)
 
 int main(void)
 {
+    who_has_left_says_nothing_more();
     hosts_call_and_are_followed_by_others();
     what_was_never_pushed_is_free_again();
     what_is_queued_stays_with_the_slot();

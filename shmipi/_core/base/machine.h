@@ -86,8 +86,10 @@ struct shi_self {
     uint16_t gen;
     bool host;  /* or firmware, or guest: sends and waits, but is no CPU */
     bool guest; /* a host that is attached: the machine is another's */
-    /* A guest detaches: its waits end; and then its slot is not its own any more. */
+    /* A guest detaches: its waits end; and then its slot is not its own any more.  A fork's
+     * child has left from the start: the slot is the parent's. */
     volatile uint8_t leaving, left;
+    struct shi_self *next_host; /* of this process (shi_self_init) */
     pid_t pid, tid;
     pthread_t thread;
     shi_a64 *counts; /* of the context it is in */

@@ -12,6 +12,8 @@ const char *const shi_trace_names[SHI_T_COUNT] = { "none",
 void shi_trace_write(struct shi_self *self, enum shi_trace_event event, uint32_t cpu,
                      uint32_t csd, uint32_t func, uint32_t arg)
 {
+    if (self->left)
+        return; /* the ring is another's by now */
     /* A read-modify-write: the kick handler may trace in the middle of this, and the
      * host's threads share one ring. */
     uint64_t at = shi_fetch_add_relaxed(&self->slot->trace_head, 1);

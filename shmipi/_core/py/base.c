@@ -4,6 +4,7 @@
 
 #include <math.h>
 #include <stdarg.h>
+#include <unistd.h>
 
 #include "base/clock.h"
 
@@ -200,7 +201,11 @@ PyObject *shi_raise_errno(Machine *machine, int err, int cpu)
     case ENXIO:
         return raise_offline(machine, cpu);
     case ESHUTDOWN:
-        return shi_raise(shi_py.StateError, 0, cpu, "this cluster is closed");
+        return shi_raise(shi_py.StateError, 0, cpu,
+                         machine->foreign || machine->self.pid != getpid()
+                             ? "this machine belongs to the parent process: a "
+                               "fork's child can not use it"
+                             : "this cluster is closed");
     case EOWNERDEAD: {
         uint32_t state = shi_load_acquire(&machine->m.header->machine_state);
         if (machine->self.guest && shi_load_acquire(&machine->m.header->shut_down))

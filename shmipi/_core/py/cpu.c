@@ -321,6 +321,7 @@ static PyObject *forked(PyObject *object, PyObject *unused)
     (void)unused;
     if (!machine->self.host && !machine->newborn) {
         machine->foreign = 1;
+        machine->self.left = 1;
         if (shi_current == machine)
             shi_current = NULL;
         shi_kick_remove();

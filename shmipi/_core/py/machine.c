@@ -133,7 +133,7 @@ METHOD(leave)
     if (PyErr_Occurred())
         return NULL;
     if (!self->guest || machine->foreign || self->left)
-        return PyBool_FromLong(self->left);
+        return PyBool_FromLong(self->left && !machine->foreign);
     machine->closed = 1;
     shi_functions_clear(machine);
     if (shi_current == machine)
@@ -162,6 +162,7 @@ METHOD(disown)
 {
     (void)arg;
     MACHINE(object)->foreign = 1;
+    MACHINE(object)->self.left = 1;
     shi_absence = SHI_CHILD;
     shi_machine_close(&MACHINE(object)->m); /* and with it our hold on the lock */
     if (shi_current == MACHINE(object))

@@ -8,6 +8,8 @@
 
 void shi_leave_behind(Machine *machine, uint32_t local)
 {
+    if (machine->self.left)
+        return;
     shi_drop_early(machine, local);
     shi_enter(&machine->self);
     shi_csd_abandon(&machine->self, local);
@@ -50,6 +52,10 @@ static int turn(void *arg, uint32_t dst, int why)
     if ((why == SHI_WAIT_SIGNAL ? PyErr_CheckSignals() : shi_signals_check(machine)) < 0 ||
         shi_task_interrupt(machine) < 0)
         return -EINTR;
+    /* Such a handler has detached this guest, or forked: what this waits for, and the queue
+     * that a CPU serves meanwhile, are another's. */
+    if (machine->self.left)
+        return -ESHUTDOWN;
     if (machine->self.host && shi_load_acquire(&shi_slot(&machine->m, dst)->starved))
         shi_read_early(machine, dst);
     return 0;
@@ -68,7 +74,7 @@ static void take_back(void *machine, void *gone)
 static void end(void *arg)
 {
     Machine *machine = arg;
-    if (!machine->self.host)
+    if (!machine->self.host && !machine->self.left)
         shi_take_deferred(machine);
 }
 

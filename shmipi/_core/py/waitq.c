@@ -52,12 +52,21 @@ static struct idling begin(struct shi_self *self)
     return was;
 }
 
+/* -1, with an exception, in a child that a signal's handler has forked: it is no CPU. */
+static int is_here(Machine *machine)
+{
+    if (__builtin_expect(!machine->self.left, 1))
+        return 0;
+    shi_raise_errno(machine, -ESHUTDOWN, (int)machine->self.id);
+    return -1;
+}
+
 /* Take what is there, Python included.  0, or -1 with an exception for the task. */
 static int take(Machine *machine)
 {
     struct shi_self *self = &machine->self;
     /* First: handlers of the task's own signals may leave the CPU RUNNING. */
-    if (PyErr_CheckSignals() < 0)
+    if (PyErr_CheckSignals() < 0 || is_here(machine) < 0)
         return -1;
     self->served += shi_python_waits(self); /* taken by a kick, its handler not run yet */
     shi_wait_settle(machine);
@@ -72,7 +81,8 @@ static int take(Machine *machine)
         shi_raise_errno(machine, -EOWNERDEAD, (int)self->id);
         return -1;
     }
-    if (shi_signals_check(machine) < 0) /* the task's, that came during a handler */
+    /* The task's, that came during a handler. */
+    if (shi_signals_check(machine) < 0 || is_here(machine) < 0)
         return -1;
     return shi_task_interrupt(machine); /* cancelled? */
 }
@@ -85,6 +95,8 @@ static void end(Machine *machine, struct idling was)
     self->pausing = false;
     self->inline_python = was.inlined;
     self->irqs_off = was.irqs_off;
+    if (self->left)
+        return; /* the state is another's */
     shi_signal_fence();
     shi_set_running(self);
     shi_take_deferred(machine);

@@ -37,6 +37,56 @@ int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
     return 0;
 }
 
+/* ---- forks ------------------------------------------------------------------------- */
+
+/* Hosts of this process, of different machines.  The firmware is none of them: its children
+ * become CPUs, or go on in its slot as coprocessors. */
+static struct shi_self *hosts;
+static pthread_mutex_t hosts_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* In the child.  It may have been forked in a wait, by a signal's handler of any language,
+ * and returns into it.  Whoever held the lock is not here, and stores one pointer at a time. */
+static void leave_hosts(void)
+{
+    struct shi_self *self;
+    for (self = hosts; self; self = self->next_host)
+        self->left = 1;
+    hosts = NULL;
+    pthread_mutex_init(&hosts_lock, NULL);
+}
+
+static int add_host(struct shi_self *self)
+{
+    static bool hooked;
+    pthread_mutex_lock(&hosts_lock);
+    if (!hooked && pthread_atfork(NULL, NULL, leave_hosts)) {
+        pthread_mutex_unlock(&hosts_lock);
+        return -ENOMEM;
+    }
+    hooked = true;
+    self->next_host = hosts;
+    shi_signal_fence();
+    hosts = self;
+    pthread_mutex_unlock(&hosts_lock);
+    return 0;
+}
+
+static void remove_host(struct shi_self *self)
+{
+    struct shi_self **at;
+    pthread_mutex_lock(&hosts_lock);
+    for (at = &hosts; *at && *at != self; at = &(*at)->next_host)
+        ;
+    if (*at)
+        *at = self->next_host;
+    pthread_mutex_unlock(&hosts_lock);
+}
+
+static bool is_firmware(const struct shi_self *self)
+{
+    return self->id == self->m->ncpus + 1;
+}
+
 int shi_self_init(struct shi_self *self, struct shi_machine *m, uint32_t id)
 {
     memset(self, 0, sizeof *self);
@@ -56,11 +106,14 @@ int shi_self_init(struct shi_self *self, struct shi_machine *m, uint32_t id)
     self->steps = shi_load_relaxed(&m->header->steps) != 0;
     pthread_mutex_init(&self->lock, NULL);
     pthread_mutex_init(&self->kick_lock, NULL);
-    return shi_sender_init(self);
+    int err = shi_sender_init(self);
+    return err || !self->host || is_firmware(self) ? err : add_host(self);
 }
 
 void shi_self_fini(struct shi_self *self)
 {
+    if (self->host)
+        remove_host(self);
     shi_sender_fini(self);
     pthread_mutex_destroy(&self->lock);
     pthread_mutex_destroy(&self->kick_lock);

@@ -251,10 +251,18 @@ static void forget(void)
     kick_self = NULL;
 }
 
+/* In a fork's child, which may return into a wait of its parent's. */
+static void leave(void)
+{
+    if (kick_self)
+        kick_self->left = 1;
+    forget();
+}
+
 int shi_kick_install(struct shi_self *self)
 {
     static bool hooked;
-    if (!hooked && pthread_atfork(NULL, NULL, forget))
+    if (!hooked && pthread_atfork(NULL, NULL, leave))
         return -ENOMEM;
     hooked = true;
     kick_self = self;

@@ -292,8 +292,8 @@ int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t d
         if (waiter)
             waiter->take_back(arg, gone);
     }
-    /* A signal's handler that ran in `turn` may have detached this guest, or let a thread that
-     * did go first: what reads as an unlocked csd is a page of zeros in the slot's place. */
+    /* A signal's handler may have detached this guest, or let a thread that did go first: what
+     * reads as an unlocked csd is a page of zeros in the slot's place. */
     if (!rc && __builtin_expect(self->left, 0))
         rc = -ESHUTDOWN;
     if (!self->host)
@@ -309,7 +309,7 @@ int shi_call_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t 
 {
     int err = shi_csd_wait(self, local, dst, deadline_ns, waiter, arg);
     SHI_TRACE(self, call_end, dst, shi_own_index(self, local) + 1, 0, (uint32_t)-err);
-    if (err) {
+    if (err && !self->left) { /* else it is another's by now, as is who has locked the mutex */
         shi_enter(self);
         shi_csd_abandon(self, local);
         shi_leave(self);

@@ -48,6 +48,8 @@ void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index
 
 void shi_wait_end(struct shi_self *self, struct shi_wait *wait)
 {
+    if (self->left) /* the slot is another's */
+        return;
     if (wait->published) /* a wait that an NMI's handler interrupted goes on */
         shi_store_release(&self->slot->waiting_for, wait->outer);
     if (self->in_task && may_serve(self))
@@ -58,6 +60,8 @@ void shi_wait_end(struct shi_self *self, struct shi_wait *wait)
  * or to leave the task. */
 static bool serve(struct shi_self *self)
 {
+    if (self->left)
+        return true; /* a fork's child: the queue is its parent's */
     self->in_core++;
     shi_service(self);
     self->in_core--;
