@@ -53,9 +53,20 @@ from shmipi.smp.cpus import (
     variable,
 )
 from shmipi.smp.nmi import (
+    NMI_DONE,
+    NMI_FLAG_FIRST,
+    NMI_HANDLED,
+    NMI_IO_CHECK,
     NMI_IPI_ALL_OTHERS,
+    NMI_LOCAL,
+    NMI_REASON_IOCHK,
+    NMI_REASON_SERR,
+    NMI_SERR,
+    NMI_UNKNOWN,
     register_nmi_handler,
     smp_send_nmi_ipi,
+    smp_send_safe_nmi_ipi,
+    unregister_nmi_handler,
 )
 from shmipi.smp.waitqueue import Completion, WaitQueue, completion, wait_queue
 
@@ -68,7 +79,16 @@ nr_cpu_ids: int
 
 __all__ = [
     "INIT_CSD",
+    "NMI_DONE",
+    "NMI_FLAG_FIRST",
+    "NMI_HANDLED",
+    "NMI_IO_CHECK",
     "NMI_IPI_ALL_OTHERS",
+    "NMI_LOCAL",
+    "NMI_REASON_IOCHK",
+    "NMI_REASON_SERR",
+    "NMI_SERR",
+    "NMI_UNKNOWN",
     "BoundSmp",
     "CallSingleData",
     "Completion",
@@ -111,8 +131,10 @@ __all__ = [
     "smp_rmb",
     "smp_send_nmi_ipi",
     "smp_send_reschedule",
+    "smp_send_safe_nmi_ipi",
     "smp_store_release",
     "smp_wmb",
+    "unregister_nmi_handler",
     "wait_for_interrupt",
     "wait_queue",
 ]

@@ -38,7 +38,11 @@ class BoundSmp:
         self.kick_process = cpus.kick_process
         self.INIT_CSD = _core.INIT_CSD
         self.register_nmi_handler = partial(nmi.register_nmi_handler, machine=machine)
+        self.unregister_nmi_handler = partial(
+            nmi.unregister_nmi_handler, machine=machine
+        )
         self.smp_send_nmi_ipi = partial(nmi.smp_send_nmi_ipi, machine=machine)
+        self.smp_send_safe_nmi_ipi = partial(nmi.smp_send_safe_nmi_ipi, machine=machine)
 
     def __repr__(self) -> str:
         return f"<smp of Cluster {self._machine.name!r}>"

@@ -735,15 +735,15 @@ def on_nmi():
 
     def request(cluster, handler, info=None):
         where.append(cluster)
-        cluster.smp.register_nmi_handler(handler, info)
+        cluster.smp.register_nmi_handler(smp.NMI_LOCAL, handler, 0, "test", info)
 
     yield request
     for cluster in where:
-        cluster.smp.register_nmi_handler(None)
+        cluster.smp.unregister_nmi_handler(smp.NMI_LOCAL, "test")
 
 
 def test_ten_nmis_inside_the_handler_give_exactly_one_more(cluster, on_nmi, log):
-    def handler(_):
+    def handler(type, regs):
         note(log, smp.in_nmi())
         if log[0] == 1:
             for _ in range(10):

@@ -593,16 +593,16 @@ def test_a_line_that_nobody_handles_is_reported(cluster, lines, settle):
 @pytest.fixture
 def on_nmi(cluster):
     """`on_nmi(handler, info)`: until the test ends."""
-    yield lambda handler, info=None: smp.register_nmi_handler(
-        handler, info, machine=cluster._machine
+    yield lambda handler, info=None: cluster.smp.register_nmi_handler(
+        smp.NMI_LOCAL, handler, 0, "test", info
     )
-    smp.register_nmi_handler(None, machine=cluster._machine)
+    cluster.smp.unregister_nmi_handler(smp.NMI_LOCAL, "test")
 
 
 def test_ten_nmis_inside_the_handler_are_one_more(cluster, on_nmi, taken, settle):
     """pending nmi: one is in service, one more stays pending."""
 
-    def handler(_):
+    def handler(type, regs):
         me = smp.smp_processor_id()
         taken[me, 0] += 1
         if taken[me, 0] == 1:
@@ -658,7 +658,7 @@ def test_interrupts_off_hold_up_no_real_nmi(cluster, on_nmi, held, settle, handl
     n = cluster.shared("masked_nmi", "i8", 1)
     n[:] = 0
 
-    def count(_):
+    def count(type, regs):
         n[0] += smp.in_nmi()
 
     on_nmi(smp.NativeHandler("count") if handler == "native" else count, n)

@@ -706,8 +706,8 @@ def test_an_irqs_number_is_given_back_with_the_irq(boot):
             pass
 
         cluster.irq.request_percpu_irq(virq, handler, "mine", 0)
-        cluster.smp.register_nmi_handler(handler)
-        cluster.smp.register_nmi_handler(None)
+        cluster.smp.register_nmi_handler(smp.NMI_LOCAL, handler, 0, "mine")
+        cluster.smp.unregister_nmi_handler(smp.NMI_LOCAL, "mine")
         cluster.irq.free_percpu_irq(virq, 0)
         del handler
     assert published() == 1
@@ -737,10 +737,10 @@ def test_an_nmi_handler_keeps_its_number(boot, eventually):
     nmis = cluster.shared("nmis", "i8", 2)
     x = 0
 
-    def handler(_):
+    def handler(*_):
         atomic.fetch_add(nmis, smp.smp_processor_id(), 1 + 0 * x)
 
-    cluster.smp.register_nmi_handler(handler)
+    cluster.smp.register_nmi_handler(smp.NMI_LOCAL, handler, 0, "handler")
     x = 1
     cluster.smp.smp_call_function_single(0, handler, 0)
     del handler

@@ -151,15 +151,15 @@ def test_a_registered_handler_runs_for_each_until_it_is_removed(rig, eventually)
     cluster = found.cluster
 
     class Handler:
-        def __call__(self, regs):
+        def __call__(self, type, regs):
             note(regs)
 
-    cluster.smp.register_nmi_handler(Handler())
+    cluster.smp.register_nmi_handler(smp.NMI_LOCAL, Handler(), 0, "note")
     for count in (1, 2):
         cluster.chip.send_nmi(2)
         eventually(lambda count=count: found.seen[2, 0] == count)
         eventually(lambda: not cluster.chip.read("nmi", 2))
-    cluster.smp.register_nmi_handler(None)
+    cluster.smp.unregister_nmi_handler(smp.NMI_LOCAL, "note")
     cluster.chip.send_nmi(2)
     eventually(lambda: cluster.counters()["nmi"][2] == 3)
     assert found.seen[2, 0] == 2
@@ -175,28 +175,6 @@ def test_a_handler_that_raises_spoils_nothing(rig, eventually, capfd):
     eventually(lambda: found.cluster.counters()["unraisable"][1] == 1)
     assert found.cluster.call(1, smp.smp_processor_id) == 1
     assert "from the NMI" in capfd.readouterr().err
-
-
-def test_not_in_an_interrupt_handler(rig):
-    found = rig()
-
-    def handler():
-        smp.smp_send_nmi_ipi(0, note)
-
-    with pytest.raises(shmipi.RemoteCallError, match="not in an interrupt handler"):
-        found.cluster.call(1, handler)
-
-
-def test_the_lock_of_a_dead_cpu_is_taken_over(rig):
-    found = rig()
-
-    def die():
-        with shmipi._core.current_machine().irq_lock():
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with pytest.raises(shmipi.CpuDiedError):
-        found.cluster.run(die, cpus=[0])
-    assert found.cluster.smp.smp_send_nmi_ipi(1, note, NMI_S) == 1
 
 
 def test_of_one_machine_among_several(rig):

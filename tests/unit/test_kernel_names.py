@@ -1,5 +1,6 @@
 """What a kernel developer looks for is there, or the README says why not."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ SMP = [
     "kick_process",
     "need_resched",
     "register_nmi_handler",
+    "unregister_nmi_handler",
     "smp_send_nmi_ipi",
+    "smp_send_safe_nmi_ipi",
     "smp_send_reschedule",
 ]
 VARIABLES = ["cpu_online_mask", "nr_cpu_ids"]
@@ -55,11 +58,21 @@ VALUES = {
     "IRQ_TYPE_LEVEL_LOW": 8,
     "IRQ_TYPE_SENSE_MASK": 15,
 }
+NMI = {
+    "NMI_LOCAL": 0,
+    "NMI_UNKNOWN": 1,
+    "NMI_SERR": 2,
+    "NMI_IO_CHECK": 3,
+    "NMI_FLAG_FIRST": 1,
+    "NMI_DONE": 0,
+    "NMI_HANDLED": 1,
+    "NMI_REASON_SERR": 0x80,
+    "NMI_REASON_IOCHK": 0x40,
+    "NMI_IPI_ALL_OTHERS": -2,
+}
 ABSENT = [
     "__smp_call_single_queue",
     "csd_lock_is_stuck",
-    "unregister_nmi_handler",
-    "smp_send_safe_nmi_ipi",
     "apic_send_nmi_to_offline_cpu",
 ]
 
@@ -90,6 +103,20 @@ def test_of_kernel_irq(name):
 def test_values_are_the_kernels():
     assert {name: int(getattr(irq, name)) for name in VALUES} == VALUES
     assert set(VALUES) | {"irqd_to_hwirq"} <= set(irq.__all__)
+
+
+def test_values_of_nmis_are_the_kernels():
+    assert {name: getattr(smp, name) for name in NMI} == NMI
+    assert set(NMI) <= set(smp.__all__)
+
+
+def test_register_nmi_handler_takes_what_the_kernels_does():
+    takes = inspect.signature(smp.register_nmi_handler).parameters
+    assert list(takes)[:4] == ["type", "handler", "flags", "name"]
+    assert list(inspect.signature(smp.unregister_nmi_handler).parameters)[:2] == [
+        "type",
+        "name",
+    ]
 
 
 @pytest.mark.parametrize("name", ["", "_mask", "_all", "_self", "_allbutself"])

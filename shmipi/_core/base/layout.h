@@ -21,7 +21,7 @@
 #include "base/clock.h"
 
 #define SHI_MAGIC "shmipi\n\x1a"
-#define SHI_ABI 4u
+#define SHI_ABI 5u
 
 #define SHI_LINE 64u
 #define SHI_PAIR 128u /* two lines: the adjacent-line prefetcher moves pairs */
@@ -245,6 +245,9 @@ _Static_assert(sizeof(struct shi_func) == 32, "function table entry");
     X(nmi)             /* NMIs taken */                                                        \
     X(nmi_sent)                                                                                \
     X(nmi_collapsed) /* as many as can be were pending already */                              \
+    X(nmi_external)  /* NMIs that a reason was found for: SERR, IO_CHECK */                    \
+    X(nmi_unknown)   /* NMIs that nobody but handlers of NMI_UNKNOWN handled, if at all */     \
+    X(nmi_swallowed) /* NMIs whose events an earlier one has handled */                        \
     X(died)          /* call_single_data completed by the reaper for this CPU */               \
     X(corrupt)       /* damaged entries found and dropped */
 
@@ -370,16 +373,17 @@ struct shi_pic {
     _Alignas(SHI_PAIR) shi_a64 enable[SHI_NLINES / 64]; /* lines that are not masked */
     shi_a64 messages;                                   /* esb: one byte each, PPC_MSG_* */
     shi_a32 nmi;                                        /* pending | SHI_NMI_IN_SERVICE */
-    shi_a32 startup; /* enum shi_startup: futex of a CPU that waits for STARTUP */
-    shi_a32 sipi;    /* vector of the STARTUP that it took */
-    shi_a32 init;    /* generation of the process that INIT ends: the firmware's order */
+    shi_a32 startup;     /* enum shi_startup: futex of a CPU that waits for STARTUP */
+    shi_a32 sipi;        /* vector of the STARTUP that it took */
+    shi_a32 init;        /* generation of the process that INIT ends: the firmware's order */
+    shi_a32 nmi_request; /* number of the NMI IPI that asks for this CPU; 0: none does */
     shi_a64 routed[SHI_NLINES / 64]; /* shared: lines mapped to this CPU (pcpu_masks) */
     shi_a64 bank[2]; /* sgi: 8 bits a line, the CPUs that sent it (GICD_SPENDSGIRn) */
     /* Written by the owner only. */
     _Alignas(SHI_PAIR) shi_a64 isr[SHI_NLINES / 64]; /* in service, or active */
     shi_a64 inprogress[SHI_NLINES / 64];             /* see shi_line_begin */
     shi_a64 put_off[SHI_NLINES / 64]; /* of those: the handler waits for the interpreter */
-    shi_a32 nmi_entered;              /* NMIs whose handler has begun */
+    shi_a32 nmi_service;              /* counts; odd while an NMI is in service */
     shi_a32 threshold;                /* TPR, CPPR, PMR */
     shi_a32 spurious;                 /* 1: asserted, and masked before it was taken */
     shi_a32 happened;                 /* esb: paca->irq_happened */
@@ -445,6 +449,31 @@ struct shi_irqdomain {
 };
 _Static_assert(sizeof(struct shi_irqdomain) == 128, "an irq domain is a line pair");
 
+/* Whose NMIs a handler is for (asm/nmi.h). */
+enum shi_nmi_type {
+    SHI_NMI_LOCAL = 0,
+    SHI_NMI_UNKNOWN = 1,
+    SHI_NMI_SERR = 2,
+    SHI_NMI_IO_CHECK = 3,
+    SHI_NMI_MAX = 4,
+};
+#define SHI_NMI_ACTIONS 15u /* handlers of a type: four bits each, and 0 for none */
+_Static_assert(SHI_NMI_ACTIONS * 4 < 64, "an order of handlers is a word");
+#define SHI_NMI_REASON_SERR 0x80u /* as port 0x61 has them */
+#define SHI_NMI_REASON_IOCHK 0x40u
+
+/* irq/nmi.c. */
+struct shi_nmi_area {
+    /* Of each type who is asked, in order: 1 + a place in action[type], four bits each.  A
+     * change is one store: who is killed in the middle of one has made none, or all of it. */
+    _Alignas(SHI_PAIR) shi_a64 order[SHI_NMI_MAX];
+    shi_a64 lock;    /* of the NMI IPI that is under way: 0, or its sender (shi_lock_try) */
+    shi_a32 request; /* its number */
+    shi_a32 reason;  /* SHI_NMI_REASON_*: why an NMI came that is no CPU's own */
+    struct shi_irqdesc ipi; /* its function */
+    struct shi_irqdesc action[SHI_NMI_MAX][SHI_NMI_ACTIONS];
+};
+
 struct shi_coproc {
     _Alignas(SHI_PAIR) shi_a32 pending; /* one bit: a SINGLE domain has one hwirq */
     shi_a32 event;                      /* its doorbell */
@@ -466,7 +495,8 @@ struct shi_irq_area {
     shi_a64 undo;
     struct shi_coproc coproc[SHI_NCOPROC];
     struct shi_irqdomain domain[SHI_NDOMAINS];
-    struct shi_irqdesc desc[SHI_NR_IRQS]; /* desc[0] is the NMI's */
+    struct shi_irqdesc desc[SHI_NR_IRQS]; /* desc[0]: no irq has the number 0 */
+    struct shi_nmi_area nmi;
     /* then a row for each CPU: how often it took each line, SHI_NLINES 64-bit words */
     /* then the affinity mask of each descriptor: 64-bit words, as many as ncpus needs */
 };

@@ -102,6 +102,13 @@ struct shi_self {
     volatile uint8_t ctx;      /* enum shi_ctx for counters */
     volatile uint8_t in_nmi;
     volatile uint8_t nmi_waits; /* an NMI is in service, and Python has to handle it */
+    /* Of the NMI in service (irq/nmi.c): whose turn it is, and what was handled so far. */
+    uint8_t nmi_type;
+    bool nmi_again;   /* back to back: it was pending when the one before was over */
+    bool nmi_swallow; /* that one has handled several events: this may have been one of them */
+    volatile bool nmi_ahead; /* an NMI IPI was entered ahead of its NMI, which is to come ... */
+    bool nmi_spent;          /* ... and may be this one */
+    uint32_t nmi_handled;
     volatile uint8_t reminding; /* the timer is set (remind.h) */
     volatile uint32_t held;     /* depth of imports: kicks leave Python handlers waiting */
     bool has_timer;

@@ -33,6 +33,9 @@
     X(offline)     /* drained, about to publish OFFLINE */                                     \
     X(line)        /* target: line taken from the chip, nothing done for it */                 \
     X(nmi)         /* NMI pending, not yet signalled */                                        \
+    X(nmi_ask)     /* NMI IPI: a target asked for, its NMI not yet sent */                     \
+    X(nmi_wait)    /* NMI IPI: all NMIs sent, none waited for */                               \
+    X(nmi_take)    /* target: has entered an NMI IPI, its function not yet called */           \
     X(complete)    /* a completion counted, nobody woken yet */                                \
     X(undo)        /* irq tables: about to free one thing more of what is half there */
 

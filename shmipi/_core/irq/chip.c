@@ -237,6 +237,9 @@ static void reset(const struct shi_machine *m, uint32_t cpu)
             shi_fetch_or_full(&pic->enable[i / 64], 1ull << (i % 64));
     shi_store_relaxed(&pic->messages, 0);
     shi_store_relaxed(&pic->nmi, 0);
+    shi_store_relaxed(&pic->nmi_request, 0);
+    /* Of a process that was killed in an NMI's handler: over. */
+    shi_store_relaxed(&pic->nmi_service, (shi_load_relaxed(&pic->nmi_service) + 1) & ~1u);
     shi_store_relaxed(&pic->threshold, 0);
     shi_store_relaxed(&pic->spurious, 0);
     shi_store_relaxed(&pic->happened, 0);

@@ -360,6 +360,7 @@ void shi_coproc_ended(const struct shi_self *self, uint32_t pid)
 {
     struct shi_header *h = self->m->header;
     shi_lock_orphan(self, &shi_irq_area(self->m)->lock, pid);
+    shi_lock_orphan(self, &shi_irq_area(self->m)->nmi.lock, pid);
     shi_lock_orphan(self, &h->array_lock, pid);
     shi_lock_orphan(self, &h->hotplug_lock, pid);
     shi_lock_orphan(self, &h->tool_lock, pid);

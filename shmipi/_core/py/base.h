@@ -17,6 +17,7 @@
 #include "smp/wait.h"
 
 struct func_entry;
+struct nmi_sending;
 
 /* A result for which there was no room.  Its csd stays locked, so its sender waits. */
 struct unsent {
@@ -56,7 +57,8 @@ typedef struct {
     struct func_table sent;
     bool sends_ipis;    /* its controller leaves sending IPIs of domains to the core */
     bool sending;       /* functions have been sent */
-    uint32_t *irq_held; /* by virq: the function that its handler is, + 1 (py/irq.c) */
+    uint32_t *irq_held; /* by irq and NMI handler: the function it is, + 1 (py/irq.c) */
+    struct nmi_sending *nmi_sending; /* of the thread that sends an NMI IPI: the innermost */
     struct func_cache *received;
     struct unsent *unsent; /* results that wait for room: self.unsent of them, oldest first */
     uint32_t unsent_room;

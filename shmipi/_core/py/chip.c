@@ -304,19 +304,6 @@ METHOD(nmi_send)
     return sent < 0 ? shi_raise_errno(machine, sent, (int)cpu) : PyBool_FromLong(sent);
 }
 
-/* nmi_resend(cpu): signal again what is pending, whatever became of the first signal. */
-METHOD(nmi_resend)
-{
-    Machine *machine = MACHINE(object);
-    unsigned long cpu = PyLong_AsUnsignedLong(arg);
-    if (PyErr_Occurred() || shi_use(machine) < 0 || check_cpu(machine, (unsigned)cpu) < 0)
-        return NULL;
-    shi_enter(&machine->self);
-    shi_irq_rering(&machine->self, (uint32_t)cpu);
-    shi_leave(&machine->self);
-    Py_RETURN_NONE;
-}
-
 /* startup_ipi(cpu, vector) -> bool: did it wait for one?  Counts no register write. */
 METHOD(startup_ipi)
 {
@@ -377,7 +364,8 @@ static const struct reg regs[] = {
     PIC(bank, 2, 0),
     PIC(senders, 1, 0),
     PIC(isr, SHI_NLINES / 64, 0),
-    PIC(nmi_entered, 1, 0),
+    PIC(nmi_request, 1, 0),
+    PIC(nmi_service, 1, 0),
     PIC(threshold, 1, 0),
     PIC(happened, 1, 0),
     PIC(iar, 1, 0),
@@ -515,8 +503,6 @@ PyMethodDef shi_chip_methods[] = {
     { "esb_demux", machine_esb_demux, METH_NOARGS, "esb_demux(): take this CPU's messages" },
     { "nmi_send", machine_nmi_send, METH_VARARGS,
       "nmi_send(cpu, writes=1) -> bool: False when it collapsed" },
-    { "nmi_resend", machine_nmi_resend, METH_O,
-      "nmi_resend(cpu): signal what is pending again" },
     { "startup_ipi", machine_startup_ipi, METH_VARARGS,
       "startup_ipi(cpu, vector) -> bool: did it wait for one?" },
     { "init_ipi", machine_init_ipi, METH_O,

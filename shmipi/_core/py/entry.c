@@ -13,6 +13,7 @@
 #include "py/handler.h"
 #include "py/incoming.h"
 #include "py/line.h"
+#include "py/nmi.h"
 #include "py/signals.h"
 
 /* The interpreter, given up for a while: by this thread (host) or for the core's hooks

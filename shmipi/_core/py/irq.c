@@ -9,6 +9,7 @@
 #include "py/entry.h"
 #include "py/chip.h"
 #include "py/func.h"
+#include "py/irq.h"
 #include "py/line.h"
 #include "py/native.h"
 #include "py/outgoing.h"
@@ -29,8 +30,9 @@ METHOD(irq_free_undo)
     Py_RETURN_NONE;
 }
 
-static int request_native(Machine *machine, struct shi_irqdesc *desc, PyObject *handler,
-                          PyObject *info, uint32_t stride)
+/* What a native handler gets: 0, or -1 with an exception. */
+int shi_native_request(Machine *machine, struct shi_irqdesc *desc, PyObject *handler,
+                       PyObject *info, uint32_t stride)
 {
     int64_t number = shi_native_number(machine, handler);
     uint32_t native = (uint32_t)number;
@@ -55,16 +57,30 @@ static int request_native(Machine *machine, struct shi_irqdesc *desc, PyObject *
     return err;
 }
 
-/* Numbers of functions are held for the irqs that this process has requested, whatever
- * becomes of the function object.  Give back those of irqs that others have freed, or have
- * requested since.  The table is locked. */
-static void let_go_of_handlers(Machine *machine)
+/* Behind the irqs, the handlers of NMIs. */
+#define HELD (SHI_NR_IRQS + SHI_NMI_MAX * SHI_NMI_ACTIONS)
+
+static struct shi_irqdesc *held_for(const struct shi_machine *m, uint32_t place)
+{
+    return place < SHI_NR_IRQS ? &shi_irq_area(m)->desc[place]
+                               : &shi_irq_area(m)->nmi.action[0][0] + (place - SHI_NR_IRQS);
+}
+
+static uint32_t place_of(const struct shi_machine *m, const struct shi_irqdesc *desc)
+{
+    const struct shi_irqdesc *first = &shi_irq_area(m)->desc[0];
+    return desc >= first && desc < first + SHI_NR_IRQS
+               ? (uint32_t)(desc - first)
+               : SHI_NR_IRQS + (uint32_t)(desc - &shi_irq_area(m)->nmi.action[0][0]);
+}
+
+void shi_irq_let_go(Machine *machine)
 {
     struct shi_self *self = &machine->self;
-    uint32_t virq;
-    for (virq = 0; machine->irq_held && virq < SHI_NR_IRQS; virq++) {
-        uint32_t held = machine->irq_held[virq];
-        const struct shi_irqdesc *desc = shi_irqdesc(&machine->m, virq);
+    uint32_t place;
+    for (place = 0; machine->irq_held && place < HELD; place++) {
+        uint32_t held = machine->irq_held[place];
+        const struct shi_irqdesc *desc = held_for(&machine->m, place);
         if (!held)
             continue;
         uint32_t serial =
@@ -74,19 +90,19 @@ static void let_go_of_handlers(Machine *machine)
         };
         if (shi_load_acquire(&desc->action) == SHI_IA_PYTHON && shi_same_handler(desc, &mine))
             continue;
-        machine->irq_held[virq] = 0;
+        machine->irq_held[place] = 0;
         shi_enter(self);
         shi_func_drop(self, held - 1);
         shi_leave(self);
     }
 }
 
-/* Publish a Python handler and hold its number.  0, or -1. */
-static int request_python(Machine *machine, uint32_t virq, PyObject *handler)
+int shi_python_request(Machine *machine, struct shi_irqdesc *desc, PyObject *handler)
 {
     struct shi_self *self = &machine->self;
+    uint32_t place = place_of(&machine->m, desc);
     if (!machine->irq_held) {
-        machine->irq_held = PyMem_Calloc(SHI_NR_IRQS, sizeof *machine->irq_held);
+        machine->irq_held = PyMem_Calloc(HELD, sizeof *machine->irq_held);
         if (!machine->irq_held) {
             PyErr_NoMemory();
             return -1;
@@ -99,14 +115,13 @@ static int request_python(Machine *machine, uint32_t virq, PyObject *handler)
     int64_t index = shi_function_number(machine, handler);
     if (index < 0)
         return -1;
-    struct shi_irqdesc *desc = shi_irqdesc(&machine->m, virq);
-    uint32_t old = machine->irq_held[virq];
+    uint32_t old = machine->irq_held[place];
     shi_enter(self);
     shi_func_hold(self, (uint32_t)index);
     shi_irqdesc_set_python(
         self, desc, (uint32_t)index,
         shi_load_relaxed(&shi_func_entry(&machine->m, self->id, (uint32_t)index)->serial));
-    machine->irq_held[virq] = (uint32_t)index + 1;
+    machine->irq_held[place] = (uint32_t)index + 1;
     if (old)
         shi_func_drop(self, old - 1); /* after: whoever takes the irq now finds the new one */
     shi_leave(self);
@@ -130,9 +145,9 @@ METHOD(irq_request)
         return NULL;
     }
     if (Py_IS_TYPE(handler, shi_native_type)) {
-        if (request_native(machine, desc, handler, info, stride) < 0)
+        if (shi_native_request(machine, desc, handler, info, stride) < 0)
             return NULL;
-        let_go_of_handlers(machine);
+        shi_irq_let_go(machine);
         Py_RETURN_NONE;
     }
     if (PyLong_Check(handler)) {
@@ -140,12 +155,12 @@ METHOD(irq_request)
         if (PyErr_Occurred() || shi_check_line(machine, (unsigned)line) < 0)
             return NULL;
         shi_irqdesc_set_line(desc, (uint32_t)line);
-        let_go_of_handlers(machine);
+        shi_irq_let_go(machine);
         Py_RETURN_NONE;
     }
-    if (request_python(machine, virq, handler) < 0)
+    if (shi_python_request(machine, desc, handler) < 0)
         return NULL;
-    let_go_of_handlers(machine);
+    shi_irq_let_go(machine);
     Py_RETURN_NONE;
 }
 
@@ -161,7 +176,7 @@ METHOD(irq_free)
     if (desc)
         shi_irqdesc_clear(desc);
     if (!machine->closed && !machine->foreign)
-        let_go_of_handlers(machine);
+        shi_irq_let_go(machine);
     Py_RETURN_NONE;
 }
 

@@ -106,9 +106,8 @@ static int may_wait(const Machine *machine, bool anywhere)
     if (anywhere || (!self->in_irq && !self->in_nmi && !self->irqs_off))
         return 0;
     shi_raise(shi_py.StateError, 0, -1,
-              "irqs are reserved, destroyed, requested and freed, and NMI handlers changed, "
-              "under a lock that may have to wait: not in interrupt handlers, nor with "
-              "interrupts disabled");
+              "irqs are reserved, destroyed, requested and freed under a lock that may have to "
+              "wait: not in interrupt handlers, nor with interrupts disabled");
     return -1;
 }
 

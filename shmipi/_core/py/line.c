@@ -1,17 +1,14 @@
 /* SPDX-License-Identifier: MIT */
-/* The Python handlers of requested irqs and of the NMI. */
+/* The Python handlers of requested irqs. */
 #include "py/line.h"
 
 #include "irq/chip.h"
-#include "irq/nmi.h"
 #include "py/func.h"
 #include "py/handler.h"
-#include "py/signals.h"
 
 #define HANDLER_TRIES 4
 
-/* The Python handler of `desc`: a new reference, or NULL (with or without an exception). */
-static PyObject *handler_of(Machine *machine, const struct shi_irqdesc *desc)
+PyObject *shi_handler_of(Machine *machine, const struct shi_irqdesc *desc)
 {
     int tries;
     for (tries = 0; tries < HANDLER_TRIES; tries++) {
@@ -33,25 +30,17 @@ static PyObject *handler_of(Machine *machine, const struct shi_irqdesc *desc)
     return NULL;
 }
 
-/* Call the Python handler of `desc` with `argument`; what it raises is unraisable. */
-static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *argument,
-                  bool is_nmi)
+PyObject *shi_handler_apply(Machine *machine, PyObject *function, PyObject *const *args,
+                            size_t nargs, enum shi_handler kind)
 {
     struct shi_self *self = &machine->self;
-    PyObject *function, *result = NULL;
-    struct handler_scope scope;
+    PyObject *result = NULL;
     struct handler_said outer; /* an NMI's may stand on top of another */
-    shi_handler_begin(machine, &scope);
-    function = handler_of(machine, desc);
     if (function) {
         shi_count(self, SHI_C_python_run);
-        if (is_nmi)
-            shi_nmi_entered(self);
-        else
-            shi_count(self, SHI_C_irq_handled);
         shi_handler_outer(self, &outer);
-        shi_say_handler(self, function, is_nmi ? SHI_H_NMI : SHI_H_IRQ);
-        result = PyObject_CallOneArg(function, argument);
+        shi_say_handler(self, function, kind);
+        result = PyObject_Vectorcall(function, args, nargs, NULL);
         shi_leave_if_forked(machine, result);
         shi_say_outer(self, &outer);
     } else {
@@ -61,6 +50,18 @@ static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *ar
         shi_count(self, SHI_C_unraisable);
         PyErr_WriteUnraisable(function);
     }
+    return result;
+}
+
+/* Call the handler of an irq with its number. */
+static void apply(Machine *machine, const struct shi_irqdesc *desc, PyObject *number)
+{
+    struct handler_scope scope;
+    shi_handler_begin(machine, &scope);
+    PyObject *function = shi_handler_of(machine, desc);
+    if (function)
+        shi_count(&machine->self, SHI_C_irq_handled);
+    PyObject *result = shi_handler_apply(machine, function, &number, 1, SHI_H_IRQ);
     Py_XDECREF(result);
     Py_XDECREF(function);
     shi_handler_end(machine, &scope);
@@ -75,24 +76,9 @@ void shi_run_line(Machine *machine, uint32_t line)
     PyObject *number = virq && desc ? PyLong_FromUnsignedLong(virq) : NULL;
     if (number) {
         self->handling = line + 1;
-        apply(machine, desc, number, false);
+        apply(machine, desc, number);
         self->handling = outer;
         Py_DECREF(number);
     }
     shi_chip_end(self, line);
-}
-
-void shi_run_nmi(Machine *machine)
-{
-    struct shi_self *self = &machine->self;
-    while (self->nmi_waits && !self->in_nmi) {
-        self->in_nmi = 1;
-        apply(machine, shi_irqdesc(self->m, 0), Py_None, true);
-        self->in_nmi = 0;
-        self->nmi_waits = 0;
-        shi_signal_fence();
-        shi_nmi_done(self);
-        shi_nmi_entry(self); /* one more may have come while it was in service */
-    }
-    shi_signals_let_go(machine);
 }

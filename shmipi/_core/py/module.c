@@ -22,11 +22,11 @@ static PyMethodDef *all_methods(void)
 {
     static PyMethodDef all[192];
     PyMethodDef *const parts[] = {
-        shi_machine_methods, shi_smp_methods,      shi_post_methods,   shi_cpu_methods,
-        shi_chip_methods,    shi_irq_methods,      shi_waitq_methods,  shi_slot_methods,
-        shi_segment_methods, shi_doorbell_methods, shi_native_methods, shi_hotplug_methods,
-        shi_reap_methods,    shi_lock_methods,     shi_step_methods,   shi_irqlock_methods,
-        shi_irqsync_methods,
+        shi_machine_methods, shi_smp_methods,      shi_post_methods,     shi_cpu_methods,
+        shi_chip_methods,    shi_irq_methods,      shi_waitq_methods,    shi_slot_methods,
+        shi_segment_methods, shi_doorbell_methods, shi_native_methods,   shi_hotplug_methods,
+        shi_reap_methods,    shi_lock_methods,     shi_step_methods,     shi_irqlock_methods,
+        shi_irqsync_methods, shi_nmi_ipi_methods,  shi_nmi_list_methods,
     };
     size_t n = 0, p;
     for (p = 0; p < sizeof parts / sizeof *parts; p++) {

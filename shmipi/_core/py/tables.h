@@ -12,6 +12,7 @@ extern PyMethodDef shi_machine_methods[], shi_slot_methods[], shi_segment_method
 extern PyMethodDef shi_doorbell_methods[], shi_native_methods[], shi_hotplug_methods[];
 extern PyMethodDef shi_reap_methods[], shi_lock_methods[], shi_step_methods[];
 extern PyMethodDef shi_irqlock_methods[], shi_irqsync_methods[];
+extern PyMethodDef shi_nmi_ipi_methods[], shi_nmi_list_methods[];
 
 /* Functions of the module. */
 extern PyMethodDef shi_guard_functions[], shi_smp_functions[];

@@ -437,13 +437,20 @@ class Chip:
             if word >> bit & 1
         ]
 
-    def send_nmi(self, cpus: MaskLike | int) -> None:
+    def send_nmi(self, cpus: MaskLike | int, reason: int = 0) -> None:
         """Send an NMI to each of ``cpus``; CPUs that are offline do not take it.
 
-        On a chip without NMIs a maskable line stands in for it. ``IrqError`` EINVAL for
-        a CPU that does not exist.
+        On a chip without NMIs a maskable line stands in for it. ``reason`` is why, if
+        it is no CPU's own: NMI_REASON_SERR, NMI_REASON_IOCHK of ``shmipi.smp``, or
+        both, as of port 0x61. Each stands until a CPU that takes an NMI, and whose
+        handlers of NMI_LOCAL have handled nothing, has asked the handlers that are for
+        it. ``IrqError`` EINVAL for a CPU that does not exist, ``ValueError`` for a
+        reason that is none.
         """
-        for cpu in self.cpus(cpus):
+        targets = self.cpus(cpus)
+        if reason:
+            self.machine.nmi_reason(reason)
+        for cpu in targets:
             if self.is_online(cpu):
                 self.machine.nmi_send(cpu)
 

@@ -16,7 +16,8 @@ xive_read_eq                                        flow_esb.c, read_eq
 xive_muxed_ipi_action, doorbell_exception           flow_esb.c, esb_next
 smp_ipi_demux, smp_ipi_demux_relaxed                flow_esb.c, esb_next
 generic_smp_call_function_interrupt, scheduler_ipi  chip.c, shi_chip_act
-nmi_ipi_action, smp_handle_nmi_ipi                  nmi.c, by_line
+nmi_ipi_action                                      nmi.c, by_line
+smp_handle_nmi_ipi                                  nmi.c, shi_nmi_ipi_native
 __flush_smp_call_function_queue                     smp.c, flush_queue
 xive_ipi_eoi, xive_irq_eoi, xive_do_source_eoi      flow_esb.c, end, source_eoi
 ==================================================  ====================================

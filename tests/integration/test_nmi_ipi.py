@@ -1,0 +1,418 @@
+"""smp_send_nmi_ipi from everywhere: who waits here never waits for himself."""
+
+import contextlib
+import errno
+import os
+import signal
+import time
+
+import pytest
+
+import shmipi
+from shmipi import Cluster, IrqError, _core, atomic, smp
+
+LONG = 20_000_000  # us: far more than any of this takes
+COUNT = smp.NativeHandler("count")
+
+
+def note(regs):
+    atomic.fetch_add(shmipi.shared("seen"), smp.smp_processor_id(), 1)
+
+
+def ways():
+    """Send to CPU 2 by each kind of function; what was returned."""
+    return (
+        smp.smp_send_nmi_ipi(2, note, LONG),
+        smp.smp_send_nmi_ipi(2, COUNT, LONG, shmipi.shared("seen")[2:3]),
+    )
+
+
+@pytest.fixture
+def seen(cluster):
+    for cpu in cluster.cpus:
+        if cpu.state in ("dead", "offline"):
+            cluster.online(cpu.id)
+    found = cluster.shared("seen", "i8", 8)
+    cluster.run(int)
+    found[:] = 0
+    return found
+
+
+@contextlib.contextmanager
+def stopped(cluster, cpu):
+    pid = cluster.cpus[cpu].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+# ---- from everywhere -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("idle", [True, False], ids=["idle", "busy"])
+def test_from_an_interrupt_handler(cluster, seen, background, eventually, idle):
+    go = cluster.shared("go", "i8", 2)
+    go[:] = 0
+
+    def busy():
+        go[0] = 1
+        while not go[1]:
+            pass
+
+    task = None if idle else background(lambda: cluster.run(busy, cpus=[1]))
+    eventually(lambda: idle or go[0])
+    assert cluster.call(1, ways, timeout=20) == (1, 1)
+    go[1] = 1
+    if task:
+        task.end()
+    eventually(lambda: seen[2] == 2)
+
+
+def test_with_interrupts_disabled(cluster, seen, eventually):
+    def task():
+        smp.local_irq_disable()
+        done = ways()
+        still = smp.irqs_disabled()
+        smp.local_irq_enable()
+        return done, still
+
+    assert cluster.run(task, cpus=[1]) == [((1, 1), True)]
+    eventually(lambda: seen[2] == 2)
+
+
+def test_from_an_nmi_handler(cluster, seen, eventually):
+    done = cluster.shared("done", "i8", 2)
+    done[:] = 0
+
+    def handler(regs):
+        assert smp.in_nmi()
+        done[:] = ways()
+
+    assert cluster.smp.smp_send_nmi_ipi(1, handler, LONG) == 1
+    eventually(lambda: seen[2] == 2)
+    eventually(lambda: done.tolist() == [1, 1])
+    assert not cluster.counters()["unraisable"].any()
+
+
+def test_from_an_attached_host(cluster, seen, eventually):
+    with Cluster.attach(cluster.name) as guest:
+        assert guest.smp.smp_send_nmi_ipi(smp.NMI_IPI_ALL_OTHERS, note, LONG) == 1
+        mine = guest.shared("seen", "i8", 8)
+        assert guest.smp.smp_send_nmi_ipi(2, COUNT, LONG, mine[2:3]) == 1
+        eventually(lambda: seen[:3].tolist() == [1, 1, 2])
+
+
+def test_not_to_itself_from_anywhere(cluster, seen):
+    def itself():
+        with pytest.raises(IrqError, match="can not send") as error:
+            smp.smp_send_nmi_ipi(1, note)
+        return error.value.errno
+
+    assert cluster.call(1, itself) == errno.EINVAL
+    assert cluster.run(itself, cpus=[1]) == [errno.EINVAL]
+    with pytest.raises(ValueError, match="delay_us"):
+        cluster.smp.smp_send_nmi_ipi(1, note, -1)
+    with pytest.raises(TypeError, match="no function"):
+        cluster.smp.smp_send_nmi_ipi(1, 5)
+    with pytest.raises(TypeError, match="a native handler takes None"):
+        cluster.smp.smp_send_nmi_ipi(1, COUNT, LONG, 0.5)
+    assert not seen.any()
+
+
+# ---- nobody waits for himself --------------------------------------------------------
+
+
+@pytest.mark.parametrize("controller", ["apic", "riscv", "xive"])
+def test_nmi_handlers_that_send_to_each_other(boot, controller, eventually):
+    """Each is in an NMI's handler, which takes no NMI, and both wait for the other."""
+    cluster = boot(3, idle="halt", controller=controller)
+    seen, met = cluster.shared("seen", "i8", 8), cluster.shared("met", "i8", 3)
+
+    def cross(regs):
+        me = smp.smp_processor_id()
+        atomic.fetch_add(met, 0, 1)
+        while met[0] < 2 * met[2]:  # both are in it
+            pass
+        assert smp.smp_send_nmi_ipi(1 - me, note) == 1
+        atomic.fetch_add(met, 1, 1)
+
+    for turn in range(1, 21):
+        met[2] = turn
+        for cpu in (0, 1):
+            assert cluster.smp.smp_send_nmi_ipi(cpu, cross, LONG) == 1
+        eventually(lambda turn=turn: met[1] == 2 * turn, 20)
+        eventually(lambda turn=turn: seen[:2].tolist() == [turn, turn])
+    assert not cluster.counters()["unraisable"].any()
+    # Each had an NMI more than handlers, of what it had entered from its wait.
+    eventually(lambda: cluster.counters()["nmi"][:2].tolist() == [40, 40])
+    assert cluster.counters()["nmi_swallowed"][:2].sum() > 0
+    assert not cluster.counters()["nmi_unknown"].any()
+
+
+@pytest.mark.parametrize("controller", ["apic", "riscv"])
+def test_senders_that_cross_with_interrupts_disabled(boot, controller, eventually):
+    """Where NMIs can be masked, both are deaf to them, and both wait for the other."""
+    cluster = boot(2, idle="halt", controller=controller)
+    seen, at = cluster.shared("seen", "i8", 8), cluster.shared("at", "i8", (2, 1))
+    rounds = 20
+
+    def cross():
+        me = smp.smp_processor_id()
+        for turn in range(1, rounds + 1):
+            at[me] = turn
+            while at[1 - me] < turn:
+                pass
+            smp.local_irq_disable()
+            assert (
+                smp.smp_send_nmi_ipi(
+                    1 - me,
+                    note if turn % 2 else COUNT,
+                    0,
+                    None if turn % 2 else seen[1 - me : 2 - me],
+                )
+                == 1
+            )
+            smp.local_irq_enable()
+
+    cluster.run(cross, timeout=30)
+    eventually(lambda: seen[:2].tolist() == [rounds, rounds])
+
+
+def test_an_nmi_on_top_of_a_sender_sends_its_own(cluster, seen, background, eventually):
+    """It takes the lock from what it has interrupted, which asks again after it."""
+    inner = cluster.shared("inner", "i8", 2)
+    inner[:] = 0
+
+    def on_top(type, regs):
+        if smp.smp_processor_id() == 0:
+            inner[0] = smp.smp_send_nmi_ipi(2, note)
+
+    cluster.smp.register_nmi_handler(smp.NMI_LOCAL, on_top, 0, "on top")
+    try:
+        with stopped(cluster, 1):
+            sender = background(
+                lambda: cluster.run(smp.smp_send_nmi_ipi, 1, note, LONG, cpus=[0])
+            )
+            eventually(lambda: cluster.chip.read("nmi_request", 1))
+            first = cluster.chip.read("nmi_request", 1)
+            cluster.chip.send_nmi(0)
+            eventually(lambda: inner[0] == 1)
+            eventually(lambda: seen[2] == 1)
+            eventually(lambda: cluster.chip.read("nmi_request", 1) > first + 1)
+            assert seen[1] == 0
+        assert sender.end(20) == [1]
+        eventually(lambda: seen[1] == 1)
+        assert seen[:3].tolist() == [0, 1, 1]
+    finally:
+        cluster.smp.unregister_nmi_handler(smp.NMI_LOCAL, "on top")
+
+
+def test_a_signal_handler_on_top_of_a_host_that_sends(script, cluster, seen):
+    """The same of a host, whose signal handlers interrupt what it waits for."""
+    with stopped(cluster, 1):
+        script(
+            """
+            import os, signal, sys
+            from shmipi import Cluster, smp
+
+            with Cluster.attach(sys.argv[1]) as lab:
+                done = []
+
+                def alarm(*_):
+                    done.append(lab.smp.smp_send_nmi_ipi(2, smp.NativeHandler("noop")))
+
+                signal.signal(signal.SIGALRM, alarm)
+                signal.setitimer(signal.ITIMER_REAL, 0.2)
+                noop = smp.NativeHandler("noop")
+                assert lab.smp.smp_send_nmi_ipi(1, noop, 600_000) == 0
+                assert done == [1]
+            """,
+            cluster.name,
+        )
+    assert cluster.smp.smp_send_nmi_ipi(1, note, LONG) == 1
+
+
+def test_hosts_threads_send_one_at_a_time(cluster, seen, background, eventually):
+    send = cluster.smp.smp_send_nmi_ipi
+    threads = [
+        background(lambda: [send(cpu, note, LONG) for cpu in (0, 1, 2) * 10])
+        for _ in range(4)
+    ]
+    assert [thread.end(30) for thread in threads] == [[1] * 30] * 4
+    eventually(lambda: seen[:3].tolist() == [40, 40, 40])
+
+
+# ---- those who do not come -----------------------------------------------------------
+
+
+def test_who_is_late_does_not_enter_it_after_all(cluster, seen):
+    with stopped(cluster, 1):
+        assert cluster.smp.smp_send_nmi_ipi(1, note, 20_000) == 0
+        assert cluster.smp.smp_send_nmi_ipi(1, COUNT, 20_000, seen[1:2]) == 0
+        assert cluster.smp.smp_send_nmi_ipi(smp.NMI_IPI_ALL_OTHERS, note, 20_000) == 0
+        assert cluster.smp.smp_send_nmi_ipi(2, note, LONG) == 1
+    cluster.run(int)
+    assert seen[:3].tolist() == [1, 0, 2]
+
+
+def test_ctrl_c_takes_it_back(cluster, seen, eventually):
+    """And whoever is next finds the lock free."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with stopped(cluster, 1):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                cluster.smp.smp_send_nmi_ipi(1, note)
+            assert cluster.chip.read("nmi_request", 1) == 0
+            assert cluster.smp.smp_send_nmi_ipi(2, note, LONG) == 1
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert cluster.smp.smp_send_nmi_ipi(1, note, LONG) == 1
+    eventually(lambda: seen[:3].tolist() == [0, 1, 1])
+
+
+def test_the_lock_of_a_dead_sender_is_taken_over(cluster, seen, background, eventually):
+    with stopped(cluster, 1):
+        thread = background(
+            lambda: cluster.run(smp.smp_send_nmi_ipi, 1, note, cpus=[0])
+        )
+        eventually(lambda: cluster.chip.read("nmi_request", 1))
+        os.kill(cluster.cpus[0].pid, signal.SIGKILL)
+        with pytest.raises(shmipi.CpuDiedError):
+            thread.end()
+        assert cluster.smp.smp_send_nmi_ipi(2, note, LONG) == 1
+    # What the dead had asked for is nobody's: it is of an older number.
+    cluster.run(int, cpus=[1, 2])
+    eventually(lambda: cluster.chip.read("nmi_request", 1) == 0)
+    assert seen[:3].tolist() == [0, 0, 1]
+
+
+def test_a_target_that_goes_offline_is_not_waited_for(cluster, seen, background):
+    with stopped(cluster, 1):
+        thread = background(cluster.smp.smp_send_nmi_ipi, 1, note)
+        time.sleep(0.02)
+        off = background(cluster.offline, 1)
+        time.sleep(0.02)
+    assert thread.end() == 1
+    off.end()
+    with pytest.raises(shmipi.CpuOfflineError):
+        cluster.smp.smp_send_nmi_ipi(1, note)
+    assert cluster.smp.smp_send_nmi_ipi(smp.NMI_IPI_ALL_OTHERS, note, LONG) == 1
+    cluster.online(1)
+    cluster.run(int)
+    assert seen[:3:2].tolist() == [1, 1]
+
+
+def test_a_second_sender_waits_no_longer_than_it_may(cluster, seen, background):
+    with stopped(cluster, 1):
+        first = background(cluster.smp.smp_send_nmi_ipi, 1, note, 1_000_000)
+        time.sleep(0.05)
+        start = time.monotonic()
+
+        def second():
+            return smp.smp_send_nmi_ipi(2, note, 50_000)
+
+        assert cluster.run(second, cpus=[0]) == [0]
+        assert time.monotonic() - start < 0.9
+        assert first.end() == 0
+    assert seen[2] == 0
+
+
+# ---- the safe one --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("controller", ["xive", "apic", "riscv", "gicv3"])
+def test_the_safe_one_can_be_masked_where_there_is_a_message(
+    boot, controller, background, eventually
+):
+    cluster = boot(2, idle="halt", controller=controller)
+    seen, go = cluster.shared("seen", "i8", 8), cluster.shared("go", "i8", 2)
+
+    def off():
+        smp.local_irq_disable()
+        go[0] = 1
+        while not go[1]:
+            pass
+        smp.local_irq_enable()
+
+    safe = cluster.smp.smp_send_safe_nmi_ipi
+    assert safe(1, note, LONG) == 1
+    eventually(lambda: seen[1] == 1)
+    task = background(lambda: cluster.run(off, cpus=[1]))
+    eventually(lambda: go[0])
+    comes = int(controller == "apic")
+    assert safe(1, note, 50_000) == comes
+    not_safe = int(controller in ("apic", "xive"))
+    assert cluster.smp.smp_send_nmi_ipi(1, COUNT, 50_000, seen[1:2]) == not_safe
+    assert seen[1] == 1 + comes + not_safe or controller == "apic"
+    go[1] = 1
+    task.end()
+    assert safe(1, note, LONG) == 1
+    eventually(lambda: seen[1] == 2 + comes + not_safe)
+    if controller == "xive":
+        assert cluster.chip.line("PPC_MSG_NMI_IPI").use == "nmi"
+
+
+# ---- deaths at each step -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steps(request):
+    make = request.getfixturevalue("cluster_until_failure")
+    return lambda: make(3, idle="halt", steps=True)
+
+
+@pytest.mark.parametrize("action", [_core.STEP_KILL, _core.STEP_STOP])
+@pytest.mark.parametrize(
+    ("step", "who", "func"),
+    [
+        ("nmi_ask", 0, "native"),
+        ("nmi_wait", 0, "native"),
+        ("nmi_wait", 0, "python"),
+        ("nmi", 0, "python"),
+        ("nmi_take", 1, "native"),
+        ("nmi_take", 1, "python"),
+    ],
+)
+def test_a_death_at_each_step(steps, eventually, step, who, func, action):
+    """Killed or stopped there, sender or target: the others go on sending."""
+    with steps() as cluster:
+        for cpu in cluster.cpus:
+            if cpu.state in ("dead", "offline"):
+                cluster.online(cpu.id)
+        seen = cluster.shared("seen", "i8", 8)
+        cluster.run(int)
+        seen[:] = 0
+        info = None if func == "python" else seen[1:2]
+        handler = note if func == "python" else COUNT
+        machine = cluster._machine
+        machine.arm_step(who, step, action, 0)
+        pid = cluster.cpus[who].pid
+        task = cluster.start(smp.smp_send_nmi_ipi, 1, handler, LONG, info, cpus=[0])
+        eventually(lambda: machine.step_hit(who) == step)
+        if action == _core.STEP_KILL:
+            eventually(lambda: cluster.cpus[who].state == "dead")
+            if who == 0:
+                with pytest.raises(shmipi.CpuDiedError):
+                    task[0].result(5)
+            else:
+                assert task[0].result(5) == 1
+            assert cluster.smp.smp_send_nmi_ipi(2, note, LONG) == 1
+            cluster.online(who)
+        else:
+            time.sleep(0.05)
+            others = 0 if who == 0 and step != "nmi_take" else 1
+            assert cluster.smp.smp_send_nmi_ipi(2, note, 100_000) == others
+            os.kill(pid, signal.SIGCONT)
+            assert task[0].result(5) == 1
+            eventually(lambda: seen[1] == 1)
+        before = int(seen[1])
+        assert cluster.smp.smp_send_nmi_ipi(1, note, LONG) == 1
+        eventually(lambda: seen[1] == before + 1)
+        assert not cluster.counters()["unraisable"].any()
