@@ -6,7 +6,8 @@
  * generation, killed again; target U (word 1), which lives; the sender (word 2) with one csd that
  * it uses twice: first to T, then to T or U. A call: read the target's word, lock := LOCK | dst |
  * gen | seq (plain store), push (compare-and-swap of the word; -ENXIO when it says OFFLINE or
- * DEAD, or another generation than the lock), ring, wait parked as in park.pml; the
+ * DEAD, or another generation than the lock), ring, wait parked as in park.pml, and before and
+ * after it all `csds_out` := 1 and 0 (plain stores), without which the scan passes it by; the
  * sleep ends by itself (10 ms) when nothing else moves, twice at most, so that a wait for
  * something that never comes is still a deadlock. The reaper: exchange T's word to DEAD, scan the csd (LOCK, dst T, that generation:
  * compare-and-swap the lock to DIED | seq, again when PARKED came in between; ring if PARKED),
@@ -35,6 +36,9 @@
  *   SPLIT_ONLINE_CHECK     the state is checked, then the csd is pushed whatever the state is
  *   REAP_WITHOUT_HAZARD    the reaper does not wait for `ringing`
  *   HAZARD_AFTER_CHECK     the sender says `ringing` after it has read the word
+ *   OUT_AFTER_PUSH         a sender says that it has a csd out when it has queued it
+ *   OUT_ENDS_AT_PUSH       it says so no longer when it has queued it
+ *   OUT_READ_FIRST         the reaper looks who has some out before the word goes to DEAD
  *   HAZARD_CHECK_BY_LOAD   it says so before, but reads the word by a plain load (as in a rekick
  *                          that changes nothing; passes with -DSC: buffers matter)
  */
@@ -44,7 +48,8 @@
 #define RES    5
 #define STATUS 6
 #define RINGING 7
-#define NMEM   8
+#define OUT    8
+#define NMEM   9
 #define NB     4                                /* T, U, sender, reaper */
 #define SND      2
 #define RPR      3
@@ -188,6 +193,9 @@ inline call(t, q) {
     if
     :: STATE(w) == OFFLINE || STATE(w) == DEAD -> l = 0; completed = q
     :: else ->
+#ifndef OUT_AFTER_PUSH
+        ST(SND, OUT, 1);
+#endif
         l = LOCK | (t << 3) | (GEN(w) << 4) | (q << 6);
         ST(SND, LOCKW, l);
         ST(SND, PAY, q);
@@ -212,6 +220,12 @@ inline call(t, q) {
 #endif
             fi
         od;
+#ifdef OUT_AFTER_PUSH
+        ST(SND, OUT, 1);
+#endif
+#ifdef OUT_ENDS_AT_PUSH
+        ST(SND, OUT, 0);
+#endif
         if
         :: !ok ->                               /* -ENXIO: back to us, or the reaper has it */
             d_step {
@@ -270,7 +284,8 @@ inline call(t, q) {
             :: ok -> assert(t == 0)
             :: else -> LD(SND, RES, w); assert(w == q + 4)
             fi
-        fi
+        fi;
+        ST(SND, OUT, 0)
     fi;
 #if defined(STATUS_BEFORE_CAS) || defined(STATUS_AFTER_CAS)
     ST(SND, STATUS, 0);
@@ -288,17 +303,23 @@ proctype Sender() {
 }
 
 proctype Reaper() {
-    int w; byte ok, l;
+    int w; byte ok, l; bool out;
 end:
     do
     :: atomic { dead && sb[0].n == 0 -> dead = 0 };
+#ifdef OUT_READ_FIRST
+        LD(RPR, OUT, out);
+#endif
 #ifndef REAPER_SCANS_FIRST
         XCHG(RPR, 0, DEAD | GENBITS(pidgen), w);
+#endif
+#ifndef OUT_READ_FIRST
+        LD(RPR, OUT, out);
 #endif
         do
         :: LD(RPR, LOCKW, l);
             if
-            :: l & LOCK && DST(l) == 0 && LGEN(l) == pidgen ->
+            :: out && l & LOCK && DST(l) == 0 && LGEN(l) == pidgen ->
 #ifdef STATUS_BEFORE_CAS
                 ST(RPR, STATUS, DIED);
 #endif
@@ -346,7 +367,7 @@ end:
         od;
 #endif
         reaped = 1;
-        atomic { w = 0; ok = 0; l = 0 };
+        atomic { w = 0; ok = 0; l = 0; out = 0 };
         if
         :: pidgen == 1 ->
             atomic { pidgen = 2; reaped = 0; boot = 1 }
