@@ -72,6 +72,43 @@ static void the_pool(void)
     rig_stop(&rig);
 }
 
+/* A csd that goes from one wait=0 call to the next is told as out all the time, and is given
+ * back with all that it held. */
+static void from_call_to_call(void)
+{
+    struct shi_self *self = &rig.host;
+    uint32_t i, out;
+    rig_boot(&rig, 1, SHI_IDLE_HALT);
+    int64_t func = shi_func_publish(self, "pickle", 6);
+    CHECK(func >= 0);
+    shi_enter(self);
+    for (i = 0; i < 3 * SHI_NOWAIT_POOL; i++) {
+        const struct shi_call call = { .func = (uint32_t)func, .apply = SHI_A_INFO };
+        uint32_t oldest = shi_csd_oldest(self);
+        if (i >= SHI_NOWAIT_POOL) { /* one of them is unlocked */
+            CHECK(shi_nowait_get(self) == -EAGAIN);
+            shi_csd_cancel(shi_own_csd(self, oldest));
+        }
+        int64_t local = shi_nowait_get(self);
+        CHECK(local >= 0);
+        if (i >= SHI_NOWAIT_POOL)
+            CHECK(local == oldest && shi_load_relaxed(&self->slot->csds_out) == out);
+        out = shi_load_relaxed(&self->slot->csds_out);
+        CHECK(out == (i < SHI_NOWAIT_POOL ? i + 1 : SHI_NOWAIT_POOL));
+        CHECK(shi_csd_fill(self, (uint32_t)local, &call) == 0);
+        CHECK(self->sender.funcs[func].in_flight == out);
+        CHECK(shi_csd_trylock(self, shi_own_csd(self, (uint32_t)local), SHI_CSD_ASYNC, 0) == 0);
+        shi_csd_leave(self, (uint32_t)local);
+    }
+    for (i = 0; i < SHI_NOWAIT_POOL; i++)
+        shi_csd_cancel(shi_own_csd(self, i));
+    shi_csd_collect(self);
+    CHECK(!self->sender.nowait && !self->sender.funcs[func].in_flight);
+    CHECK(!shi_load_relaxed(&self->slot->csds_out));
+    shi_leave(self);
+    rig_stop(&rig);
+}
+
 /* One payload, many users: it goes with the last. */
 static void sharing(void)
 {
@@ -211,6 +248,7 @@ int main(void)
 {
     every_csd_once();
     the_pool();
+    from_call_to_call();
     sharing();
     the_reaper();
     hazards();

@@ -252,17 +252,37 @@ static void waits_that_end_early(void)
 static void a_flood(void)
 {
     struct shi_self *self = &rig.host;
-    uint32_t dst = 0, waits = 0, i;
-    for (i = 0; i < 20000; i++)
-        while (shi_call_post(self, &noop, SHI_CSD_ASYNC, i % rig.ncpus) == -EAGAIN) {
+    uint32_t dst = 0, i;
+    for (i = 0; i < 20000; i++) {
+        while (shi_call_post(self, &noop, SHI_CSD_ASYNC, i % rig.ncpus) == -EAGAIN)
             CHECK(shi_call_room(self, NULL, NULL, &dst) == 0);
-            waits++;
-        }
-    CHECK(waits > 0 && self->sender.nowait <= SHI_NOWAIT_POOL);
+        CHECK(self->sender.nowait <= SHI_NOWAIT_POOL);
+    }
     all_come_back(self);
     CHECK(self->sender.nowait == 0);
     /* Nothing in flight is anybody's: there is nothing to wait for. */
     CHECK(shi_call_room(self, NULL, NULL, &dst) == -EAGAIN);
+}
+
+/* One CPU takes nothing up: the calls to others find room all the same. */
+static void a_flood_past_one_that_is_held_up(void)
+{
+    struct shi_self *self = &rig.host;
+    uint64_t until = shi_now_ns() + 20000000000u;
+    uint32_t dst = 0, waits = 0, i;
+    hold_up(0);
+    for (i = 0; i < SHI_NOWAIT_POOL / 2; i++)
+        CHECK(shi_call_post(self, &noop, SHI_CSD_ASYNC, 0) >= 0);
+    for (i = 0; i < 2000; i++)
+        while (shi_call_post(self, &noop, SHI_CSD_ASYNC, 1 + i % 3) == -EAGAIN) {
+            CHECK(shi_call_room(self, NULL, NULL, &dst) == 0);
+            CHECK(shi_now_ns() < until);
+            waits++;
+        }
+    CHECK(waits > 0); /* for the oldest, before those behind it were looked at */
+    CHECK(in_use(self) >= SHI_NOWAIT_POOL / 2 + 1); /* and they are still there */
+    let_it_go_on();
+    all_come_back(self);
 }
 
 int main(void)
@@ -275,6 +295,7 @@ int main(void)
     many();
     waits_that_end_early();
     a_flood();
+    a_flood_past_one_that_is_held_up();
     rig_stop(&rig);
     return 0;
 }

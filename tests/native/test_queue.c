@@ -116,6 +116,82 @@ static void damage(void)
     unquiet();
 }
 
+/* As much as is read in one go, newest first; more, or a link that is wrong, is for lists. */
+static void batch(void)
+{
+    uint32_t locals[SHI_QUEUE_BATCH + 1], found[SHI_QUEUE_BATCH], i;
+    quiet(2);
+    set_state(1, SHI_POLLING);
+    for (i = 0; i < SHI_QUEUE_BATCH; i++)
+        CHECK(push(1, SHI_CSD_ASYNC, &locals[i]) >= 0);
+    uint32_t newest = shi_queue_grab(&rig.cpu[1]);
+    CHECK(shi_queue_read(&rig.cpu[1], newest, found) == SHI_QUEUE_BATCH);
+    for (i = 0; i < SHI_QUEUE_BATCH; i++)
+        CHECK(found[i] == shi_own_index(&rig.host, locals[SHI_QUEUE_BATCH - 1 - i]));
+    CHECK(shi_queue_read(&rig.cpu[0], newest, found) == 0); /* another CPU's */
+    shi_a32 *link = &shi_own_csd(&rig.host, locals[7])->next;
+    uint32_t whole = shi_load_relaxed(link);
+    shi_store_relaxed(link, newest); /* a circle */
+    CHECK(shi_queue_read(&rig.cpu[1], newest, found) == 0);
+    shi_store_relaxed(link, UINT32_MAX); /* out of the segment */
+    CHECK(shi_queue_read(&rig.cpu[1], newest, found) == 0);
+    shi_store_relaxed(link, whole);
+    CHECK(shi_queue_in_order(&rig.cpu[1], newest).count == SHI_QUEUE_BATCH);
+    unquiet();
+    quiet(2);
+    set_state(1, SHI_POLLING);
+    for (i = 0; i <= SHI_QUEUE_BATCH; i++)
+        CHECK(push(1, SHI_CSD_ASYNC, &locals[i]) >= 0);
+    newest = shi_queue_grab(&rig.cpu[1]);
+    CHECK(shi_queue_read(&rig.cpu[1], newest, found) == 0);
+    CHECK(shi_queue_in_order(&rig.cpu[1], newest).count == SHI_QUEUE_BATCH + 1);
+    unquiet();
+}
+
+static uint64_t ran[3 * SHI_QUEUE_BATCH];
+static uint32_t nran;
+
+static void note(void *info)
+{
+    ran[nran++] = (uint64_t)(uintptr_t)info;
+}
+
+/* Of each kind the oldest first, and those that are waited for before the others; the same in
+ * one go, and in lists. */
+static void kinds(void)
+{
+    int number = shi_native_register("note", note);
+    uint32_t n, i, sync;
+    CHECK(number >= 0);
+    for (n = 2; n < 3 * SHI_QUEUE_BATCH; n += n < 6 ? 1 : SHI_QUEUE_BATCH / 2) {
+        quiet(2);
+        set_state(1, SHI_POLLING);
+        for (i = sync = 0; i < n; i++) {
+            const struct shi_call call = { .func = SHI_FUNC_NATIVE | (uint32_t)number,
+                                           .kind = SHI_K_INT,
+                                           .apply = SHI_A_INFO,
+                                           .value.u = i };
+            int64_t local = shi_call_prepare(&rig.host, &call);
+            CHECK(local >= 0);
+            shi_enter(&rig.host);
+            CHECK(shi_call_single(&rig.host, (uint32_t)local,
+                                  i % 3 == 1 ? SHI_CSD_SYNC : SHI_CSD_ASYNC, 1) == 0);
+            shi_leave(&rig.host);
+            sync += i % 3 == 1;
+        }
+        nran = 0;
+        rig.m.drain(&rig.cpu[1]);
+        CHECK(nran == n);
+        for (i = 0; i < n; i++)
+            CHECK((ran[i] % 3 == 1) == (i < sync));
+        for (i = 1; i < n; i++)
+            CHECK(i == sync || ran[i - 1] < ran[i]);
+        for (i = 0; i < rig.host.sender.csd_top; i++)
+            CHECK(!shi_csd_locked(shi_own_csd(&rig.host, i)));
+        unquiet();
+    }
+}
+
 static void link_to(uint32_t local, uint32_t next)
 {
     shi_store_relaxed(&shi_own_csd(&rig.host, local)->next, next);
@@ -238,6 +314,8 @@ int main(void)
     order();
     not_ours();
     damage();
+    batch();
+    kinds();
     valid();
     many_pushers();
     return 0;

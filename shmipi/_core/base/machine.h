@@ -130,6 +130,7 @@ struct shi_self {
     uint32_t nlater;
     uint64_t taken[SHI_NLINES / 64]; /* read from the chip, and not dispatched yet */
     uint8_t demuxing;                /* esb: in smp_ipi_demux, and how it came there */
+    uint32_t flood;                  /* times in a row that nobody waited for what was queued */
     uint64_t storm_ns;               /* when the kick handler last returned */
     uint64_t poll_ns;                /* haltpoll's window */
     uint64_t spin_ns; /* measuring: a waiter spins so long less one; 0: shi_wait_budget knows */

@@ -73,6 +73,7 @@ static inline bool poll_for(struct shi_self *self, shi_ready *ready, const void 
         for (i = 0; i < SPIN_ROUND; i++)
             if (has_work(self) || (ready && ready(arg)))
                 return true;
+        self->flood = 0;
         now = shi_now_ns();
         if (!start)
             start = now;

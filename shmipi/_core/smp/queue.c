@@ -71,6 +71,30 @@ uint32_t shi_queue_grab(struct shi_self *self)
     return shi_word_head(w);
 }
 
+/*
+ * Of a sender that keeps sending the csds are neighbours, taken in turn: after two of them the
+ * lines of those before come in while these are looked at, which a walk from link to link
+ * would wait for one after the other.  To write: each is unlocked soon.
+ */
+#define AHEAD 16u
+
+uint32_t shi_queue_read(struct shi_self *self, uint32_t at, uint32_t batch[SHI_QUEUE_BATCH])
+{
+    const struct shi_machine *m = self->m;
+    uint32_t n = 0;
+    while (at) {
+        uint32_t index = at - 1;
+        if (n == SHI_QUEUE_BATCH || !shi_csd_is_ours(self, index))
+            return 0;
+        uint32_t older = shi_load_relaxed(&shi_csd(m, index)->next);
+        batch[n++] = index;
+        if (older == index && index >= AHEAD)
+            shi_prefetch_write(shi_csd(m, index - AHEAD));
+        at = older;
+    }
+    return n;
+}
+
 struct shi_list shi_queue_in_order(struct shi_self *self, uint32_t at)
 {
     const struct shi_machine *m = self->m;

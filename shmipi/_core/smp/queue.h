@@ -24,6 +24,11 @@ int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct s
 
 /* Take everything off the own queue: index + 1 of the newest csd, 0 when empty. */
 uint32_t shi_queue_grab(struct shi_self *self);
+/* The indices of what was grabbed, newest first: how many, or 0 when there are more than
+ * SHI_QUEUE_BATCH, or a damaged one among them: shi_queue_in_order then. */
+#define SHI_QUEUE_BATCH 64u /* all that one sender of calls that nobody waits for has */
+uint32_t shi_queue_read(struct shi_self *self, uint32_t newest,
+                        uint32_t batch[SHI_QUEUE_BATCH]);
 /* What was grabbed, oldest first; damaged entries are dropped and counted. */
 struct shi_list shi_queue_in_order(struct shi_self *self, uint32_t newest);
 

@@ -14,6 +14,8 @@
 
 #define CSDS_PER_PAGE (SHI_PAGE / SHI_LINE)
 #define FUNCS_PER_PAGE (SHI_PAGE / sizeof(struct shi_func))
+#define AHEAD                                                                                  \
+    8u /* calls that nobody waits for: whose csd is fetched while this one is filled */
 
 /* ---- payloads -------------------------------------------------------------------- */
 
@@ -145,6 +147,15 @@ static void flight_push(struct shi_self *self, uint32_t index)
 {
     struct shi_sender *s = &self->sender;
     s->flight[(s->flight_head + s->flight_count++) & (self->m->csds_per_slot - 1)] = index;
+}
+
+static uint32_t flight_pop(struct shi_self *self)
+{
+    struct shi_sender *s = &self->sender;
+    uint32_t index = s->flight[s->flight_head];
+    s->flight_head = (s->flight_head + 1) & (self->m->csds_per_slot - 1);
+    s->flight_count--;
+    return index;
 }
 
 /*
@@ -308,9 +319,7 @@ void shi_csd_collect(struct shi_self *self)
     struct shi_sender *s = &self->sender;
     uint32_t n = s->flight_count, i;
     for (i = 0; i < n; i++) {
-        uint32_t index = s->flight[s->flight_head];
-        s->flight_head = (s->flight_head + 1) & (self->m->csds_per_slot - 1);
-        s->flight_count--;
+        uint32_t index = flight_pop(self);
         uint64_t lock = shi_load_acquire(&shi_own_csd(self, index)->lock);
         if (!(lock & SHI_CSD_LOCK)) {
             shi_csd_put(self, index);
@@ -357,23 +366,50 @@ void shi_csd_fill_shared(struct shi_self *self, uint32_t local, const struct shi
     }
 }
 
+/*
+ * The oldest in flight has been unlocked, and holds nothing but its function: it is the next
+ * call's as it is.  It stays counted as out (publish_out) from its last use to this one, and
+ * was unlocked when the acquire load found it so; who fills it is its owner.
+ */
+static bool use_again(struct shi_self *self, uint32_t index)
+{
+    struct shi_csd_note *note = &self->sender.notes[index];
+    if (!note->nowait || note->block || note->shared || note->users ||
+        shi_load_relaxed(&shi_own_csd(self, index)->status) & SHI_S_LENT)
+        return false;
+    flight_pop(self);
+    if (note->func) {
+        shi_func_drop(self, note->func - 1);
+        note->func = 0;
+    }
+    note->left = 0;
+    return true;
+}
+
 int64_t shi_nowait_get(struct shi_self *self)
 {
     struct shi_sender *s = &self->sender;
     if (s->nowait >= SHI_NOWAIT_POOL) {
         uint32_t oldest = shi_csd_oldest(self);
         if (!shi_csd_locked(shi_own_csd(self, oldest))) {
-            s->flight_head = (s->flight_head + 1) & (self->m->csds_per_slot - 1);
-            s->flight_count--;
-            shi_csd_put(self, oldest);
+            if (s->flight_count > AHEAD) /* the lines its target unlocked come in meanwhile */
+                shi_prefetch_write(shi_own_csd(
+                    self, s->flight[(s->flight_head + AHEAD) & (self->m->csds_per_slot - 1)]));
+            s->room_looks = 0;
+            if (use_again(self, oldest))
+                return oldest;
+            shi_csd_put(self, flight_pop(self));
         } else {
-            shi_csd_collect(self);
+            /*
+             * Those behind it most likely are locked too, and a look at each would take its
+             * line away from the target that is about to unlock it.  But once the oldest was
+             * waited for in vain (shi_call_room) its target may be stopped, and others not.
+             */
+            if (s->room_looks)
+                shi_csd_collect(self);
             if (s->nowait >= SHI_NOWAIT_POOL)
                 return -EAGAIN;
         }
-        if (s->flight_count > 8) /* the lines its target unlocked come in meanwhile */
-            shi_prefetch_write(shi_own_csd(
-                self, s->flight[(s->flight_head + 8) & (self->m->csds_per_slot - 1)]));
     }
     int64_t local = shi_csd_get(self);
     if (local >= 0) {

@@ -264,6 +264,7 @@ int shi_call_many(struct shi_self *self, struct shi_many *many, const struct shi
 
 #define ROOM_LOOK_NS 1000000u
 #define ROOM_LOOKS 16u
+#define ROOM_AHEAD 32u /* of SHI_NOWAIT_POOL */
 
 int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
                  const struct shi_waiter *waiter, void *arg)
@@ -324,16 +325,32 @@ void shi_call_end(struct shi_self *self, uint32_t local)
     shi_leave(self);
 }
 
+/*
+ * Whose unlock to wait for: not that of the oldest, but of one some way behind it.  A sender
+ * that goes on as soon as there is room for one call looks at each csd while its target is
+ * about to unlock it, and the line goes back and forth for each.  But the oldest, where that
+ * way has been waited in vain, and where the other one has been unlocked by another target.
+ */
+static uint32_t awaited(const struct shi_self *self)
+{
+    const struct shi_sender *s = &self->sender;
+    uint32_t oldest = shi_csd_oldest(self);
+    if (s->room_looks || s->flight_count <= ROOM_AHEAD)
+        return oldest;
+    uint32_t later = s->flight[(s->flight_head + ROOM_AHEAD) & (self->m->csds_per_slot - 1)];
+    return shi_csd_locked(shi_own_csd(self, later)) ? later : oldest;
+}
+
 int shi_call_room(struct shi_self *self, const struct shi_waiter *waiter, void *arg,
                   uint32_t *dst)
 {
     struct shi_sender *s = &self->sender;
     shi_enter(self);
-    uint32_t oldest = shi_csd_oldest(self);
+    uint32_t local = awaited(self);
     shi_leave(self);
-    if (oldest == UINT32_MAX)
+    if (local == UINT32_MAX)
         return -EAGAIN; /* futures', tasks' and CallSingleData's: only their owners free them */
-    uint64_t lock = shi_load_relaxed(&shi_own_csd(self, oldest)->lock);
+    uint64_t lock = shi_load_relaxed(&shi_own_csd(self, local)->lock);
     *dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
     if (*dst >= self->m->ncpus) {
         shi_enter(self);
@@ -341,7 +358,7 @@ int shi_call_room(struct shi_self *self, const struct shi_waiter *waiter, void *
         shi_leave(self);
         return 0;
     }
-    int err = shi_csd_wait(self, oldest, *dst, shi_now_ns() + ROOM_LOOK_NS, waiter, arg);
+    int err = shi_csd_wait(self, local, *dst, shi_now_ns() + ROOM_LOOK_NS, waiter, arg);
     shi_enter(self);
     if (err != -ETIMEDOUT)
         s->room_looks = 0;
@@ -458,24 +475,30 @@ static void run_csd(struct shi_self *self, uint32_t index)
         shi_list_append(self->m, &self->deferred, index);
 }
 
-/* __flush_smp_call_function_queue: SYNC, then ASYNC and irq_work, then wake-ups. */
-static void flush_queue(struct shi_self *self)
+/*
+ * Calls that nobody waits for keep coming: let some more come before the next look at the
+ * queue.  Each look takes the line with its head away from who pushes, and found one or two;
+ * left alone it stays with him for several pushes.  Only after some of these in a row: any
+ * call that is waited for, and a look at an empty queue, ends it (self->flood).
+ */
+#define FLOOD 16u
+#define LINGER 256u /* rounds of a loop on nothing: some 60 ns */
+
+static void linger(struct shi_self *self)
+{
+    uint32_t i;
+    if (++self->flood <= FLOOD)
+        return;
+    for (i = 0; i < LINGER; i++)
+        shi_signal_fence();
+}
+
+/* The queue in lists, through shared memory: however long it is, and damaged or not. */
+static void flush_lists(struct shi_self *self, uint32_t newest)
 {
     const struct shi_machine *m = self->m;
-    uint32_t newest = shi_queue_grab(self), index = newest - 1;
-    struct shi_list taken, later = { 0, 0, 0 };
-    if (!newest)
-        return;
-    if (shi_csd_is_ours(self, index) && !shi_load_relaxed(&shi_csd(m, index)->next)) {
-        /* One only, which is what latency is made of: no lists, and its line is not
-         * written to before the unlock, so it stays shared with the waiter. */
-        if ((shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE) == SHI_CSD_TTWU)
-            shi_list_append(m, &self->tasks, index);
-        else
-            run_csd(self, index);
-        return;
-    }
-    taken = shi_queue_in_order(self, newest);
+    struct shi_list taken = shi_queue_in_order(self, newest), later = { 0, 0, 0 };
+    uint32_t index;
     while ((index = shi_list_pop(self, &taken)) != UINT32_MAX) {
         uint64_t type = shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE;
         if (taken.head)
@@ -489,6 +512,51 @@ static void flush_queue(struct shi_self *self)
     }
     while ((index = shi_list_pop(self, &later)) != UINT32_MAX)
         run_csd(self, index);
+}
+
+/* __flush_smp_call_function_queue: SYNC, then ASYNC and irq_work, then wake-ups. */
+static void flush_queue(struct shi_self *self)
+{
+    const struct shi_machine *m = self->m;
+    uint32_t newest = shi_queue_grab(self), index = newest - 1;
+    uint32_t batch[SHI_QUEUE_BATCH], n, i, later;
+    if (!newest)
+        return;
+    if (shi_csd_is_ours(self, index) && !shi_load_relaxed(&shi_csd(m, index)->next)) {
+        /* One only, which is what latency is made of: no lists, and its line is not
+         * written to before the unlock, so it stays shared with the waiter. */
+        uint64_t type = shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE;
+        if (type == SHI_CSD_TTWU)
+            shi_list_append(m, &self->tasks, index);
+        else
+            run_csd(self, index);
+        if (type == SHI_CSD_ASYNC)
+            linger(self);
+        else
+            self->flood = 0;
+        return;
+    }
+    n = later = shi_queue_read(self, newest, batch);
+    if (!n) {
+        flush_lists(self, newest);
+        return;
+    }
+    for (i = n; i-- > 0;) {
+        index = batch[i];
+        uint64_t type = shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE;
+        if (type == SHI_CSD_SYNC)
+            run_csd(self, index);
+        else if (type == SHI_CSD_TTWU)
+            shi_list_append(m, &self->tasks, index);
+        else
+            batch[--later] = index;
+    }
+    for (i = n; i-- > later;)
+        run_csd(self, batch[i]);
+    if (later) /* some are waited for, or wake a task up */
+        self->flood = 0;
+    else
+        linger(self);
 }
 
 static bool take_reschedule(struct shi_self *self, uint32_t line)
