@@ -115,14 +115,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 # ---- the look for leaks --------------------------------------------------------------
 
 
-def _processes() -> set[int]:
-    """Pids of live processes that the tests started, whoever their parent is now."""
-    token, me, found = _TOKEN.encode(), str(os.getpid()), set()
-    for pid in os.listdir("/proc"):  # before and after each test: it has to be quick
-        if pid.isdigit() and pid != me:
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as f:
-                if token in f.read():
-                    found.add(int(pid))
+def _pids() -> set[str]:
+    return set(filter(str.isdigit, os.listdir("/proc")))
+
+
+def _processes(before: set[str]) -> set[int]:
+    """Pids of live processes that the tests started, whoever their parent is now.
+
+    Only of those that were not there `before`: what all the others have in their
+    environment takes time to read, and each test is followed by this.
+    """
+    token, found = _TOKEN.encode(), set()
+    for pid in _pids() - before:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+            if token in file.read():
+                found.add(int(pid))
     return found
 
 
@@ -166,11 +173,11 @@ def no_leaks() -> Iterator[None]:
 @contextlib.contextmanager
 def look_for_leaks() -> Iterator[None]:
     """Fail for what is left of the time in the `with`, but for shared machines."""
-    processes, objects = _processes(), _objects()
+    before, objects = _pids(), _objects()
     yield
     deadline = time.monotonic() + _LEAK_WAIT_S
     while True:
-        left = _processes() - processes - _shared_processes()
+        left = _processes(before) - _shared_processes()
         lost = _objects() - objects - _shared_objects()
         if not left and not lost:
             return

@@ -36,9 +36,23 @@ def run(folder: Path, *arguments: str, **files: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_failed_tests_sockets_are_not_the_next_ones(tmp_path: Path) -> None:
+def test_what_tests_leave_behind(tmp_path: Path) -> None:
+    """Not the sockets of one that failed; a process is a failure of its own."""
     printed = run(
         tmp_path,
+        processes="""
+import subprocess
+
+left = []
+
+def test_leaves_one():
+    left.append(subprocess.Popen(["sleep", "60"]))
+
+def test_ends_its_own():
+    assert left.pop().wait(5) == -9
+    with subprocess.Popen(["true"]):
+        pass
+""",
         sockets="""
 import gc, socket
 
@@ -51,7 +65,8 @@ def test_collects():
     gc.collect()
 """,
     )
-    assert "1 failed, 1 passed" in printed, printed
+    assert "1 failed, 3 passed, 1 error" in printed, printed
+    assert re.search(r"left behind: processes \['\d+: S sleep 60 '\]", printed), printed
 
 
 SHARED = """
@@ -75,6 +90,7 @@ def test_measures(n):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["2", "3"])
 def test_what_is_alone_runs_when_all_others_have_ended(
     tmp_path: Path, workers: str
@@ -115,6 +131,7 @@ def test_measures(n):
 """
 
 
+@pytest.mark.long
 def test_who_ends_a_worker_fails_and_all_others_run_once(tmp_path: Path) -> None:
     """As a test does that hangs: at its time limit it takes its worker with it."""
     log = tmp_path / "log"
