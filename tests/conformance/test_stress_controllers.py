@@ -10,6 +10,7 @@ import pytest
 
 from shmipi.irq.chips import CHIPS
 from shmipi.stress import PRIMITIVES, Options, run
+from shmipi.stress.report import Hotplug
 
 pytestmark = pytest.mark.stress
 
@@ -22,15 +23,12 @@ def time_enough(request: pytest.FixtureRequest) -> None:
         request.node.add_marker(pytest.mark.timeout(120 + 3 * SECONDS))
 
 
-@pytest.mark.alone  # how often a CPU goes off and on in a second is looked at
-@pytest.mark.parametrize("interval", ["onoff_interval", "kill_interval"])
-@pytest.mark.parametrize("controller", CHIPS)
-def test_stress(controller: str, interval: str) -> None:
+def fire(controller: str, interval: str) -> Hotplug:
+    """Run it and require that nothing was wrong: which CPUs went and came."""
     said: list[str] = []
-    seconds = {"onoff_interval": 1.2, "kill_interval": 1.2}[interval]
     report = run(
         Options(
-            duration=SECONDS or seconds,
+            duration=SECONDS or 1.2,
             stutter=0,
             machine={"ncpus": 4, "controller": controller, "idle": "halt"},
             **{interval: {"onoff_interval": 0.02, "kill_interval": 0.1}[interval]},
@@ -42,8 +40,19 @@ def test_stress(controller: str, interval: str) -> None:
     assert (report.lost, report.duplicated, report.errors) == (0, 0, 0), told
     assert report.calls == sum(report.by_primitive.values())
     assert all(report.by_primitive[name] for name in PRIMITIVES), report.by_primitive
-    if interval == "kill_interval":
-        assert report.hotplug.kills > 1
-    else:
-        assert report.hotplug.offline > 1
-        assert report.hotplug.online > 1
+    return report.hotplug
+
+
+@pytest.mark.parametrize("interval", ["onoff_interval", "kill_interval"])
+@pytest.mark.parametrize("controller", CHIPS)
+def test_stress(controller: str, interval: str) -> None:
+    """A few CPUs went under it; where others keep the computer busy, in another run."""
+    for _ in range(3):
+        hotplug = fire(controller, interval)
+        if interval == "kill_interval":
+            enough = hotplug.kills > 1
+        else:
+            enough = hotplug.offline > 1 and hotplug.online > 1
+        if enough:
+            break
+    assert enough, hotplug

@@ -23,7 +23,15 @@ def native(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+#: Two processes that spin, on a core each: beside other tests that takes three times as
+#: long, and is in their way.
+ALONE = ("test_limits",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.alone] * (name in ALONE)) for name in NAMES],
+)
 def test_program(name: str) -> None:
     done = native("--timeout", "90", name)
     if done.returncode == 77:

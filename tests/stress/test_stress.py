@@ -96,6 +96,7 @@ def test_hotplug_and_kills_under_fire() -> None:
     assert report.hotplug.offline
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_two_hundred_kills_at_random_moments() -> None:
     begun = time.monotonic()

@@ -77,6 +77,7 @@ def mypy(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.long
 def test_the_package_is_clean_under_mypy_strict() -> None:
     done = mypy("-p", "shmipi")
     assert done.returncode == 0, done.stdout

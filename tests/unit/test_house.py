@@ -216,6 +216,7 @@ def test_includes_point_down() -> None:
     assert arrows_up(includes()) <= KNOWN_UP
 
 
+@pytest.mark.long  # it compiles the core
 def test_no_arrow_of_the_core_goes_up(arrows: Graph) -> None:
     found = arrows_up(arrows)
     assert not found - KNOWN_UP, "a file needs one of a room above it"
