@@ -653,6 +653,24 @@ def test_nmis_of_two_senders_are_two(cluster, on_nmi, settle, held):
     assert task.release() == (0, 2 if cluster.chip.banked else 1)
 
 
+def test_nmi_ipis_are_sent_from_handlers(cluster, settle):
+    """In an IPI's and in an NMI's, with interrupts off in both."""
+    n = cluster.shared("nmi_ipis", "i8", 4)
+    n[:] = 0
+
+    def send(regs=None):
+        n = shmipi.shared("nmi_ipis")
+        assert smp.irqs_disabled()
+        count = smp.NativeHandler("count")
+        n[0] += smp.smp_send_nmi_ipi(2, count, 10_000_000, n[1:2])
+        n[0] += smp.smp_send_safe_nmi_ipi(3, lambda regs: None, 10_000_000)
+
+    cluster.call(1, send)
+    settle(lambda: n[:2], [2, 1])
+    assert cluster.smp.smp_send_nmi_ipi(1, send, 10_000_000) == 1
+    settle(lambda: n[:2], [4, 2])
+
+
 @pytest.mark.parametrize("handler", ["native", "python"])
 def test_interrupts_off_hold_up_no_real_nmi(cluster, on_nmi, held, settle, handler):
     n = cluster.shared("masked_nmi", "i8", 1)

@@ -366,6 +366,34 @@ def test_unregister_does_not_wait_for_a_cpu_that_dies(rig, background):
     cluster.smp.unregister_nmi_handler(NMI_LOCAL, "again")
 
 
+def test_ctrl_c_ends_the_wait_and_it_is_unregistered_all_the_same(rig):
+    def slow(type, regs):
+        n = shmipi.shared("n")
+        n[0] += 1
+        while not n[1]:
+            pass
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    cluster = rig.cluster
+    rig.register(NMI_LOCAL, slow, 0, "slow")
+    cluster.chip.send_nmi(1)
+    rig.wait(lambda: rig.n[0])
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            cluster.smp.unregister_nmi_handler(NMI_LOCAL, "slow")
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    rig.names.clear()
+    rig.n[1] = 1
+    rig.wait(lambda: not cluster.chip.read("nmi", 1))
+    assert rig.nmi() == []
+    assert rig.n[0] == 1
+
+
 def test_not_from_a_handler(rig):
     """It waits, and of an NMI's handler the kernel warns."""
 

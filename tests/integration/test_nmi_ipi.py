@@ -277,20 +277,87 @@ def test_ctrl_c_takes_it_back(cluster, seen, eventually):
     eventually(lambda: seen[:3].tolist() == [0, 1, 1])
 
 
-def test_the_lock_of_a_dead_sender_is_taken_over(cluster, seen, background, eventually):
+@pytest.mark.parametrize("another", [True, False], ids=["another", "nobody"])
+@pytest.mark.parametrize("func", ["native", "python"])
+def test_the_lock_of_a_dead_sender_is_taken_over(
+    cluster, seen, background, eventually, func, another
+):
+    call = (1, note, 0) if func == "python" else (1, COUNT, 0, seen[1:2])
     with stopped(cluster, 1):
-        thread = background(
-            lambda: cluster.run(smp.smp_send_nmi_ipi, 1, note, cpus=[0])
-        )
+        thread = background(lambda: cluster.run(smp.smp_send_nmi_ipi, *call, cpus=[0]))
         eventually(lambda: cluster.chip.read("nmi_request", 1))
         os.kill(cluster.cpus[0].pid, signal.SIGKILL)
         with pytest.raises(shmipi.CpuDiedError):
             thread.end()
-        assert cluster.smp.smp_send_nmi_ipi(2, note, LONG) == 1
-    # What the dead had asked for is nobody's: it is of an older number.
-    cluster.run(int, cpus=[1, 2])
+        if another:  # by a number of its own
+            assert cluster.smp.smp_send_nmi_ipi(2, note, LONG) == 1
+    # What the dead had asked for is nobody's any more.
     eventually(lambda: cluster.chip.read("nmi_request", 1) == 0)
-    assert seen[:3].tolist() == [0, 0, 1]
+    cluster.run(int, cpus=[1, 2])
+    assert seen[:3].tolist() == [0, 0, int(another)]
+    assert cluster.smp.smp_send_nmi_ipi(1, note, LONG) == 1
+
+
+def test_the_lock_of_a_dead_guest_is_taken_over(cluster, seen, script, eventually):
+    with stopped(cluster, 1):
+        guest = script(
+            """
+            import sys
+            from shmipi import Cluster, smp
+
+            lab = Cluster.attach(sys.argv[1])
+            lab.smp.smp_send_nmi_ipi(1, smp.NativeHandler("noop"))
+            """,
+            cluster.name,
+            wait=False,
+        )
+        eventually(lambda: cluster.chip.read("nmi_request", 1), 20)
+        guest.kill()
+        assert cluster.smp.smp_send_nmi_ipi(2, note, LONG) == 1
+    assert cluster.smp.smp_send_nmi_ipi(1, note, LONG) == 1
+
+
+def test_a_fork_in_a_sender_leaves_it_to_the_parent(cluster, seen, script):
+    with stopped(cluster, 1):
+        text = script(
+            """
+            import os, signal, sys
+            from shmipi import Cluster, ClusterStateError, smp
+
+            lab = Cluster.attach(sys.argv[1])
+            pids = []
+
+            def fork(*_):
+                pids.append(os.fork())
+
+            signal.signal(signal.SIGALRM, fork)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            noop = smp.NativeHandler("noop")
+            try:
+                sent = lab.smp.smp_send_nmi_ipi(1, noop, 500_000)
+            except ClusterStateError as error:
+                assert "fork's child" in str(error)
+                os._exit(7)
+            assert os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == 7
+            assert lab.smp.smp_send_nmi_ipi(2, noop, 5_000_000) == 1
+            print("sent", sent)
+            lab.shutdown()
+            """,
+            cluster.name,
+        ).text
+    assert text == "sent 0\n"
+
+
+def test_the_end_of_the_machine_ends_it(boot, background):
+    cluster = boot(2, idle="halt")
+    pid = cluster.cpus[1].pid
+    os.kill(pid, signal.SIGSTOP)
+    thread = background(cluster.smp.smp_send_nmi_ipi, 1, note)
+    with pytest.raises(shmipi.IpiTimeoutError):
+        cluster.run(smp.smp_send_nmi_ipi, 1, note, cpus=[0], timeout=0.05)
+    cluster.shutdown()
+    with pytest.raises((shmipi.ClusterStateError, shmipi.MachineDiedError)):
+        thread.end()
 
 
 def test_a_target_that_goes_offline_is_not_waited_for(cluster, seen, background):

@@ -151,12 +151,13 @@ bool shi_nmi_ipi_asked(struct shi_self *self, struct shi_irqdesc *seen, uint32_t
         return false;
     bool whole = shi_irqdesc_read(&nmi->ipi, seen);
     /* The number after the function: see shi_nmi_ipi_number. */
-    if (whole && shi_load_acquire(&nmi->request) == *number)
+    bool stands = shi_load_acquire(&nmi->request) == *number;
+    if (whole && stands && !shi_lock_is_free(self, &nmi->lock))
         return true;
-    /* It was asked by one that has died since, and another sends now: whose number this is not,
-     * or has just become, and then the swap fails and its NMI is on its way. */
+    /* Its sender has died: who lives takes back what he has asked for before he lets go of the
+     * lock.  If another asks just now, by a new number, the swap fails, and its NMI comes. */
     uint32_t stale = *number;
-    if (shi_load_acquire(&nmi->request) != stale)
+    if (!stands || shi_lock_is_free(self, &nmi->lock))
         shi_cas_full(request, &stale, 0);
     return false;
 }
