@@ -251,7 +251,7 @@ def test_who_is_late_does_not_enter_it_after_all(cluster, seen):
     with stopped(cluster, 1):
         assert cluster.smp.smp_send_nmi_ipi(1, note, 20_000) == 0
         assert cluster.smp.smp_send_nmi_ipi(1, COUNT, 20_000, seen[1:2]) == 0
-        assert cluster.smp.smp_send_nmi_ipi(smp.NMI_IPI_ALL_OTHERS, note, 20_000) == 0
+        assert cluster.smp.smp_send_nmi_ipi(smp.NMI_IPI_ALL_OTHERS, note, 300_000) == 0
         assert cluster.smp.smp_send_nmi_ipi(2, note, LONG) == 1
     cluster.run(int)
     assert seen[:3].tolist() == [1, 0, 2]
@@ -376,18 +376,19 @@ def test_a_target_that_goes_offline_is_not_waited_for(cluster, seen, background)
     assert seen[:3:2].tolist() == [1, 1]
 
 
-def test_a_second_sender_waits_no_longer_than_it_may(cluster, seen, background):
+def test_a_second_sender_waits_no_longer_than_it_may(
+    cluster, seen, background, eventually
+):
     with stopped(cluster, 1):
-        first = background(cluster.smp.smp_send_nmi_ipi, 1, note, 1_000_000)
-        time.sleep(0.05)
-        start = time.monotonic()
+        first = background(cluster.smp.smp_send_nmi_ipi, 1, note)
+        eventually(lambda: cluster.chip.read("nmi_request", 1))
 
         def second():
             return smp.smp_send_nmi_ipi(2, note, 50_000)
 
         assert cluster.run(second, cpus=[0]) == [0]
-        assert time.monotonic() - start < 0.9
-        assert first.end() == 0
+        assert first.is_alive()
+    assert first.end() == 1
     assert seen[2] == 0
 
 
@@ -414,10 +415,11 @@ def test_the_safe_one_can_be_masked_where_there_is_a_message(
     task = background(lambda: cluster.run(off, cpus=[1]))
     eventually(lambda: go[0])
     comes = int(controller == "apic")
-    assert safe(1, note, 50_000) == comes
+    assert safe(1, note, LONG if comes else 50_000) == comes
     not_safe = int(controller in ("apic", "xive"))
-    assert cluster.smp.smp_send_nmi_ipi(1, COUNT, 50_000, seen[1:2]) == not_safe
-    assert seen[1] == 1 + comes + not_safe or controller == "apic"
+    limit = LONG if not_safe else 50_000
+    assert cluster.smp.smp_send_nmi_ipi(1, COUNT, limit, seen[1:2]) == not_safe
+    eventually(lambda: seen[1] == 1 + comes + not_safe)
     go[1] = 1
     task.end()
     assert safe(1, note, LONG) == 1
@@ -475,7 +477,8 @@ def test_a_death_at_each_step(steps, eventually, step, who, func, action):
         else:
             time.sleep(0.05)
             others = 0 if who == 0 and step != "nmi_take" else 1
-            assert cluster.smp.smp_send_nmi_ipi(2, note, 100_000) == others
+            limit = LONG if others else 50_000
+            assert cluster.smp.smp_send_nmi_ipi(2, note, limit) == others
             os.kill(pid, signal.SIGCONT)
             assert task[0].result(5) == 1
             eventually(lambda: seen[1] == 1)
