@@ -7,6 +7,7 @@ on, a dead CPU can be booted again and a stopped one goes on as if nothing had b
 import contextlib
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -272,6 +273,30 @@ def test_killed_at(rig, step, who, leads_there, skip):
     assert cluster.cpus[who].generation == before + 1
     assert cluster.run(smp.smp_processor_id) == [0, 1, 2]
     within(LIMIT_S, cluster.smp.on_each_cpu, id)
+
+
+def locked_csds(machine, slot, count=64):
+    """How many of a slot's first csds are locked: their lock words are their first."""
+    view = memoryview(machine)
+    _, _, _, first, region = struct.unpack_from("<5Q", view, 80)  # struct shi_header
+    words = [
+        struct.unpack_from("<Q", view, first + slot * region + i * 64)[0]
+        for i in range(count)
+    ]
+    return sum(word & 1 for word in words)
+
+
+def test_a_csd_locked_and_never_pushed_is_free_at_its_senders_death(rig):
+    rig.arm(SENDER, "push", STOP, 0)
+    rig.task(SENDER, lambda: smp.smp_call_function_single(1, lambda _: None))
+    rig.await_hit(SENDER, "push")
+    rig.await_stopped()
+    assert locked_csds(rig.machine, SENDER) == 1
+    os.kill(rig.pid, signal.SIGKILL)
+    rig.wait(lambda: rig.cluster.cpus[SENDER].state == "dead", LIMIT_S)
+    rig.wait(lambda: locked_csds(rig.machine, SENDER) == 0, LIMIT_S)
+    within(10, rig.cluster.online, SENDER)
+    assert rig.cluster.run(smp.smp_processor_id) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("step", "who", "leads_there", "skip"), CASES, ids=NAMES)

@@ -99,6 +99,25 @@ static void a_new_process(void)
     rig_unquiet(&rig);
 }
 
+/* Locked, and its sender killed before it was aimed at anybody: free at its death. */
+static void never_aimed(void)
+{
+    boot();
+    struct shi_self *sender = &rig.cpu[0];
+    shi_enter(sender);
+    int64_t local = shi_csd_get(sender);
+    CHECK(local >= 0);
+    struct shi_csd *csd = shi_own_csd(sender, (uint32_t)local);
+    CHECK(shi_csd_trylock(sender, csd, SHI_CSD_SYNC, 1) == 0);
+    shi_leave(sender);
+    CHECK(shi_reap_orphans(&rig.firmware, 0) == 0); /* it lives, and may push it at any time */
+    CHECK(shi_csd_locked(csd));
+    shi_reap_mark(&rig.firmware, 0, 9);
+    CHECK(shi_reap_orphans(&rig.firmware, 0) == 0);
+    CHECK(!shi_csd_locked(csd));
+    rig_unquiet(&rig);
+}
+
 /* Locked and aimed, and its sender killed before the swap: nobody else would unlock it. */
 static void orphans(void)
 {
@@ -192,6 +211,7 @@ int main(void)
     a_broken_queue_is_found();
     pids_are_guarded();
     a_new_process();
+    never_aimed();
     orphans();
     only_who_has_some_out_is_scanned();
     what_the_dead_had_out_is_told();

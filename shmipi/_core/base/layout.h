@@ -404,8 +404,9 @@ enum shi_startup {
     SHI_SU_NONE = 0,    /* no process yet, or it comes up */
     SHI_SU_WAITING = 1, /* its process waits for STARTUP */
     SHI_SU_STARTED = 2,
-    SHI_SU_ASKED = 3, /* STARTUP has reached a CPU without a process: make one */
-    SHI_SU_RESET = 4, /* INIT: its process ends, and none is made before STARTUP */
+    SHI_SU_ASKED = 3,   /* STARTUP has reached a CPU without a process: make one */
+    SHI_SU_RESET = 4,   /* INIT: its process ends, and none is made before STARTUP */
+    SHI_SU_GRANTED = 5, /* STARTUP has reached the process that waits; it has not gone on */
 };
 
 /* ---- irq descriptors ------------------------------------------------------------- */

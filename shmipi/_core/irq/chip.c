@@ -254,6 +254,7 @@ void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
     shi_a32 *startup = &shi_pic(m, cpu)->startup;
     uint32_t was = shi_load_relaxed(startup);
     reset(m, cpu);
+    shi_startup_died(m, cpu);
     /* INIT, or a STARTUP that asked for the process that takes the slot, still stands. */
     while ((was == SHI_SU_WAITING || was == SHI_SU_STARTED) &&
            !shi_cas_full(startup, &was, SHI_SU_NONE))

@@ -99,6 +99,14 @@ static inline struct shi_pic *shi_pic(const struct shi_machine *m, uint32_t cpu)
     return &shi_slot(m, cpu)->pic;
 }
 
+/* The CPU's process is marked dead: a STARTUP that it was given and did not take stands, and
+ * asks for another. */
+static inline void shi_startup_died(const struct shi_machine *m, uint32_t cpu)
+{
+    uint32_t was = SHI_SU_GRANTED;
+    shi_cas_full(&shi_pic(m, cpu)->startup, &was, SHI_SU_ASKED);
+}
+
 static inline struct shi_irq_area *shi_irq_area(const struct shi_machine *m)
 {
     return (struct shi_irq_area *)(m->base + m->irq_offset);

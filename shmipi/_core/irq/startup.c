@@ -32,6 +32,9 @@ int shi_chip_wait_startup(struct shi_self *self)
             return -ECANCELED;
         shi_event_wait(startup, SHI_SU_WAITING, STARTUP_LOOK_NS);
     }
+    /* Taken: who dies from here on dies as a CPU that has started. */
+    was = SHI_SU_GRANTED;
+    shi_cas_full(startup, &was, SHI_SU_STARTED);
     return 0;
 }
 
@@ -55,18 +58,25 @@ int shi_chip_startup(struct shi_self *self, uint32_t cpu, uint32_t vector)
     struct shi_pic *pic = shi_pic(self->m, cpu);
     uint32_t was = shi_load_acquire(&pic->startup), next;
     do {
-        if (was == SHI_SU_WAITING)
-            next = SHI_SU_STARTED;
-        else if (was == SHI_SU_RESET || (was != SHI_SU_ASKED && is_dead(self->m, cpu)))
+        /* What waited may be dead: then nobody would take it. */
+        if (was == SHI_SU_RESET || (was != SHI_SU_ASKED && is_dead(self->m, cpu)))
             next = SHI_SU_ASKED;
+        else if (was == SHI_SU_WAITING)
+            next = SHI_SU_GRANTED;
         else
             return 0; /* SDM: a STARTUP IPI that finds no waiting processor is dropped */
         shi_store_relaxed(&pic->sipi, vector);
     } while (!shi_cas_full(&pic->startup, &was, next));
-    if (next == SHI_SU_STARTED)
-        shi_event_wake(&pic->startup);
-    else
-        shi_firmware_look(self);
+    if (next == SHI_SU_GRANTED) {
+        /* Granted first (full), dead second; the reaper marks it dead first and looks for
+         * what was granted second: one of the two sees the other, and asks for a process. */
+        if (!is_dead(self->m, cpu)) {
+            shi_event_wake(&pic->startup);
+            return 1;
+        }
+        shi_startup_died(self->m, cpu);
+    }
+    shi_firmware_look(self);
     return 1;
 }
 
@@ -80,7 +90,7 @@ int shi_chip_init(struct shi_self *self, uint32_t cpu)
         if (was == SHI_SU_RESET && !is_dead(self->m, cpu))
             break;
         /* What waits, or comes up to wait, or is about to be made, is in reset. */
-        if (was != SHI_SU_STARTED)
+        if (was != SHI_SU_STARTED && was != SHI_SU_GRANTED)
             return 0;
         /* The state first, the end second: a STARTUP that follows at once finds it. */
     } while (!shi_cas_full(startup, &was, cpu ? SHI_SU_RESET : SHI_SU_ASKED));

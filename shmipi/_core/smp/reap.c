@@ -27,6 +27,7 @@ void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end)
      * by the scan, which does not depend on links the dead may have half written. */
     while (!shi_cas_full(&slot->word, &w, (w & SHI_W_GEN) | SHI_DEAD))
         ;
+    shi_startup_died(self->m, cpu); /* after the word: see shi_chip_startup */
     /* Pushers link first and swap second, so whoever was killed wherever, the queue is whole.
      * Acquire is the swap's above; nobody unlocks these before shi_reap_complete. */
     if (self->steps && shi_queue_valid(self->m, cpu, w) < 0)
@@ -108,14 +109,24 @@ uint32_t shi_reap_orphans(struct shi_self *self, uint32_t id)
     struct shi_slot *slot = shi_slot(m, id);
     struct shi_csd *csd = (struct shi_csd *)shi_region(m, id);
     bool dead = id < m->ncpus && shi_word_state(shi_load_acquire(&slot->word)) == SHI_DEAD;
+    bool nobody = dead || (id >= shi_first_guest(m) && !shi_load_acquire(&slot->pid));
     uint16_t gen = (uint16_t)shi_load_acquire(&slot->generation);
     uint32_t ended = shi_load_relaxed(&slot->ended), i, n = csds_of(m, id), out = 0;
     for (i = 0; i < n; i++, csd++) {
         /* Acquire pairs with the push's store of the generation: src_gen is of this use, or
          * the word has changed since and the swap fails. */
         uint64_t lock = shi_load_acquire(&csd->lock);
-        if (!(lock & SHI_CSD_LOCK) || shi_csd_unqueued(csd) || (csd->src_gen == gen && !dead) ||
-            (uint16_t)(lock >> SHI_CSD_DST_SHIFT) >= m->ncpus)
+        if (!(lock & SHI_CSD_LOCK))
+            continue;
+        if (!(lock >> SHI_CSD_GEN_SHIFT & 0xffff)) {
+            /* Not aimed at anybody yet: no queue has it, nor will.  But whose it is is written
+             * after the lock: with a process in the slot it may be that one's, which has freed
+             * those of the one before (inherit).  Who makes processes for slots calls this. */
+            if (nobody)
+                shi_cas_full(&csd->lock, &lock, lock & SHI_CSD_SEQ);
+            continue;
+        }
+        if ((csd->src_gen == gen && !dead) || (uint16_t)(lock >> SHI_CSD_DST_SHIFT) >= m->ncpus)
             continue;
         if (!orphan(self, lock, ended) || !shi_cas_full(&csd->lock, &lock, lock & SHI_CSD_SEQ))
             out++;
