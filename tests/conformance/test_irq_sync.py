@@ -324,3 +324,23 @@ def test_of_two_taken_at_once_the_second_is_not_handled_by_the_next(
     assert rig.cluster.call(1, int, timeout=5) == 0
     assert rig.rows.tolist() == [0, 0, 0]
     assert not rig.irq.table.in_progress()
+
+
+# ---- spurious ------------------------------------------------------------------------
+
+
+def test_an_irq_enabled_while_it_is_held_back_as_spurious_is_enabled(rig, eventually):
+    """It came before anybody had requested it, and another process does so just now."""
+    virq = rig.irq.irq_reserve_ipi(None, ONE)
+    rig.irq.enable_percpu_irq_mask(virq)
+    eventually(lambda: rig.cluster.cpus[1].state == "halted")
+    rig.machine.arm_step(1, "spurious", _core.STEP_STOP)
+    rig.irq.ipi_send_single(virq, 1)
+    eventually(lambda: rig.machine.step_hit(1) == "spurious")
+    rig.irq.request_percpu_irq(virq, COUNT, "late", rig.rows)
+    rig.irq.enable_percpu_irq_mask(virq)
+    os.kill(rig.cluster.cpus[1].pid, signal.SIGCONT)
+    eventually(lambda: not rig.irq.table.in_progress())
+    assert rig.irq.irq_percpu_is_enabled(virq, 1)
+    rig.irq.ipi_send_single(virq, 1)
+    eventually(lambda: rig.rows[1] == 1)

@@ -522,6 +522,7 @@ def test_every_step_has_a_case():
     text = {step for step, *_ in CASES} | {"offline", "online", "nmi", "resched"}
     text.add("complete")  # test_waitqueue.py
     text.add("undo")  # test_irq_lock.py
+    text.add("spurious")  # test_irq_sync.py
     text |= {"nmi_ask", "nmi_wait", "nmi_take"}  # test_nmi_ipi.py
     source = (
         Path(__file__).resolve().parents[2] / "shmipi" / "_core" / "base" / "step.h"

@@ -32,6 +32,7 @@
     X(online)      /* identity published, word still OFFLINE */                                \
     X(offline)     /* drained, about to publish OFFLINE */                                     \
     X(line)        /* target: line taken from the chip, nothing done for it */                 \
+    X(spurious)    /* target: nobody has requested the line, not masked yet */                 \
     X(nmi)         /* NMI pending, not yet signalled */                                        \
     X(nmi_ask)     /* NMI IPI: a target asked for, its NMI not yet sent */                     \
     X(nmi_wait)    /* NMI IPI: all NMIs sent, none waited for */                               \

@@ -277,6 +277,19 @@ bool shi_irqdesc_still(const struct shi_self *self, uint32_t line)
     return virq && desc && self->later_for[line] == reservation(virq, desc);
 }
 
+/* Nobody has requested it: masked here.  But in a kernel it is this CPU that enables it, and
+ * here others do: who requested and then enabled it since did so for good. */
+static void hold_back(struct shi_self *self, uint32_t line, const struct shi_irqdesc *desc)
+{
+    struct shi_irqdesc now;
+    SHI_STEP(self, spurious);
+    /* Masked (full), looked at again second.  Who requests publishes the handler first and
+     * enables second: that either comes after this mask, or its handler is found here. */
+    shi_chip_enable(self, self->id, line, false);
+    if (shi_irqdesc_read(desc, &now) && shi_load_relaxed(&now.action) != SHI_IA_NONE)
+        shi_chip_enable(self, self->id, line, true);
+}
+
 /* A line of an irq was taken: false when it is ended later, by shi_chip_end. */
 static bool handle(struct shi_self *self, uint32_t line)
 {
@@ -303,7 +316,7 @@ static bool handle(struct shi_self *self, uint32_t line)
         shi_count(self, SHI_C_irq_other); /* freed meanwhile, or never requested */
         /* handle_percpu_devid_irq: "Spurious and unmasked percpu IRQ", held back from here on */
         if (action == SHI_IA_NONE && virq && known)
-            shi_chip_enable(self, self->id, line, false);
+            hold_back(self, line, desc);
         return true;
     }
     if (self->inline_python && self->hooks.irq && !shi_python_waits(self)) {
