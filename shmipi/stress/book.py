@@ -298,11 +298,13 @@ class Ledger:
         row: int,
         prove: Callable[[Iterable[int]], None],
         pause: Callable[[int], None],
+        dead: Callable[[int], bool] = lambda cpu: False,
     ) -> None:
         self.book = book
         self.row = row
         self._prove = prove
         self._pause = pause
+        self._dead = dead
         self._s = book.single[row * book._single_row : (row + 1) * book._single_row]
         self._m = book.many[row * book._many_row : (row + 1) * book._many_row]
         self._cells = book.cells[row]
@@ -512,6 +514,7 @@ class Ledger:
         if not died and self._exact(record, outs):
             self._free_many(record)
             return
+        buried = self._await_burial(record)
         if not m[at + M_STATE] & NATIVE:
             ran = self._cells[record, C_COUNT] != self._cells[record, C_BASE]
             hidden = ran & ~outs & (self._still(record) != 0)
@@ -521,8 +524,9 @@ class Ledger:
                     f"Memory-ordering failure: broadcast {m[at + M_SEQ]} returned and"
                     f" its handler's store on CPU {int(hidden.argmax())} is not visible"
                 )
-        if died:
+        if died or buried:
             self.count("in_flight")
+        if died:
             must = self._must[record]
             if bool((must != 0).any()) and not self._any_killed(record):
                 self.count("died")
@@ -562,6 +566,21 @@ class Ledger:
         delta = self._ran(record)
         owed = np.flatnonzero((delta == 0) & (self._still(record) != 0))
         return [int(cpu) for cpu in owed]
+
+    def _await_burial(self, record: int) -> bool:
+        """Wait until the driver says of CPUs that others killed that they are dead.
+
+        It does when it looks next; what had died with them would be lost until then.
+        False: no execution is owed by a dead CPU.
+        """
+        turns, deadline = 0, time.monotonic() + self._patience()
+        while any(self._dead(cpu) for cpu in self._missing(record)):
+            self.beat()
+            self._pause(turns)
+            turns += 1
+            if time.monotonic() > deadline:
+                break
+        return turns > 0
 
     def settle_many(self, record: int) -> None:
         """Judge a broadcast that nobody waited for, waiting until that can be done."""

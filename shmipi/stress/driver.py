@@ -510,6 +510,7 @@ class _Driver:
                 if self.machine.done(call):
                     del left[cpu]
                     self.collect(cpu, call, may_die=False)
+                    self.bury(cpu)
             if not left or time.monotonic() > deadline:
                 break
             self.cluster._check()

@@ -129,7 +129,7 @@ def invoke(seed: int, incarnation: int, weights: tuple[int, ...], handler: str) 
     warnings.filterwarnings(
         "ignore", "sched: Unexpected reschedule", category=ShmipiWarning
     )
-    ledger = Ledger(book, cpu, lambda cpus: prove(cpus, cpu), pause)
+    ledger = Ledger(book, cpu, lambda cpus: prove(cpus, cpu), pause, is_dead)
     book.head_words[cpu, H_INCARNATION] = incarnation
     ledger.inherit()
     # All begin at once: the first must not torture a machine that is still importing.
@@ -149,6 +149,11 @@ def orphaned(book: Book) -> None:
     slot, generation = (driver & 0xFFFFFFFF) - 1, driver >> 32
     if _core.current_machine().slot(slot).generation != generation:
         book.control[K_STOP] = 1
+
+
+def is_dead(cpu: int) -> bool:
+    """Has its process ended, whoever ended it?"""
+    return _core.current_machine().slot(cpu).state == _core.CPU_DEAD
 
 
 def pause(turn: int) -> None:

@@ -23,11 +23,13 @@ class Rig:
         self.book = Book(lambda _, dtype, shape: np.zeros(shape, dtype), NCPUS, NCPUS)
         self.proofs: list[list[int]] = []
         self.on_proof = lambda: None
+        self.on_pause = lambda: None
+        self.dead: set[int] = set()
         self.pauses = 0
         self.ledger = self.successor()
 
     def successor(self) -> Ledger:
-        return Ledger(self.book, ME, self.prove, self.pause)
+        return Ledger(self.book, ME, self.prove, self.pause, self.dead.__contains__)
 
     def prove(self, cpus) -> None:
         self.proofs.append(list(cpus))
@@ -35,6 +37,7 @@ class Rig:
 
     def pause(self, turn: int) -> None:
         self.pauses += 1
+        self.on_pause()
 
     def run_single(self, info: int, cpu: int) -> None:
         self.book.left_single(self.book.ran_single(info, cpu), info)
@@ -396,3 +399,30 @@ def test_no_more_invokers_than_cpus() -> None:
     assert Options().senders(3) == 3
     with pytest.raises(ValueError, match="nthreads is 4"):
         Options(nthreads=4).senders(3)
+
+
+# ---- a CPU that others kill ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("native", [0, NATIVE])
+@pytest.mark.parametrize("told", [False, True])
+def test_what_died_with_a_cpu_that_others_killed_is_not_lost(rig, native, told):
+    """The driver finds it dead some time after the broadcast to it has returned."""
+    record = rig.broadcast(WAIT | native, 1, 3)
+    rig.dead.add(2)
+
+    def driver():
+        if rig.pauses == 3:
+            rig.kill(2)
+
+    rig.on_pause = driver
+    rig.ledger.returned_many(record, died=told)
+    assert rig.found() == {"in_flight": 1}
+
+
+def test_what_a_live_cpu_did_not_run_is_lost_beside_a_dead_one(rig):
+    record = rig.broadcast(WAIT, 3)
+    rig.dead.add(2)
+    rig.on_pause = lambda: rig.kill(2) if rig.pauses == 1 else None
+    rig.ledger.returned_many(record, died=False)
+    assert rig.found() == {"in_flight": 1, "lost": 1}
