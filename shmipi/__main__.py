@@ -1,8 +1,24 @@
-"""``python -m shmipi`` is the ``shmipi`` command."""
+"""The ``shmipi`` program, and ``python -m shmipi``: Ctrl-C gets an answer from here on.
+
+What the command line needs is imported in ``main``: an import takes time, and Ctrl-C
+that comes meanwhile is answered as one that comes later.
+"""
 
 import sys
 
-from shmipi.cli import main
+__all__ = ["main"]
+
+
+def main() -> int:
+    """Run the command line of this process and return its status."""
+    try:
+        from shmipi.cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        sys.stderr.write("shmipi: interrupted\n")
+        return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())

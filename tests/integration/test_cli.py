@@ -894,6 +894,34 @@ def test_ctrl_c_of_run_is_130_and_leaves_nothing(program: Path) -> None:
     assert messages.decode() == "shmipi run: interrupted\n"
 
 
+@pytest.mark.parametrize("module", ["argparse", "concurrent", "numpy"])
+@pytest.mark.parametrize("how", ["program", "module"])
+def test_ctrl_c_while_a_command_is_imported(
+    tmp_path: Path, module: str, how: str
+) -> None:
+    """Before and after the command line is read: one line, and no traceback."""
+    (tmp_path / f"{module}.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])
+    command = SHMIPI
+    if how == "program":
+        command = (sys.executable, str(Path(sys.executable).with_name("shmipi")))
+    done = subprocess.run(
+        [*command, "interrupts", "nobody"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, "PYTHONPATH": paths},
+        timeout=30.0,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert re.fullmatch(r"shmipi( interrupts)?: interrupted\n", done.stderr), (
+        done.stderr
+    )
+
+
 # ---- demo ----------------------------------------------------------------------------
 
 
