@@ -52,6 +52,7 @@ _LOOK_S = 0.01
 _FORKS = 64  # so many in a row: the host may die meanwhile
 _TOGETHER_S = 20e-6  # for each CPU that ends with others, who are looked at together
 _TOGETHER_MOST_S = 0.002
+_FEW = 8  # CPUs that come up: each is looked at as soon as it tells
 _ALIVE_MOST = 64  # of those who end in a row, that are looked at behind the first
 # By name: shmipi's own are above this module, which does not use them.
 _PRELOAD = ("numpy", "cloudpickle", "shmipi.smp", "shmipi.atomic", "shmipi.irq")
@@ -158,6 +159,7 @@ class Firmware:
         """Fork these CPUs and wait until each is online or dead. ``OSError``."""
         self.before_fork()
         me, private = os.getpid(), self.private()
+        coming: list[int] = []
         for at in range(0, len(cpus), _FORKS):
             self.check_host()
             some = cpus[at : at + _FORKS]
@@ -168,7 +170,8 @@ class Firmware:
                 self.generations[number] = generation
             if code:
                 raise OSError(code, os.strerror(code))
-        self.await_online(cpus)
+            coming = self.still_coming(coming + some)
+        self.await_online(coming)
 
     def show(self, role: str) -> None:
         """Let ``ps`` show this process in that role."""
@@ -200,36 +203,49 @@ class Firmware:
         """Return when every one of ``cpus`` is online. ``OSError`` when one died."""
         deadline = time.monotonic() + _ONLINE_S + 0.05 * len(cpus)
         reaped = 0.0
-        for number in cpus:  # they come up in about this order
-            while True:
-                seen = self.machine.hotplug_event
-                state = self.machine.slot(number).state
-                if state == _core.CPU_DEAD:
-                    code = self.machine.boot_error(number)
-                    if code:
-                        text = os.strerror(code)
-                        if code == errno.EAGAIN:
-                            text = (
-                                "no room for its timer in the queue of signals:"
-                                " RLIMIT_SIGPENDING (ulimit -i) is too small, or others"
-                                " of your processes use it up"
-                            )
-                        raise OSError(code, f"CPU {number}: {text}")
-                    raise OSError(
-                        errno.ECHILD, f"CPU {number} died before it was online"
-                    )
-                if state != _core.OFFLINE:
-                    break
+        while True:
+            seen = self.machine.hotplug_event
+            cpus = self.still_coming(cpus)
+            if not cpus:
+                return
+            self.check_host()
+            if time.monotonic() > deadline:
+                raise OSError(errno.ETIMEDOUT, f"CPU {cpus[0]} does not come online")
+            if len(cpus) > _FEW:  # each that comes up tells, and all are looked at
+                time.sleep(_TOGETHER_MOST_S)
+            self.machine.wait_hotplug(seen, _LOOK_S)
+            self.machine.look_after()  # the others go on while one comes up
+            # Not for each that comes online: the kernel looks at every child.
+            if (now := time.monotonic()) - reaped >= _LOOK_S:
+                self.reap()
+                reaped = now
+
+    def still_coming(self, cpus: list[int]) -> list[int]:
+        """Return those that are not online; start who waits for it.
+
+        All at once, as the kernel does with CONFIG_HOTPLUG_PARALLEL. ``OSError`` when
+        one died.
+        """
+        coming = []
+        for number in cpus:
+            state = self.machine.slot(number).state
+            if state == _core.OFFLINE:
                 self.controller.bring_up(number)
-                self.check_host()
-                if time.monotonic() > deadline:
-                    raise OSError(errno.ETIMEDOUT, f"CPU {number} does not come online")
-                self.machine.wait_hotplug(seen, _LOOK_S)
-                self.machine.look_after()  # the others go on while one comes up
-                # Not for each that comes online: the kernel looks at every child.
-                if (now := time.monotonic()) - reaped >= _LOOK_S:
-                    self.reap()
-                    reaped = now
+                coming.append(number)
+            elif state == _core.CPU_DEAD:
+                code = self.machine.boot_error(number)
+                if not code:
+                    text = f"CPU {number} died before it was online"
+                    raise OSError(errno.ECHILD, text)
+                text = os.strerror(code)
+                if code == errno.EAGAIN:
+                    text = (
+                        "no room for its timer in the queue of signals:"
+                        " RLIMIT_SIGPENDING (ulimit -i) is too small, or others of your"
+                        " processes use it up"
+                    )
+                raise OSError(code, f"CPU {number}: {text}")
+        return coming
 
     # ---- events ---------------------------------------------------------------------
 
