@@ -381,12 +381,10 @@ struct shi_pic {
     shi_a64 bank[2]; /* sgi: 8 bits a line, the CPUs that sent it (GICD_SPENDSGIRn) */
     /* Written by the owner only. */
     _Alignas(SHI_PAIR) shi_a64 isr[SHI_NLINES / 64]; /* in service, or active */
-    shi_a64 inprogress[SHI_NLINES / 64];             /* see shi_line_begin */
-    shi_a64 put_off[SHI_NLINES / 64]; /* of those: the handler waits for the interpreter */
-    shi_a32 nmi_service;              /* counts; odd while an NMI is in service */
-    shi_a32 threshold;                /* TPR, CPPR, PMR */
-    shi_a32 spurious;                 /* 1: asserted, and masked before it was taken */
-    shi_a32 happened;                 /* esb: paca->irq_happened */
+    shi_a32 nmi_service; /* counts; odd while an NMI is in service */
+    shi_a32 threshold;   /* TPR, CPPR, PMR */
+    shi_a32 spurious;    /* 1: asserted, and masked before it was taken */
+    shi_a32 happened;    /* esb: paca->irq_happened */
     shi_a32 iar;         /* sgi: what the last acknowledge read; esb: priority in service */
     shi_a32 running;     /* sgi: lines that were acknowledged, and not ended by EOIR yet */
     shi_a64 senders;     /* sgi: 4 bits a line, who sent what was acknowledged last */
@@ -394,6 +392,9 @@ struct shi_pic {
     shi_a32 eq_at;       /* esb: how many entries were read */
     shi_a32 eq_put;      /* and how many were written */
     shi_a32 eq[SHI_EQ];  /* generation << 31 | line */
+    /* Apart from the above, which each interrupt reads: lines of requested irqs only. */
+    _Alignas(SHI_LINE) shi_a64 inprogress[SHI_NLINES / 64]; /* see shi_line_begin */
+    shi_a64 put_off[SHI_NLINES / 64]; /* of those: the handler waits for the interpreter */
     _Alignas(SHI_PAIR) shi_a64 rows[SHI_NROWS]; /* interrupts taken */
 };
 

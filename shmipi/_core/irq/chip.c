@@ -133,7 +133,8 @@ void shi_chip_take(struct shi_self *self)
             continue;
         if (flow->end)
             flow->end(self, line);
-        shi_line_done(self, line);
+        if (shi_kept_in_service(self->m, line))
+            shi_line_done(self, line);
         trace_eoi(self, line, false);
     }
 }
