@@ -419,7 +419,8 @@ class Cluster:
         """Start ``call(cpu, func, ...)``; return a ``concurrent.futures.Future``.
 
         ``func`` runs in interrupt context, as with ``call``, whose errors are the
-        future's. A future that was started cannot be cancelled.
+        future's. A future that was started cannot be cancelled. Waits for one to end
+        when all requests are in flight, or fill /dev/shm.
         """
         self._check()
         return self._futures.submit(cpu, func, args, kwargs or None)
@@ -692,6 +693,7 @@ class _Futures:
         self._host = host
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[int, Future[Any]]] = {}
+        self._ended = 0  # calls that are not pending, and whose results are being read
         self._thread: threading.Thread | None = None
         self._stop = False
 
@@ -713,17 +715,27 @@ class _Futures:
                     )
                     start_thread(thread)
                     self._thread = thread
+                ends = bool(self._pending or self._ended)  # before: an end makes room
                 # Under the lock: the thread must not meet a call without a future.
                 try:
                     call = self._machine.post(cpu, func, args, kwargs, False)
                 except ArenaFullError as error:
-                    if error.errno != errno.EAGAIN or not self._pending:
+                    if not self._makes_room(error.errno, ends):
                         raise
                 else:
                     self._pending[call] = (cpu, future)
                     return future
-            # Every request is in flight: one of them has to end first.
+            # Every request is in flight, or fills /dev/shm: one has to end first.
             self._machine.wait_event(seen, 0.01)
+
+    def _makes_room(self, code: int | None, ends: bool) -> bool:
+        """Does the end of a call give back what this one lacks?"""
+        if code == errno.EAGAIN:
+            return bool(self._pending)
+        # What was sent lies in /dev/shm until its result has been read: by the thread,
+        # but not while a callback there submits.
+        reads = threading.current_thread() is self._thread
+        return code == errno.ENOSPC and ends and not reads
 
     def _complete(self) -> None:
         machine = self._machine
@@ -736,6 +748,7 @@ class _Futures:
                     if machine.done(call)
                 ]
                 busy = bool(self._pending)
+                self._ended = len(done)
             for call, cpu, future in done:
                 try:
                     result = machine.collect(call, cpu, None)
@@ -743,6 +756,7 @@ class _Futures:
                     _settle(future.set_exception, error)
                 else:
                     _settle(future.set_result, result)
+            self._ended = 0
             if machine.state == _core.DEAD or self._host.died:
                 self._fail()
             if not done:

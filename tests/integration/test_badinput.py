@@ -427,6 +427,38 @@ def test_dev_shm_full_at_first_use(script):
 
 
 @ROOT
+def test_submitting_waits_while_what_was_submitted_fills_dev_shm(script):
+    printed = in_small_shm(
+        script,
+        "32m",
+        """
+        import time
+        from shmipi import ArenaFullError, Cluster
+
+        def slow(data):
+            time.sleep(0.01)
+            return len(data)
+
+        with Cluster(2, idle="halt") as cluster:
+            cluster.call(1, slow, b"")
+            with open("/dev/shm/filler", "wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    file.truncate(file.tell() - (4 << 20))
+            futures = [cluster.submit(1, slow, bytes(700_000)) for _ in range(20)]
+            print({future.result(10) for future in futures})
+            try:
+                print(cluster.submit(1, slow, bytes(6 << 20)).result(10))
+            except ArenaFullError as error:  # nothing would make room for it
+                print(error.errno)
+        """,
+    )
+    assert printed.splitlines() == ["{700000}", str(errno.ENOSPC)]
+
+
+@ROOT
 def test_no_dev_shm(script):
     text = BOOT.format(ncpus=2, doorbell="futex")
     printed = in_small_shm(
