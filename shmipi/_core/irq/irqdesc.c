@@ -295,7 +295,8 @@ static bool handle(struct shi_self *self, uint32_t line)
 {
     uint32_t i, virq = shi_irqdesc_virq(self, line);
     const struct shi_irqdesc *desc = shi_irqdesc(self->m, virq);
-    struct shi_irqdesc seen = { .action = SHI_IA_NONE };
+    struct shi_irqdesc seen; /* not zeroed: two lines of stores in the way of each interrupt */
+    shi_store_relaxed(&seen.action, SHI_IA_NONE);
     bool known = !virq || !desc || shi_irqdesc_read(desc, &seen);
     uint32_t action = shi_load_relaxed(&seen.action);
     shi_a64 *count = line_count(self->m, self->id, line); /* kstat_irqs: the owner's alone */
