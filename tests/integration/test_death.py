@@ -1,6 +1,7 @@
 """Who dies with whom: CPUs, host, firmware; and what is left, which is nothing."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -373,7 +374,9 @@ def test_clean_never_touches_a_live_machine(boot):
 
 
 @pytest.mark.alone
-@pytest.mark.skipif(os.getuid() != 0, reason="needs a PID namespace")
+@pytest.mark.skipif(
+    os.getuid() != 0 or shutil.which("unshare") is None, reason="needs a PID namespace"
+)
 def test_clean_in_another_pid_namespace_leaves_a_live_machine(boot, script):
     cluster = boot(1, idle="halt")
     done = script(
