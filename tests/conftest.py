@@ -29,6 +29,7 @@ import pytest
 
 import shmipi
 from shmipi.machine.segment import full_name
+from shmipi.names import DOORBELLS
 
 #: In the environment of everything the tests start: also finds what was orphaned.
 _TOKEN = f"SHMIPI_TEST_RUN={secrets.token_hex(8)}"
@@ -70,6 +71,38 @@ for _number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(
             _number, signal.default_int_handler if _default else signal.SIG_DFL
         )
+
+
+# ---- what of it runs -----------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --doorbells."""
+    parser.addoption(
+        "--doorbells",
+        metavar="NAMES",
+        help="of tests for each doorbell only those, for example: futex,signal",
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Leave out the other doorbells."""
+    if config.getoption("doorbells") is None:
+        return
+    unknown = set(wanted := config.getoption("doorbells").split(",")) - set(DOORBELLS)
+    if unknown:
+        raise pytest.UsageError(f"--doorbells: {sorted(unknown)}: no such doorbell")
+    others = set(DOORBELLS) - set(wanted)
+
+    def of_another(item: pytest.Item) -> bool:
+        spec = getattr(item, "callspec", None)
+        return spec is not None and spec.params.get("doorbell") in others
+
+    left_out = [item for item in items if of_another(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not of_another(item)]
 
 
 # ---- several processes that share a run ----------------------------------------------

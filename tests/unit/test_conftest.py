@@ -69,6 +69,27 @@ def test_collects():
     assert re.search(r"left behind: processes \['\d+: S sleep 60 '\]", printed), printed
 
 
+DOORBELLS = """
+import pytest
+
+@pytest.mark.parametrize("doorbell", ["futex", "pipe", "signal"])
+@pytest.mark.parametrize("word", ["pipe"])
+def test_each(doorbell, word):
+    pass
+
+def test_other():
+    pass
+"""
+
+
+def test_some_doorbells_are_chosen(tmp_path: Path) -> None:
+    printed = run(tmp_path, "-v", "--doorbells", "futex,signal", one=DOORBELLS)
+    assert "3 passed, 1 deselected" in printed, printed
+    assert "test_each[pipe-futex]" in printed
+    assert "test_each[pipe-signal]" in printed
+    assert "test_other" in printed
+
+
 SHARED = """
 import os, time
 import pytest
