@@ -368,6 +368,42 @@ def eventually() -> Callable[..., float]:
 
 
 @pytest.fixture
+def own_time() -> Callable[[], float]:
+    """`own_time()`: seconds on a clock that stands while the computer is kept from us.
+
+    That is while threads of this process could run and were not let: by others here, or
+    by others on the computer that this one is a guest of.
+    """
+
+    def now() -> float:
+        files = Path("/proc/self/task").glob("*/schedstat")
+        queued = sum(int(file.read_text().split()[1]) for file in files) / 1e9
+        stolen = int(Path("/proc/stat").read_text().split()[8])
+        return time.monotonic() - queued - stolen / os.sysconf("SC_CLK_TCK")
+
+    return now
+
+
+@pytest.fixture
+def gate(cluster: Any) -> Iterator[tuple[Callable[..., Any], Callable[[], None]]]:
+    """`work, let_go = gate`: a function that returns its argument after `let_go()`."""
+    go = cluster.shared("gate", "i8", 1)
+    go[0] = 0
+
+    def work(value: Any = None) -> Any:
+        end = time.monotonic() + 20
+        while not go[0] and time.monotonic() < end:
+            time.sleep(0.001)
+        return value
+
+    def let_go() -> None:
+        go[0] = 1
+
+    yield work, let_go
+    let_go()
+
+
+@pytest.fixture
 def background() -> Iterator[Callable[..., Any]]:
     """`background(func, *args)`: a thread; `.end(seconds)` gives result or error."""
     started: list[Background] = []

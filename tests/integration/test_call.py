@@ -602,14 +602,15 @@ def test_a_futures_exception(cluster):
     assert cluster.submit(1, int).result(5) == 0
 
 
-def test_submit_does_not_wait(cluster):
-    start = time.monotonic()
-    future = cluster.submit(1, time.sleep, 0.2)
-    assert time.monotonic() - start < 0.1
+def test_submit_does_not_wait(cluster, gate):
+    work, let_go = gate
+    future = cluster.submit(1, work, 7)
     assert not future.done()
     assert not future.cancel()
-    assert future.result(5) is None
-    assert time.monotonic() - start >= 0.2
+    with pytest.raises(TimeoutError):
+        future.result(0.05)
+    let_go()
+    assert future.result(5) == 7
 
 
 def test_more_futures_than_requests(script):
@@ -663,9 +664,17 @@ def test_run_gives_results_in_cpu_order(cluster):
 
 
 def test_run_runs_them_at_the_same_time(cluster):
-    start = time.monotonic()
-    cluster.run(time.sleep, 0.2)
-    assert time.monotonic() - start < 0.5
+    here = cluster.shared("here", "i8", 3)
+    here[:] = 0
+
+    def wait_for_the_others():
+        here[smp.smp_processor_id()] = 1
+        end = time.monotonic() + 10
+        while not here.all() and time.monotonic() < end:
+            time.sleep(0.001)
+        return bool(here.all())
+
+    assert cluster.run(wait_for_the_others) == [True] * 3
 
 
 def test_tasks_of_one_cpu_queue_up(cluster, background):
@@ -744,18 +753,23 @@ def test_tasks_call_each_other(cluster):
 # ---- time-outs -----------------------------------------------------------------------
 
 
-def test_a_timeout_ends_the_wait_and_the_call_may_still_run(cluster, eventually):
+def test_a_timeout_ends_the_wait_and_the_call_may_still_run(
+    cluster, gate, own_time, eventually
+):
+    work, let_go = gate
     ran = cluster.shared("ran", "i8", 1)
     ran[0] = 0
 
     def f():
-        time.sleep(0.2)
+        work()
         ran[0] += 1
 
-    start = time.monotonic()
+    start, own_start = time.monotonic(), own_time()
     with pytest.raises(IpiTimeoutError, match="CPU 1") as caught:
         cluster.call(1, f, timeout=0.05)
-    assert 0.05 <= time.monotonic() - start < 0.18
+    assert time.monotonic() - start >= 0.05
+    assert own_time() - own_start < 0.18
+    let_go()
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.cpu == 1
     assert cluster.call(2, int, timeout=5) == 0  # its request is not used again
@@ -763,9 +777,11 @@ def test_a_timeout_ends_the_wait_and_the_call_may_still_run(cluster, eventually)
     assert cluster.call(1, int, timeout=5) == 0
 
 
-def test_timeout_zero_and_infinity(cluster):
+def test_timeout_zero_and_infinity(cluster, gate):
+    work, let_go = gate
     with pytest.raises(IpiTimeoutError):
-        cluster.call(1, time.sleep, 0.02, timeout=0)
+        cluster.call(1, work, timeout=0)
+    let_go()
     assert cluster.call(1, int, timeout=float("inf")) == 0
     assert cluster.call(1, int, timeout=5) == 0
 
@@ -912,14 +928,16 @@ def test_signal_handlers_of_the_host_run_during_a_wait(script):
     assert done.text == "1 True True\n"
 
 
-def test_the_interpreter_is_free_while_a_call_waits(cluster, background):
+def test_the_interpreter_is_free_while_a_call_waits(cluster, background, own_time):
     """Other threads of the host go on: spinning holds the GIL for microseconds."""
     thread = background(cluster.call, 1, time.sleep, 1.0)
-    turns, longest, last = 0, 0.0, time.perf_counter()
+    turns, longest, last = 0, 0.0, own_time()
     while thread.is_alive():
-        now = time.perf_counter()
+        end = time.perf_counter() + 0.01
+        while time.perf_counter() < end:
+            turns += 1
+        now = own_time()
         longest, last = max(longest, now - last), now
-        turns += 1
     assert turns > 1000
     assert longest < 0.1
     thread.end()

@@ -77,6 +77,7 @@ def test_every_example_is_accepted_by_its_parser(name: str) -> None:
         parser.parse_args(arguments)  # raises SystemExit if it is not
 
 
+@pytest.mark.alone  # who shares a core's caches with others takes more of its time
 def test_help_is_light() -> None:
     """Under 100 ms of CPU time, and nothing of what takes long is imported."""
     script = (
