@@ -36,4 +36,5 @@ BENCHES: Final = {
     "throughput": "calls per second that nobody waits for",
     "boot": "boot and shutdown time, and memory per CPU",
     "broadcast": "on_each_cpu(wait=True) over many halted CPUs",
+    "death": "how soon the death of a CPU is told to who waits for it",
 }

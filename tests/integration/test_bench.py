@@ -315,6 +315,16 @@ def test_broadcast(capfd):
     assert found["rows"][1]["growth"] == pytest.approx(ratio)
 
 
+def test_death(capfd):
+    found = document(capfd, "death", "--cpus", "2,5", "--calls", "3")
+    assert [row["ncpus"] for row in found["rows"]] == [2, 5]
+    for row in found["rows"]:
+        assert row["kills"] == 3
+        assert 0 < row["told_s"] <= row["told_max_s"] < 30
+        assert row["broadcasters"] == row["ncpus"]
+        assert 0 < row["broadcast_s"] < 30
+
+
 def test_the_text_is_for_people(capfd):
     arguments = ("latency", "--calls", "10", "--blocks", "5", "--doorbell", "none")
     assert main(["bench", *arguments]) == 0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmipi import _core
-from shmipi.bench import boot, controllers, limits, runner
+from shmipi.bench import boot, controllers, death, limits, runner
 from shmipi.cli import main
 from shmipi.report import bench as report
 
@@ -214,11 +214,19 @@ def test_one_core_is_told(capfd, monkeypatch, what):
 
 
 @pytest.mark.parametrize(
-    "what", ["limits", "latency", "controllers", "throughput", "boot", "broadcast"]
+    "what",
+    ["limits", "latency", "controllers", "throughput", "boot", "broadcast", "death"],
 )
 def test_help_has_an_example(capfd, what):
     assert main(["bench", what, "--help"]) == 0
     assert f"shmipi bench {what}" in capfd.readouterr().out.partition("example")[2]
+
+
+def test_so_many_broadcast_as_there_is_memory_for():
+    """A page of page tables for each pair of CPUs: 64 GiB at 4,096."""
+    assert death.senders(1024, 1 << 34) == 1024
+    assert death.senders(4096, 1 << 34) == 512
+    assert death.senders(4096, 0) == 1
 
 
 # ---- the report ----------------------------------------------------------------------
