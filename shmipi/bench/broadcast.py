@@ -74,7 +74,10 @@ def run(
         placement = topology.place(size + 1, options.cores)
         seen = Seen()
         with Rig(
-            placement, doorbell=options.doorbell, controller=options.controller
+            placement,
+            doorbell=options.doorbell,
+            controller=options.controller,
+            cpus=[0],  # what the others run is native
         ) as rig:
             before = shared_kib(rig.cluster)
             with Disturbance(rig, 1, seen):

@@ -142,7 +142,8 @@ class Rig:
     """A machine that is measured: all its CPUs halt but the one in use.
 
     ``cores`` is the core of each CPU: CPU 0 sends, the others are targets. ``timer_ns``
-    is what a stamp costs on CPU 0, ``clock`` where it comes from.
+    is what a stamp costs on CPU 0, ``clock`` where it comes from. ``cpus`` are those
+    that run Python, CPU 0 among them (default: all): the others stay as they booted.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Rig:
         doorbell: str = "futex",
         controller: str | type[Chip] = "apic",
         kick: bool | int = True,
+        cpus: Sequence[int] | None = None,
     ) -> None:
         self.cluster = Cluster(
             len(cores),
@@ -169,7 +171,7 @@ class Rig:
             self.stamps = self.cluster.shared(tasks.STAMPS, "i8", 8)
             self.flags = self.cluster.shared(tasks.FLAGS, "i8", 8)
             # A collector that runs on a target would be in a sender's figure.
-            prepared = self.cluster.run(tasks.prepare)
+            prepared = self.cluster.run(tasks.prepare, cpus=cpus)
         except BaseException:
             self.cluster.shutdown()
             raise
