@@ -170,27 +170,14 @@ class Rig:
         self.wait(lambda: state_of(self.pid) in "T")
 
     def boot_target(self, action, background):
-        """Boot the target anew, which meets its end or a stop at "online": the thread.
-
-        A busy computer may arm that too late, when the CPU is past it: then again.
-        """
-        for _ in range(10):
-            os.kill(self.cluster.cpus[TARGET].pid, signal.SIGKILL)
-            self.wait(lambda: self.cluster.cpus[TARGET].state == "dead")
-            generation = self.machine.slot(TARGET).generation
-            thread = background(self.cluster.online, TARGET)
-            # The slot is made ready for the new process; it takes a while to be there.
-            while self.machine.slot(TARGET).generation == generation:
-                if not thread.is_alive():  # it came up between the two looks, or failed
-                    assert self.machine.slot(TARGET).generation != generation
-            self.machine.arm_step(TARGET, "online", action)
-            while self.machine.step_hit(TARGET) != "online" and thread.is_alive():
-                time.sleep(0.001)
-            if self.machine.step_hit(TARGET) == "online":
-                self.pid = self.machine.slot(TARGET).pid
-                return thread
-            thread.end()
-        pytest.fail("the step is never armed in time")
+        """Boot the target anew, to its end or a stop at "online": the thread."""
+        os.kill(self.cluster.cpus[TARGET].pid, signal.SIGKILL)
+        self.wait(lambda: self.cluster.cpus[TARGET].state == "dead")
+        self.machine.arm_step(TARGET, "online", action)
+        thread = background(self.cluster.online, TARGET)
+        self.wait(lambda: self.machine.step_hit(TARGET) == "online")
+        self.pid = self.machine.slot(TARGET).pid
+        return thread
 
     def resume(self):
         with contextlib.suppress(ProcessLookupError):

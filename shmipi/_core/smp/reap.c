@@ -2,6 +2,7 @@
 #include "base/sys.h"
 
 #include "base/event.h"
+#include "base/step.h"
 #include "irq/chip.h"
 #include "irq/irqdesc.h"
 #include "irq/ring.h"
@@ -188,7 +189,9 @@ uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu)
     shi_store_relaxed(&slot->damaged, 0);
     shi_store_relaxed(&slot->starved, SHI_ST_NO);
     shi_store_relaxed(&slot->rerung, 0);
-    shi_store_relaxed(&slot->step, 0);
+    /* The step of a boot is armed before it: while it boots nobody would be in time. */
+    if (shi_load_relaxed(&slot->step) != SHI_STEP_online)
+        shi_store_relaxed(&slot->step, 0);
     shi_store_relaxed(&slot->generation, gen);
     shi_store_full(&slot->word, (uint64_t)(uint16_t)gen << SHI_W_GEN_SHIFT | SHI_OFFLINE);
     return gen;
