@@ -283,6 +283,7 @@ static void a_flood_past_one_that_is_held_up(void)
     CHECK(in_use(self) >= SHI_NOWAIT_POOL / 2 + 1); /* and they are still there */
     let_it_go_on();
     all_come_back(self);
+    CHECK(self->sender.room_looks == 0); /* for one that is unlocked now */
 }
 
 int main(void)

@@ -317,7 +317,7 @@ uint32_t shi_csd_oldest(const struct shi_self *self)
 void shi_csd_collect(struct shi_self *self)
 {
     struct shi_sender *s = &self->sender;
-    uint32_t n = s->flight_count, i;
+    uint32_t n = s->flight_count, oldest = shi_csd_oldest(self), i;
     for (i = 0; i < n; i++) {
         uint32_t index = flight_pop(self);
         uint64_t lock = shi_load_acquire(&shi_own_csd(self, index)->lock);
@@ -332,6 +332,8 @@ void shi_csd_collect(struct shi_self *self)
             s->notes[index].nowait = 0;
         }
     }
+    if (shi_csd_oldest(self) != oldest)
+        s->room_looks = 0; /* which were for that one */
 }
 
 int shi_csd_attach(struct shi_self *self, uint32_t local, const struct shi_call *call)
