@@ -375,11 +375,16 @@ def own_time() -> Callable[[], float]:
     by others on the computer that this one is a guest of.
     """
 
+    queued: dict[str, float] = {}  # of each thread, of those that have ended too
+
     def now() -> float:
-        files = Path("/proc/self/task").glob("*/schedstat")
-        queued = sum(int(file.read_text().split()[1]) for file in files) / 1e9
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # it ends while it is looked at
+                ns = int((thread / "schedstat").read_text().split()[1])
+                queued[thread.name] = ns / 1e9
         stolen = int(Path("/proc/stat").read_text().split()[8])
-        return time.monotonic() - queued - stolen / os.sysconf("SC_CLK_TCK")
+        lost = sum(queued.values()) + stolen / os.sysconf("SC_CLK_TCK")
+        return time.monotonic() - lost
 
     return now
 
