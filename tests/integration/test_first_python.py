@@ -96,3 +96,31 @@ def test_a_signal_that_comes_before_python_is_not_lost(script):
         """
     )
     assert done.text == "noted\npid True\n"
+
+
+def test_a_hook_of_the_fork_finds_no_machine(script):
+    """It runs when Python hears of the fork: to wait in it would begin that anew."""
+    done = script(
+        """
+        import os
+        from shmipi import Cluster, NoMachineError, smp
+        from shmipi.irq.chips.apic import Apic
+
+        def hook():
+            try:
+                smp.smp_call_function_single(1, id, 0)
+                os.write(1, b"a CPU\\n")
+            except NoMachineError:
+                os.write(1, b"no machine\\n")
+
+        class Hooking(Apic):
+            def bind(self, machine):
+                os.register_at_fork(after_in_child=hook)
+                return super().bind(machine)
+
+        if __name__ == "__main__":
+            with Cluster(2, idle="halt", controller=Hooking()) as cluster:
+                print(cluster.call(0, os.getpid) == cluster.cpus[0].pid, flush=True)
+        """
+    )
+    assert done.text == "no machine\nTrue\n"

@@ -54,7 +54,11 @@ static void adopt(Machine *machine)
     sigfillset(&all);
     /* One that comes in the middle would be both noted here and known to the interpreter. */
     pthread_sigmask(SIG_SETMASK, &all, &mask);
+    /* Hooks of a fork find no machine, as in any child: one that waited here for another CPU
+     * would take the interpreter back, and be called again in its own middle. */
+    shi_current = NULL;
     PyOS_AfterFork_Child();
+    shi_current = machine;
     machine->newborn = false; /* not before: see forked() */
     shi_signals_early();
     pthread_sigmask(SIG_SETMASK, &mask, NULL);
