@@ -1,6 +1,7 @@
 """A host that forks does not own the machine in the child; a task that forks makes no
 second CPU."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 import warnings
 from pathlib import Path
 
+import psutil
 import pytest
 
 import shmipi
@@ -257,14 +259,15 @@ def test_a_task_that_forks_makes_no_second_cpu(cluster):
     assert cluster.call(1, smp.smp_processor_id) == 1
 
 
-def test_a_child_that_returns_from_the_task_is_no_cpu_either(boot, eventually):
+@pytest.mark.parametrize("how", ["python", "c"])
+def test_a_child_that_returns_from_the_task_is_no_cpu_either(boot, eventually, how):
     """It must not answer in its parent's name, nor enter the idle loop."""
     cluster = boot(2, idle="halt")
     pids = cluster.shared("pids", "i8", 2)
 
     def task():
         parent = os.getpid()
-        pid = os.fork()
+        pid = os.fork() if how == "python" else ctypes.PyDLL(None).fork()
         if pid == 0:
             pids[0] = os.getpid()
             return "child"
@@ -281,6 +284,84 @@ def test_a_child_that_returns_from_the_task_is_no_cpu_either(boot, eventually):
     # The child has ended: it is not in somebody's idle loop.
     eventually(lambda: cluster.call(1, reap, int(pids[1])) == pids[1], 3)
     assert cluster.call(1, os.getpid) == cluster.cpus[1].pid
+
+
+def test_a_child_that_returns_from_a_native_handler_is_no_cpu_either(boot, eventually):
+    maps = psutil.Process().memory_maps()
+    libc = next(m.path for m in maps if os.path.basename(m.path).startswith("libc."))
+    cluster = boot(2, idle="halt", handlers=[f"{libc}:fork"])
+    fork, count = smp.NativeHandler(f"{libc}:fork"), smp.NativeHandler("count")
+    n = cluster.shared("n", "i8", 1)
+    cluster.call(0, fork)  # which has run no Python
+    cluster.smp.smp_call_function_single(1, fork, None, False)
+    cluster.call(1, smp.smp_processor_id)
+    cluster.call(1, fork)
+
+    def states(cpu):
+        children = psutil.Process(cluster.cpus[cpu].pid).children()
+        return [child.status() for child in children]
+
+    eventually(lambda: [states(0), states(1)] == [["zombie"], ["zombie"] * 2], 3)
+    for _ in range(100):
+        cluster.smp.on_each_cpu(count, n)
+    assert n[0] == 200
+    assert cluster.run(os.getpid) == [cpu.pid for cpu in cluster.cpus]
+
+
+def test_a_child_that_c_code_forked_touches_nothing_of_its_parents(boot):
+    """Python has not heard of it there: every call is refused, what it lets go of
+    (functions, csds) stays its parent's, and it does not say what the CPU is doing."""
+    cluster = boot(2, idle="halt")
+    said = cluster.shared("said", "i8", 2)
+
+    def echo(value):
+        return value
+
+    def task():
+        here, there = shmipi.shared("said"), [lambda value: value]
+        csds = [smp.CallSingleData(echo, 5)]
+        smp.smp_call_function_single(1, there[0], 1)
+        r, w = os.pipe()
+        pid = ctypes.PyDLL(None).fork()
+        if pid == 0:
+            answers = []
+            for call in (
+                smp.smp_processor_id,
+                lambda: smp.smp_call_function_single(1, echo, 1),
+                lambda: smp.smp_call_function_single_async(1, csds[0]),
+                lambda: smp.on_each_cpu(echo, 1),
+                lambda: smp.wait_for_interrupt(timeout=0.01),
+                lambda: smp.smp_send_reschedule(1),
+            ):
+                try:
+                    answers.append(f"no error {call()}")
+                except shmipi.ClusterStateError as error:
+                    answers.append("fork's child" in str(error) and "told")
+            there.clear()
+            csds.clear()
+            os.write(w, repr(answers).encode())
+            os._exit(0)
+        os.close(w)
+        text = b""
+        while part := os.read(r, 1000):
+            text += part
+        os.close(r)
+        os.waitpid(pid, 0)
+        here[0] = 1
+        while not here[1]:
+            pass
+        smp.smp_call_function_single(1, there[0], 1)
+        smp.smp_call_function_single_async(1, csds[0])
+        return text.decode()
+
+    tasks = cluster.start(task, cpus=[0])
+    deadline = time.monotonic() + 5
+    while not said[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert cluster.cpus[0].state == "running"
+    said[1] = 1
+    assert tasks.results(5) == [repr(["told"] * 6)]
+    assert not cluster.counters()["corrupt"].any()
 
 
 def test_a_kick_to_a_forked_child_is_harmless(cluster, eventually):

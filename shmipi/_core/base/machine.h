@@ -7,6 +7,7 @@
 
 #include <pthread.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "base/arena.h"
 #include "base/segment.h"
@@ -140,6 +141,14 @@ struct shi_self {
     pthread_mutex_t kick_lock;
     timer_t timer; /* of the CPU's own thread: asks the interpreter again */
 };
+
+/* A native handler that forks comes back in the child, too, which is no CPU: it would complete
+ * its parent's call a second time and take the next one off its queue.  It ends here. */
+static inline void shi_end_if_forked(const struct shi_self *self)
+{
+    if (__builtin_expect(self->left, 0))
+        _exit(0);
+}
 
 static inline void shi_count_n(struct shi_self *self, enum shi_counter c, uint64_t n)
 {

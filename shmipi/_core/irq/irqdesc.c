@@ -192,6 +192,7 @@ bool shi_irqdesc_run_native(struct shi_self *self, const struct shi_irqdesc *des
         info = self->m->base + at;
     }
     function(info);
+    shi_end_if_forked(self);
     return true;
 }
 

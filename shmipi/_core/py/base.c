@@ -314,11 +314,8 @@ bool shi_other_thread(const Machine *machine)
 
 int shi_use(Machine *machine)
 {
-    if (machine->closed || machine->foreign) {
-        shi_raise(shi_py.StateError, 0, -1,
-                  machine->foreign ? "this machine belongs to the parent process: a fork's "
-                                     "child can not use it"
-                                   : "this cluster is closed");
+    if (__builtin_expect(shi_gone(machine), 0)) {
+        shi_raise_errno(machine, -ESHUTDOWN, -1);
         return -1;
     }
     if (!machine->self.host && !pthread_equal(pthread_self(), machine->self.thread)) {

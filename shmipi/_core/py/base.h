@@ -121,6 +121,13 @@ PyObject *shi_take_exception(void);
 void shi_put_exception(PyObject *error);
 
 /* ---- using a machine ------------------------------------------------------------- */
+/* Not this process's any more: closed, or a fork's child of its process, which Python may not
+ * have heard of.  What stands in shared memory and in the sender is another's then. */
+static inline bool shi_gone(const Machine *machine)
+{
+    return machine->closed || machine->foreign || machine->self.left;
+}
+
 /* 0 when this thread may use the machine, else -1 with an exception. */
 int shi_use(Machine *machine);
 Machine *shi_use_current(void);

@@ -11,7 +11,7 @@
 static PyObject *cpu_context(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     const Machine *machine = shi_current;
-    if (!machine || machine->foreign || machine->self.host)
+    if (!machine || machine->self.left || machine->self.host)
         return PyLong_FromLong(SHI_NO_CPU);
     bool handler = pthread_equal(pthread_self(), machine->self.thread) &&
                    (machine->self.in_irq || machine->self.in_nmi);

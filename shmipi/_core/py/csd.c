@@ -72,7 +72,7 @@ static void csd_dealloc(PyObject *self)
     CallSingleData *csd = (CallSingleData *)self;
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
-    if (csd->machine && !csd->machine->closed && !csd->machine->foreign) {
+    if (csd->machine && !shi_gone(csd->machine)) {
         if (shi_other_thread(csd->machine))
             shi_late(csd->machine, csd->local, true);
         else if (shi_csd_locked(shi_own_csd(&csd->machine->self, csd->local)))
@@ -89,7 +89,7 @@ static void csd_dealloc(PyObject *self)
 
 static bool is_locked(const CallSingleData *csd)
 {
-    return !csd->machine->closed && !csd->machine->foreign &&
+    return !shi_gone(csd->machine) &&
            shi_csd_locked(shi_own_csd(&csd->machine->self, csd->local));
 }
 

@@ -134,7 +134,7 @@ static PyObject *entry_call(PyObject *self, PyObject *args, PyObject *kwargs)
     /* It holds the entry, as its callback: the collector, other than a last reference that
      * goes, leaves that in place.  Who calls has a reference to it yet. */
     Py_CLEAR(e->weak);
-    if (machine && !machine->closed && !machine->foreign) {
+    if (machine && !shi_gone(machine)) {
         *table_slot(&machine->sent, e->key) = &tombstone;
         retire(machine, e->index);
         Py_DECREF(self); /* the table's reference */

@@ -25,7 +25,7 @@ void shi_flush_standard_files(void)
 void shi_leave_if_forked(Machine *machine, PyObject *result)
 {
     int status = 0;
-    if (__builtin_expect(!machine->foreign, 1))
+    if (__builtin_expect(!machine->self.left, 1))
         return;
     if (!result) {
         PyObject *code = NULL, *error = shi_take_exception();

@@ -175,7 +175,7 @@ METHOD(irq_free)
         return NULL;
     if (desc)
         shi_irqdesc_clear(desc);
-    if (!machine->closed && !machine->foreign)
+    if (!shi_gone(machine))
         shi_irq_let_go(machine);
     Py_RETURN_NONE;
 }

@@ -48,7 +48,7 @@ static PyObject *hold(PyObject *original, PyObject *const *args, Py_ssize_t narg
         return PyObject_Vectorcall(original, args, (size_t)nargs, kwnames);
     machine->self.held++;
     PyObject *result = PyObject_Vectorcall(original, args, (size_t)nargs, kwnames);
-    if (--machine->self.held || machine->foreign)
+    if (--machine->self.held || machine->self.left)
         return result;
     PyObject *error = result ? NULL : shi_take_exception();
     shi_take_deferred(machine);

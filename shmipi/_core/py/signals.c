@@ -13,7 +13,7 @@
 Machine *shi_own_cpu(void)
 {
     Machine *machine = shi_current;
-    return machine && !machine->self.host && !machine->foreign &&
+    return machine && !machine->self.host && !machine->self.left &&
                    pthread_equal(pthread_self(), machine->self.thread)
                ? machine
                : NULL;
@@ -51,7 +51,7 @@ static PyObject *task_signal_call(PyObject *object, PyObject *const *args, size_
     }
     Py_INCREF(handler); /* it may install another one */
     PyObject *result = PyObject_Vectorcall(handler, args, nargsf, kwnames);
-    if (!result && machine && !machine->foreign && !machine->self.in_task) {
+    if (!result && machine && !machine->self.left && !machine->self.in_task) {
         PyErr_WriteUnraisable(handler); /* an idle CPU: nobody is there to raise it in */
         result = Py_NewRef(Py_None);
     }

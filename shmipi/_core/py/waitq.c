@@ -241,7 +241,7 @@ METHOD_FAST(waitq_sleep)
 /* waitq_finish(queue, ticket, exclusive): also of a machine that was closed meanwhile. */
 METHOD_FAST(waitq_finish)
 {
-    if (machine->closed || machine->foreign)
+    if (shi_gone(machine))
         Py_RETURN_NONE;
     struct shi_waitq *q = queue_arg(machine, args, nargs, 2);
     uint64_t ticket = q ? PyLong_AsUnsignedLongLong(args[1]) : 0;

@@ -453,12 +453,14 @@ static void run_native(struct shi_self *self, uint32_t index, struct shi_csd *cs
     if (sync) {
         shi_count(self, SHI_C_csd_sync);
         function(info);
+        shi_end_if_forked(self);
         SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
         unlock_csd(self, csd);
     } else {
         shi_count(self, SHI_C_csd_async);
         unlock_csd(self, csd);
         function(info);
+        shi_end_if_forked(self);
         SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
     }
     shi_store_relaxed(&self->slot->cur_csd, 0);
