@@ -192,6 +192,31 @@ static void kinds(void)
     }
 }
 
+/* Nobody waits for a target that is slow, or stopped, while another has made room. */
+static void room_behind_the_oldest(void)
+{
+    const struct shi_call call = { .func = SHI_FUNC_NATIVE, .apply = SHI_A_INFO };
+    uint32_t i;
+    quiet(2);
+    set_state(0, SHI_HALTED);
+    set_state(1, SHI_POLLING);
+    CHECK(shi_call_post(&rig.host, &call, SHI_CSD_ASYNC, 0) >= 0); /* not taken up */
+    for (i = 1; i < SHI_NOWAIT_POOL; i++)
+        CHECK(shi_call_post(&rig.host, &call, SHI_CSD_ASYNC, 1) >= 0);
+    CHECK(shi_call_post(&rig.host, &call, SHI_CSD_ASYNC, 1) == -EAGAIN);
+    rig.m.drain(&rig.cpu[1]);
+    for (i = 1; i < SHI_NOWAIT_POOL; i++)
+        CHECK(shi_call_post(&rig.host, &call, SHI_CSD_ASYNC, 1) >= 0);
+    CHECK(shi_call_post(&rig.host, &call, SHI_CSD_ASYNC, 1) == -EAGAIN);
+    rig.m.drain(&rig.cpu[1]);
+    rig.m.drain(&rig.cpu[0]);
+    shi_enter(&rig.host);
+    shi_csd_collect(&rig.host);
+    CHECK(!rig.host.sender.nowait && rig.host.sender.nfree == rig.host.sender.csd_top);
+    shi_leave(&rig.host);
+    unquiet();
+}
+
 static void link_to(uint32_t local, uint32_t next)
 {
     shi_store_relaxed(&shi_own_csd(&rig.host, local)->next, next);
@@ -316,6 +341,7 @@ int main(void)
     damage();
     batch();
     kinds();
+    room_behind_the_oldest();
     valid();
     many_pushers();
     return 0;

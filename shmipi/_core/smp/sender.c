@@ -314,6 +314,16 @@ uint32_t shi_csd_oldest(const struct shi_self *self)
     return s->flight_count ? s->flight[s->flight_head] : UINT32_MAX;
 }
 
+#define LATER 32u /* of SHI_NOWAIT_POOL */
+
+uint32_t shi_csd_later(const struct shi_self *self)
+{
+    const struct shi_sender *s = &self->sender;
+    return s->flight_count > LATER
+               ? s->flight[(s->flight_head + LATER) & (self->m->csds_per_slot - 1)]
+               : shi_csd_oldest(self);
+}
+
 void shi_csd_collect(struct shi_self *self)
 {
     struct shi_sender *s = &self->sender;
@@ -404,10 +414,11 @@ int64_t shi_nowait_get(struct shi_self *self)
         } else {
             /*
              * Those behind it most likely are locked too, and a look at each would take its
-             * line away from the target that is about to unlock it.  But once the oldest was
-             * waited for in vain (shi_call_room) its target may be stopped, and others not.
+             * line away from the target that is about to unlock it.  But its target may be
+             * slower than others, or stopped: when one half the pool behind it is unlocked,
+             * or was waited for in vain (shi_call_room).
              */
-            if (s->room_looks)
+            if (s->room_looks || !shi_csd_locked(shi_own_csd(self, shi_csd_later(self))))
                 shi_csd_collect(self);
             if (s->nowait >= SHI_NOWAIT_POOL)
                 return -EAGAIN;

@@ -64,6 +64,8 @@ void shi_csd_abandon(struct shi_self *self, uint32_t index);
 void shi_csd_collect(struct shi_self *self);
 /* The oldest csd in flight, or UINT32_MAX. */
 uint32_t shi_csd_oldest(const struct shi_self *self);
+/* The one half a pool of wait=0 calls behind it, or the oldest where there are not so many. */
+uint32_t shi_csd_later(const struct shi_self *self);
 /* A csd for a call nobody waits for: at most SHI_NOWAIT_POOL are in flight.  Its local
  * index, -EAGAIN when one has to be waited for (shi_csd_oldest), -ENOSPC. */
 int64_t shi_nowait_get(struct shi_self *self);

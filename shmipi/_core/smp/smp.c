@@ -264,7 +264,6 @@ int shi_call_many(struct shi_self *self, struct shi_many *many, const struct shi
 
 #define ROOM_LOOK_NS 1000000u
 #define ROOM_LOOKS 16u
-#define ROOM_AHEAD 32u /* of SHI_NOWAIT_POOL */
 
 int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
                  const struct shi_waiter *waiter, void *arg)
@@ -325,28 +324,18 @@ void shi_call_end(struct shi_self *self, uint32_t local)
     shi_leave(self);
 }
 
-/*
- * Whose unlock to wait for: not that of the oldest, but of one some way behind it.  A sender
- * that goes on as soon as there is room for one call looks at each csd while its target is
- * about to unlock it, and the line goes back and forth for each.  But the oldest, where that
- * way has been waited in vain, and where the other one has been unlocked by another target.
- */
-static uint32_t awaited(const struct shi_self *self)
-{
-    const struct shi_sender *s = &self->sender;
-    uint32_t oldest = shi_csd_oldest(self);
-    if (s->room_looks || s->flight_count <= ROOM_AHEAD)
-        return oldest;
-    uint32_t later = s->flight[(s->flight_head + ROOM_AHEAD) & (self->m->csds_per_slot - 1)];
-    return shi_csd_locked(shi_own_csd(self, later)) ? later : oldest;
-}
-
 int shi_call_room(struct shi_self *self, const struct shi_waiter *waiter, void *arg,
                   uint32_t *dst)
 {
     struct shi_sender *s = &self->sender;
+    /*
+     * Whose unlock to wait for: not that of the oldest, but of one some way behind it.  A
+     * sender that goes on as soon as there is room for one call looks at each csd while its
+     * target is about to unlock it, and the line goes back and forth for each.  But the
+     * oldest, where that way has been waited in vain.
+     */
     shi_enter(self);
-    uint32_t local = awaited(self);
+    uint32_t local = s->room_looks ? shi_csd_oldest(self) : shi_csd_later(self);
     shi_leave(self);
     if (local == UINT32_MAX)
         return -EAGAIN; /* futures', tasks' and CallSingleData's: only their owners free them */
