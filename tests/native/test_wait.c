@@ -136,6 +136,35 @@ static void serves_its_own_queue(void)
     rig_unquiet(&rig);
 }
 
+static struct shi_csd *waited_for;
+static uint32_t nruns, more_number;
+
+/* Each call is followed by another; with the third the answer comes. */
+static void more(void *info)
+{
+    const struct shi_call call = { .func = SHI_FUNC_NATIVE | more_number };
+    (void)info;
+    if (++nruns == 3)
+        shi_csd_unlock(&rig.cpu[1], waited_for);
+    if (nruns < 1000)
+        CHECK(shi_call_post(&rig.host, &call, SHI_CSD_ASYNC, 0) >= 0);
+}
+
+/* What it serves does not end: the answer is seen all the same. */
+static void answered_under_a_flood(void)
+{
+    boot();
+    nruns = 0;
+    more_number = (uint32_t)shi_native_register("more", more);
+    const struct shi_call first = { .func = SHI_FUNC_NATIVE | more_number };
+    uint32_t local = call(&rig.cpu[0]);
+    waited_for = shi_own_csd(&rig.cpu[0], local);
+    CHECK(shi_call_post(&rig.host, &first, SHI_CSD_ASYNC, 0) >= 0);
+    CHECK(wait_for(&rig.cpu[0], local, 0) == SHI_WAIT_DONE);
+    CHECK(nruns == 3);
+    rig_unquiet(&rig);
+}
+
 static void a_circle_is_told(void)
 {
     boot();
@@ -165,6 +194,7 @@ int main(void)
     woken_by_the_answer();
     out_of_time();
     serves_its_own_queue();
+    answered_under_a_flood();
     a_circle_is_told();
     the_machine_ends();
     return 0;

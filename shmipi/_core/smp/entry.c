@@ -21,25 +21,30 @@
 #define STORM_NS 50000u
 #define STORM_POLL_NS 2000u
 
+bool shi_service_once(struct shi_self *self)
+{
+    /* Acquire pairs with the push: but what is acted upon comes from the RMW. */
+    uint64_t w = shi_load_acquire(&self->slot->word);
+    if (w & SHI_W_PENDING) {
+        shi_chip_handle(self);
+    } else if (shi_word_head(w)) {
+        self->m->drain(self);
+    } else if (shi_resched_due(self, w)) {
+        SHI_TRACE(self, resched_idle, self->id, 0, 0, 0);
+        shi_fetch_and_full(&self->slot->word, ~SHI_W_NEED_RESCHED);
+    } else {
+        return false;
+    }
+    self->served++;
+    return true;
+}
+
 bool shi_service(struct shi_self *self)
 {
     bool did = false;
-    for (;;) {
-        /* Acquire pairs with the push: but what is acted upon comes from the RMW. */
-        uint64_t w = shi_load_acquire(&self->slot->word);
-        if (w & SHI_W_PENDING) {
-            shi_chip_handle(self);
-        } else if (shi_word_head(w)) {
-            self->m->drain(self);
-        } else if (shi_resched_due(self, w)) {
-            SHI_TRACE(self, resched_idle, self->id, 0, 0, 0);
-            shi_fetch_and_full(&self->slot->word, ~SHI_W_NEED_RESCHED);
-        } else {
-            self->served += did;
-            return did;
-        }
+    while (shi_service_once(self))
         did = true;
-    }
+    return did;
 }
 
 /* ---- the soft mask --------------------------------------------------------------- */

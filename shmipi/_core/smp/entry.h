@@ -40,6 +40,8 @@ static inline void shi_leave(struct shi_self *self)
 
 /* Drain lines and queue until both are empty.  Soft-masked.  True if there was any. */
 bool shi_service(struct shi_self *self);
+/* One of them, for who waits and looks at something in between.  True if there was any. */
+bool shi_service_once(struct shi_self *self);
 /* Body of the kick handler. */
 void shi_irq_entry(struct shi_self *self);
 

@@ -478,7 +478,8 @@ static void run_csd(struct shi_self *self, uint32_t index)
 static void linger(struct shi_self *self)
 {
     uint32_t i;
-    if (++self->flood <= FLOOD)
+    /* A task that serves its queue itself waits for something: it is to look at that. */
+    if (++self->flood <= FLOOD || (self->in_task && !self->in_irq))
         return;
     for (i = 0; i < LINGER; i++)
         shi_signal_fence();

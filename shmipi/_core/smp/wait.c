@@ -56,14 +56,15 @@ void shi_wait_end(struct shi_self *self, struct shi_wait *wait)
         shi_set_running(self);
 }
 
-/* Serve the own queue.  True: the caller has Python work to run, is asked to go offline,
- * or to leave the task. */
+/* Serve the own queue, once: a flood of calls to this CPU may leave it empty never, and what
+ * is waited for has come.  True: the caller has Python work to run, is asked to go offline, or
+ * to leave the task. */
 static bool serve(struct shi_self *self)
 {
     if (self->left)
         return true; /* a fork's child: the queue is its parent's */
     self->in_core++;
-    shi_service(self);
+    shi_service_once(self);
     self->in_core--;
     if (self->happened)
         shi_leave_slow(self);
