@@ -17,10 +17,10 @@ import fcntl
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from shmipi.machine.limits import limit_text
 
@@ -130,14 +130,14 @@ class Sem(Doorbell):
     def create(self, name: str) -> None:
         import posix_ipc
 
-        with _os_errors():
-            posix_ipc.Semaphore(f"/{name}", posix_ipc.O_CREX, mode=0o600).close()
+        _with_os_errors(
+            posix_ipc.Semaphore, f"/{name}", posix_ipc.O_CREX, mode=0o600
+        ).close()
 
     def unlink(self, name: str) -> None:
         import posix_ipc
 
-        with _os_errors():
-            posix_ipc.unlink_semaphore(f"/{name}")
+        _with_os_errors(posix_ipc.unlink_semaphore, f"/{name}")
 
     def keep(self, name: str) -> int:
         assert self.folder is not None
@@ -194,20 +194,19 @@ class Mqueue(Doorbell):
     def create(self, name: str) -> None:
         import posix_ipc
 
-        with _os_errors():
-            posix_ipc.MessageQueue(
-                f"/{name}",
-                posix_ipc.O_CREX,
-                mode=0o600,
-                max_messages=1,
-                max_message_size=8,
-            ).close()
+        _with_os_errors(
+            posix_ipc.MessageQueue,
+            f"/{name}",
+            posix_ipc.O_CREX,
+            mode=0o600,
+            max_messages=1,
+            max_message_size=8,
+        ).close()
 
     def unlink(self, name: str) -> None:
         import posix_ipc
 
-        with _os_errors():
-            posix_ipc.unlink_message_queue(f"/{name}")
+        _with_os_errors(posix_ipc.unlink_message_queue, f"/{name}")
 
     def needs(self, limits: Limits, ncpus: int) -> Iterator[Need]:
         why = "the mqueue doorbell is one POSIX message queue for each CPU and the host"
@@ -343,14 +342,14 @@ def unlink(full: str, ncpus: int = 0) -> int:
     return done
 
 
-@contextlib.contextmanager
-def _os_errors() -> Iterator[None]:
-    """Let the errors of posix_ipc be what they are of the system's: ``OSError``."""
+def _with_os_errors(func: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call it; the errors of posix_ipc become what they are: ``OSError``."""
     import posix_ipc
 
     try:
-        yield
+        return func(*args, **options)
     except posix_ipc.Error as error:
         code = getattr(error, "errno", None)
         text = getattr(error, "strerror", None) or str(error)
-        raise OSError(code, text) from None
+    # Not from within: as its context that error's frames would keep the host's Cluster.
+    raise OSError(code, text)
