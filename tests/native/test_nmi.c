@@ -114,6 +114,32 @@ static void back_to_back(void)
     rig_unquiet(&rig);
 }
 
+/* Its signal came just after the CPU had gone offline, and the CPU comes back before the Python
+ * handlers have run: the NMI is over once, when they have. */
+static void in_service_when_back(void)
+{
+    struct shi_pic *pic = &rig.cpu[0].slot->pic;
+    struct shi_irqdesc *action;
+    boot();
+    action = shi_nmi_action_free(&rig.m, SHI_NMI_LOCAL);
+    shi_irqdesc_set_python(cpu, action, 0, 1);
+    shi_nmi_action_add(&rig.m, SHI_NMI_LOCAL, action, false);
+    CHECK(shi_nmi_send(&rig.host, 0) == 1);
+    shi_nmi_entry(cpu);
+    CHECK(cpu->nmi_waits && shi_load_full(&pic->nmi_service) & 1);
+    CHECK(shi_nmi_send(&rig.host, 0) == 1); /* lost, as what is sent to a CPU that is offline */
+    shi_chip_reset_own(cpu);
+    CHECK(shi_load_full(&pic->nmi) == SHI_NMI_IN_SERVICE);
+    CHECK(shi_load_full(&pic->nmi_service) & 1);
+    cpu->nmi_waits = 0;
+    shi_nmi_done(cpu);
+    CHECK(!shi_load_full(&pic->nmi) && !(shi_load_full(&pic->nmi_service) & 1));
+    shi_nmi_action_remove(&rig.m, SHI_NMI_LOCAL, 0);
+    add(SHI_NMI_LOCAL, 1, false);
+    CHECK(nmi() == 1);
+    rig_unquiet(&rig);
+}
+
 /* The sender has the lock: its number. */
 static uint32_t publish(struct shi_self *self, uint64_t value)
 {
@@ -220,6 +246,7 @@ int main(void)
 {
     who_is_asked();
     back_to_back();
+    in_service_when_back();
     an_nmi_ipi();
     entered_or_taken_back();
     return 0;

@@ -237,10 +237,7 @@ static void reset(const struct shi_machine *m, uint32_t cpu)
         if (m->chip.use[i] != SHI_USE_IRQ)
             shi_fetch_or_full(&pic->enable[i / 64], 1ull << (i % 64));
     shi_store_relaxed(&pic->messages, 0);
-    shi_store_relaxed(&pic->nmi, 0);
     shi_store_relaxed(&pic->nmi_request, 0);
-    /* Of a process that was killed in an NMI's handler: over. */
-    shi_store_relaxed(&pic->nmi_service, (shi_load_relaxed(&pic->nmi_service) + 1) & ~1u);
     shi_store_relaxed(&pic->threshold, 0);
     shi_store_relaxed(&pic->spurious, 0);
     shi_store_relaxed(&pic->happened, 0);
@@ -281,3 +278,9 @@ void shi_chip_replayed(struct shi_self *self)
     if (self->m->flow->masked)
         shi_store_relaxed(&self->slot->pic.happened, 0);
 }
+    shi_store_relaxed(&pic->nmi, 0);
+    /* Of a process that was killed in an NMI's handler: over. */
+    shi_store_relaxed(&pic->nmi_service, (shi_load_relaxed(&pic->nmi_service) + 1) & ~1u);
+    /* One may be in service: its signal came just after this CPU had gone offline, and its
+     * Python handlers have yet to run.  It is over when they have (nmi.c), and not before. */
+    shi_fetch_and_full(&self->slot->pic.nmi, SHI_NMI_IN_SERVICE);
