@@ -210,6 +210,27 @@ def test_a_line_that_comes_all_the_time_is_not_waited_for_ever(rig, background):
     thread.end(5)
 
 
+@ONE_CONTROLLER
+def test_a_handler_that_has_written_eoi_is_waited_for(rig, background, eventually):
+    """EOI lets another of its kind come; the handler goes on, and with what it uses."""
+
+    def ended_early(virq, dev_id):
+        irq.chip().write_eoi()
+        go = shmipi.shared("go")
+        go[1] = 1
+        end = time.monotonic() + 20
+        while not go[0] and time.monotonic() < end:
+            time.sleep(0.001)
+
+    virq = rig.irq_of(ended_early, 7)
+    rig.irq.ipi_send_single(virq, 1)
+    eventually(lambda: rig.go[1])
+    assert rig.in_progress(virq)
+    thread = background(rig.irq.synchronize_irq, virq)
+    assert_waits_for(thread, lambda: rig.go.__setitem__(0, 1))
+    assert not rig.in_progress(virq)
+
+
 # ---- where it would hang -------------------------------------------------------------
 
 

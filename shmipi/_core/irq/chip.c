@@ -162,14 +162,19 @@ void shi_chip_recheck(struct shi_self *self)
     self->happened = 1; /* served by shi_leave, or by local_irq_enable */
 }
 
-void shi_chip_end(struct shi_self *self, uint32_t line)
+void shi_chip_eoi(struct shi_self *self, uint32_t line)
 {
     if (self->m->flow->end)
         self->m->flow->end(self, line);
-    shi_line_done(self, line);
     SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
     shi_chip_recheck(
         self); /* what its end lets through, or what came while it was in service */
+}
+
+void shi_chip_end(struct shi_self *self, uint32_t line)
+{
+    shi_chip_eoi(self, line);
+    shi_line_done(self, line);
 }
 
 void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on)

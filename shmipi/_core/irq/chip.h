@@ -79,6 +79,8 @@ void shi_chip_replayed(struct shi_self *self);
 void shi_chip_recheck(struct shi_self *self);
 /* The handler of a requested irq that was put off has run. */
 void shi_chip_end(struct shi_self *self, uint32_t line);
+/* Its EOI by hand: in progress is it until it has returned. */
+void shi_chip_eoi(struct shi_self *self, uint32_t line);
 /* Mask or unmask; a line that was pending while masked is taken on unmask. */
 void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on);
 /* Take back a line that is pending at `cpu`. */

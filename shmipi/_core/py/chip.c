@@ -229,7 +229,7 @@ METHOD(irq_end)
     if (shi_check_line(machine, (unsigned)line) < 0)
         return NULL;
     shi_enter(&machine->self);
-    shi_chip_end(&machine->self, (uint32_t)line);
+    shi_chip_eoi(&machine->self, (uint32_t)line);
     shi_leave(&machine->self);
     settle(machine);
     Py_RETURN_NONE;
