@@ -29,7 +29,8 @@ static int send(struct shi_self *self, uint32_t dst, uint32_t line)
 {
     struct shi_machine *m = self->m;
     struct shi_pic *pic = shi_pic(m, dst);
-    uint32_t was, pending;
+    uint32_t was;
+    bool full;
     if (!shi_word_online(shi_load_acquire(&shi_slot(m, dst)->word)))
         return -ENXIO;
     SHI_TRACE(self, nmi_send, dst, 0, 0, 0);
@@ -40,13 +41,15 @@ static int send(struct shi_self *self, uint32_t dst, uint32_t line)
     }
     was = shi_load_relaxed(&pic->nmi);
     do {
-        pending = was & SHI_NMI_PENDING;
-        if (pending >= (was & SHI_NMI_IN_SERVICE ? 1u : 2u)) {
-            shi_count(self, SHI_C_nmi_collapsed);
-            return 0;
-        }
-        /* Full: releases what the sender stored before to the handler's exchange. */
-    } while (!shi_cas_full(&pic->nmi, &was, was + 1));
+        full = (was & SHI_NMI_PENDING) >= (was & SHI_NMI_IN_SERVICE ? 1u : 2u);
+        /* Full, changed or not: releases what the sender stored before (an NMI IPI's number,
+         * too) to the exchange that takes one of those pending.  A load alone could find them
+         * while its own stores are still on their way, and they be taken without. */
+    } while (!shi_cas_full(&pic->nmi, &was, full ? was : was + 1));
+    if (full) {
+        shi_count(self, SHI_C_nmi_collapsed);
+        return 0;
+    }
     SHI_STEP(self, nmi);
     shi_irq_signal_nmi(self, dst);
     return 1;
