@@ -365,3 +365,20 @@ def test_an_irq_enabled_while_it_is_held_back_as_spurious_is_enabled(rig, eventu
     assert rig.irq.irq_percpu_is_enabled(virq, 1)
     rig.irq.ipi_send_single(virq, 1)
     eventually(lambda: rig.rows[1] == 1)
+
+
+def test_an_irq_disabled_while_it_is_held_back_as_spurious_is_disabled(rig, eventually):
+    """As above, but it is not to be let through: only what was enabled before is."""
+    virq = rig.irq.irq_reserve_ipi(None, ONE)
+    rig.irq.enable_percpu_irq_mask(virq)
+    eventually(lambda: rig.cluster.cpus[1].state == "halted")
+    rig.machine.arm_step(1, "spurious", _core.STEP_STOP)
+    rig.irq.ipi_send_single(virq, 1)
+    eventually(lambda: rig.machine.step_hit(1) == "spurious")
+    rig.irq.request_percpu_irq(virq, COUNT, "late", rig.rows)
+    rig.irq.disable_percpu_irq_mask(virq)
+    os.kill(rig.cluster.cpus[1].pid, signal.SIGCONT)
+    eventually(lambda: not rig.irq.table.in_progress())
+    assert not rig.irq.irq_percpu_is_enabled(virq, 1)
+    rig.irq.free_percpu_irq(virq, rig.rows)  # without a warning
+    assert not rig.irq.table.action(virq)

@@ -395,6 +395,7 @@ struct shi_pic {
     /* Apart from the above, which each interrupt reads: lines of requested irqs only. */
     _Alignas(SHI_LINE) shi_a64 inprogress[SHI_NLINES / 64]; /* see shi_line_begin */
     shi_a64 put_off[SHI_NLINES / 64]; /* of those: the handler waits for the interpreter */
+    shi_a64 wanted[SHI_NLINES / 64];  /* lines as software has enabled and disabled them last */
     _Alignas(SHI_PAIR) shi_a64 rows[SHI_NROWS]; /* interrupts taken */
 };
 

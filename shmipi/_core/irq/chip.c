@@ -177,7 +177,7 @@ void shi_chip_end(struct shi_self *self, uint32_t line)
     shi_line_done(self, line);
 }
 
-void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on)
+static void enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on)
 {
     const struct shi_machine *m = self->m;
     shi_a64 *word = &shi_pic(m, cpu)->enable[line / 64];
@@ -196,6 +196,43 @@ void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on
         shi_chip_recheck(self);
     else
         shi_chip_look(self, cpu, false);
+}
+
+/* A line that the machine has once (shared) is masked once, whoever it is routed to. */
+static shi_a64 *wanted(const struct shi_machine *m, uint32_t cpu, uint32_t line)
+{
+    bool once = m->flow->routed && line < SHI_NVECTORS;
+    return &shi_pic(m, once ? 0 : cpu)->wanted[line / 64];
+}
+
+void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on)
+{
+    shi_a64 *word = wanted(self->m, cpu, line);
+    uint64_t bit = 1ull << (line % 64);
+    /* First (full), the mask second: see shi_chip_unhold. */
+    if (on)
+        shi_fetch_or_full(word, bit);
+    else
+        shi_fetch_and_full(word, ~bit);
+    enable(self, cpu, line, on);
+}
+
+void shi_chip_hold(struct shi_self *self, uint32_t line)
+{
+    enable(self, self->id, line, false);
+}
+
+void shi_chip_unhold(struct shi_self *self, uint32_t line)
+{
+    const shi_a64 *word = wanted(self->m, self->id, line);
+    bool on = false;
+    /* Changed first, looked at second, as often as it takes.  Who enables or disables it
+     * meanwhile says so first and changes the mask second: that either comes after ours, or
+     * is found here. */
+    while ((shi_load_full(word) >> (line % 64) & 1) != on) {
+        on = !on;
+        enable(self, self->id, line, on);
+    }
 }
 
 void shi_chip_clear(struct shi_self *self, uint32_t cpu, uint32_t line)
@@ -254,9 +291,13 @@ static void reset(const struct shi_machine *m, uint32_t cpu)
 
 void shi_chip_reset(const struct shi_machine *m, uint32_t cpu)
 {
-    shi_a32 *startup = &shi_pic(m, cpu)->startup;
+    struct shi_pic *pic = shi_pic(m, cpu);
+    shi_a32 *startup = &pic->startup;
     uint32_t was = shi_load_relaxed(startup);
     reset(m, cpu);
+    shi_store_relaxed(&pic->nmi, 0);
+    /* Of a process that was killed in an NMI's handler: over. */
+    shi_store_relaxed(&pic->nmi_service, (shi_load_relaxed(&pic->nmi_service) + 1) & ~1u);
     shi_startup_died(m, cpu);
     /* INIT, or a STARTUP that asked for the process that takes the slot, still stands. */
     while ((was == SHI_SU_WAITING || was == SHI_SU_STARTED) &&
@@ -269,6 +310,9 @@ void shi_chip_reset_own(struct shi_self *self)
     memset(self->taken, 0, sizeof self->taken);
     self->demuxing = 0;
     reset(self->m, self->id); /* its process stays, and so has started */
+    /* One may be in service: its signal came just after this CPU had gone offline, and its
+     * Python handlers have yet to run.  It is over when they have (nmi.c), and not before. */
+    shi_fetch_and_full(&self->slot->pic.nmi, SHI_NMI_IN_SERVICE);
 }
 
 void shi_chip_note_masked(struct shi_self *self)
@@ -283,9 +327,3 @@ void shi_chip_replayed(struct shi_self *self)
     if (self->m->flow->masked)
         shi_store_relaxed(&self->slot->pic.happened, 0);
 }
-    shi_store_relaxed(&pic->nmi, 0);
-    /* Of a process that was killed in an NMI's handler: over. */
-    shi_store_relaxed(&pic->nmi_service, (shi_load_relaxed(&pic->nmi_service) + 1) & ~1u);
-    /* One may be in service: its signal came just after this CPU had gone offline, and its
-     * Python handlers have yet to run.  It is over when they have (nmi.c), and not before. */
-    shi_fetch_and_full(&self->slot->pic.nmi, SHI_NMI_IN_SERVICE);

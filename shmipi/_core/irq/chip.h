@@ -83,6 +83,10 @@ void shi_chip_end(struct shi_self *self, uint32_t line);
 void shi_chip_eoi(struct shi_self *self, uint32_t line);
 /* Mask or unmask; a line that was pending while masked is taken on unmask. */
 void shi_chip_enable(struct shi_self *self, uint32_t cpu, uint32_t line, bool on);
+/* Mask a line of this CPU, though nobody has disabled it ... */
+void shi_chip_hold(struct shi_self *self, uint32_t line);
+/* ... and not any more: as it was enabled or disabled last, also by others just now. */
+void shi_chip_unhold(struct shi_self *self, uint32_t line);
 /* Take back a line that is pending at `cpu`. */
 void shi_chip_clear(struct shi_self *self, uint32_t cpu, uint32_t line);
 /* shared: from now on `line` interrupts `cpu` (SHI_NO_LINE: nobody).  One at a time. */

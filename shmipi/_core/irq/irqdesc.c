@@ -285,10 +285,11 @@ static void hold_back(struct shi_self *self, uint32_t line, const struct shi_irq
     struct shi_irqdesc now;
     SHI_STEP(self, spurious);
     /* Masked (full), looked at again second.  Who requests publishes the handler first and
-     * enables second: that either comes after this mask, or its handler is found here. */
-    shi_chip_enable(self, self->id, line, false);
+     * enables second: that either comes after this mask, or its handler is found here.  But
+     * who has disabled it again by now did so for good, too. */
+    shi_chip_hold(self, line);
     if (shi_irqdesc_read(desc, &now) && shi_load_relaxed(&now.action) != SHI_IA_NONE)
-        shi_chip_enable(self, self->id, line, true);
+        shi_chip_unhold(self, line);
 }
 
 /* A line of an irq was taken: false when it is ended later, by shi_chip_end. */
