@@ -833,7 +833,7 @@ static int ping_calls(struct run *r, struct shi_hist *hist, double *values, uint
  * What calls that nobody waits for do to memory: the sender takes the oldest line of its
  * pool, waits until that is unlocked, fills and locks it, and pushes it with a
  * compare-and-swap on the list's head, in the line that the target looks at.  The target
- * takes the list whole, turns it round and unlocks each.  No state, no chip, no counters.
+ * takes the list whole and unlocks each, the oldest first.  No state, no chip, no counters.
  */
 static struct shi_limit_line *pooled(const struct run *r, uint32_t index)
 {
@@ -850,8 +850,15 @@ static int push(const struct run *r, uint32_t n)
 {
     uint32_t index = n % SHI_LIMIT_POOL, head = 0;
     struct shi_limit_line *line = pooled(r, index);
-    int err = spin_for(r, &line->value, 0);
+    int err = 0;
 
+    /*
+     * In flight still: as a sender of calls does, wait for one half the pool behind it, and
+     * keep away from those that are about to be unlocked.  The oldest first, so this one is
+     * unlocked with it: the acquire finds both.
+     */
+    if (shi_load_acquire(&line->value) != 0)
+        err = spin_for(r, &pooled(r, (index + SHI_LIMIT_POOL / 2) % SHI_LIMIT_POOL)->value, 0);
     /* The lines that the target unlocked come in meanwhile. */
     shi_prefetch_write(pooled(r, (index + 8) % SHI_LIMIT_POOL));
     if (err != 0)
@@ -890,13 +897,16 @@ static int ping_queue(struct run *r, double *values, uint32_t *nvalues)
     return err;
 }
 
+#define AHEAD 16u /* as shi_queue_read */
+
 static int pong_queue(struct run *r)
 {
+    struct shi_limit_line *taken[SHI_LIMIT_POOL];
     shi_a32 *head = queue_head(r);
     uint32_t total = r->p->warmup + r->p->calls, done = 0;
 
     while (done < total) {
-        uint32_t at, newest, list = 0;
+        uint32_t at, n;
         uint32_t polls = 0;
 
         while (shi_load_acquire(head) == 0)
@@ -906,21 +916,19 @@ static int pong_queue(struct run *r)
                 if (err != 0)
                     return err;
             }
-        newest = shi_xchg_full(head, 0); /* pairs with push() */
-        for (at = newest; at != 0;) {    /* newest first becomes oldest first */
-            struct shi_limit_line *line = pooled(r, at - 1);
-            uint32_t older = shi_load_relaxed(&line->next);
-
-            shi_store_relaxed(&line->next, list);
-            list = at;
-            at = older;
+        /* Newest first; pairs with push().  More than the pool has is a circle. */
+        for (at = shi_xchg_full(head, 0), n = 0; at != 0; n++) {
+            if (n == SHI_LIMIT_POOL || at > SHI_LIMIT_POOL)
+                return -EBADMSG;
+            taken[n] = pooled(r, at - 1);
+            /* Neighbours: those before it come in meanwhile. */
+            if (at > AHEAD)
+                shi_prefetch_write(pooled(r, at - 1 - AHEAD));
+            at = shi_load_relaxed(&taken[n]->next);
         }
-        for (at = list; at != 0; done++) {
-            struct shi_limit_line *line = pooled(r, at - 1);
+        for (; n > 0; n--, done++) { /* oldest first */
+            struct shi_limit_line *line = taken[n - 1];
 
-            at = shi_load_relaxed(&line->next);
-            if (at != 0)
-                shi_prefetch_write(pooled(r, at - 1));
             if (shi_load_relaxed(&line->value) != done + 1 || !is_payload(line, done))
                 return -EBADMSG;
             shi_xchg_full(&line->value, 0);
