@@ -43,6 +43,7 @@ struct shi_sender {
     uint32_t *flight;  /* ring of csds sent without waiting, oldest first */
     uint32_t flight_head, flight_count;
     uint32_t nowait;     /* of those, how many came from wait=0 calls */
+    uint32_t behind;     /* 1 + the CPU in whose queue the last one stood behind another */
     uint32_t room_looks; /* in vain, one after another, for room for more of them */
     struct shi_func_note *funcs;
     uint32_t *free_funcs;

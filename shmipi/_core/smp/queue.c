@@ -28,6 +28,11 @@ int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct s
     uint64_t w = (uint64_t)SHI_POLLING |
                  (uint64_t)(uint16_t)shi_load_relaxed(&target->generation) << SHI_W_GEN_SHIFT,
              next;
+    if (self->sender.behind == dst + 1) {
+        /* Where the last one stood behind others this one most likely does: the word as it is. */
+        shi_prefetch_write(&target->word);
+        w = shi_load_relaxed(&target->word);
+    }
     do {
         if (!shi_word_online(w))
             return -ENXIO;
@@ -50,6 +55,7 @@ int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct s
             return SHI_PUSH_RING;
         return coalesced(self, dst, index);
     }
+    self->sender.behind = shi_word_head(w) ? dst + 1 : 0;
     if (shi_word_head(w))
         return coalesced(self, dst, index);
     return shi_word_state(w) == SHI_POLLING ? SHI_PUSH_POLLS : SHI_PUSH_RING;
