@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,28 @@ def test_a_signal_that_comes_before_python_is_not_lost(script):
         """
     )
     assert done.text == "noted\npid True\n"
+
+
+def test_nor_is_one_whose_handler_is_older_than_the_machine(script, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'noted\\n'))\n"
+    )
+    done = script(
+        """
+        import os, signal, time
+        from shmipi import Cluster
+
+        if __name__ == "__main__":
+            with Cluster(2, idle="halt") as cluster:
+                for cpu in cluster.cpus:
+                    os.kill(cpu.pid, signal.SIGUSR1)
+                time.sleep(0.2)
+                print("pid", cluster.call(1, os.getpid) == cluster.cpus[1].pid)
+        """,
+        prefix=("env", f"PYTHONPATH={Path(shmipi.__file__).parents[1]}:{tmp_path}"),
+    )
+    assert done.text == "noted\nnoted\npid True\n"
 
 
 def test_a_hook_of_the_fork_finds_no_machine(script):

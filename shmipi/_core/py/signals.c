@@ -299,6 +299,26 @@ static PyMethodDef replacements[] = {
       "Where the numbers of signals are written: what it was.  A full buffer is no error." },
 };
 
+/* Handlers that were installed before (sitecustomize, a library): as if it were now. */
+static int install_again(void)
+{
+    int number;
+    for (number = 1; number <= 64; number++) {
+        PyObject *args[2] = { PyLong_FromLong(number), NULL }, *old = NULL;
+        args[1] = args[0] ? PyObject_CallOneArg(original_getsignal, args[0]) : NULL;
+        bool found = args[1] && PyCallable_Check(args[1]) &&
+                     !Py_IS_TYPE(args[1], task_signal_type);
+        if (found)
+            old = set_signal(NULL, args, 2);
+        Py_XDECREF(args[0]);
+        Py_XDECREF(args[1]);
+        Py_XDECREF(old);
+        if (PyErr_Occurred())
+            return -1;
+    }
+    return 0;
+}
+
 int shi_signals_shield(void)
 {
     if (shi_replace("_signal", "signal", &original_signal, &replacements[0]) < 0 ||
@@ -307,7 +327,7 @@ int shi_signals_shield(void)
             0 ||
         shi_replace("signal", "set_wakeup_fd", &original_set_wakeup_fd, &replacements[2]) < 0)
         return -1;
-    return 0;
+    return install_again();
 }
 
 int shi_signals_types(void)
