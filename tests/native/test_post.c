@@ -11,7 +11,7 @@ static struct rig rig;
  * it (dlsym() would find no real one in a program without a dynamic linker, and a sanitizer
  * has its own). */
 /* LINK: -Wl,--wrap=pthread_mutex_lock */
-static uint32_t sections;
+static __thread uint32_t sections;
 
 int __real_pthread_mutex_lock(pthread_mutex_t *mutex);
 int __wrap_pthread_mutex_lock(pthread_mutex_t *mutex);
@@ -264,12 +264,48 @@ static void a_flood(void)
     CHECK(shi_call_room(self, NULL, NULL, &dst) == -EAGAIN);
 }
 
+static void *one_of_three(void *arg)
+{
+    static const char text[] = "a payload";
+    const struct shi_call payload = with_payload(text, sizeof text);
+    uint32_t dst, i;
+    (void)arg;
+    for (i = 0; i < 6000; i++) {
+        const struct shi_call *call = i % 7 ? &noop
+                                            : &payload; /* that csd is put, and got anew */
+        while (shi_call_post(&rig.host, call, SHI_CSD_ASYNC, i % rig.ncpus) == -EAGAIN)
+            CHECK(shi_call_room(&rig.host, NULL, NULL, &dst) == 0);
+        if (i % 5 == 0)
+            CHECK(rig_call(&rig.host, i % rig.ncpus, 0, 0, SHI_K_NONE) == 0);
+    }
+    return NULL;
+}
+
+/* Threads of the host share the pool: one waits for a csd that another is using again. */
+static void a_flood_of_three_threads(void)
+{
+    pthread_t others[2];
+    uint32_t i;
+    for (i = 0; i < 2; i++)
+        CHECK(pthread_create(&others[i], NULL, one_of_three, NULL) == 0);
+    one_of_three(NULL);
+    for (i = 0; i < 2; i++)
+        CHECK(pthread_join(others[i], NULL) == 0);
+    all_come_back(&rig.host);
+    CHECK(rig.host.sender.nowait == 0);
+}
+
 /* One CPU takes nothing up: the calls to others find room all the same. */
 static void a_flood_past_one_that_is_held_up(void)
 {
     struct shi_self *self = &rig.host;
     uint64_t until = shi_now_ns() + 20000000000u;
     uint32_t dst = 0, waits = 0, i;
+    int64_t locals[2 * SHI_NOWAIT_POOL];
+    for (i = 0; i < 2 * SHI_NOWAIT_POOL; i++) /* the pool is what there is too few of */
+        CHECK((locals[i] = shi_call_prepare(self, &noop)) >= 0);
+    while (i)
+        shi_call_end(self, (uint32_t)locals[--i]);
     hold_up(0);
     for (i = 0; i <= SHI_NOWAIT_POOL / 2; i++) /* one half the pool behind the oldest too */
         CHECK(shi_call_post(self, &noop, SHI_CSD_ASYNC, 0) >= 0);
@@ -297,6 +333,7 @@ int main(void)
     waits_that_end_early();
     a_flood();
     a_flood_past_one_that_is_held_up();
+    a_flood_of_three_threads();
     rig_stop(&rig);
     return 0;
 }

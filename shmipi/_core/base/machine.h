@@ -23,7 +23,7 @@ struct shi_csd_note {
     uint8_t ending;  /* give this one back with the last of its users */
     uint8_t nowait;  /* counts against SHI_NOWAIT_POOL */
     uint8_t left;    /* nobody will ask for its result */
-    uint8_t polled;  /* sent alone, to a CPU that polled: 1 + shi_patience_kind, else 0 */
+    shi_a8 polled;   /* sent alone, to a CPU that polled: 1 + shi_patience_kind, else 0 */
 };
 
 struct shi_func_note {

@@ -269,7 +269,7 @@ void shi_csd_put(struct shi_self *self, uint32_t index)
     s->nowait -= note->nowait;
     note->nowait = 0;
     note->left = 0;
-    note->polled = 0;
+    shi_store_relaxed(&note->polled, 0);
     if (note->func) {
         shi_func_drop(self, note->func - 1);
         note->func = 0;

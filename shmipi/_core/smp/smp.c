@@ -114,8 +114,9 @@ int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32
         elide(self, dst, shi_own_index(self, local) + 1);
     else if (pushed == SHI_PUSH_RING)
         shi_chip_send_call_single(self, dst);
-    self->sender.notes[local].polled =
-        pushed == SHI_PUSH_POLLS && type == SHI_CSD_SYNC ? 1 + kind : 0;
+    shi_store_relaxed(&self->sender.notes[local].polled,
+                      pushed == SHI_PUSH_POLLS && type == SHI_CSD_SYNC ? (uint8_t)(1 + kind)
+                                                                       : 0);
     return pushed < 0 ? pushed : 0;
 }
 

@@ -38,8 +38,10 @@ void shi_wait_begin(struct shi_self *self, struct shi_wait *wait, uint32_t index
     wait->seen = 0;
     wait->published = false;
     wait->patience = NULL;
-    /* From the note, not from the csd: its line is the target's by now. */
-    uint8_t polled = self->sender.notes[index & (self->m->csds_per_slot - 1)].polled;
+    /* From the note, not from the csd: its line is the target's by now.  Who waits for room
+     * waits for a csd that another thread of the host may be using again. */
+    uint8_t polled =
+        shi_load_relaxed(&self->sender.notes[index & (self->m->csds_per_slot - 1)].polled);
     if (polled && dst < self->m->ncpus)
         wait->patience = shi_patience(self, dst, polled - 1u);
     if (may_serve(self) && shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING)
