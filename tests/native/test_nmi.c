@@ -118,9 +118,9 @@ static void back_to_back(void)
  * handlers have run: the NMI is over once, when they have. */
 static void in_service_when_back(void)
 {
-    struct shi_pic *pic = &rig.cpu[0].slot->pic;
     struct shi_irqdesc *action;
     boot();
+    struct shi_pic *pic = &rig.cpu[0].slot->pic;
     action = shi_nmi_action_free(&rig.m, SHI_NMI_LOCAL);
     shi_irqdesc_set_python(cpu, action, 0, 1);
     shi_nmi_action_add(&rig.m, SHI_NMI_LOCAL, action, false);
