@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,7 @@ class Host(Orders):
         too_much = limits.no_address_space(size)
         if too_much is not None:
             raise BootError(too_much, errno=errno.ENOMEM)
-        self._segment = _keep(segment.create(plan.name))
+        self._segment = _keep(lambda: segment.create(plan.name))
         self._identity = segment.identity(self._segment.fileno())
         try:
             _core.format_segment(
@@ -162,20 +162,20 @@ class Host(Orders):
         bell = self.plan.bell
         try:
             for _ in range(self.plan.ncpus):
-                self._doorbells.append(_keep(bell.make()))
+                self._doorbells.append(_keep(bell.make))
         except OSError as error:
             raise _doorbell_error(bell, self.plan.ncpus, error.errno) from None
 
     def _join(self) -> None:
         """Open the machine that the firmware has booted."""
         plan = self.plan
+        before = self._segment
+        assert before is not None
         try:
-            fd = segment.open_segment(self.full)
+            # By its name, so that it bears it in /proc/PID/maps.
+            self._segment = _keep(lambda: segment.open_segment(self.full))
         except FileNotFoundError:
             raise machine_died(plan.name) from None
-        # By its name, so that it bears it in /proc/PID/maps.
-        before, self._segment = self._segment, _keep(fd)
-        assert before is not None
         before.close()
         self.machine = _core.Machine(self._segment.fileno(), plan.ncpus)
         self.machine.open_doorbells(self.full, [f.fileno() for f in self._doorbells])
@@ -245,7 +245,8 @@ class Host(Orders):
                     f" {limits.explain(error.errno)}",
                     errno=error.errno,
                 ) from None
-            self._pidfd = _keep(os.pidfd_open(self._process.pid))
+            pid = self._process.pid
+            self._pidfd = _keep(lambda: os.pidfd_open(pid))
             reading.close()
             pipe[0].close()
             with contextlib.suppress(BrokenPipeError):  # it has ended: we hear of that
@@ -440,12 +441,14 @@ def _above(fd: int) -> int:
     raise AssertionError
 
 
-def _keep(fd: int) -> io.FileIO:
-    """Take ``fd`` over: as a file, which is closed once, whatever interrupts that."""
-    try:
-        return io.FileIO(_above(fd), "rb+" if _writable(fd) else "rb")
-    finally:
-        os.close(fd)
+def _keep(make: Callable[[], int]) -> io.FileIO:
+    """Make a descriptor: as a file, which is closed once, whatever interrupts that.
+
+    It is made in here: one that is handed over belongs to nobody on the way.
+    """
+    with io.FileIO(make(), "rb") as made:
+        mode = "rb+" if _writable(made.fileno()) else "rb"
+        return io.FileIO(_above(made.fileno()), mode)
 
 
 def _writable(fd: int) -> bool:

@@ -84,15 +84,26 @@ def create(name: str) -> int:
     if (SHM / full_name(name)).exists():
         raise BootError(name_is_taken(name), errno=errno.EEXIST)
     try:
-        fd = os.open(SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        return _locked(SHM, os.O_TMPFILE)
     except OSError as error:
         raise BootError(
             f"no shared memory ({error.strerror}): shmipi needs a writable tmpfs at"
             " /dev/shm (mount -t tmpfs tmpfs /dev/shm)",
             errno=error.errno,
         ) from None
-    fcntl.flock(fd, fcntl.LOCK_SH)
-    return fd
+
+
+def _locked(path: Path, flags: int) -> int:
+    """Open it with these flags besides, and lock it shared: the descriptor."""
+    fd = -1
+    try:
+        fd = os.open(path, flags | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        return fd
+    except BaseException:  # Ctrl-C, too
+        if fd != -1:
+            os.close(fd)
+        raise
 
 
 def publish(fd: int, full: str) -> None:
@@ -119,9 +130,7 @@ def open_segment(full: str) -> int:
     A new open file description: its lock is not the creator's. ``FileNotFoundError``
     when it is gone.
     """
-    fd = os.open(SHM / full, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    fcntl.flock(fd, fcntl.LOCK_SH)
-    return fd
+    return _locked(SHM / full, os.O_NOFOLLOW)
 
 
 def find(*, every_user: bool = False) -> Iterator[Found]:

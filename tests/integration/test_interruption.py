@@ -170,6 +170,34 @@ def test_interrupted_at_any_line(script, program, lines, tries):
     assert done.text.startswith("lines "), (chosen, done.text)
 
 
+DESCRIPTORS = """
+class WhileMade(Interrupted):
+    makers = ("_keep", "_above", "_writable", "create", "open_segment", "_locked")
+    def look(self, frame, event, arg):
+        if frame.f_code.co_name in self.makers:
+            super().look(frame, event, arg)
+        return self.look
+
+at = 0
+while at <= Interrupted.lines:
+    at += 1
+    cluster = None
+    with WhileMade(at):
+        cluster = Cluster(1, idle="halt", name=sys.argv[1])
+    if cluster is not None:
+        cluster.shutdown()
+        del cluster
+    look_for_rest(sys.argv[1], at)
+print("lines", at > 30)
+"""
+
+
+def test_interrupted_while_a_descriptor_is_made(script):
+    """At each line of it: on the way to whom it is for, it is closed by somebody."""
+    done = script(INTERRUPT + DESCRIPTORS, f"id{os.getpid()}", timeout=100)
+    assert done.text == "lines True\n"
+
+
 def test_interrupted_while_it_waits_for_a_busy_cpu(script):
     """A Ctrl-C shortens the wait for a CPU that is busy, and the end is whole."""
     done = script(
