@@ -348,10 +348,13 @@ def test_a_child_of_it_does_not_hold_the_machine(boot):
     found = cluster.shared("found", "i8", 1)
 
     def parent(mailbox, found):
+        forked, says = os.pipe()
         child = os.fork()
         if not child:
+            os.write(says, b"!")  # what is done after a fork is done
             time.sleep(60)
             os._exit(0)
+        os.read(forked, 1)
         found[0] = child
 
     dsp = cluster.irq.add_coprocessor("dsp", parent, found)

@@ -498,6 +498,7 @@ def test_kills_at_random_lose_no_wake_up(rig):
     """Whoever lives gets what was completed for it, whatever moment others die at."""
     found = rig(4)
     cluster = found.cluster
+    slot = cluster._machine.slot
     done = cluster.completion("random")
 
     def consumer():
@@ -512,6 +513,8 @@ def test_kills_at_random_lose_no_wake_up(rig):
     for turn in range(12):
         victim = found.background(lambda: cluster.run(consumer, cpus=[1]))
         other = found.background(lambda: cluster.run(consumer, cpus=[2]))
+        # Both are sent: a CPU that is dead before is none to run on.
+        found.eventually(lambda: slot(1).busy and slot(2).busy, LIMIT_S)
         for _ in range(turn % 4 + 1):
             cluster.call(3, done.complete)
         os.kill(cluster.cpus[1 + turn % 2].pid, signal.SIGKILL)
