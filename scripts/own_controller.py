@@ -28,8 +28,7 @@ class Postbox(Chip):
         """Two letters are the kernel's, six are free for IPI domains."""
         yield Line(0, "WAKE_UP", "reschedule", "WUP")
         yield Line(1, "FUNCTION_CALL", "call", "FUN")
-        for letter in range(2, 8):
-            yield Line(letter, f"letter {letter}", "irq")
+        yield from (Line(letter, f"letter {letter}", "irq") for letter in range(2, 8))
 
 
 def parcel(virq: int, mine: list[int]) -> None:
@@ -42,6 +41,8 @@ def main() -> None:
     ncpus = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     with Cluster(ncpus, controller=Postbox, idle="halt") as cluster:
         parcels = cluster.percpu("parcels", "i8")
+        while any(cpu.state != "halted" for cpu in cluster.cpus):
+            time.sleep(0.001)  # one that polls yet needs no letter
         called = [cluster.call(cpu, smp.smp_processor_id) for cpu in range(ncpus)]
         virq = cluster.irq.irq_reserve_ipi(None, range(ncpus))
         cluster.irq.request_percpu_irq(virq, parcel, "parcel", parcels)

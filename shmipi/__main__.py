@@ -16,6 +16,7 @@ def main() -> int:
 
         return run()
     except KeyboardInterrupt:
+        exec("")  # as in cli.main
         sys.stderr.write("shmipi: interrupted\n")
         return 130
 

@@ -27,6 +27,8 @@ from shmipi.errors import (
     ClusterStateError,
     ControllerError,
     CpuDiedError,
+    HotplugError,
+    IpiStallError,
     IpiTimeoutError,
     MachineDiedError,
     ShmipiError,
@@ -36,16 +38,21 @@ from shmipi.irq import current as irqs
 from shmipi.irq.chips import CHIPS, Chip
 from shmipi.irq.of import Description, check_tree, parse_tree
 from shmipi.machine import controller as controllers
-from shmipi.machine import locks, process, segment, topology
+from shmipi.machine import locks, process, rings, segment, topology
 from shmipi.machine.arrays import Arrays, SharedArray
 from shmipi.machine.attach import Guest
 from shmipi.machine.boot import Host, Plan
 from shmipi.machine.limits import start_thread
 from shmipi.names import DOORBELLS, IDLE
-from shmipi.smp import BoundSmp, Completion, WaitQueue
+from shmipi.smp import BoundSmp, Completion, WaitQueue, cpuhp
+from shmipi.smp.cpuhp import CpuHotplug
+from shmipi.smp.csdlock import Stall
+from shmipi.smp.stop import STOP_TIMEOUT_S, take_cpu_down
 from shmipi.task import Tasks, check_timeout
 from shmipi.trace import events
 from shmipi.trace.counters import Counters, interrupts
+from shmipi.trace.record import Asked, Recorder, Tracing
+from shmipi.users.bound import BoundUsers
 
 __all__ = ["Cluster", "Cpu"]
 
@@ -55,7 +62,11 @@ _Result = TypeVar("_Result")
 _STATES = ("offline", "running", "polling", "halted", "halted", "dead")
 
 #: The states of a CPU that runs a handler.
-_HANDLER_STATES = {_core.HANDLER_IRQ: "irq", _core.HANDLER_NMI: "nmi"}
+_HANDLER_STATES = {
+    _core.HANDLER_IRQ: "irq",
+    _core.HANDLER_NMI: "nmi",
+    _core.HANDLER_SOFTIRQ: "softirq",
+}
 
 _HOTPLUG_LOOK_S = 0.05
 _HOTPLUG_NAP_S = 0.0005
@@ -107,8 +118,19 @@ class Cluster:
             core numbers used in turn (also a cpulist string).
         name: for ``shmipi ps`` and ``shmipi interrupts``; None: a random one.
         handlers: native handlers to load: "FILE.so:symbol". The built-in ones (noop,
-            count, stamp) are always there.
-        trace: True: record tracepoints, see ``trace_events()``.
+            count, stamp, burn) are always there.
+        preload: modules that are imported once, before the CPUs are forked: each would
+            else import them when it first needs them.
+        trace: True: record tracepoints from the start, see ``tracing``; a number: with
+            that many records for each CPU.
+        csd_lock_timeout: ms after which a wait for a CPU that does not answer is
+            reported, with what that CPU does; 0: never. ``cluster.csd_lock_timeout``.
+        crash: a file or folder: the death of a CPU by a signal stops the others and
+            makes a crash dump there (``cluster.users.crash.arm``).
+        nohz_full: CPUs that are left alone, such as "1-3": timers, kernel threads and
+            tasks of the scheduler that may run anywhere keep off them
+            (``cluster.users.nohz.tick_nohz_full_setup``).
+        panic_on_ipistall: ms after which it is given up (``IpiStallError``); 0: never.
         domains: irq domains beside the controller's own, as a small device tree: a dict
             or text (``shmipi.irq.of.parse_tree``).
 
@@ -129,8 +151,13 @@ class Cluster:
         cores: str | Sequence[int] = "auto",
         name: str | None = None,
         handlers: Iterable[str] = (),
-        trace: bool = False,
+        trace: bool | int = False,
         domains: Description | None = None,
+        csd_lock_timeout: int = 5000,
+        panic_on_ipistall: int = 0,
+        crash: str | os.PathLike[str] | None = None,
+        preload: Iterable[str] = (),
+        nohz_full: MaskLike | None = None,
     ) -> None:
         plan = _plan(
             ncpus,
@@ -143,8 +170,24 @@ class Cluster:
             handlers,
             trace,
             domains=domains,
+            preload=preload,
         )
+        params = _milliseconds(csd_lock_timeout, panic_on_ipistall)
+        asked = Asked.here()
+        if asked is not None:
+            plan = replace(plan, trace=asked.records)
         self._open(plan)
+        self._machine.set_csd_lock_params(*params)
+        try:
+            if asked is not None:
+                self._ending.recorded = asked, asked.begin(self.tracing)
+            if crash is not None:
+                self.users.crash.arm(crash)
+            if nohz_full is not None:
+                self.users.nohz.tick_nohz_full_setup(nohz_full)
+        except BaseException:
+            self.shutdown()
+            raise
 
     @classmethod
     def attach(cls, name: str) -> Self:
@@ -197,6 +240,8 @@ class Cluster:
         self._hotplug_lock = threading.Lock()
         #: Whose turn it is to change CPUs, of this host's threads.
         self._hotplug_turn: Callable[[], _Turn | None] = lambda: None
+        self._cpuhp = self._ending.cpuhp = CpuHotplug(self._arrays, self._hotplug)
+        cpuhp.register(self._machine, self._cpuhp)
         #: ``shmipi.smp`` bound to this machine.
         self.smp = BoundSmp(self._machine)
         #: ``shmipi.irq`` bound to this machine: irq domains, IPIs, coprocessors.
@@ -204,6 +249,10 @@ class Cluster:
             self._machine, self._chip, host if isinstance(host, Host) else None
         )
         irqs.register(self._machine, self.irq)
+        #: Its tracepoints: on and off, and what they have recorded.
+        self.tracing = Tracing(self._arrays, self._chip)
+        #: ``shmipi.users`` bound to this machine: what IPIs are for.
+        self.users = BoundUsers(self._arrays)
         _open_clusters.add(self)
         _choose_current()
 
@@ -310,6 +359,26 @@ class Cluster:
         """
         return self._machine.payload_max
 
+    @property
+    def csd_lock_timeout(self) -> int:
+        """Report waits that last longer, in ms; 0: never. As the kernel's parameter."""
+        return self._machine.csd_lock_params()[0]
+
+    @csd_lock_timeout.setter
+    def csd_lock_timeout(self, ms: int) -> None:
+        self._check()
+        self._machine.set_csd_lock_params(*_milliseconds(ms, self.panic_on_ipistall))
+
+    @property
+    def panic_on_ipistall(self) -> int:
+        """Give waits up that are reported and last longer, in ms; 0: never."""
+        return self._machine.csd_lock_params()[1]
+
+    @panic_on_ipistall.setter
+    def panic_on_ipistall(self, ms: int) -> None:
+        self._check()
+        self._machine.set_csd_lock_params(*_milliseconds(self.csd_lock_timeout, ms))
+
     def _check(self) -> None:
         if os.getpid() != self._host.owner:
             raise ClusterStateError(
@@ -318,7 +387,8 @@ class Cluster:
             )
         if self.closed or self._host.closing:
             raise ClusterStateError("this cluster is closed")
-        if self._host.died:
+        # Another host may have noticed, and written it down, before this one has.
+        if self._host.died or self._machine.state == _core.DEAD:
             raise self._host.end_error()
 
     # ---- what there is --------------------------------------------------------------
@@ -381,8 +451,9 @@ class Cluster:
         """Return the tracepoints recorded so far, oldest first, as a structured array.
 
         Fields: slot (who wrote it: a CPU's number, or ``ncpus`` for the host), stamp
-        (ns, CLOCK_MONOTONIC), event (a ``shmipi.TraceEvent``), cpu, csd, func, arg,
-        seq. Empty unless the cluster was made with ``trace=True``.
+        (ns, CLOCK_MONOTONIC), event (a ``shmipi.TraceEvent``), flags, cpu, csd, func,
+        arg, site, seq. Empty unless it was made with ``trace=True``, or ``tracing`` was
+        started. ``tracing.read()`` has them with the kernel's names and fields.
         """
         self._check()
         return events.read(self._machine)
@@ -482,7 +553,7 @@ class Cluster:
             tasks._start(targets, func, args, kwargs)
             return tasks._run(timeout)
         except BaseException as error:
-            if not isinstance(error, Exception):
+            if not isinstance(error, Exception) or isinstance(error, IpiStallError):
                 tasks._give_up(error)
             raise
 
@@ -553,51 +624,115 @@ class Cluster:
     # ---- hotplug --------------------------------------------------------------------
 
     def offline(self, cpu: int, timeout: float | None = None) -> None:
-        """Take ``cpu`` offline in order: it drains its queue and parks.
+        """Take ``cpu`` offline in order: all CPUs stop, it drains its queue and parks.
 
         Calls that were queued have run; from then on calls to it raise
         ``CpuOfflineError``. A task that it runs is stopped where it stands, and tasks
-        that it has not begun wait, until ``online(cpu)``. Its sections with preemption
-        disabled, and anybody's ``smp.cpus_read_lock()``, hold this off. Nothing happens
-        if it is offline already. Raises ``CpuOfflineError`` for what is no CPU,
-        ``IpiTimeoutError`` after ``timeout`` seconds (the request stands withdrawn),
-        ``CpuDiedError``.
+        that it has not begun wait, until ``online(cpu)``; tasks of the scheduler that
+        can move go elsewhere, when their step has ended (within 0.2 s). Sections with
+        preemption or interrupts disabled, on any CPU, and anybody's
+        ``smp.cpus_read_lock()``, hold this off. Nothing happens if it is offline
+        already. Raises ``CpuOfflineError`` for what is no CPU, ``HotplugError`` (EBUSY
+        for the last that is online, or what a callback of ``smp.cpuhp_setup_state``
+        refuses with: it stays), ``IpiTimeoutError``, which names who did not stop,
+        after ``timeout`` seconds (None: 10, once it is its turn; the request stands
+        withdrawn), ``CpuDiedError``.
         """
         self._check()
         self._exists(cpu)
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._hotplug(timeout):
             if self._cpu(cpu).state in ("offline", "dead"):
                 return
-            try:
-                state = self._await(
-                    cpu, lambda state: state in ("offline", "dead"), timeout, ask=True
+            if deadline is None:
+                deadline = time.monotonic() + STOP_TIMEOUT_S
+            if len(self.online_mask) == 1:
+                raise HotplugError(
+                    f"CPU {cpu} is the last one that is online: it stays",
+                    cpu=cpu,
+                    errno=errno.EBUSY,
                 )
+            self._cpuhp.leave(cpu)
+            try:
+                self._take_down(cpu, deadline)
             except BaseException:
-                self._machine.hotplug(cpu, False)
+                self._machine.wake_cpu(cpu)
                 with contextlib.suppress(IpiTimeoutError, MachineDiedError):
                     # It may have gone just then: the request stands withdrawn.
                     self._await(cpu, lambda state: state != "offline", 1.0, start=True)
+                if self._cpu(cpu).state == "dead":
+                    self._cpuhp.gone(cpu)
+                else:
+                    self._cpuhp.stays(cpu)
                 raise
-            if state == "dead":
+            self._cpuhp.gone(cpu)
+
+    def _take_down(self, cpu: int, deadline: float) -> None:
+        """Stop all CPUs, and have ``cpu`` leave (``takedown_cpu``)."""
+        dying = self._cpuhp.dying(cpu)
+        while True:
+            if self._cpu(cpu).state == "dead":
                 raise CpuDiedError(f"CPU {cpu} died before it was offline", cpu=cpu)
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                code = take_cpu_down(
+                    self._machine, list(self.online_mask), cpu, dying, left
+                )
+            except CpuDiedError as error:
+                if error.cpu == cpu:
+                    continue
+                code = -errno.EAGAIN  # of another: once more, without it
+            if not code:
+                return
+            if code != -errno.EAGAIN:
+                self._check()
+                raise HotplugError(f"CPU {cpu} stays", cpu=cpu, errno=-code)
+            # Its results wait for room: for their readers, who are stopped meanwhile;
+            # or a step of a task that can move has not ended there.
+            self._machine.make_room(cpu)
+            if time.monotonic() >= deadline:
+                raise IpiTimeoutError(
+                    f"CPU {cpu} has results to send, and nobody makes room, or a step"
+                    " of a task that has not ended",
+                    cpu=cpu,
+                )
+            time.sleep(_HOTPLUG_NAP_S)
 
     def online(self, cpu: int, timeout: float | None = None) -> None:
         """Bring ``cpu`` back: a parked one goes on, a dead one is booted anew.
 
         A new process in the slot has a new generation. Raises ``CpuOfflineError`` for a
-        CPU that does not exist, ``BootError``, ``IpiTimeoutError``.
+        CPU that does not exist, ``BootError``, ``IpiTimeoutError``, ``HotplugError``
+        when a callback (``smp.cpuhp_setup_state``) refuses.
         """
         self._check()
         self._exists(cpu)
         with self._hotplug(timeout):
             state = self._cpu(cpu).state
-            if state == "offline":
-                self._machine.hotplug(cpu, False)
-                state = self._await(
-                    cpu, lambda state: state != "offline", timeout, start=True
-                )
-            if state == "dead":
-                self._host.boot_cpu(cpu)
+            if state not in ("offline", "dead"):
+                return
+            self._cpuhp.prepare(cpu)
+            try:
+                self._bring_up(cpu, state, timeout)
+            except BaseException:
+                self._cpuhp.gone(cpu)
+                raise
+            try:
+                self._cpuhp.came(cpu)
+            except BaseException:
+                with contextlib.suppress(ShmipiError):
+                    self._take_down(cpu, time.monotonic() + STOP_TIMEOUT_S)
+                self._cpuhp.gone(cpu)
+                raise
+
+    def _bring_up(self, cpu: int, state: str, timeout: float | None) -> None:
+        if state == "offline":
+            self._machine.wake_cpu(cpu)
+            state = self._await(
+                cpu, lambda state: state != "offline", timeout, start=True
+            )
+        if state == "dead":
+            self._host.boot_cpu(cpu)
 
     @contextlib.contextmanager
     def _hotplug(self, timeout: float | None) -> Iterator[None]:
@@ -646,14 +781,11 @@ class Cluster:
         cpu: int,
         reached: Callable[[str], bool],
         timeout: float | None,
-        ask: bool = False,
         start: bool = False,
     ) -> str:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             seen = self._machine.hotplug_event
-            if ask:  # again each time: the kick may have come just before a sleep
-                self._machine.hotplug(cpu, True)
             if start:
                 self._chip.bring_up(cpu)
             state = self._cpu(cpu).state
@@ -693,6 +825,8 @@ class _Futures:
         self._host = host
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[int, Future[Any]]] = {}
+        self._stalls: dict[int, Stall] = {}  # by call, of those that are pending
+        self._stalls_look = 0.0
         self._ended = 0  # calls that are not pending, and whose results are being read
         self._thread: threading.Thread | None = None
         self._stop = False
@@ -739,8 +873,10 @@ class _Futures:
 
     def _complete(self) -> None:
         machine = self._machine
-        while not self._stop:
+        while True:
             seen = machine.event
+            if self._stop:  # after that: else its ring is one that was seen
+                return
             with self._lock:
                 done = [
                     (call, *self._pending.pop(call))
@@ -750,6 +886,8 @@ class _Futures:
                 busy = bool(self._pending)
                 self._ended = len(done)
             for call, cpu, future in done:
+                if stall := self._stalls.pop(call, None):
+                    stall.over()
                 try:
                     result = machine.collect(call, cpu, None)
                 except BaseException as error:
@@ -757,17 +895,42 @@ class _Futures:
                 else:
                     _settle(future.set_result, result)
             self._ended = 0
+            self._look_for_stalls()
             if machine.state == _core.DEAD or self._host.died:
                 self._fail()
             if not done:
                 # A limit although every end rings: the ring may die with its ringer.
                 machine.wait_event(seen, 0.01 if busy else 1.0)
 
+    def _all_pending(self) -> Iterable[tuple[int, tuple[int, Future[Any]]]]:
+        # Not list(items()): it makes tuples, which may start a collection, whose
+        # finalizers let others run, who submit: the dictionary changes under it.
+        return self._pending.copy().items()
+
+    def _look_for_stalls(self) -> None:
+        now = time.monotonic()
+        if now < self._stalls_look:  # each look is at all of them
+            return
+        timeout = self._machine.csd_lock_params()[0]
+        self._stalls_look = now + min(max(timeout / 4000, 0.01), 1.0)
+        for call, (cpu, _) in self._all_pending():
+            if call not in self._stalls:
+                self._stalls[call] = Stall(self._machine, call, cpu)
+            try:
+                self._stalls[call].look()
+            except IpiStallError as error:
+                with self._lock:
+                    _, future = self._pending.pop(call)
+                    del self._stalls[call]
+                    self._machine.abandon(call)
+                _settle(future.set_exception, error)
+
     def _fail(self) -> None:
-        for call, (cpu, future) in list(self._pending.items()):
+        for call, (cpu, future) in self._all_pending():
             self._fail_one(call, cpu, future)
             with self._lock:
                 self._pending.pop(call, None)  # last: until then it can be done again
+                self._stalls.pop(call, None)
 
     def _fail_one(self, call: int, cpu: int, future: Future[Any]) -> None:
         if future.done():
@@ -825,6 +988,9 @@ class _Ending:
         self.host = host
         self.futures: _Futures | None = None
         self.arrays: Arrays | None = None
+        self.cpuhp: CpuHotplug | None = None
+        #: What `shmipi trace record -- COMMAND` asks of it, and who does it.
+        self.recorded: tuple[Asked, Recorder] | None = None
         self._done = False
 
     def __call__(self) -> None:
@@ -835,6 +1001,7 @@ class _Ending:
             host.close()
             self._close_users()
         else:  # the machine goes on: first nobody uses it, then it is left
+            host.leave()  # threads that wait for what another host has give up
             self._close_users()
             host.close()
         machine = getattr(host, "machine", None)
@@ -842,7 +1009,13 @@ class _Ending:
             controllers.forget(machine)
             irqs.forget(machine)
             machine.close()
+        recorded, self.recorded = self.recorded, None
         self._done = True
+        if recorded is not None:
+            # Its memory is there for as long as this holds it.
+            asked, recorder = recorded
+            with contextlib.suppress(OSError):
+                asked.end(recorder)
 
     def last(self) -> None:
         """At the interpreter's end, or with the Cluster: nobody hears of errors."""
@@ -855,6 +1028,8 @@ class _Ending:
     def _close_users(self) -> None:
         if self.futures is not None:
             self.futures.close()
+        if self.cpuhp is not None:
+            self.cpuhp.close()
         if self.arrays is not None:
             self.arrays.close()
 
@@ -881,10 +1056,11 @@ def _plan(
     cores: str | Sequence[int],
     name: str | None,
     handlers: Iterable[str],
-    trace: bool,
+    trace: bool | int,
     steps: bool = False,
     arena_bytes: int = 0,
     domains: Description | None = None,
+    preload: Iterable[str] = (),
 ) -> Plan:
     if ncpus is None:
         ncpus = topology.default_ncpus()
@@ -917,11 +1093,23 @@ def _plan(
         controller=chip,
         handlers=_handlers(handlers),
         oversubscribed=topology.oversubscribed(placement),
-        trace=bool(trace),
+        trace=rings.check_records(trace)
+        if not isinstance(trace, bool)
+        else rings.RECORDS * trace,
         steps=steps,
         arena_bytes=arena_bytes,
         domains=nodes,
+        preload=_modules(preload),
     )
+
+
+def _milliseconds(timeout: int, panic: int) -> tuple[int, int]:
+    for name, ms in (("csd_lock_timeout", timeout), ("panic_on_ipistall", panic)):
+        if isinstance(ms, bool) or not isinstance(ms, int):
+            raise TypeError(f"{name} is {ms!r}: give milliseconds, 0 for never")
+        if not 0 <= ms < 1 << 32:
+            raise ValueError(f"{name} is {ms}: give milliseconds, 0 for never")
+    return timeout, panic
 
 
 def _chip(controller: str | Chip | type[Chip]) -> Chip:
@@ -953,10 +1141,20 @@ def _kick_signal(kick: bool | int) -> int:
     return int(kick)
 
 
+def _modules(names: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise TypeError("preload is a list of names, not one string")
+    chosen = tuple(names)
+    for name in chosen:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"preload has {name!r}: give the names of modules")
+    return chosen
+
+
 def _handlers(handlers: Iterable[str]) -> tuple[str, ...]:
     if isinstance(handlers, str):
         raise TypeError("handlers is a list of names, not one string")
-    builtin = ("noop", "count", "stamp")
+    builtin = ("noop", "count", "stamp", "burn")
     chosen = []
     for spec in handlers:
         if spec in builtin:

@@ -98,6 +98,39 @@ class IpiTimeoutError(ShmipiOSError, TimeoutError):
     default_errno = errno.ETIMEDOUT
 
 
+class IpiStallError(IpiTimeoutError):
+    """ETIMEDOUT: a wait for a CPU was given up, after ``panic_on_ipistall``.
+
+    ``cpu`` has not answered, ``function`` is the name of what it was asked for, or
+    None. The call stays queued and may still run.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        cpu: int | None = None,
+        errno: int | None = None,
+        function: str | None = None,
+    ) -> None:
+        super().__init__(message, cpu=cpu, errno=errno)
+        self.function = function
+
+    def __reduce__(self) -> tuple[object, ...]:
+        what = (self.strerror, self.cpu, self.errno, self.function)
+        return _rebuild_stall, (type(self), *what)
+
+
+def _rebuild_stall(
+    kind: type[IpiStallError],
+    message: str,
+    cpu: int | None,
+    errno: int,
+    function: str | None,
+) -> IpiStallError:
+    return kind(message, cpu=cpu, errno=errno, function=function)
+
+
 class TaskCancelledError(ShmipiOSError, CancelledError):
     """ECANCELED: the task was cancelled. It never began, was interrupted, or killed."""
 
@@ -131,6 +164,21 @@ class CpusFailedError(ExceptionGroup[Exception]):
         return part
 
 
+class NoTaskError(ShmipiOSError, ProcessLookupError):
+    """ESRCH: the scheduler has no such task: it has ended, or never was."""
+
+    default_errno = errno.ESRCH
+
+
+class AffinityError(ShmipiOSError, ValueError):
+    """EINVAL: no CPU that is online is among those that a task may run on.
+
+    EBUSY: the task has begun on a CPU that is not among them, and cannot leave it.
+    """
+
+    default_errno = errno.EINVAL
+
+
 class ArenaFullError(ShmipiOSError):
     """ENOBUFS, E2BIG or ENOSPC: an argument or result does not fit the arena.
 
@@ -148,6 +196,16 @@ class FunctionTableFullError(ArenaFullError):
     """
 
     default_errno = errno.EMFILE
+
+
+class HotplugError(ShmipiOSError):
+    """A CPU stays as it is: online, or offline; and its callbacks' states were undone.
+
+    EBUSY: it is the last that is online. Else what a callback returned, or (EIO) what
+    it raised: then that is its ``__cause__``.
+    """
+
+    default_errno = errno.EBUSY
 
 
 class IrqError(ShmipiOSError):
@@ -188,11 +246,45 @@ def _rebuild_irq(
     return kind(message, cpu=cpu, errno=errno, irq=irq, domain=domain)
 
 
+class SteeringError(ShmipiOSError, ValueError):
+    """A refusal of RPS, cpumap or the block layer, with the kernel's errno.
+
+    E2BIG, EEXIST, EOVERFLOW, ENODEV (``cpu_map_update_elem``), EINVAL, EALREADY ...
+    """
+
+    default_errno = errno.EINVAL
+
+
 class ControllerError(IrqError, ValueError):
     """EINVAL: there is no such controller, or it cannot address so many CPUs.
 
     ``domain`` is the controller, ``cpu`` the first CPU that it has no address for.
     """
+
+
+class AddressSpaceError(ShmipiOSError):
+    """A refusal of mmap(), munmap() and the like, or of membarrier(), with their errno.
+
+    EINVAL, ENOMEM, EEXIST, EPERM (not registered), EBUSY (in use), ESRCH (it is gone).
+    """
+
+    default_errno = errno.EINVAL
+
+
+class PageFaultError(AddressSpaceError):
+    """EFAULT: an access to memory that is not mapped, or not for such an access.
+
+    ``address``; ``access``: "read" or "write"; ``si_code``: what SIGSEGV would say,
+    SEGV_MAPERR (1): nothing is mapped there, SEGV_ACCERR (2): it is, but not for this.
+    """
+
+    default_errno = errno.EFAULT
+    address: int = 0
+    access: str = "read"
+    si_code: int = 1
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (*super().__reduce__(), vars(self).copy())
 
 
 class DeviceTreeError(ShmipiError, ValueError):
@@ -219,6 +311,30 @@ class AttachError(ShmipiOSError):
 
 class LayoutError(ShmipiError, ValueError):
     """A segment that is not a machine of this version, or whose content is damaged."""
+
+
+class TraceFormatError(ShmipiError, ValueError):
+    """A file is no trace of a kernel; ``line``: the first one that is not, from 1."""
+
+    def __init__(self, message: str, *, line: int | None) -> None:
+        super().__init__(message)
+        self.line = line
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_trace_error, (self.args[0], self.line)
+
+
+def _rebuild_trace_error(message: str, line: int | None) -> TraceFormatError:
+    return TraceFormatError(message, line=line)
+
+
+class TracefsError(ShmipiOSError):
+    """The kernel's own events cannot be recorded; errno says why, the text what to do.
+
+    EPERM, EACCES: it takes root; ENODEV: this kernel has no tracefs.
+    """
+
+    default_errno = errno.EPERM
 
 
 class ClusterStateError(ShmipiError, RuntimeError):

@@ -19,6 +19,7 @@ from shmipi.errors import (
     ShmipiError,
     TaskCancelledError,
 )
+from shmipi.smp.csdlock import Stall
 
 __all__ = ["Task", "Tasks", "check_timeout"]
 
@@ -198,8 +199,13 @@ class Task(Generic[_Result_co]):
                         cpu=self.cpu,
                     )
                     self._state = "ended"
-                    self._cluster._machine.abandon(self._call)
+                    self._abandon()
         return how
+
+    def _abandon(self) -> None:
+        """Nobody takes its end any more. A closed machine has taken all."""
+        with contextlib.suppress(ClusterStateError):
+            self._cluster._machine.abandon(self._call)
 
     # ---- taking its end --------------------------------------------------------------
 
@@ -211,14 +217,19 @@ class Task(Generic[_Result_co]):
         left = threading.TIMEOUT_MAX if timeout is None else timeout
         if not self._turn.acquire(timeout=min(left, threading.TIMEOUT_MAX)):
             return self._state == "ended"
+        stall = Stall(self._cluster._machine, self._call, self.cpu, task=True)
         try:
             while self._state == "posted":
                 left = max(0.0, limit - time.monotonic())
                 if self._await(min(left, _LOOK_S)):
                     self._take()
+                    stall.over()
                 elif left <= 0.0:
                     break
+                elif self._state == "posted":
+                    stall.look()
         finally:
+            stall.over(False)
             self._turn.release()
         return self._state == "ended"
 
@@ -235,7 +246,7 @@ class Task(Generic[_Result_co]):
         except ShmipiError as error:  # the machine died, or its memory is damaged
             with self._mutex:
                 if self._state == "posted":
-                    machine.abandon(self._call)
+                    self._abandon()
                     self._end(error)
             return False
 

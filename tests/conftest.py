@@ -7,6 +7,7 @@ not end: one that leaks fails, whatever it was about.
 import atexit
 import compileall
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -45,7 +46,13 @@ PACKAGE_HOME = str(Path(shmipi.__file__).resolve().parents[1])
 #: The names of all machines that the tests made, hosts in other processes included.
 _NAMES = Path(tempfile.mkstemp(prefix="shmipi-tests-")[1])
 atexit.register(_NAMES.unlink, missing_ok=True)
-_NOTE_NAMES = f"""\
+#: Tells a program that hangs to print where its threads stand; no test uses it.
+_STACKS = signal.SIGPWR
+
+_PRELUDE = f"""\
+import faulthandler as _faulthandler
+import sys as _sys
+_faulthandler.register({int(_STACKS)}, _sys.__stderr__, all_threads=True)
 import os as _os
 from shmipi.machine import segment as _segment
 
@@ -57,7 +64,7 @@ def _create(name, create=_segment.create):
 
 _segment.create = _create
 """
-exec(_NOTE_NAMES, {})
+exec(_PRELUDE, {})
 
 # The tests start a thousand interpreters. Where these may not write bytecode
 # ($PYTHONDONTWRITEBYTECODE), each of them would compile the whole package anew.
@@ -72,6 +79,17 @@ for _number in (signal.SIGINT, signal.SIGHUP):
             _number, signal.default_int_handler if _default else signal.SIG_DFL
         )
 
+
+def _beside(name: str) -> Any:
+    """The module of this name in this folder, which is no package."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_pulse = _beside("pulse")
 
 # ---- what of it runs -----------------------------------------------------------------
 
@@ -88,7 +106,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Leave out the other doorbells."""
+    """Leave out the other doorbells; mark what may be run once more."""
+    if config.pluginmanager.has_plugin("rerunfailures"):
+        for item in items:
+            item.add_marker(pytest.mark.flaky(reruns=1, condition=_no_fault_of_its_own))
     if config.getoption("doorbells") is None:
         return
     unknown = set(wanted := config.getoption("doorbells").split(",")) - set(DOORBELLS)
@@ -107,6 +128,38 @@ def pytest_collection_modifyitems(
 
 # ---- several processes that share a run ----------------------------------------------
 
+#: When the test that runs began.
+_begun = 0.0
+
+
+def _no_fault_of_its_own() -> bool:
+    """Is it that the computer stood still while the test that failed ran?"""
+    return _pulse.stood_still(_begun, time.monotonic()) > 0
+
+
+def _watch_the_computer(config: pytest.Config) -> None:
+    """Start tests/pulse.py, which ends with this process, however that ends."""
+    handle, os.environ[_pulse.BOOK] = tempfile.mkstemp(prefix="shmipi-tests-pulse-")
+    os.close(handle)
+    token = _TOKEN.partition("=")[0]  # it is no test's, and not left behind by one
+    process = subprocess.Popen(
+        [sys.executable, "-S", _pulse.__file__, os.environ[_pulse.BOOK]],
+        stdin=subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if name != token},
+    )
+    # Which removes the file.
+    config.add_cleanup(functools.partial(process.communicate, timeout=10))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say it: then what was measured meanwhile is not to be trusted either."""
+    if lost := _pulse.stood_still(0.0, time.monotonic()):
+        terminalreporter.write_line(
+            f"The computer stood still for {lost:.1f} s, added up over its cores: tests"
+            " that failed meanwhile were run once more."
+        )
+
+
 #: The file in which a worker says which tests have which of these marks: who deals the
 #: tests out collects none itself.
 _MARKED = "SHMIPI_TESTS_MARKED"
@@ -114,8 +167,11 @@ _MARKS = ("alone", "long")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make that file, in the process that deals out."""
-    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+    """Make these files, in the process that deals out."""
+    if hasattr(config, "workerinput"):
+        return
+    _watch_the_computer(config)
+    if config.getoption("dist", "no") != "no":
         handle, os.environ[_MARKED] = tempfile.mkstemp(prefix="shmipi-tests-marked-")
         os.close(handle)
         atexit.register(Path(os.environ[_MARKED]).unlink, missing_ok=True)
@@ -137,12 +193,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Deal out as tests/schedule.py does, unless another way was asked for."""
     if config.getoption("dist") != "loadscope":
         return None
-    path = Path(__file__).with_name("schedule.py")
-    spec: Any = importlib.util.spec_from_file_location("schedule", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     marked = Path(os.environ[_MARKED])
-    return module.Schedule(config, log, lambda: json.loads(marked.read_text()))
+    return _beside("schedule").Schedule(
+        config, log, lambda: json.loads(marked.read_text())
+    )
 
 
 # ---- the look for leaks --------------------------------------------------------------
@@ -184,6 +238,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
     A ResourceWarning about them is an error of whatever test runs just then.
     """
+    global _begun
+    _begun = time.monotonic()
     failed = item.session.testsfailed
     result = yield
     if item.session.testsfailed != failed:
@@ -319,6 +375,13 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
+def cluster_with_steps() -> Iterator[Any]:
+    """Four CPUs that halt and can be killed at labelled steps, shared by a module."""
+    with shared_cluster(4, idle="halt", steps=True) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def cluster_until_failure(
     request: pytest.FixtureRequest,
 ) -> Iterator[Callable[..., contextlib.AbstractContextManager[Any]]]:
@@ -355,13 +418,21 @@ def cluster_until_failure(
 
 @pytest.fixture
 def eventually() -> Callable[..., float]:
-    """`eventually(condition, seconds=5)`: wait for it; how long that took, in s."""
+    """`eventually(condition, seconds=5)`: wait for it; how long that took, in s.
+
+    A look for which the computer gave no time counts for little: what is waited for had
+    none either.
+    """
 
     def wait(condition: Callable[[], object], seconds: float = 5.0) -> float:
-        start = time.monotonic()
+        start = seen = time.monotonic()
+        looked = 0.0
         while not condition():
-            assert time.monotonic() - start < seconds, "it did not happen"
+            assert looked < seconds, "it did not happen"
             time.sleep(0.001)
+            now = time.monotonic()
+            looked += min(now - seen, 0.1)
+            seen = now
         return time.monotonic() - start
 
     return wait
@@ -449,6 +520,25 @@ class Background(threading.Thread):
         return self.result
 
 
+def _where(pid: int) -> str:
+    """What the threads of a program of `script` do; it prints their Python stacks."""
+    said = []
+    for thread in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        with contextlib.suppress(OSError):
+            state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
+            had, waited, _ = (thread / "schedstat").read_text().split()
+            said.append(
+                f"thread {thread.name} ({(thread / 'comm').read_text().strip()}):"
+                f" {state}, {(thread / 'wchan').read_text()},"
+                f" ran {int(had) / 1e6:.0f} ms,"
+                f" waited for a core {int(waited) / 1e6:.0f} ms"
+            )
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, _STACKS)
+        time.sleep(1.0)  # of one that is stopped there are none
+    return "\n".join([*said, f"load: {Path('/proc/loadavg').read_text()}"])
+
+
 @pytest.fixture
 def script(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """`script(text)`: start a Python program as a host of its own; a Popen.
@@ -469,7 +559,7 @@ def script(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         **options: Any,
     ) -> Any:
         path = tmp_path / f"host{len(started)}.py"
-        path.write_text(_NOTE_NAMES + textwrap.dedent(text))
+        path.write_text(_PRELUDE + textwrap.dedent(text))
         environment = {**os.environ, "PYTHONPATH": PACKAGE_HOME}
         process: Any = subprocess.Popen(
             [*prefix, sys.executable, *flags, str(path), *args],
@@ -484,9 +574,10 @@ def script(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             try:
                 process.text, _ = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
+                state = _where(process.pid)
                 process.kill()
                 process.text, _ = process.communicate()
-                pytest.fail(f"the program hangs; it printed:\n{process.text}")
+                pytest.fail(f"the program hangs; it printed:\n{process.text}\n{state}")
             assert status is None or process.returncode == status, process.text
         return process
 

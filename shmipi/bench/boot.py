@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shmipi.bench import option
-from shmipi.bench.runner import machine_facts
+from shmipi.bench.runner import Seen, Steps, Watch, machine_facts
 from shmipi.cluster import Cluster
 from shmipi.irq.chips import Chip
 from shmipi.machine import segment, topology
@@ -67,20 +67,22 @@ def run(
     None in the first. Raises what a boot raises.
     """
     rows: list[dict[str, Any]] = []
+    steps = Steps(progress, len(options.sizes))
     for size in options.sizes:
-        if progress is not None:
-            progress(f"{size} CPUs")
+        steps(f"{size} CPUs")
         fork_s, exit_s = forks(size, options)
+        seen = Seen()
         started = time.perf_counter()
-        cluster = Cluster(
-            size,
-            idle=options.idle,
-            doorbell=options.doorbell,
-            controller=options.controller,
-            cores=options.cores,
-        )
-        try:
+        with Watch(topology.usable_cores(), seen):
+            cluster = Cluster(
+                size,
+                idle=options.idle,
+                doorbell=options.doorbell,
+                controller=options.controller,
+                cores=options.cores,
+            )
             booted = time.perf_counter()
+        try:
             step = max(1, size // SAMPLE)
             sample = [cpu.pid for cpu in cluster.cpus[::step]]
             private = [kib for pid in sample if (kib := private_kib(pid)) is not None]
@@ -105,6 +107,8 @@ def run(
             "idle": options.idle,
             "doorbell": options.doorbell,
             "controller": cluster.controller,
+            # A CPU is started by one IPI.
+            **seen.ending(size, seen.why(None)),
         }
         if not private:
             row["private_note"] = "/proc/PID/smaps_rollup cannot be read here"

@@ -9,7 +9,7 @@ from typing import Any, Final
 from shmipi import _core
 from shmipi.bench import option
 from shmipi.bench.boot import shared_kib
-from shmipi.bench.runner import Disturbance, Rig, Seen, machine_facts, median
+from shmipi.bench.runner import Disturbance, Rig, Seen, Steps, machine_facts, median
 from shmipi.irq.chips import Chip
 from shmipi.machine import topology
 from shmipi.report.cells import Cells, Table, span, valid
@@ -68,9 +68,9 @@ def run(
     Raises what a boot raises.
     """
     rows: list[dict[str, Any]] = []
+    steps = Steps(progress, len(options.sizes))
     for size in options.sizes:
-        if progress is not None:
-            progress(f"{size} halted CPUs")
+        steps(f"{size} halted CPUs")
         placement = topology.place(size + 1, options.cores)
         seen = Seen()
         with Rig(
@@ -80,7 +80,7 @@ def run(
             cpus=[0],  # what the others run is native
         ) as rig:
             before = shared_kib(rig.cluster)
-            with Disturbance(rig, 1, seen):
+            with Disturbance(rig, 1, seen, every=True):
                 spans, first, missed = rig.run(
                     0, broadcasts, options.calls, options.gap_ns
                 )
@@ -107,10 +107,8 @@ def run(
                 "touched_kib": None
                 if before is None or after is None
                 else after - before,
-                "valid": not why,
+                **seen.ending(size * (options.calls + 3), why),
             }
-            if why:
-                row["why"] = why
             rows.append(row)
     return {
         "bench": "broadcast",

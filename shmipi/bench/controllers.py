@@ -22,9 +22,11 @@ from shmipi.bench.runner import (
     Disturbance,
     Rig,
     Seen,
+    Steps,
     choose_cores,
     machine_facts,
     median,
+    silent,
     split,
     spread,
 )
@@ -219,37 +221,31 @@ class _Bench:
     def _running(self, row: Row, calls: int, options: Options) -> float:
         """Calls with a clock around each, to a CPU that runs Python."""
         rig = self.rig
-        rig.flags[0] = 0
-        job = rig.start(1, tasks.busy, 0)
-        try:
-            with Disturbance(rig, 1, row.seen):
-                if row.kind.handler == "native":
-                    rtt, _, _, missed, _, moved = rig.run(
-                        0,
-                        tasks.native_calls,
-                        1,
-                        calls,
-                        {
-                            "warmup": options.warmup,
-                            "gap_ns": options.gap_ns,
-                            "state": _core.RUNNING,
-                        },
-                    )
-                    row.moved |= bool(moved)
-                else:
-                    rtt, missed = rig.run(
-                        0,
-                        tasks.python_calls,
-                        1,
-                        calls,
-                        options.warmup,
-                        options.gap_ns,
-                        _core.RUNNING,
-                        _SPIN_NS,
-                    )
-        finally:
-            rig.flags[0] = 1
-            job.result()
+        with rig.in_state([1], "running"), Disturbance(rig, 1, row.seen):
+            if row.kind.handler == "native":
+                rtt, _, _, missed, _, moved = rig.run(
+                    0,
+                    tasks.native_calls,
+                    1,
+                    calls,
+                    {
+                        "warmup": options.warmup,
+                        "gap_ns": options.gap_ns,
+                        "state": _core.RUNNING,
+                    },
+                )
+                row.moved |= bool(moved)
+            else:
+                rtt, missed, *_ = rig.run(
+                    0,
+                    tasks.python_calls,
+                    1,
+                    calls,
+                    options.warmup,
+                    options.gap_ns,
+                    _core.RUNNING,
+                    _SPIN_NS,
+                )
         row.calls += calls + options.warmup
         row.samples += calls
         row.missed += missed
@@ -286,7 +282,7 @@ def run(
 
     Raises ``CommandError`` for cores that cannot be used, and what a boot raises.
     """
-    progress = progress or (lambda text: None)
+    progress = progress or silent
     sender, target = choose_cores(options.cores)
     cores = [sender] + [target] * _TARGETS
     limit = Limit("floor")
@@ -304,12 +300,13 @@ def run(
             for bench in benches
         }
         parts = split(options.calls, options.blocks)
+        steps = Steps(progress, len(parts) * (1 + len(kinds)))
         for block, part in enumerate(parts):
-            progress(f"limit floor, block {block + 1} of {len(parts)}")
+            steps(f"limit floor, block {block + 1} of {len(parts)}")
             # Of another machine each time: the limit is no controller's.
             _limit(benches[block % len(benches)].rig, limit, block)
             for kind in kinds:
-                progress(f"{kind.name}, block {block + 1} of {len(parts)}")
+                steps(f"{kind.name}, block {block + 1} of {len(parts)}")
                 for bench in benches:
                     bench.measure(rows[kind, bench.controller], block, part, options)
         rig = benches[0].rig
@@ -374,8 +371,6 @@ def _row_json(row: Row, beside: Sequence[Row], limit: Limit) -> dict[str, Any]:
         "ratio_blocks": ratios,
         "at_most": at_most,
         "met": None if at_most is None else median(ratios) <= at_most,
-        "valid": not why,
-        "stolen_s": row.seen.stolen_s,
     }
     if kind.state == "polling":
         of_limit = _ratios(row.blocks, limit.blocks)
@@ -383,10 +378,7 @@ def _row_json(row: Row, beside: Sequence[Row], limit: Limit) -> dict[str, Any]:
         result["limit_ratio"] = median(of_limit)
         result["limit_ratio_spread"] = spread(of_limit)
         why += limit.why()
-        result["valid"] = not why
-    if why:
-        result["why"] = why
-    return result
+    return result | row.seen.ending(row.calls, why)
 
 
 def _ratios(blocks: Sequence[float], beside: Sequence[float]) -> list[float]:

@@ -14,10 +14,11 @@ import psutil
 
 from shmipi import smp
 from shmipi.bench import option
-from shmipi.bench.runner import machine_facts, median
+from shmipi.bench.runner import Seen, Steps, Watch, machine_facts, median
 from shmipi.cluster import Cluster
 from shmipi.errors import CpuDiedError
 from shmipi.irq.chips import Chip
+from shmipi.machine import topology
 from shmipi.names import IDLE_POLICIES
 from shmipi.report.cells import Table, span
 
@@ -69,9 +70,9 @@ def run(
     Raises what a boot raises.
     """
     rows: list[dict[str, Any]] = []
+    steps = Steps(progress, len(options.sizes))
     for size in options.sizes:
-        if progress is not None:
-            progress(f"{size} CPUs")
+        steps(f"{size} CPUs")
         with Cluster(
             size,
             idle=options.idle,
@@ -84,7 +85,9 @@ def run(
             started = time.perf_counter()
             cluster.run(smp.on_each_cpu, noop, None, True, cpus=range(count))
             took = time.perf_counter() - started
-            told = [_death(cluster, -1 - n % size) for n in range(options.calls)]
+            seen = Seen()
+            with Watch(topology.usable_cores(), seen):
+                told = [_death(cluster, -1 - n % size) for n in range(options.calls)]
             rows.append(
                 {
                     "bench": "death",
@@ -97,6 +100,8 @@ def run(
                     "idle": options.idle,
                     "doorbell": options.doorbell,
                     "controller": cluster.controller,
+                    # To kill one and to start it anew: its task, and its start.
+                    **seen.ending(2 * len(told), seen.why(None)),
                 }
             )
     return {"bench": "death", "machine": machine_facts(), "rows": rows}

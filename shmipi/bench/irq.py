@@ -16,17 +16,19 @@ from typing import Any, Final
 
 from shmipi import _core, names
 from shmipi.bench import option, tasks
+from shmipi.bench.hist import described
 from shmipi.bench.limits import BATCH, PLACEMENTS
 from shmipi.bench.option import HANDLERS
 from shmipi.bench.runner import (
     MISSED_SHARE,
     Disturbance,
-    Job,
     Rig,
     Seen,
+    Steps,
     choose_cores,
     machine_facts,
     median,
+    silent,
     split,
     spread,
 )
@@ -128,23 +130,19 @@ class Row:
             "target_state": self.state,
             "handler": self.handler,
             "calls": self.calls,
-            "send_ns": self.send.stats(),
-            "nowait_ns": self.nowait.stats(),
+            "send_ns": described(self.send),
+            "nowait_ns": described(self.nowait),
             "send_ratio": median(self.ratios),
             "send_ratio_spread": spread(self.ratios),
             "at_most": AT_MOST,
             "met": median(self.ratios) <= AT_MOST,
-            "rtt_ns": self.rtt.stats(),
-            "valid": not why,
-            "stolen_s": self.seen.stolen_s,
+            "rtt_ns": described(self.rtt),
         }
         if self.line:
             row["line_ns"] = median(self.line)
             row["line_ratio"] = median(self.of_line)
             row["line_ratio_spread"] = spread(self.of_line)
-        if why:
-            row["why"] = why
-        return row
+        return row | self.seen.ending(2 * self.calls, why)  # sends and calls
 
 
 # ---- one controller's machine --------------------------------------------------------
@@ -169,26 +167,8 @@ class _Bench:
 
     def measure(self, row: Row, block: int, calls: int, options: Options) -> None:
         """Measure one block of a row."""
-        rig = self.rig
-        if row.state == "running":
-            job = self._busy()
-            try:
-                self._block(row, block, calls, options)
-            finally:
-                rig.flags[0] = 1
-                job.result()
-        elif row.state == "polling":
-            rig.idle(_TARGET, "poll")
-            try:
-                self._block(row, block, calls, options)
-            finally:
-                rig.idle(_TARGET, "halt")
-        else:
+        with self.rig.in_state([_TARGET], row.state):
             self._block(row, block, calls, options)
-
-    def _busy(self) -> Job:
-        self.rig.flags[0] = 0
-        return self.rig.start(_TARGET, tasks.busy, 0)
 
     def _block(self, row: Row, block: int, calls: int, options: Options) -> None:
         with Disturbance(self.rig, _TARGET, row.seen):
@@ -245,7 +225,7 @@ def run(
 
     Raises ``CommandError`` for cores that cannot be used, and what a boot raises.
     """
-    progress = progress or (lambda text: None)
+    progress = progress or silent
     cores = choose_cores(options.cores)
     handlers = [handler for handler in HANDLERS if handler in options.handlers]
     with ExitStack() as stack:
@@ -262,9 +242,10 @@ def run(
             for name in benches
         ]
         parts = split(options.calls, options.blocks)
+        steps = Steps(progress, len(parts) * len(rows))
         for block, part in enumerate(parts):
             for row in rows:
-                progress(f"{row.name}, block {block + 1} of {len(parts)}")
+                steps(f"{row.name}, block {block + 1} of {len(parts)}")
                 benches[row.controller].measure(row, block, part, options)
         rig = benches[options.controllers[0]].rig
         return {

@@ -15,6 +15,9 @@ from typing import Any, Final
 
 from shmipi import _core
 from shmipi.bench import limits, option, tasks
+from shmipi.bench.breaks import Broke, around, lines
+from shmipi.bench.clocks import Clocks
+from shmipi.bench.hist import described
 from shmipi.bench.limits import BATCH, PLACEMENTS, Limit, batches_for
 from shmipi.bench.option import HANDLERS
 from shmipi.bench.runner import (
@@ -22,6 +25,7 @@ from shmipi.bench.runner import (
     Disturbance,
     Rig,
     Seen,
+    Steps,
     choose_cores,
     machine_facts,
     median,
@@ -50,7 +54,15 @@ One row for each state of the target (polling, halted, running), doorbell
 and kind of handler. A native row is a C no-op called by a C loop; a python
 row is smp_call_function_single() of a Python function, called and timed in
 Python. Limits and rows take turns in blocks, and a ratio is the median over
-these."""
+these.
+
+With --rate calls are due on a schedule, and each row has two distributions:
+from when a call was sent, and from when it was due. One that is slow makes
+those after it late, and their senders would have waited: what a sender that
+waits for each answer leaves out (coordinated omission) is in the second.
+
+With --break it stops at the first call that takes longer, and prints what both
+CPUs did around it; the tracepoints that show it cost some 30 ns each."""
 EXAMPLE = """\
 shmipi bench latency
 shmipi bench latency --doorbell none --handler native"""
@@ -83,11 +95,26 @@ class Options:
     gap_us: float = option.gap_of_calls()
     blocks: int = option.blocks()
     controller: str | type[Chip] = option.controller()
+    rate: int = option.number(
+        "rate",
+        0,
+        "calls a second, on a schedule; 0: a pause before each",
+        least=0,
+        most=10_000_000,
+    )
+    break_us: float = option.microseconds(
+        "break", 0.0, "stop at the first call that takes longer (default: at none)"
+    )
 
     @property
     def gap_ns(self) -> int:
         """The pause before each call, but for polling rows, in ns."""
         return round(self.gap_us * 1000)
+
+    @property
+    def period_ns(self) -> int:
+        """From one call of a schedule to the next, in ns; 0: there is none."""
+        return round(1e9 / self.rate) if self.rate else 0
 
     @property
     def batches(self) -> int:
@@ -102,6 +129,9 @@ class Row:
     handler: str
     rtt: _core.Hist = field(default_factory=_core.Hist)
     one_way: _core.Hist = field(default_factory=_core.Hist)
+    #: With a schedule: from when each call was due.
+    scheduled: _core.Hist = field(default_factory=_core.Hist)
+    clocks: Clocks = field(default_factory=Clocks)
     ratios: list[float] = field(default_factory=list)
     #: Batches beside batches, of rows to a polling target.
     floor_ratios: list[float] = field(default_factory=list)
@@ -182,9 +212,12 @@ class _Run:
         self, options: Options, progress: Callable[[str], None] | None
     ) -> None:
         self.options = options
-        self.progress = progress or (lambda text: None)
+        alone = set(limits.ROUND_TRIPS) - {group.limit for group in _groups(options)}
+        steps = len(_groups(options)) * options.blocks + len(alone)
+        self.progress = Steps(progress, steps)
         self.limits: dict[str, Limit] = {}
         self.unavailable: dict[str, str] = {}
+        self.broke: dict[str, Any] | None = None
 
     def _limit(self, name: str) -> Limit:
         return self.limits.setdefault(name, Limit(name))
@@ -207,19 +240,27 @@ class _Run:
         limit.blocks.append(beside)
         with ExitStack() as stack:
             if group.state == "running":
-                rig.flags[0] = 0
-                job = rig.start(1, tasks.busy, 0)
-
-                def stop() -> None:
-                    rig.flags[0] = 1
-                    job.result()
-
-                stack.callback(stop)
+                stack.enter_context(rig.in_state([1], "running"))
             for row in group.rows:
-                passes = _native if row.handler == "native" else _python
-                middle = passes(group, row, rig, calls, options)
+                middle = self._pass(group, row, rig, calls)
                 if beside > 0:
                     row.ratios.append(middle / beside)
+
+    def _pass(
+        self, group: Group, row: Row, rig: Rig, calls: int, cpu: int = 1
+    ) -> float:
+        """One block of a row, each call clocked; return the typical ns."""
+        passes = _native if row.handler == "native" else _python
+        before, row.seen = row.seen, Seen()
+        try:
+            return passes(group, row, rig, calls, self.options, cpu)
+        except Broke as broke:
+            name = f"{group.name} {row.handler}"
+            us = self.options.break_us
+            self.broke = around(broke, rig, name, cpu, row.seen, us)
+            raise
+        finally:
+            row.seen = before.merged(row.seen)
 
     # ---- a polling target: batches over placements, the distribution apart -----------
 
@@ -266,8 +307,7 @@ class _Run:
         }
         with _polls(rig, cpu):
             for row in group.rows:
-                passes = _native if row.handler == "native" else _python
-                took = passes(group, row, rig, calls, self.options, cpu)
+                took = self._pass(group, row, rig, calls, cpu)
                 if clocked[group.limit] > 0:
                     row.ratios.append(took / clocked[group.limit])
         if any(row.handler == "python" for row in group.rows):
@@ -325,17 +365,24 @@ def _native(
         "state": _STATES[group.state],
         "park": group.wait == "park",
     }
+    more = {"period_ns": options.period_ns, "break_ns": round(options.break_us * 1000)}
     with Disturbance(rig, cpu, row.seen):
-        rtt, _, _, missed, _, moved = rig.run(0, tasks.native_calls, cpu, calls, common)
-    row.calls += calls + options.warmup
-    row.missed += missed
-    row.moved |= bool(moved)
-    row.rtt.merge(rtt)
-    _, there, *_ = rig.run(
-        0, tasks.native_calls, cpu, _half(calls), {**common, "stamp": True}
-    )
-    row.one_way.merge(there)
-    return _typical(group, rtt)
+        found = rig.run(0, tasks.timed, cpu, calls, {**common, **more})
+    row.calls += found["rtt"].count + options.warmup
+    row.missed += found["missed"]
+    row.moved |= found["moved"]
+    row.rtt.merge(found["rtt"])
+    row.scheduled.merge(found["scheduled"])
+    _broken(found["broke"])
+    there = rig.run(0, tasks.timed, cpu, _half(calls), {**common, "stamp": True})
+    row.one_way.merge(there["one_way"])
+    row.clocks.add(there["clock_ns"])
+    return _typical(group, found["rtt"])
+
+
+def _broken(broke: tuple[int, int, int, int] | None) -> None:
+    if broke is not None:
+        raise Broke(*broke)
 
 
 def _python(
@@ -344,12 +391,19 @@ def _python(
     """One block of a Python row: round trips, then one way; return the typical ns."""
     gap_ns = 0 if group.state == "polling" else options.gap_ns
     common = (options.warmup, gap_ns, _STATES[group.state], _SPIN_NS[group.wait])
+    more = (options.period_ns, round(options.break_us * 1000))
     with Disturbance(rig, cpu, row.seen):
-        rtt, missed = rig.run(0, tasks.python_calls, cpu, calls, *common)
-    row.calls += calls + options.warmup
+        rtt, missed, scheduled, broke = rig.run(
+            0, tasks.python_calls, cpu, calls, *common, *more
+        )
+    row.calls += rtt.count + options.warmup
     row.missed += missed
     row.rtt.merge(rtt)
-    row.one_way.merge(rig.run(0, tasks.python_one_way, cpu, _half(calls), *common))
+    row.scheduled.merge(scheduled)
+    _broken(broke)
+    there, clock_ns = rig.run(0, tasks.python_one_way, cpu, _half(calls), *common)
+    row.one_way.merge(there)
+    row.clocks.add(clock_ns)
     return _typical(group, rtt)
 
 
@@ -383,13 +437,10 @@ def _row_json(
     why = group.why(row, limit)
     if row.floor_ratios:
         why += beside["floor"].why()
-    if not row.ratios:
+    if not row.ratios and limit.unavailable is None:
+        why.append("it was stopped before its first block was over")
+    elif not row.ratios:
         why.append(f"its limit {group.limit} is unavailable: {limit.unavailable}")
-    ipis = None
-    if row.seen.ipis_known and row.calls:
-        total = row.seen.target_ipis
-        total += row.seen.sender_ipis if group.wait == "park" else 0
-        ipis = total / row.calls
     result: dict[str, Any] = {
         "bench": "latency",
         "target_state": group.state,
@@ -398,23 +449,16 @@ def _row_json(
         "handler": row.handler,
         "controller": controller,
         "calls": row.rtt.count,
-        "rtt_ns": row.rtt.stats(),
-        "one_way_ns": row.one_way.stats(),
+        "rtt_ns": described(row.rtt),
+        **row.clocks.one_way(row.one_way),
         "limit": group.limit,
         "ratio": median(row.ratios) if row.ratios else None,
         "ratio_spread": spread(row.ratios) if row.ratios else None,
         "ratio_blocks": row.ratios,
-        "valid": not why,
-        "real_ipis_per_call": ipis,
         "missed_state": row.missed,
-        "stolen_s": row.seen.stolen_s,
     }
-    if why:
-        result["why"] = why
-    if ipis is None:
-        result["real_ipis_note"] = (
-            "/proc/interrupts cannot be read here or has no rows RES and CAL"
-        )
+    if row.scheduled.count:
+        result["scheduled_ns"] = described(row.scheduled)
     if row.batches:
         result["batch_ns"] = median(row.batches)
         result["placements"] = PLACEMENTS
@@ -424,10 +468,11 @@ def _row_json(
         )
         result["floor_ratio_blocks"] = row.floor_ratios
     if group.pipe.count and row.handler == "python":
-        result["pipe_rtt_ns"] = group.pipe.stats()
+        result["pipe_rtt_ns"] = described(group.pipe)
         times = group.pipe.quantile(0.5) / row.rtt.quantile(0.5)  # both clocked
         result["times_faster_than_pipe"] = times
-    return result
+    # Who sleeps for the answer is interrupted by it.
+    return result | row.seen.ending(row.calls, why, both=group.wait == "park")
 
 
 def run(
@@ -445,15 +490,22 @@ def run(
         # All CPUs of the base but one are on the target's core: the line that is
         # written to call a polling target lies at another place for each of them.
         base = stack.enter_context(
-            limits.open_base([sender] + [target] * PLACEMENTS, options.controller)
+            limits.open_base(
+                [sender] + [target] * PLACEMENTS,
+                options.controller,
+                trace=options.break_us > 0,
+            )
         )
         rigs: dict[str, Rig] = {"none": base}
         for group in groups:
             rig = _rig_for(group, rigs, stack, state, [sender, target])
             if rig is not None:
-                state.measure(group, rig)
+                try:
+                    state.measure(group, rig)
+                except Broke:
+                    break
         for name in limits.ROUND_TRIPS:
-            if name not in state.limits:
+            if name not in state.limits and state.broke is None:
                 state.progress(f"limit {name}")
                 state.limits[name] = limits.measure_alone(
                     base,
@@ -472,7 +524,10 @@ def run(
             "blocks": options.blocks,
             "gc": False,
             "limits": {
-                name: state.limits[name].as_json() for name in limits.ROUND_TRIPS
+                name: state.limits[name].as_json()
+                for name in limits.ROUND_TRIPS
+                if name in state.limits
+                and (state.limits[name].calls or state.limits[name].unavailable)
             },
             "rows": [
                 _row_json(group, row, state.limits, base.cluster.controller)
@@ -482,6 +537,10 @@ def run(
                 if row.rtt.count
             ],
         }
+    if options.rate:
+        document["rate"] = options.rate
+    if state.broke is not None:
+        document["broke"] = state.broke
     if state.unavailable:
         document["unavailable"] = state.unavailable
     return document
@@ -501,7 +560,12 @@ def _rig_for(
     if doorbell not in rigs:
         try:
             rigs[doorbell] = stack.enter_context(
-                Rig(cores, doorbell=doorbell, controller=state.options.controller)
+                Rig(
+                    cores,
+                    doorbell=doorbell,
+                    controller=state.options.controller,
+                    trace=state.options.break_us > 0,
+                )
             )
         except BootError as error:
             state.unavailable[doorbell] = str(error)
@@ -527,13 +591,24 @@ def table(result: dict[str, Any]) -> Table:
                 name,
                 row["handler"],
                 *percentiles(row["rtt_ns"]),
-                span(row["one_way_ns"]["p50"]),
+                span((row["one_way_ns"] or {}).get("p50")),
                 row["limit"],
                 span(limit.get("p50")),
                 ratio(row, "ratio"),
                 valid(row, notes, f"{name} {row['handler']}"),
             ]
         )
+        if "scheduled_ns" in row:
+            late = row["scheduled_ns"]
+            rows.append(
+                [
+                    f"{name}, from when it was due",
+                    row["handler"],
+                    *percentiles(late),
+                    *["-"] * 4,
+                    rows[-1][-1],
+                ]
+            )
         if "batch_ns" in row:
             rows.append(
                 [
@@ -560,4 +635,6 @@ def table(result: dict[str, Any]) -> Table:
         " of rows and limit alike"
     )
     more += [f"{name}: {why}" for name, why in result.get("unavailable", {}).items()]
+    if "broke" in result:
+        more += ["", *lines(result["broke"])]
     return header, rows, notes + more

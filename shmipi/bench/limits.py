@@ -12,10 +12,12 @@ from typing import Any, Final
 
 from shmipi import _core
 from shmipi.bench import option, tasks
+from shmipi.bench.hist import described
 from shmipi.bench.runner import (
     Disturbance,
     Rig,
     Seen,
+    Steps,
     choose_cores,
     machine_facts,
     median,
@@ -77,6 +79,11 @@ ABOUT: Final = {
     "futex_park": "FUTEX_WAKE there and back, both sleep",
     "signal": "tgkill to a busy process, its handler stores, the sender spins",
     "membarrier": "a private expedited membarrier: a real kernel IPI to the other core",
+    "mprotect": "mprotect takes the right to write from a page just written to,"
+    " with a busy thread of the process on the other core: a real TLB shootdown",
+    "mprotect64": "the same of 64 pages: a whole flush there, as of more than 33",
+    "pipe_park": "one byte there and back on two pipes, both sleep: what `perf bench"
+    " sched pipe` does",
 }
 
 #: Those of which one round trip can be clocked.
@@ -92,9 +99,12 @@ BACKOFFS: Final = (0, 25, 50, 100)
 BATCH, BATCHES = 250, 12
 
 _ON_LINES: Final = ("floor", "mailbox", "cacheline", "cacheline_cas")
-_SLEEPING: Final = (*(bell.limit for bell in BELLS), "futex_park")
+_SLEEPING: Final = (*(bell.limit for bell in BELLS), "futex_park", "pipe_park")
+#: A thread of the sender's is busy on the other core: nobody notes an arrival.
+_BUSY: Final = ("membarrier", "mprotect", "mprotect64")
 #: More than this share of round trips to a target that was still awake: no limit.
 _AWAKE_SHARE: Final = 0.2
+_BOTH_SLEEP: Final = ("futex_park", "pipe_park")
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,8 @@ class Limit:
     calls: int = 0
     #: Batches, each of which is one sample: what happens in it moves no other.
     samples: int = 0
+    #: Round trips that were not counted.
+    warmups: int = 0
     slept: int = 0
     preempted: int = 0
     unavailable: str | None = None
@@ -184,10 +196,10 @@ class Limit:
         why = self.why()
         row: dict[str, Any] = {"calls": self.calls}
         if self.rtt.count:
-            row |= self.rtt.stats()
+            row |= described(self.rtt)
         there = self.tries[self.clocked_backoff].one_way
         if there.count:
-            row["one_way_ns"] = there.stats()
+            row["one_way_ns"] = described(there)
         if self.batch_ns is not None:
             row["batch_ns"] = self.batch_ns
         if len(self.tries) > 1:
@@ -198,10 +210,8 @@ class Limit:
                 for ns, tried in self.tries.items()
                 if tried.batches
             }
-        row["valid"] = not why
-        if why:
-            row["why"] = why
-        return row
+        trips = self.calls * len(self.tries) + self.warmups
+        return row | self.seen.ending(trips, why, both=self.name in _BOTH_SLEEP)
 
 
 def _options(rig: Rig, cpu: int, kind: str, **more: Any) -> dict[str, Any]:
@@ -287,7 +297,7 @@ def measure(
             placement=placement % _core.LIMIT_PLACEMENTS,
             clocked=True,
             plain=limit.name == "cacheline",
-            one_way=kind != "membarrier",
+            one_way=kind not in _BUSY,
             deadline=_patience(calls + warmup, gap_ns),
         )
         if kind == BORROWED.limit and options["fd"] < 0:
@@ -307,6 +317,7 @@ def measure(
             middle(rtt) if limit.name in _ON_LINES else float(rtt.quantile(0.5))
         )
     limit.calls += calls
+    limit.warmups += warmup * len(limit.tries)
     return min(found)
 
 
@@ -422,12 +433,17 @@ def measure_alone(
     return limit
 
 
-def open_base(cores: Sequence[int], controller: str | type[Chip] = "apic") -> Rig:
+def open_base(
+    cores: Sequence[int],
+    controller: str | type[Chip] = "apic",
+    *,
+    trace: bool = False,
+) -> Rig:
     """Boot the rig that can run every limit: with what one borrows, if that may be."""
     try:
-        return Rig(cores, doorbell=BORROWED.name, controller=controller)
+        return Rig(cores, doorbell=BORROWED.name, controller=controller, trace=trace)
     except BootError:
-        return Rig(cores, controller=controller)
+        return Rig(cores, controller=controller, trace=trace)
 
 
 def run(
@@ -439,10 +455,10 @@ def run(
     """
     sender, target = choose_cores(options.cores)
     found = {}
+    steps = Steps(progress, len(options.names))
     with open_base([sender, target]) as rig:
         for name in options.names:
-            if progress is not None:
-                progress(name)
+            steps(name)
             found[name] = measure_alone(
                 rig,
                 name,

@@ -21,12 +21,18 @@ __all__ = [
     "choice",
     "controller",
     "cores",
+    "cpus",
     "doorbell",
     "gap",
     "gap_of_calls",
     "handlers",
+    "microseconds",
+    "most_cpus",
+    "number",
+    "numbers",
     "options_of",
     "pair_of_cores",
+    "seconds",
     "several",
     "sizes",
     "warmup",
@@ -109,6 +115,11 @@ def gap(default: float, what: str) -> Any:
     )
 
 
+def microseconds(flag: str, default: float, what: str) -> Any:
+    """``--FLAG US``."""
+    return _field(default, flag, "microseconds", what, metavar="US")
+
+
 def gap_of_calls() -> Any:
     """``--gap US`` of benches whose targets sleep between two calls."""
     return gap(
@@ -139,6 +150,11 @@ def cores(what: str = "cores for the CPUs, used in turn") -> Any:
     )
 
 
+def cpus(flag: str, what: str) -> Any:
+    """``--FLAG LIST``: CPUs of the machine."""
+    return _field("auto", flag, "cores", f"{what} (default: auto)", metavar="LIST")
+
+
 def pair_of_cores() -> Any:
     """``--cores LIST`` of benches with one sender and one target."""
     return cores("the sender's core and the target's")
@@ -166,6 +182,37 @@ def handlers() -> Any:
     )
 
 
+def seconds(default: int, what: str) -> Any:
+    """``--seconds N``: ``what`` is done in that time."""
+    return number("seconds", default, what, most=86_400)
+
+
+def number(flag: str, default: int, what: str, *, most: int, least: int = 1) -> Any:
+    """``--FLAG N``."""
+    return _field(
+        default,
+        flag,
+        "integer",
+        f"{what} (default: {default})",
+        metavar="N",
+        least=least,
+        most=most,
+    )
+
+
+def numbers(flag: str, default: Sequence[int], what: str, *, most: int) -> Any:
+    """``--FLAG 1,2``: a list of integers."""
+    shown = ",".join(map(str, default))
+    return _field(
+        tuple(default),
+        flag,
+        "sizes",
+        f"{what} (default: {shown})",
+        metavar="LIST",
+        most=most,
+    )
+
+
 def choice(flag: str, choices: Sequence[str], default: str, what: str) -> Any:
     """``--FLAG x``, one of ``choices``."""
     text = f"{what} (default: {default})"
@@ -189,14 +236,20 @@ def controller() -> Any:
     )
 
 
+def most_cpus(default: int) -> Any:
+    """``--most-cpus N``."""
+    return _field(
+        default,
+        "most-cpus",
+        "integer",
+        f"no machine of more CPUs (default: {default})",
+        metavar="N",
+        least=2,
+        most=MAX_CPUS,
+    )
+
+
 def sizes(default: Sequence[int], *, most: int = MAX_CPUS) -> Any:
     """``--cpus LIST``: a machine for each."""
-    return _field(
-        tuple(default),
-        "cpus",
-        "sizes",
-        "one machine for each of these numbers of CPUs"
-        f" (default: {','.join(map(str, default))})",
-        metavar="LIST",
-        most=most,
-    )
+    what = "one machine for each of these numbers of CPUs"
+    return numbers("cpus", default, what, most=most)

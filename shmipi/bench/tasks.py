@@ -18,15 +18,19 @@ from shmipi.errors import CpuOfflineError
 from shmipi.machine.arrays import SharedArray, shared
 
 __all__ = [
+    "broadcasts",
     "busy",
+    "fake_target",
     "flood_native",
     "flood_python",
     "irq_sends",
     "limit_ping",
     "limit_pong",
+    "local",
     "native_calls",
     "native_raises",
     "noop",
+    "pace",
     "pipe_ping",
     "pipe_pong",
     "prepare",
@@ -34,16 +38,25 @@ __all__ = [
     "python_batches",
     "python_calls",
     "python_one_way",
+    "rounds",
     "settle",
     "stamp_entry",
+    "storm",
     "take_call",
     "take_irq",
+    "timed",
+    "timed_fake",
+    "work",
 ]
 
 #: Names of the shared arrays of a rig.
 AREA, STAMPS, FLAGS = "bench.area", "bench.stamps", "bench.flags"
 #: Of a machine for irqs: interrupts and calls that handlers have counted.
 TAKEN, CALLED = "bench.taken", "bench.called"
+#: Where the collections of the CPUs' garbage are counted: in FLAGS.
+COLLECTIONS = 7
+#: Where senders meet.
+MET = 1
 _PATIENCE = 2_000  # times so many looks at a count, each some 50 ns:
 _LOOKS = 50_000  # then, is the CPU there that should count?
 
@@ -62,7 +75,14 @@ def prepare() -> tuple[float, str]:
     _stamps, _flags = shared(STAMPS), shared(FLAGS)
     gc.collect()
     gc.disable()
+    gc.callbacks.append(_collects)
     return _core.timer_cost_ns(), _core.clock_source()
+
+
+def _collects(phase: str, info: dict[str, int]) -> None:
+    """Count a collection all the same: what a task does may begin one."""
+    if phase == "start":
+        atomic.fetch_add(_flags, COLLECTIONS, 1)
 
 
 def settle() -> int:
@@ -108,6 +128,75 @@ def native_calls(
     return _core.bench_calls(cpu, calls, **options)
 
 
+def timed(cpu: int, calls: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Call a native handler of ``cpu``, each call clocked."""
+    return _core.bench_timed(cpu, calls, **options)
+
+
+def timed_fake(cpu: int, calls: int, options: dict[str, Any]) -> dict[str, Any]:
+    """As ``timed``, of a fake target: what runs there is ``fake_target``."""
+    return _core.bench_timed(cpu, calls, fake=shared(AREA), **options)
+
+
+def fake_target(calls: int, delay_ns: int) -> _core.Hist:
+    """Answer so many times, each after so long; ns for which it really waited."""
+    return _core.bench_fake(shared(AREA), calls, delay_ns)
+
+
+def local(calls: int, itself: bool) -> _core.Hist:
+    """Call a native no-op as a function, or as a CPU calls itself."""
+    return _core.bench_local(calls, itself)
+
+
+def storm(
+    cpus: list[int], seconds: float, many: bool, wait: bool, callers: int
+) -> tuple[_core.Hist, int, int]:
+    """Call others for so long, when all ``callers`` are there."""
+    _meet(MET, callers)
+    return _core.bench_storm(cpus, seconds, many, wait)
+
+
+def rounds(calls: int, callers: int) -> tuple[_core.Hist, int, int]:
+    """Broadcast so many times, when all callers are there: round trips, from, to."""
+    cpus = [cpu for cpu in smp.cpu_online_mask if cpu != smp.smp_processor_id()]
+    flags = shared(FLAGS)  # this CPU may not be prepared
+    atomic.fetch_add(flags, MET, 1)
+    while atomic.load(flags, MET) < callers:
+        time.sleep(0.00005)
+    begun = _core.stamp()
+    took, _, _ = _core.bench_storm(cpus, 60.0, True, True, calls)
+    return took, begun, _core.stamp()
+
+
+def work(ns: int, chunk_ns: int, point: bool) -> tuple[int, int]:
+    """Work for so long: units done, ns that it waited for its core meanwhile.
+
+    A Python handler can run after each chunk. With ``point`` each chunk ends at a
+    schedule point, for what does not kick.
+    """
+    clock, units = _core.stamp, 0
+    before = _core.thread_waited()
+    end = clock() + ns
+    while (left := end - clock()) > 0:
+        units += _core.bench_work(min(left, chunk_ns))
+        if point:
+            smp.cond_resched()
+    return units, _core.thread_waited() - before
+
+
+def pace(cpu: int, handler: str, period_ns: int, ns: int) -> int:
+    """Send calls that nobody waits for on a schedule: how many."""
+    func: Any = _core.NativeHandler("noop") if handler == "native" else noop
+    call, clock = smp.smp_call_function_single, _core.stamp
+    begun = clock()
+    sent = 0
+    while (now := clock() - begun) < ns:
+        if now >= sent * period_ns:
+            call(cpu, func, None, False)
+            sent += 1
+    return sent
+
+
 def native_raises(
     array: str, cpu: int, calls: int, options: dict[str, Any]
 ) -> tuple[_core.Hist, _core.Hist, list[float], int, int, bool]:
@@ -116,38 +205,67 @@ def native_raises(
 
 
 def python_calls(
-    cpu: int, calls: int, warmup: int, gap_ns: int, state: int, spin_ns: int | None
-) -> tuple[_core.Hist, int]:
-    """Call a Python handler from Python: round trips; how often ``cpu`` was late."""
+    cpu: int,
+    calls: int,
+    warmup: int,
+    gap_ns: int,
+    state: int,
+    spin_ns: int | None,
+    period_ns: int = 0,
+    break_ns: int = 0,
+) -> tuple[_core.Hist, int, _core.Hist, tuple[int, int, int, int] | None]:
+    """Call a Python handler from Python: round trips; how often ``cpu`` was late.
+
+    With a period, call k is due k of them after the first, and the third is from when
+    each was due; the fourth says which call took longer than ``break_ns``, the last.
+    """
     call, pause, clock = (
         smp.smp_call_function_single,
         _core.bench_await,
         time.perf_counter_ns,
     )
-    rtt = _core.Hist()
+    rtt, scheduled = _core.Hist(), _core.Hist()
     record = rtt.record
     missed = 0
+    broke = None
+    longest = break_ns or 1 << 62
     _core.bench_spin(spin_ns)
     try:
         for _ in range(warmup):
             pause(cpu, state, gap_ns)
             call(cpu, noop)
-        for _ in range(calls):
-            missed += pause(cpu, state, gap_ns) > 0
+        begun = clock()
+        for number in range(calls):
+            if period_ns:
+                due = begun + number * period_ns
+                while clock() < due:
+                    pass
+            else:
+                missed += pause(cpu, state, gap_ns) > 0
             start = clock()
             call(cpu, noop)
-            record(clock() - start)
+            took = clock() - start
+            record(took)
+            if period_ns:
+                scheduled.record(start + took - due)
+            if took > longest:
+                broke = (number, start, 0, start + took)
+                break
     finally:
         _core.bench_spin(None)
-    return rtt, missed
+    return rtt, missed, scheduled, broke
 
 
 def python_one_way(
     cpu: int, calls: int, warmup: int, gap_ns: int, state: int, spin_ns: int | None
-) -> _core.Hist:
-    """Time from before a call in Python to the entry of its Python handler."""
+) -> tuple[_core.Hist, tuple[int, int] | None]:
+    """Time from before a call in Python to the entry of its Python handler.
+
+    The second is by how much the target's clock is ahead: at least, at most.
+    """
     call, pause, clock = smp.smp_call_function_single, _core.bench_await, _core.stamp
     there = _core.Hist()
+    forth = back = 1 << 62
     _core.bench_spin(spin_ns)
     try:
         for _ in range(warmup):
@@ -157,10 +275,13 @@ def python_one_way(
             pause(cpu, state, gap_ns)
             start = clock()
             call(cpu, stamp_entry, 0)
-            there.record(max(0, int(_stamps[0]) - start))
+            end = clock()
+            entered = int(_stamps[0])
+            there.record(max(0, entered - start))
+            forth, back = min(forth, entered - start), min(back, end - entered)
     finally:
         _core.bench_spin(None)
-    return there
+    return there, (-back, forth) if calls else None
 
 
 def python_batches(
@@ -179,6 +300,24 @@ def python_batches(
             call(cpu, noop)
         found.append((clock() - start) / batch)
     return found
+
+
+def broadcasts(flavour: str, calls: int, gap_ns: int, state: int) -> list[float]:
+    """Call a no-op on all other CPUs, ``calls`` times: ns of each."""
+    warmup = 3
+    if flavour == "native":
+        found, *_ = _core.bench_broadcast(
+            calls, warmup=warmup, gap_ns=gap_ns, state=state, deadline=300.0
+        )
+        return found
+    call, pause, clock = smp.smp_call_function, _core.bench_await, time.perf_counter_ns
+    took = []
+    for _ in range(warmup + calls):
+        pause(1, state, gap_ns)
+        start = clock()
+        call(noop)
+        took.append(float(clock() - start))
+    return took[warmup:]
 
 
 # --- what a target does meanwhile

@@ -19,6 +19,7 @@ from shmipi.bench.runner import (
     Disturbance,
     Rig,
     Seen,
+    Steps,
     choose_cores,
     machine_facts,
     median,
@@ -90,6 +91,8 @@ def run(
     if not isinstance(options.cores, str) or not others:
         others = [sender]  # the two that were named, or all there are
     rows = []
+    kinds = len(options.patterns) * len(STATES) * len(options.handlers)
+    steps = Steps(progress, kinds)
     limit = Limit("queue")
     placement = [sender, target, *others]
     with Rig(
@@ -99,8 +102,7 @@ def run(
             senders = [0] if pattern == "one_to_one" else [0, *range(2, len(placement))]
             for state in STATES:
                 for handler in options.handlers:
-                    if progress is not None:
-                        progress(f"{pattern}, target {state}, {handler}")
+                    steps(f"{pattern}, target {state}, {handler}")
                     parts = split(options.calls, options.blocks)
                     beside = limit if len(senders) == 1 else None
                     row = _row(rig, senders, state, handler, parts, beside)
@@ -170,8 +172,6 @@ def _row(
         "ns_per_call": 1e9 / median(rates),
         "doorbells_per_call": rung / sent,
         "coalesced_per_call": coalesced / sent,
-        "valid": not why,
-        "stolen_s": seen.stolen_s,
     }
     if limit is not None and limit.unavailable is None:
         limit.blocks += beside
@@ -181,10 +181,7 @@ def _row(
         row["ratio"] = median(ratios)
         row["ratio_spread"] = spread(ratios)
         why += limit.why()
-        row["valid"] = not why
-    if why:
-        row["why"] = why
-    return row
+    return row | seen.ending(sent, why)
 
 
 def _block(
@@ -209,22 +206,10 @@ def _block(
 @contextmanager
 def _target(rig: Rig, state: str) -> Iterator[None]:
     """Keep the target polling, or running Python bytecode."""
-    if state == "polling":
-        rig.idle(_TARGET, "poll")
-        rig.run(0, _reach, _TARGET, _core.POLLING)
-        try:
-            yield
-        finally:
-            rig.idle(_TARGET, "halt")
-        return
-    rig.flags[0] = 0
-    job = rig.start(_TARGET, tasks.busy, 0)
-    try:
-        rig.run(0, _reach, _TARGET, _core.RUNNING)
+    word = _core.POLLING if state == "polling" else _core.RUNNING
+    with rig.in_state([_TARGET], state):
+        rig.run(0, _reach, _TARGET, word)
         yield
-    finally:
-        rig.flags[0] = 1
-        job.result()
 
 
 def _reach(cpu: int, state: int) -> int:

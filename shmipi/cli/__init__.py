@@ -28,12 +28,20 @@ COMMANDS: Final = {
     "launch": "boot a machine and keep it up until Ctrl-C",
     "ps": "list the machines on this computer and their CPUs",
     "clean": "remove what dead machines left behind, never a live one",
+    "top": "show, live, what each CPU of a machine does, and its interrupts a second",
     "interrupts": "show a machine's interrupt counts as /proc/interrupts does",
+    "backtrace": "show the stack of every CPU of a running machine",
+    "crash": "read a crash dump: who waited for whom when a CPU died",
     "explain": "make one call and show the functions it passed, and their times",
+    "trace": "record a machine's IPIs, or this kernel's, and follow each",
+    "replay": "play a kernel's recorded IPIs on a machine of as many CPUs",
     "run": "run a function of yours on every CPU of a new machine",
     "call": "interrupt a CPU of a running machine with a function of yours",
     "stress": "torture a machine with calls of every kind and account for each",
     "bench": "measure latency, throughput, boot time, and the limits beside them",
+    "compare": "say what changed between two runs of a bench, and whether by chance",
+    "check": "say why a run of a bench is not to be trusted",
+    "report": "make one page of what benches found, with pictures, to read or print",
     "doctor": "say what on this computer distorts results or limits size",
 }
 
@@ -99,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(name, arguments)
         _flush()
     except KeyboardInterrupt:
+        # One that comes while a dataclass is made, text that is executed, would end
+        # `python -m shmipi` by SIGINT at its exit, though it is caught; but for this
+        # (CPython: unhandled_keyboard_interrupt in run_eval_code_obj and Py_RunMain).
+        exec("")
         _complain(prog, "interrupted")
         status = _SIGINT_STATUS
     except BrokenPipeError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from shmipi.cli import Parser
+from shmipi.cli.compare import percent
 from shmipi.cli.options import (
     add_json_option,
     controller,
@@ -17,6 +19,7 @@ from shmipi.cli.options import (
     integer,
     load_controller,
     write_json,
+    write_text,
 )
 from shmipi.errors import CommandError, RemoteCallError
 from shmipi.names import BENCHES
@@ -31,7 +34,10 @@ Without a subcommand nothing is measured."""
 EXAMPLE = """\
 shmipi bench latency
 shmipi bench latency --doorbell futex,sem --calls 20k --json latency.json
-shmipi bench boot --cpus 2,256"""
+shmipi bench boot --cpus 2,256
+shmipi bench all --out results"""
+#: What is no bench but all of them.
+ALL: Final = "all"
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +47,19 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     for name, text in BENCHES.items():
         commands.add_parser(name, help=text, bench=name)
+    text = "all of them in under five minutes, a document of each in a directory"
+    commands.add_parser(ALL, help=text, bench=ALL)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write. Rows that are not valid are marked; the status is 0."""
+    """Measure, print, write. Rows that are not valid are marked; the status is 0.
+
+    But for ``--fail-above``.
+    """
+    if args.what == ALL:
+        from shmipi.cli import benches
+
+        return benches.run(args)
     from shmipi.bench import option, registry
     from shmipi.bench.runner import Progress
     from shmipi.report.bench import render
@@ -54,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in option.options_of(bench.Options)}
     if "controller" in given:
         given["controller"] = load_controller(given["controller"])
+    baseline = _baseline(args, given)
+    if [args.json, args.csv, args.markdown].count("-") > 1:
+        raise CommandError("only one of them can be standard output", status=2)
     try:
         result = bench.run(bench.Options(**given), progress)
     except RemoteCallError as error:
@@ -64,10 +82,65 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error), status=2) from None
     finally:
         progress.clear()
+    stream = sys.stderr if "-" in (args.csv, args.markdown) else human_stream(args)
     if args.json != "-":
-        render(result, human_stream(args))
-    write_json(args.json, document("bench", **result))
-    return 0
+        render(result, stream)
+    found = document("bench", **result)
+    if args.histogram and args.json != "-":
+        from shmipi.report.page.text import histograms
+
+        histograms(found, stream, everything=True)
+    write_json(args.json, found)
+    _export(args, found)
+    return _compared(baseline, found, args) if baseline is not None else 0
+
+
+def _export(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Write what else was asked for."""
+    from shmipi.bench import registry
+    from shmipi.report import export
+
+    if args.csv is not None:
+        write_text(args.csv, export.as_csv(found))
+    if args.markdown is not None:
+        table = registry.load(args.what).table(found)
+        write_text(args.markdown, export.as_markdown(*table))
+    if args.hgrm is not None:
+        export.write_hgrm(found, args.hgrm)
+
+
+def _baseline(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the document of ``--baseline``: refused before anything is measured."""
+    from shmipi.report import compare
+
+    if args.baseline is None:
+        if args.fail_above is not None:
+            raise CommandError("--fail-above goes with --baseline FILE", status=2)
+        return None
+    found = compare.load(args.baseline)
+    asked = {"bench": args.what, **given}
+    for name, value in asked.items():
+        if name in found and isinstance(value, str | int) and found[name] != value:
+            raise CommandError(
+                f"--baseline cannot be compared: {name} {found[name]}, and {value}",
+                status=2,
+            )
+    return found
+
+
+def _compared(
+    baseline: dict[str, Any], found: dict[str, Any], args: argparse.Namespace
+) -> int:
+    from shmipi.cli.compare import show, worse
+    from shmipi.report import compare
+
+    if differences := compare.differences(baseline, found):
+        raise CommandError(f"--baseline cannot be compared: {'; '.join(differences)}")
+    changes = compare.changes(baseline, found)
+    failed = worse(changes, args.fail_above)
+    print(file=human_stream(args))
+    show(changes, failed, human_stream(args))
+    return 1 if failed else 0
 
 
 class _BenchParser(Parser):
@@ -81,6 +154,15 @@ class _BenchParser(Parser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Add what the bench takes, and parse."""
+        if self._bench == ALL:
+            from shmipi.cli import benches
+
+            benches.prepare_parser(self)
+        else:
+            self._prepare()
+        return super().parse_known_args(args, namespace)
+
+    def _prepare(self) -> None:
         from shmipi.bench import option, registry
 
         bench = registry.load(self._bench)
@@ -94,8 +176,36 @@ class _BenchParser(Parser):
                 help=one.help,
                 **_KINDS[one.kind](one),
             )
+        self.add_argument(
+            "--baseline",
+            metavar="FILE",
+            help="compare with what an earlier run wrote with --json (shmipi compare)",
+        )
+        self.add_argument(
+            "--fail-above",
+            type=percent,
+            metavar="PCT",
+            help="exit with 1 if a figure is worse than the baseline's by more than PCT"
+            " percent, and not by chance",
+        )
+        self.add_argument(
+            "--histogram",
+            action="store_true",
+            help="print the distribution of each row as text, too",
+        )
         add_json_option(self)
-        return super().parse_known_args(args, namespace)
+        for name, what in (("csv", "the rows as CSV"), ("markdown", "the table in it")):
+            self.add_argument(
+                f"--{name}",
+                metavar="FILE",
+                help=f"write {what}; - is standard output",
+            )
+        self.add_argument(
+            "--hgrm",
+            metavar="DIR",
+            help="write a file of percentiles for each distribution, as HdrHistogram's"
+            " plotter reads them",
+        )
 
 
 _Parse: TypeAlias = Callable[[str], Any]

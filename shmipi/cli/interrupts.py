@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from shmipi.cpumask import CpuMask
     from shmipi.machine.inspect import Inspector
     from shmipi.trace.counters import InterruptRow
+
+__all__ = ["interval", "opened"]
 
 HELP = """\
 Shows the interrupt counts of a running machine in the shape of /proc/interrupts, a
@@ -51,7 +54,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--interval",
-        type=_interval,
+        type=interval,
         default=1.0,
         metavar="TIME",
         help="between two looks, such as 500ms (default: 1s)",
@@ -71,7 +74,8 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_json_option(parser)
 
 
-def _interval(text: str) -> float:
+def interval(text: str) -> float:
+    """Parse ``--interval``: no look follows another in less than 20 ms."""
     seconds = duration(text)
     if seconds < 0.02:
         raise argparse.ArgumentTypeError(f"{text} is too short: at least 20ms")
@@ -80,24 +84,9 @@ def _interval(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Print the counts, once or until the machine ends; its end is no error."""
-    from shmipi.errors import LayoutError
-    from shmipi.machine.inspect import Inspector
-
     if args.watch and args.json is not None:
         raise CommandError("--json is one document: not with --watch", status=2)
-    try:
-        inspector = Inspector(args.name)
-    except ValueError as error:
-        if isinstance(error, LayoutError):
-            raise CommandError(f"{args.name}: {error}") from None
-        raise CommandError(str(error), status=2) from None
-    except FileNotFoundError:
-        raise CommandError(f"there is no machine {args.name}; {_others()}") from None
-    with inspector:
-        if not inspector.alive:
-            raise CommandError(
-                f"machine {args.name} is dead: `shmipi clean` removes what it left"
-            )
+    with opened(args.name) as inspector:
         cpus = _chosen(args, inspector.ncpus)
         if not args.watch:
             look = _once(inspector, cpus, args)
@@ -113,6 +102,28 @@ def run(args: argparse.Namespace) -> int:
             return 0  # the way to end it: nothing was interrupted
     print(f"machine {args.name} ended", file=sys.stderr)
     return 0
+
+
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[Inspector]:
+    """Look at the live machine of this name. ``CommandError`` where there is none."""
+    from shmipi.errors import LayoutError
+    from shmipi.machine.inspect import Inspector
+
+    try:
+        inspector = Inspector(name)
+    except ValueError as error:
+        if isinstance(error, LayoutError):
+            raise CommandError(f"{name}: {error}") from None
+        raise CommandError(str(error), status=2) from None
+    except FileNotFoundError:
+        raise CommandError(f"there is no machine {name}; {_others()}") from None
+    with inspector:
+        if not inspector.alive:
+            raise CommandError(
+                f"machine {name} is dead: `shmipi clean` removes what it left"
+            )
+        yield inspector
 
 
 def _chosen(args: argparse.Namespace, ncpus: int) -> list[int]:

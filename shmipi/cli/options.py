@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -24,6 +25,8 @@ from shmipi.errors import (
 from shmipi.names import CONTROLLERS, DOORBELLS, IDLE_POLICIES
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from shmipi.cluster import Cluster
     from shmipi.irq.chips import Chip
 
@@ -45,6 +48,8 @@ __all__ = [
     "kick",
     "load_controller",
     "machine_kwargs",
+    "output_path",
+    "save_json",
     "usage_errors",
     "write_json",
 ]
@@ -276,6 +281,13 @@ def add_machine_options(
         metavar="LIST",
         help="cores for the CPUs, used in turn, such as 0-3 (default: auto)",
     )
+    group.add_argument(
+        "--nohz-full",
+        type=cpu_mask,
+        metavar="LIST",
+        help="CPUs that are left alone, such as 1-3: what may run anywhere keeps off"
+        " them (default: none)",
+    )
 
 
 def add_attach_option(parser: argparse.ArgumentParser) -> None:
@@ -322,6 +334,7 @@ def machine_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         "kick": args.kick,
         "cores": args.cores,
         "name": args.name,
+        "nohz_full": args.nohz_full,
     }
 
 
@@ -379,6 +392,24 @@ def _json_target(text: str) -> str:
     return text
 
 
+def output_path(text: str, *, force: bool) -> Path:
+    """Return where a command is to write what it makes: at its end, maybe much later.
+
+    Raises ``CommandError`` with status 2 for what could not be written then, and for a
+    file that is there, but for ``force``.
+    """
+    path = Path(text)
+    if path.is_dir() or not path.name:
+        raise CommandError(f"{text!r} is not the name of a file", status=2)
+    if path.exists() and not force:
+        raise CommandError(f"{path} is there already: -f overwrites it", status=2)
+    if not path.parent.is_dir():
+        raise CommandError(f"there is no directory {str(path.parent)!r}", status=2)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CommandError(f"no permission to write {str(path)!r}", status=2)
+    return path
+
+
 def human_stream(args: argparse.Namespace) -> TextIO:
     """Return where text for people goes: standard error when JSON has the output."""
     return sys.stderr if getattr(args, "json", None) == "-" else sys.stdout
@@ -398,7 +429,30 @@ def write_json(target: str | None, content: dict[str, Any]) -> None:
     """
     if target is None:
         return
-    text = json.dumps(content, indent=2, default=_plain, allow_nan=False) + "\n"
+    write_text(target, _as_text(content))
+
+
+def _as_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, default=_plain, allow_nan=False) + "\n"
+
+
+def save_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a document to a file that is whole at any time: the old one or the new.
+
+    Raises as ``write_json`` does.
+    """
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_text(str(half), _as_text(content))
+        half.replace(path)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def write_text(target: str, text: str) -> None:
+    """Write to a file, or for ``-`` to standard output. ``CommandError``."""
     if target == "-":
         sys.stdout.write(text)
         return

@@ -14,7 +14,17 @@ from shmipi import _core
 from shmipi.errors import ArenaFullError, LayoutError, NoMachineError
 from shmipi.machine.locks import held
 
-__all__ = ["Arrays", "SharedArray", "find", "home_of", "percpu", "shared"]
+__all__ = [
+    "Arrays",
+    "SharedArray",
+    "find",
+    "here",
+    "home_of",
+    "machine_named",
+    "of_machine",
+    "percpu",
+    "shared",
+]
 
 _HEAD = struct.Struct("<QQI")  # data offset, data bytes, length of the description
 _LINE = 128  # two cache lines: neighbours are fetched in pairs
@@ -79,7 +89,6 @@ class Arrays:
         self.machine = machine
         self._lock = threading.RLock()  # a signal handler may close it
         self._known: dict[tuple[str, str], SharedArray] = {}
-        self._read: set[int] = set()
         self._memory = memoryview(machine)
         _machines.append(self)
 
@@ -119,8 +128,7 @@ class Arrays:
         if any(n < 0 for n in shape):
             raise ValueError(f"shape is {shape}: sizes are not negative")
         with self._lock, held(self.machine, "array", _LOCK_S):
-            self._refresh()
-            known = self._known.get((kind, name))
+            known = self._look_up(kind, name)
             if known is not None:
                 own = known.shape[1:] if kind == "percpu" else known.shape
                 if known.dtype != dtype or own != shape:
@@ -159,16 +167,14 @@ class Arrays:
         head = _HEAD.pack(data, nbytes, len(description)) + description
         self._memory[offset : offset + len(head)] = head
         self.machine.publish_array(index, offset)
-        self._refresh()
-        return self._known[kind, name]
+        made = self._look_up(kind, name)
+        assert made is not None
+        return made
 
     def find(self, kind: str, name: str) -> SharedArray:
         """Return array ``name``. ``KeyError`` when the machine has none."""
-        found = self._known.get((kind, name))
-        if found is None:
-            # No lock: a handler may interrupt its own task right here and come again.
-            self._refresh()
-            found = self._known.get((kind, name))
+        # No lock: a handler may interrupt its own task right here and come again.
+        found = self._look_up(kind, name)
         if found is None:
             more = ", dtype, shape" if kind in _KINDS else ""
             raise KeyError(
@@ -177,13 +183,15 @@ class Arrays:
             )
         return found
 
-    def _refresh(self) -> None:
-        for offset in self.machine.array_offsets():
-            if offset not in self._read:
-                array = self._describe(offset)
-                assert array._key is not None
-                self._known.setdefault(array._key, array)
-                self._read.add(offset)
+    def _look_up(self, kind: str, name: str) -> SharedArray | None:
+        """Return it, described when it is first asked for; others are not."""
+        found = self._known.get((kind, name))
+        if found is None:
+            begins = json.dumps({"kind": kind, "name": name})[:-1] + ","
+            offset = self.machine.find_array(begins.encode())
+            if offset >= 0:
+                found = self._known.setdefault((kind, name), self._describe(offset))
+        return found
 
     def _describe(self, offset: int) -> SharedArray:
         try:
@@ -276,6 +284,23 @@ def _tuples(descr: Any) -> Any:
     return fields
 
 
+def _named(machine: str, what: str) -> Arrays:
+    for home in reversed(_machines):
+        if home.machine.name == machine:
+            return home
+    raise NoMachineError(f"{what} lives in machine {machine}, which is not open here")
+
+
+def machine_named(machine: str) -> _core.Machine:
+    """Return the machine of that name, open here. ``NoMachineError``."""
+    return _named(machine, "what was sent").machine
+
+
+def here() -> Arrays:
+    """Return the arrays of this process's machine. ``NoMachineError``."""
+    return _here()
+
+
 def _attach(
     machine: str,
     key: tuple[str, str],
@@ -284,14 +309,7 @@ def _attach(
     strides: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> SharedArray:
-    for home in reversed(_machines):
-        if home.machine.name == machine:
-            break
-    else:
-        raise NoMachineError(
-            f"{key[0]} array {key[1]!r} lives in machine {machine}, which is not open"
-            " here"
-        )
+    home = _named(machine, f"{key[0]} array {key[1]!r}")
     return home.view(key, offset, shape, strides, dtype)
 
 
@@ -322,6 +340,11 @@ def home_of(array: SharedArray) -> Arrays:
     if home is None:
         raise TypeError(f"not an array in a machine's shared memory: {array!r}")
     return home
+
+
+def of_machine(machine: _core.Machine) -> Arrays | None:
+    """Return the arrays of a machine that this process has open, or None."""
+    return next((home for home in _machines if home.machine is machine), None)
 
 
 def _here() -> Arrays:

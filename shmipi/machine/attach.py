@@ -270,6 +270,12 @@ class Guest(Orders):
 
     # ---- going ----------------------------------------------------------------------
 
+    def leave(self) -> None:
+        """Begin to detach: threads that wait for another host, or the firmware, end."""
+        self.closing = self.left = True
+        with self._answered:
+            self._answered.notify_all()
+
     def close(self) -> None:
         """Detach. Calls that were sent run, tasks are cancelled; results are lost.
 
@@ -277,7 +283,7 @@ class Guest(Orders):
         """
         if os.getpid() != self.owner:
             return
-        self.closing = True
+        self.leave()
         # Only a slot that no thread of this process can write to is anybody else's. One
         # that was asked for, and perhaps given, is given back too.
         unused = not hasattr(self, "machine") or self.machine.leave(_LEAVE_S)
@@ -322,7 +328,7 @@ def _plan(view: MachineView, machine: _core.Machine, controller: Any) -> Plan:
         controller=controller,
         handlers=(),
         oversubscribed=machine.oversubscribed,
-        trace=machine.trace_records > 0,
+        trace=(machine.trace_rings() or (0,))[0],
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from shmipi import _core
 from shmipi.errors import BootError, MachineDiedError, ShmipiError
-from shmipi.machine import byvalue, doorbells, limits, process, remote, segment
+from shmipi.machine import byvalue, doorbells, limits, process, remote, rings, segment
 from shmipi.machine.controller import Controller
 from shmipi.machine.doorbells import Doorbell
 from shmipi.machine.limits import start_thread
@@ -36,7 +36,6 @@ __all__ = ["Host", "Plan"]
 
 _STOP_GRACE_S = 2.0
 _PATH_MAX = 64 << 10
-_TRACE_RECORDS = 8192
 
 # One thread each, in the firmware and so in the CPUs: a library's thread pool makes
 # fork unsafe, and thousands of pools on a few cores help nobody.
@@ -57,10 +56,11 @@ class Plan:
     controller: Controller
     handlers: Sequence[str]
     oversubscribed: bool
-    trace: bool
+    trace: int  # records of each trace ring from the start on; 0: none
     steps: bool = False
     arena_bytes: int = 0
     domains: tuple[Any, ...] = ()  # irq domains: the layer above makes them
+    preload: Sequence[str] = ()
 
     @property
     def ncpus(self) -> int:
@@ -112,8 +112,7 @@ class Host(Orders):
         plan = self.plan
         for spec in plan.handlers:
             _core.native_name(spec)
-        trace_records = _TRACE_RECORDS if plan.trace else 0
-        size = _core.segment_bytes(plan.ncpus, trace_records, plan.arena_bytes)
+        size = _core.segment_bytes(plan.ncpus, plan.arena_bytes)
         too_much = limits.no_address_space(size)
         if too_much is not None:
             raise BootError(too_much, errno=errno.ENOMEM)
@@ -133,7 +132,6 @@ class Host(Orders):
                 cookie=secrets.randbits(32),
                 sum_key=secrets.randbits(64),
                 oversubscribed=plan.oversubscribed,
-                trace_records=trace_records,
                 boot_time=time.time_ns(),
                 steps=plan.steps,
                 arena_bytes=plan.arena_bytes,
@@ -144,7 +142,10 @@ class Host(Orders):
                 f" {limits.explain(error.errno)}",
                 errno=error.errno,
             ) from None
-        plan.controller.prepare(_core.Machine(self._segment.fileno(), plan.ncpus))
+        made = _core.Machine(self._segment.fileno(), plan.ncpus)
+        plan.controller.prepare(made)
+        if plan.trace:
+            rings.prepare(made, plan.trace)
         if plan.kick or plan.bell.by_signal:
             _check_signal_queue(plan.ncpus)
         if plan.bell.is_inherited:
@@ -195,6 +196,7 @@ class Host(Orders):
             "ncpus": plan.ncpus,
             "doorbell": plan.doorbell,
             "handlers": list(plan.handlers),
+            "preload": list(plan.preload),
             "handler_names": _core.native_names(),
             "kick_signal": plan.kick_signal,
             "nmi_signal": plan.nmi_signal,

@@ -609,7 +609,7 @@ def _space(which: _Space, base: dict[str, Any]) -> dict[str, Any]:
         _used[which] = next(_uses)
         if len(_used) > _USED_MOST:
             # Functions that are still there keep their globals; no others get them.
-            oldest = min(list(_used.items()), key=operator.itemgetter(1))[0]
+            oldest = min(_used.copy().items(), key=operator.itemgetter(1))[0]
             for known in (_used, _spaces, _tables):
                 known.pop(oldest, None)
     return space

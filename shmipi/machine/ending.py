@@ -19,6 +19,8 @@ def ending_number(info: os.waitid_result) -> int:
 
 def ending(number: int) -> str:
     """Say it, such as "killed by SIGKILL" or "exited with status 3"; "": not known."""
+    if number & _core.END_STOPPED:
+        return "stopped by smp_send_stop or a crash"
     if number & _core.END_EXITED:
         return f"exited with status {number & 0xFF}"
     if not number:

@@ -25,7 +25,7 @@ from shmipi.machine.topology import (
     usable_cores,
 )
 
-__all__ = ["Facts", "Limit", "gather", "steal_seconds"]
+__all__ = ["Facts", "Limit", "gather", "steal_seconds", "throttled"]
 
 #: The soft and the hard value of a resource limit; ``None`` is unlimited.
 Limit = tuple[int | None, int | None]
@@ -299,6 +299,15 @@ def _mitigations(folder: Path) -> dict[str, str]:
 
 
 _SAFE: Final = "Not affected"
+
+
+def throttled(*, sys: Path = Path("/sys"), proc: Path = Path("/proc")) -> int:
+    """Return in how many periods this cgroup, or one above, had used up its quota.
+
+    0 where that is not known. The difference over a measurement says whether it was
+    held back.
+    """
+    return _throttling(sys, proc)[1] or 0
 
 
 def _throttling(sys: Path, proc: Path) -> tuple[float | None, int | None]:

@@ -27,7 +27,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from shmipi import _core
 from shmipi.errors import ShmipiOSError, TaskInterrupt
@@ -35,6 +35,7 @@ from shmipi.machine import (
     arrays,
     byvalue,
     controller,
+    crashdump,
     doorbells,
     process,
     segment,
@@ -55,8 +56,29 @@ _TOGETHER_MOST_S = 0.002
 _FEW = 8  # CPUs that come up: each is looked at as soon as it tells
 _ALIVE_MOST = 64  # of those who end in a row, that are looked at behind the first
 # By name: shmipi's own are above this module, which does not use them.
-_PRELOAD = ("numpy", "cloudpickle", "shmipi.smp", "shmipi.atomic", "shmipi.irq")
+_PRELOAD = (
+    "numpy",
+    "cloudpickle",
+    "shmipi.smp",
+    "shmipi.atomic",
+    "shmipi.irq",
+    "shmipi.users.backtrace",
+    "shmipi.users.crash",
+)
 _ONLINE_S = 30.0
+_HELD_S = 5.0  # a dead CPU's run queue, by somebody who is stopped
+_STARVED_S = 20.0  # more for who had no core: together less than the host waits
+_STOOD_S = 1.0  # between two looks: what is more was taken from all processes
+
+
+_Send = Callable[[dict[str, Any]], None]
+
+
+class _BootOrder(NamedTuple):
+    number: Any  #: of the order, for its answer
+    cpu: int
+    send: _Send
+    until: float  #: a death that takes longer is said to be what is in the way
 
 
 class Firmware:
@@ -78,7 +100,10 @@ class Firmware:
         self.pids: dict[int, int] = {}  # pid -> CPU
         self.coprocessors: dict[int, int] = {}  # pid -> its place
         self.generations: dict[int, int] = {}  # CPU -> of its process
+        self.ordered: set[int] = set()  # pids that it was told to kill
         self.unreaped: set[int] = set()  # pids of the dead whose number is guarded
+        self.held: set[int] = set()  # dead CPUs whose tasks one that is stopped holds
+        self.later: list[_BootOrder] = []
         self.stopping = False
         self.again = False  # reap() has not looked at everybody
         self.deadline = 0.0  # of an orderly stop
@@ -200,17 +225,28 @@ class Firmware:
         ]
 
     def await_online(self, cpus: list[int]) -> None:
-        """Return when every one of ``cpus`` is online. ``OSError`` when one died."""
-        deadline = time.monotonic() + _ONLINE_S + 0.05 * len(cpus)
-        reaped = 0.0
+        """Return when every one of ``cpus`` is online. ``OSError`` when one died.
+
+        And when one does not come: says what its process does. A time in which this one
+        stood as well (a guest that is paused, SIGSTOP) counts for nothing, and who has
+        not had its core has longer.
+        """
+        left, more = _ONLINE_S + 0.05 * len(cpus), _STARVED_S
+        looked, reaped = time.monotonic(), 0.0
         while True:
             seen = self.machine.hotplug_event
             cpus = self.still_coming(cpus)
             if not cpus:
                 return
             self.check_host()
-            if time.monotonic() > deadline:
-                raise OSError(errno.ETIMEDOUT, f"CPU {cpus[0]} does not come online")
+            now = time.monotonic()
+            left -= min(now - looked, _STOOD_S)
+            looked = now
+            if left < 0:
+                starved, text = self.why_not_online(cpus[0])
+                if not (starved and more):
+                    raise OSError(errno.ETIMEDOUT, text)
+                left, more = more, 0.0
             if len(cpus) > _FEW:  # each that comes up tells, and all are looked at
                 time.sleep(_TOGETHER_MOST_S)
             self.machine.wait_hotplug(seen, _LOOK_S)
@@ -219,6 +255,22 @@ class Firmware:
             if (now := time.monotonic()) - reaped >= _LOOK_S:
                 self.reap()
                 reaped = now
+
+    def why_not_online(self, number: int) -> tuple[bool, str]:
+        """Has it not had its core? And what its process does, in words."""
+        pid = next(iter(self.processes(number)), 0)
+        core, (state, had) = self.machine.slot(number).core, process.core_time(pid)
+        starved = state == "R" and had < process.LOOKED_NS
+        if starved:
+            how = f"waits for core {core}, which others have: of real-time priority?"
+        elif state in "Tt":
+            how = "is stopped (SIGSTOP, a debugger), or gone"
+        else:
+            how = f"is in state {state} (man 5 proc)"
+        return starved, (
+            f"CPU {number} does not come online: its process {pid} {how}; it had core"
+            f" {core} for {had / 1e6:.0f} ms"
+        )
 
     def still_coming(self, cpus: list[int]) -> list[int]:
         """Return those that are not online; start who waits for it.
@@ -253,7 +305,7 @@ class Firmware:
         """Serve until there is nothing left to serve."""
         while not (self.stopping and not self.pids and not self.coprocessors):
             timeout = self.guests.timeout()
-            if self.unreaped:
+            if self.unreaped or self.held:
                 timeout = _REAP_RETRY_S
             if self.stopping:
                 left = max(0.0, self.deadline - time.monotonic())
@@ -271,6 +323,7 @@ class Firmware:
             self.reap()
             self.guests.look()
             if not self.stopping:
+                self.obey_later()
                 self.obey_cpus()
             elif time.monotonic() >= self.deadline:
                 self.kill_all()
@@ -299,7 +352,7 @@ class Firmware:
         if message["op"] == "stop":
             self.stop(message["grace"])
         elif message["op"] == "boot":
-            self.answer(message["id"], self.boot_one, message["cpu"])
+            self.boot_later(message["id"], message["cpu"], self.send)
         elif message["op"] == "coprocessor":
             number, virq = message["number"], message["virq"]
             self.answer(message["id"], self.start_coprocessor, number, virq, fds[0])
@@ -310,13 +363,11 @@ class Firmware:
         elif message["op"] == "kill":
             self.kill_cpu(message["cpu"], message["generation"])
 
-    def obey_guest(
-        self, message: dict[str, Any], send: Callable[[dict[str, Any]], None]
-    ) -> None:
+    def obey_guest(self, message: dict[str, Any], send: _Send) -> None:
         """Do what an attached host asked for."""
         cpu = message.get("cpu")
         if message.get("op") == "boot" and isinstance(cpu, int) and not self.stopping:
-            send(self.outcome(message.get("id"), self.boot_one, cpu))
+            self.boot_later(message.get("id"), cpu, send)
         elif message.get("op") == "kill" and isinstance(cpu, int):
             self.kill_cpu(cpu, message.get("generation"))
 
@@ -331,6 +382,22 @@ class Firmware:
             if cpu == number and pid not in self.unreaped
         ]
 
+    def boot_later(self, number: Any, cpu: int, send: _Send) -> None:
+        """Boot a CPU when the deaths that are known by now are gone through with."""
+        until = time.monotonic() + _HELD_S
+        self.later.append(_BootOrder(number, cpu, send, until))
+
+    def obey_later(self) -> None:
+        """Boot what was to be booted, but who is not buried yet."""
+        orders, self.later = self.later, []
+        for order in orders:
+            if order.send != self.send and not self.guests.has(order.send):
+                continue  # who ordered it has gone
+            if order.cpu in self.held and time.monotonic() < order.until:
+                self.later.append(order)
+            else:
+                order.send(self.outcome(order.number, self.boot_one, order.cpu))
+
     def obey_cpus(self) -> None:
         """Do what INIT and STARTUP IPIs have ordered: end processes, make processes."""
         ends, starts = self.machine.ordered()
@@ -338,9 +405,10 @@ class Firmware:
             if generation != self.generations.get(number, 0) & 0xFFFF:
                 continue
             for pid in self.processes(number):
+                self.ordered.add(pid)
                 os.kill(pid, signal.SIGKILL)
         for number in starts:
-            if self.processes(number):
+            if self.processes(number) or number in self.held:
                 continue
             try:
                 self.boot([number])
@@ -403,6 +471,7 @@ class Firmware:
         """Kill the process that is this CPU, unless it is another one by now."""
         for pid in self.processes(number):
             if self.machine.slot(number).generation == generation:
+                self.ordered.add(pid)
                 os.kill(pid, signal.SIGKILL)
 
     def boot_one(self, number: int) -> None:
@@ -410,6 +479,12 @@ class Firmware:
             raise OSError(errno.ENXIO, f"there is no CPU {number}")
         if self.processes(number):
             raise OSError(errno.EBUSY, f"CPU {number} is not dead")
+        if number in self.held:
+            raise OSError(
+                errno.EBUSY,
+                f"CPU {number} died, and a process that is stopped has its run queue:"
+                " let that go on (SIGCONT)",
+            )
         self.boot([number])
 
     def check_host(self) -> None:
@@ -438,6 +513,10 @@ class Firmware:
 
     def reap(self) -> None:
         """Look after CPUs that died: mark, complete, ring, and only then wait for."""
+        if not self.stopping and self.machine.crash_panic() is not None:
+            self.crash({})
+        for dead in () if self.stopping else tuple(self.held):
+            self.complete(dead)
         for pid, end in self.find_dead():
             number = self.coprocessors.pop(pid, None)
             if number is not None:
@@ -445,6 +524,7 @@ class Firmware:
                 self.machine.coproc_set(number, 0, 0)
                 continue
             self.unreaped.add(pid)
+            self.look_for_crash(pid, end)
             self.bury(pid, end)
             if not self.stopping:
                 self.release()
@@ -475,6 +555,36 @@ class Firmware:
                 self.again = True  # they were told in a row, and most end so
                 return
 
+    def look_for_crash(self, pid: int, end: int) -> None:
+        """Has a CPU died by a signal that nobody ordered?"""
+        by_signal = end and not end & _core.END_EXITED
+        if by_signal and pid in self.pids and pid not in self.ordered:
+            self.crash({self.pids[pid]: end})
+
+    def crash(self, ends: dict[int, int]) -> None:
+        """Make the crash dump, if one is to be made and there was none."""
+        if self.stopping or not self.machine.crash_armed():
+            return
+        words = crashdump.crash(
+            self.machine, self.controller, ends, self.end_of, self.is_stopped
+        )
+        if not words:  # nmi_shootdown_cpus(): WARN_ON_ONCE
+            words = "another CPU has died since: the crash dump is of the first"
+        print(f"shmipi: {words}", file=sys.stderr, flush=True)
+
+    def end_of(self, number: int) -> int | None:
+        """Return how the CPU's process has ended; None: it has not, 0: it has none."""
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        for pid in self.processes(number):
+            with contextlib.suppress(ChildProcessError):
+                found = os.waitid(os.P_PID, pid, look)
+                return None if found is None else ending_number(found)
+        return 0
+
+    def is_stopped(self, number: int) -> bool:
+        """Is its process stopped by a signal?"""
+        return any(process.is_stopped(pid) for pid in self.processes(number))
+
     def release(self) -> None:
         """Give up dead CPUs' pids, but those that a sender may be about to signal."""
         if not self.unreaped:
@@ -491,11 +601,21 @@ class Firmware:
         number = self.pids.get(pid)
         if number is None:
             return
+        self.ordered.discard(pid)
+        if self.machine.stopped(number):
+            end = _core.END_STOPPED
         self.machine.reap_mark(number, end)
         if not self.stopping:
-            self.machine.reap_complete(number)
-            self.machine.reap_ring_all()
+            self.complete(number)
             self.guests.sender_ended(number)
+
+    def complete(self, number: int) -> None:
+        """Go through with a death; its tasks wait where one that is stopped has it."""
+        if self.machine.reap_complete(number) is None:
+            self.held.add(number)
+        else:
+            self.held.discard(number)
+        self.machine.reap_ring_all()
 
     # ---- the end --------------------------------------------------------------------
 
@@ -609,7 +729,7 @@ def main() -> None:
         _restore(config)
         # Imported once, here, for every CPU: a handler that needs one of them first may
         # stand in the middle of a task's import.
-        for name in _PRELOAD:
+        for name in (*_PRELOAD, *config["preload"]):
             importlib.import_module(name)
         for folder in here:
             os.fchdir(folder)

@@ -60,6 +60,26 @@ def _understood(data: bytes) -> dict[str, Any] | None:
     return None
 
 
+def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """Return a message and what came with it; b"": there are no more of them.
+
+    One who closes his end without having read all of ours resets the connection, and
+    the kernel says so once, before it hands out what he had sent until then: his word
+    that he leaves, for example. ``BlockingIOError`` when nothing has come.
+    """
+    for _ in range(2):
+        try:
+            data, fds, *_ = socket.recv_fds(connection, MESSAGE_MAX, 1)
+            return data, fds
+        except ConnectionResetError:
+            continue
+        except BlockingIOError:
+            raise
+        except OSError:
+            break
+    return b"", []
+
+
 class _Guest:
     """A connection; with a slot, an attached host."""
 
@@ -153,6 +173,10 @@ class Guests:
         self._heirs.add(slot)
         self._next_look = 0.0
 
+    def has(self, send: Callable[[dict[str, Any]], None]) -> bool:
+        """Is the host whose orders are answered by ``send`` still attached?"""
+        return any(guest.send == send for guest in self._guests)
+
     def tell(self, message: dict[str, Any]) -> None:
         """Send something to every attached host."""
         for guest in self._guests:
@@ -199,11 +223,9 @@ class Guests:
         if guest.connection is None:
             return
         try:
-            data, fds, *_ = socket.recv_fds(guest.connection, MESSAGE_MAX, 1)
+            data, fds = _receive(guest.connection)
         except BlockingIOError:
             return
-        except OSError:
-            data, fds = b"", []
         for fd in fds:
             os.close(fd)
         message = _understood(data)

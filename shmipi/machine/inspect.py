@@ -27,10 +27,13 @@ from shmipi.names import DOORBELLS, IDLE
 
 __all__ = [
     "CpuView",
+    "Glance",
     "Inspector",
     "IrqView",
     "MachineView",
+    "RingsView",
     "RowView",
+    "counters_of",
     "irq_area_bytes",
     "irq_views",
     "leftovers",
@@ -40,7 +43,11 @@ __all__ = [
 #: Words for ``enum shi_state``; a rung CPU is a halted one still.
 _CPU_STATES: Final = ("offline", "running", "polling", "halted", "halted", "dead")
 #: The states of a CPU that runs a handler.
-_HANDLER_STATES: Final = {_core.HANDLER_IRQ: "irq", _core.HANDLER_NMI: "nmi"}
+_HANDLER_STATES: Final = {
+    _core.HANDLER_IRQ: "irq",
+    _core.HANDLER_NMI: "nmi",
+    _core.HANDLER_SOFTIRQ: "softirq",
+}
 #: Words for ``enum shi_machine_state``.
 _STATES: Final = ("starting", "booting", "up", "stopping", "dead")
 _ABI_BYTES: Final = 16  # magic, ABI, size of the header: the same in every version
@@ -158,6 +165,20 @@ def irq_views(area: bytes, ncpus: int) -> list[IrqView]:
     return views
 
 
+def counters_of(machine: _core.Machine) -> NDArray[np.uint64]:
+    """Return what each CPU of a machine that is mapped here has counted.
+
+    Of shape (ncpus, counters), all contexts together.
+    """
+    slots = np.frombuffer(
+        memoryview(machine), _SLOT, machine.ncpus, machine.slot_offset
+    )
+    raw = np.ascontiguousarray(slots["counters"]).view("<u8")
+    rows = raw.reshape(machine.ncpus, _core.CONTEXTS, _core.COUNTER_ROOM)
+    counts: NDArray[np.uint64] = rows.sum(axis=1)
+    return counts
+
+
 def header_of(machine: _core.Machine) -> Any:
     """Return a copy of the header of a machine that is mapped here."""
     return np.frombuffer(bytes(memoryview(machine)[: _HEADER.itemsize]), _HEADER)[0]
@@ -212,6 +233,64 @@ class MachineView:
         return CpuMask(
             cpu.id for cpu in self.cpus if cpu.state not in ("offline", "dead")
         )
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What the CPUs were doing, and what they had counted, at ``at`` (seconds).
+
+    Cheaper than ``MachineView``: for who looks several times a second. ``counters`` has
+    shape (CPUs, counters), in the order of ``_core.COUNTERS``.
+    """
+
+    at: float
+    states: list[str]
+    cores: list[int]
+    tasks: list[str | None]
+    handlers: list[str | None]
+    waits_for: list[int | None]
+    counters: NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class RingsView:
+    """The rings of a machine's tracepoints: ``size`` records each, the newest kept."""
+
+    fd: int
+    at: int
+    size: int
+    nslots: int
+    events: int  #: what is recorded, a bit each
+    ns_per_stamp: float
+
+    @property
+    def end(self) -> int:
+        """Where they end in the object."""
+        return self._records + self.nslots * self.size * _core.TRACE_RECORD_BYTES
+
+    @property
+    def _records(self) -> int:
+        heads = self.nslots * _core.TRACE_HEAD_BYTES
+        return self.at + _core.TRACE_AREA_BYTES + heads
+
+    def heads(self) -> NDArray[np.int64]:
+        """Return how many records each slot has begun."""
+        at = self.at + _core.TRACE_AREA_BYTES
+        data = os.pread(self.fd, self.nslots * _core.TRACE_HEAD_BYTES, at)
+        heads: NDArray[np.int64] = np.frombuffer(data, "<i8")
+        return heads[:: _core.TRACE_HEAD_BYTES // 8].copy()
+
+    def records(self, slot: int, first: int, until: int) -> bytes:
+        """Return the bytes of a slot's records from ``first`` on, before ``until``."""
+        ring = self._records + slot * self.size * _core.TRACE_RECORD_BYTES
+        parts = []
+        while first < until:
+            at = first % self.size
+            count = min(until - first, self.size - at)
+            where = ring + at * _core.TRACE_RECORD_BYTES
+            parts.append(os.pread(self.fd, count * _core.TRACE_RECORD_BYTES, where))
+            first += count
+        return b"".join(parts)
 
 
 class Inspector:
@@ -285,6 +364,36 @@ class Inspector:
             attached=tuple(int(slot["pid"]) for slot in guests if slot["pid"]),
         )
 
+    def glance(self) -> Glance:
+        """Return what the CPUs do and have counted now. ``LayoutError``."""
+        header = self._header()
+        ncpus = int(header["ncpus"])
+        slots = self._slots(header)[:ncpus]
+        raw = np.ascontiguousarray(slots["counters"]).view("<u8")
+        rooms = raw.reshape(ncpus, _core.CONTEXTS, _core.COUNTER_ROOM)
+        words = zip(
+            slots["word"].tolist(),
+            slots["handler"].tolist(),
+            (slots["cur_csd"] != 0).tolist(),
+            strict=True,
+        )
+        handlers: list[str | None] = [None] * ncpus
+        for cpu in np.flatnonzero(slots["handler"]).tolist():
+            handlers[cpu] = _text(slots["handler_name"][cpu])
+        tasks: list[str | None] = [None] * ncpus
+        for cpu in np.flatnonzero(slots["task"]).tolist():
+            tasks[cpu] = _text(slots["task_name"][cpu]) or "?"
+        waiting = (slots["waiting_for"] & np.uint64(0xFFFF)).tolist()
+        return Glance(
+            at=time.monotonic(),
+            states=[_state(*word) for word in words],
+            cores=slots["core"].tolist(),
+            tasks=tasks,
+            handlers=handlers,
+            waits_for=[cpu - 1 if cpu else None for cpu in waiting],
+            counters=rooms.sum(axis=1, dtype=np.uint64)[:, : len(_core.COUNTERS)],
+        )
+
     # What trace.counters needs of a machine.
 
     @property
@@ -322,6 +431,20 @@ class Inspector:
         )
         return rows
 
+    def trace_rings(self) -> RingsView | None:
+        """Return the rings of its tracepoints; None: none are recorded. LayoutError."""
+        header = self._header()
+        at = int.from_bytes(os.pread(self._fd, 8, _core.TRACE_AREA_OFFSET), "little")
+        events = int(header["tracing"])
+        if not at or not events:
+            return None
+        nslots = int(header["ncpus"]) + _core.EXTRA_SLOTS
+        size = int.from_bytes(os.pread(self._fd, 4, at), "little")
+        view = RingsView(self._fd, at, size, nslots, events, _ns_per_stamp(header))
+        if size < 2 or size & (size - 1) or view.end > os.fstat(self._fd).st_size:
+            raise LayoutError("the machine's header is damaged: where its rings lie")
+        return view
+
     def _header(self) -> Any:
         data = os.pread(self._fd, _HEADER.itemsize, 0)
         if len(data) < _ABI_BYTES or not data.startswith(_core.MAGIC.encode()):
@@ -353,22 +476,27 @@ class Inspector:
         return slots
 
 
-def _cpu(number: int, slot: Any, header: Any) -> CpuView:
-    word = int(slot["word"])
-    waiting = int(slot["waiting_for"]) & 0xFFFF
+def _state(word: int, handler: int, busy: bool) -> str:
+    """Return what a CPU does; ``busy``: it has a call in hand."""
     state = _word(_CPU_STATES, word & 7)
+    if state not in ("dead", "offline") and (handler or busy):
+        return _HANDLER_STATES.get(handler, "irq")
+    return state
+
+
+def _cpu(number: int, slot: Any, header: Any) -> CpuView:
+    word, kind = int(slot["word"]), int(slot["handler"])
+    waiting = int(slot["waiting_for"]) & 0xFFFF
+    state = _state(word, kind, bool(slot["cur_csd"]))
     handler, since = None, None
     if state == "dead":
         ended = ending(int(slot["end"])) or None
     else:
         ended = None
-        kind = int(slot["handler"])
         if kind:
             handler = _text(slot["handler_name"])
             begun = _mono_ns(header, int(slot["since"]))
             since = max(0, time.monotonic_ns() - begun) / 1e9
-        if state != "offline" and (kind or slot["cur_csd"]):
-            state = _HANDLER_STATES.get(kind, "irq")
     return CpuView(
         id=number,
         pid=int(slot["pid"]),
@@ -392,6 +520,12 @@ def _mono_ns(header: Any, stamp: int) -> int:
     passed = stamp - int(header["clock_base_stamp"])
     shift = min(int(header["clock_shift"]), 64)
     return int(header["clock_base_ns"]) + (passed * int(header["clock_mult"]) >> shift)
+
+
+def _ns_per_stamp(header: Any) -> float:
+    if not header["clock_source"]:
+        return 1.0
+    return float(header["clock_mult"]) / 2.0 ** min(int(header["clock_shift"]), 64)
 
 
 def _word(words: tuple[str, ...], number: Any) -> str:

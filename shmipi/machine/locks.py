@@ -26,7 +26,7 @@ def held(
     timeout: float | None,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Hold lock ``name`` ("array", "hotplug" or "tool") of a machine.
+    """Hold lock ``name`` ("array", "hotplug", "stop" or "tool") of a machine.
 
     Threads of one host need a lock of their own before it. ``IpiTimeoutError`` after
     ``timeout`` seconds; while it waits, ``check`` may raise.

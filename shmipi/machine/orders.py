@@ -34,6 +34,8 @@ class Orders:
         self.coprocessor_lock = threading.Lock()
         #: Its end, or ours in it, has begun.
         self.closing = False
+        #: It goes on without this host, which reads no more answers.
+        self.left = False
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
         self._orders = 0
@@ -127,11 +129,12 @@ class Orders:
             self._order({**message, "id": number}, fds)
             with self._answered:
                 self._answered.wait_for(
-                    lambda: self.died or self._answer(number) is not None, BOOT_S
+                    lambda: self.died or self.left or self._answer(number) is not None,
+                    BOOT_S,
                 )
                 reply = self._answer(number)
                 self._answers.clear()
-        if self.died:
+        if self.died or (self.left and reply is None):
             raise self.end_error()
         return reply
 

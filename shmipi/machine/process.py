@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from types import FrameType
+from typing import Final
 
 from shmipi import _core
 from shmipi.errors import ClusterStateError, ImportBootError
 
-__all__ = ["check_may_boot", "enter", "is_part"]
+__all__ = ["LOOKED_NS", "check_may_boot", "core_time", "enter", "is_part", "is_stopped"]
+
+#: So long on a core is enough for a CPU to look at what it has been told.
+LOOKED_NS: Final = 30_000_000
 
 _inside = False  # in the firmware, and for good in all that is forked from it
 _member = 0  # the pid of a firmware or coprocessor; a CPU is known to the core
@@ -24,6 +29,31 @@ def enter() -> None:
 def is_part() -> bool:
     """Is this process part of a machine, and not the child of one that is?"""
     return _member == os.getpid() or _core.cpu_context() != _core.NO_CPU
+
+
+def is_stopped(pid: int) -> bool:
+    """Is the process stopped, by SIGSTOP or a debugger?"""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in (b"T", b"t")
+
+
+def core_time(pid: int) -> tuple[str, int]:
+    """Return the state of a process, and how many ns it has had a core.
+
+    "T": it is stopped, or gone.
+    """
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            state = stat.read().rpartition(")")[2].split()[0]
+        with open(f"/proc/{pid}/schedstat") as schedstat:
+            had = int(schedstat.read().split()[0])
+    except (OSError, IndexError, ValueError):
+        return "T", 0
+    # Dead, and its parent, which waits for a core as well, has not looked yet.
+    return ("T" if state in "ZX" else state), had
 
 
 def check_may_boot() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 forget = byvalue.forget
+
+#: What stands between a function's pickle and its name.
+NAME_MARK: Final = b"\0name:"
 
 _PROTOCOL = 5
 _PLAIN = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None)})
@@ -76,10 +79,14 @@ def publish(function: object) -> tuple[bytes, list[Any], list[Any], list[Any]]:
     See ``byvalue.publish``. Raises as ``dumps``.
     """
     try:
-        return byvalue.publish(function)
+        data, cells, names, values = byvalue.publish(function)
     except Exception as error:
         _add_advice(error)
         raise
+    # Behind the end of the pickle, where nobody unpickles: for a crash dump.
+    name = getattr(function, "__qualname__", "")
+    data += NAME_MARK + str(name).encode("utf-8", "replace")
+    return data, cells, names, values
 
 
 def _add_advice(error: Exception) -> None:

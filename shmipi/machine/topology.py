@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -261,6 +262,28 @@ def _nodes(sys: Path) -> dict[int, int]:
         for core in _read_mask(folder / "cpulist"):
             nodes[core] = int(folder.name.removeprefix("node"))
     return nodes
+
+
+def numa_distance(core: int, other: int, *, sys: Path = _SYS) -> int:
+    """Return how far two cores are from each other: 10 on a node, as ACPI's SLIT."""
+    own, its = _numa(sys)
+    a, b = own.get(core, 0), own.get(other, 0)
+    row = its.get(a, [])
+    return row[b] if b < len(row) else 10 if a == b else 20
+
+
+@functools.cache
+def _numa(sys: Path) -> tuple[dict[int, int], dict[int, list[int]]]:
+    nodes = _nodes(sys)
+    return nodes, {
+        node: [
+            int(distance)
+            for distance in _read(
+                sys / "devices/system/node" / f"node{node}/distance"
+            ).split()
+        ]
+        for node in set(nodes.values())
+    }
 
 
 def _cpuinfo(proc: Path) -> dict[int, dict[str, int]]:

@@ -9,7 +9,7 @@ from shmipi.bench import registry
 from shmipi.report.cells import Cells
 from shmipi.report.table import Listing, columns_of, folded, write
 
-__all__ = ["render", "table"]
+__all__ = ["render", "table", "tabulate"]
 
 
 def render(result: dict[str, Any], stream: TextIO) -> None:
@@ -31,10 +31,15 @@ def render(result: dict[str, Any], stream: TextIO) -> None:
             f" not subtracted{gap}; gc is off on the CPUs"
         )
     print(file=stream)
+    tabulate(result, stream)
+
+
+def tabulate(result: dict[str, Any], stream: TextIO) -> None:
+    """Print the rows of a document and what is noted below them."""
     header, rows, notes = registry.load(result["bench"]).table(result)
     table(header, rows, stream)
     for note in notes:
-        say(note)
+        print(folded(note, columns_of(stream)), file=stream)
 
 
 def table(header: Sequence[str], rows: Sequence[Cells], stream: TextIO) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal, TextIO
 
 from shmipi.machine import doorbells
 from shmipi.machine.facts import Facts
 from shmipi.machine.limits import limit_text
 
-__all__ = ["Finding", "examine", "findings_json", "render", "summary"]
+__all__ = [
+    "Finding",
+    "examine",
+    "findings_json",
+    "render",
+    "summary",
+    "with_effects",
+]
 
 Level = Literal["ok", "note", "warning"]
 
@@ -32,6 +39,8 @@ class Finding:
     value: str
     why: str
     advice: str
+    #: How large its effect was measured to be here; None: it was not measured.
+    effect: str | None = None
 
 
 def examine(facts: Facts, ncpus: int) -> list[Finding]:
@@ -40,6 +49,13 @@ def examine(facts: Facts, ncpus: int) -> list[Finding]:
     for check in _CHECKS:
         found += check(facts, ncpus)
     return found
+
+
+def with_effects(
+    findings: Sequence[Finding], effects: Mapping[str, str]
+) -> list[Finding]:
+    """Return the findings with what was measured of them, by their names."""
+    return [replace(finding, effect=effects.get(finding.name)) for finding in findings]
 
 
 def summary(findings: Sequence[Finding], ncpus: int) -> str:
@@ -52,8 +68,14 @@ def summary(findings: Sequence[Finding], ncpus: int) -> str:
 
 
 def findings_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    """Return the findings as JSON objects, keys as the fields of ``Finding``."""
-    return [asdict(finding) for finding in findings]
+    """Return the findings as JSON objects, keys as the fields of ``Finding``.
+
+    One without a measured effect has no ``effect``.
+    """
+    return [
+        {key: value for key, value in asdict(finding).items() if value is not None}
+        for finding in findings
+    ]
 
 
 def render(findings: Sequence[Finding], ncpus: int, stream: TextIO) -> None:
@@ -78,6 +100,8 @@ def _render_table(findings: Sequence[Finding], stream: TextIO) -> None:
         about = Text(finding.why, style="dim")
         if finding.level != "ok":
             about = Text.assemble((finding.why, "dim"), "\n", finding.advice)
+        if finding.effect is not None:
+            about.append(f"\nmeasured: {finding.effect}")
         # Text and not str: values such as "[always]" are not markup.
         style = styles[finding.level]
         table.add_row(
@@ -92,11 +116,13 @@ def _render_text(findings: Sequence[Finding], stream: TextIO) -> None:
         print(
             f"{finding.level:7}  {finding.name:{width}}  {finding.value}", file=stream
         )
-        if finding.level != "ok":
-            for text in (finding.why, finding.advice):
-                lines = textwrap.wrap(text, 88 - width - 11, break_on_hyphens=False)
-                for line in lines:
-                    print(" " * (width + 11) + line, file=stream)
+        texts = [] if finding.level == "ok" else [finding.why, finding.advice]
+        if finding.effect is not None:
+            texts.append(f"measured: {finding.effect}")
+        for text in texts:
+            lines = textwrap.wrap(text, 88 - width - 11, break_on_hyphens=False)
+            for line in lines:
+                print(" " * (width + 11) + line, file=stream)
 
 
 # --- what distorts measurements

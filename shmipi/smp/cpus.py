@@ -10,7 +10,10 @@ A CPU goes offline between any two steps of others, unless they hold it off:
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from shmipi import _core
@@ -67,6 +70,25 @@ def variable(name: str, machine: _core.Machine | None = None) -> Any:
     return CpuMask(cpu for cpu in range(here.ncpus) if _is_online(here, cpu))
 
 
+class _Holder(threading.local):
+    """Does this thread run a callback, with the hotplug lock held for it?"""
+
+    depth = 0
+
+
+_holder = _Holder()
+
+
+@contextlib.contextmanager
+def hotplug_locked() -> Iterator[None]:
+    """Run what is called with the hotplug lock held, here or by a host."""
+    _holder.depth += 1
+    try:
+        yield
+    finally:
+        _holder.depth -= 1
+
+
 def cpus_read_lock(*, machine: _core.Machine | None = None) -> None:
     """Hold off CPU hotplug until ``cpus_read_unlock()``: nobody goes off- or online.
 
@@ -80,6 +102,11 @@ def cpus_read_lock(*, machine: _core.Machine | None = None) -> None:
         raise ClusterStateError(
             "cpus_read_lock() may have to wait: not in an interrupt handler, nor with"
             " interrupts disabled"
+        )
+    if _holder.depth:
+        raise ClusterStateError(
+            "cpus_read_lock() in a CPU hotplug callback waits for itself: who calls it"
+            " holds the lock"
         )
     look = _LOOK_S
     while not here.cpus_read_trylock():

@@ -141,7 +141,8 @@ def unregister_nmi_handler(
     (Ctrl-C), the handler is unregistered nevertheless. Does nothing for a name that is
     not there. Raises ``ClusterStateError`` in an interrupt handler and with interrupts
     disabled (of an NMI's the kernel warns: "Trying to free NMI from NMI context"),
-    ``IrqError`` EINVAL for a type that is none, and as ``register_nmi_handler``.
+    ``IrqError`` EINVAL for a type that is none, ``MachineDiedError`` when the machine
+    ends meanwhile, and as ``register_nmi_handler``.
     """
     here = _here(machine)
     _check(type, name)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from random import Random
 from typing import Any, Final
 
 import numpy as np
 
 from shmipi.cluster import Cluster
-from shmipi.cpumask import CpuMask
 from shmipi.errors import (
-    ClusterStateError,
     CpuDiedError,
     CpuOfflineError,
     IpiTimeoutError,
     MachineDiedError,
     RemoteCallError,
-    ShmipiError,
 )
 from shmipi.stress.book import (
     BASE,
@@ -49,7 +42,8 @@ from shmipi.stress.book import (
 )
 from shmipi.stress.invoker import invoke, on_flush
 from shmipi.stress.options import PRIMITIVES, Options, selection
-from shmipi.stress.report import Hotplug, Report, error_counts, made, statistics
+from shmipi.stress.report import Report, error_counts, made, statistics
+from shmipi.stress.unrest import Unrest, driver_word, facts, taken
 
 __all__ = ["torture"]
 
@@ -67,36 +61,8 @@ def torture(
     progress: Callable[[float], None] | None,
 ) -> Report:
     """See ``shmipi.stress.run``."""
-    if cluster is not None:
-        with _alone(cluster):
-            return _Driver(options, cluster, line, progress).run()
-    with Cluster(**options.machine) as booted:
-        return _Driver(options, booted, line, progress).run()
-
-
-@contextlib.contextmanager
-def _alone(cluster: Cluster) -> Iterator[None]:
-    """Take a machine that may have other hosts: one run at a time, on idle CPUs."""
-    machine = cluster._machine
-    if not machine.trylock("tool"):
-        raise ClusterStateError(
-            f"another host has the whole machine {cluster.name} for a stress run or a"
-            " measurement: wait until it has ended"
-        )
-    try:
-        # Invokers of a host that was killed end as soon as they notice.
-        deadline = time.monotonic() + 1.5 * STALL_S
-        while busy := [n for n in range(cluster.ncpus) if machine.slot(n).busy]:
-            cluster._check()
-            if time.monotonic() > deadline:
-                raise ClusterStateError(
-                    f"CPUs {CpuMask(busy)} of machine {cluster.name} run tasks: a"
-                    " stress run needs them idle (`shmipi ps -v` shows what they run)"
-                )
-            time.sleep(_LOOK_S)
-        yield
-    finally:
-        machine.unlock("tool")
+    with taken(cluster, options.machine, 1.5 * STALL_S) as machine:
+        return _Driver(options, machine, line, progress).run()
 
 
 class _Driver:
@@ -121,20 +87,14 @@ class _Driver:
         self.book.reset()
         self.book.control[K_LONGWAIT] = round(options.longwait * 1e3)
         self.book.control[K_SALT] = self.seed & 0xFFFFFFFF
-        driver = self.machine.id
-        generation = self.machine.slot(driver).generation
-        self.book.control[K_DRIVER] = driver + 1 | generation << 32
-        self.hotplug = Hotplug()
+        self.book.control[K_DRIVER] = driver_word(cluster)
+        self.unrest = Unrest(cluster, self, options, self.seed, options.kills)
         self.more: dict[str, int] = {}
         self.complaints: list[str] = []
-        self.stop = threading.Event()
         self.lock = threading.Lock()  # of everything below
-        self.claimed: set[int] = set()  # CPUs that a thread is taking away
         self.calls: dict[int, int] = {}  # CPU -> the call that is its invoker
         self.incarnation = [0] * ncpus
         self.beats: dict[int, tuple[int, float]] = {}
-        self.failure: BaseException | None = None
-        self.killed = threading.Event()  # as many as were asked for
 
     # ---- the run ---------------------------------------------------------------------
 
@@ -145,23 +105,20 @@ class _Driver:
         for text in self.selection_dump():
             self.line(text)
         interrupted = False
-        threads: list[threading.Thread] = []
         try:
             for cpu in range(self.senders):
                 self.start(cpu)
             self.await_ready()
             begun = time.monotonic()
             self.book.control[K_GO] = 1
-            threads = self.start_threads()
+            self.unrest.start()
             self.serve(begun)
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            self.stop.set()
-            for thread in threads:
-                thread.join()
-        if self.failure is not None:
-            raise self.failure
+            self.unrest.end()
+        if self.unrest.failure is not None:
+            raise self.unrest.failure
         ended = time.monotonic()
         self.finish()
         self.compare(before)
@@ -179,21 +136,15 @@ class _Driver:
             duplicated=totals["duplicated"],
             in_flight_at_death=totals["in_flight"],
             error_counts=errors,
-            hotplug=self.hotplug,
+            hotplug=self.unrest.hotplug,
             seed=self.seed,
             duration_s=round(ended - begun, 3),
             parameters=self.parameters(),
-            machine={
-                "name": self.cluster.name,
-                "ncpus": self.cluster.ncpus,
-                "idle": self.cluster.idle,
-                "doorbell": self.cluster.doorbell,
-                "controller": self.cluster.controller,
-            },
+            machine=facts(self.cluster),
             interrupted=interrupted,
             complaints=self.complaints,
         )
-        self.line(statistics(totals, errors, self.hotplug, done=True))
+        self.line(statistics(totals, errors, self.unrest.hotplug, done=True))
         self.line(report.end())
         return report
 
@@ -212,6 +163,7 @@ class _Driver:
             f"stat_interval={options.stat_interval:g}",
             f"onoff_interval={options.onoff_interval:g}",
             f"kill_interval={options.kill_interval:g}",
+            f"stall_interval={options.stall_interval:g}",
             f"handler={options.handler}",
             f"seed={self.seed}",
         ]
@@ -238,8 +190,8 @@ class _Driver:
         next_line = begun + options.stat_interval
         next_watch = begun + _WATCH_S
         nap = min(_LOOK_S, options.stutter / 2) if options.stutter else 0.05
-        while (now := time.monotonic()) < deadline and not self.killed.is_set():
-            if self.failure is not None:
+        while (now := time.monotonic()) < deadline and not self.unrest.killed.is_set():
+            if self.unrest.failure is not None:
                 return
             if options.stutter:
                 control[K_PAUSE] = int((now - begun) / options.stutter) & 1
@@ -251,7 +203,7 @@ class _Driver:
                 next_line += options.stat_interval
                 totals = self.book.totals()
                 errors = error_counts(totals, self.more)
-                self.line(statistics(totals, errors, self.hotplug, done=False))
+                self.line(statistics(totals, errors, self.unrest.hotplug, done=False))
             time.sleep(max(0.0, min(nap, deadline - now)))
         self.progress(min(time.monotonic() - begun, options.duration))
 
@@ -320,7 +272,7 @@ class _Driver:
             if self.machine.done(call):
                 with self.lock:
                     # Its killer may have taken it since.
-                    if cpu in self.claimed or self.calls.get(cpu) != call:
+                    if self.unrest.has(cpu) or self.calls.get(cpu) != call:
                         continue
                     del self.calls[cpu]
                 self.collect(cpu, call, may_die=False)
@@ -361,135 +313,34 @@ class _Driver:
     def state(self, cpu: int) -> str:
         return self.cluster._cpu(cpu).state
 
-    # ---- hotplug and murder ----------------------------------------------------------
+    # ---- what is done to CPUs, as told by Unrest ----------------------------------
 
-    def start_threads(self) -> list[threading.Thread]:
-        jobs: list[tuple[str, float, Callable[[Random], None]]] = []
-        if self.options.onoff_interval:
-            jobs.append(("onoff", self.options.onoff_interval, self.onoff))
-        if self.options.kill_interval:
-            jobs.append(("kill", self.options.kill_interval, self.kill))
-        threads = [
-            threading.Thread(
-                target=self.repeat,
-                args=job,
-                name=f"shmipi-stress-{job[0]}",
-                daemon=True,
-            )
-            for job in jobs
-        ]
-        for thread in threads:
-            thread.start()
-        return threads
-
-    def repeat(
-        self, name: str, interval: float, work: Callable[[Random], None]
-    ) -> None:
-        random = Random(f"{self.seed}/{name}")
-        try:
-            while not self.stop.wait(interval):
-                work(random)
-        except MachineDiedError as error:
-            self.failure = error
-        except ShmipiError as error:
-            self.error("hotplug", f"{name}: {error}")
-        except BaseException as error:
-            self.failure = error
-
-    @contextlib.contextmanager
-    def claim(self, cpu: int) -> Iterator[bool]:
-        """Have a CPU to oneself, if nobody else has."""
-        with self.lock:
-            free = cpu not in self.claimed
-            self.claimed.add(cpu)
-        try:
-            yield free
-        finally:
-            if free:
-                with self.lock:
-                    self.claimed.discard(cpu)
-
-    def begin(self, cpu: int) -> None:
+    def leaving(self, cpu: int) -> None:
         """The CPU may not be online from now on (its plug word becomes odd)."""
         if not self.book.plug[cpu] & np.uint64(1):
             self.book.plug[cpu] += np.uint64(1)
 
-    def end(self, cpu: int) -> None:
+    def back(self, cpu: int) -> None:
         """The CPU is online again, and stays so (its plug word becomes even)."""
+        # A killed one is back when its kills word is even, too: that one first.
+        if self.book.kills[cpu] & np.uint64(1):
+            self.book.kills[cpu] += np.uint64(1)
         if self.book.plug[cpu] & np.uint64(1):
             self.book.plug[cpu] += np.uint64(1)
 
-    def onoff(self, random: Random) -> None:
-        """Take a random CPU offline, or bring it online if it is not."""
-        cpu = random.randrange(self.cluster.ncpus)
-        with self.claim(cpu) as mine:
-            if not mine:
-                return
-            if self.state(cpu) != "offline":
-                others = len(self.cluster.online_mask) - len(self.claimed - {cpu})
-                if others > 1:
-                    self.take_offline(cpu)
-            else:
-                self.bring_online(cpu)
+    def dying(self, cpu: int) -> None:
+        """It is killed next: its kills word is odd before it dies (see book.py)."""
+        self.book.kills[cpu] += np.uint64(1)
 
-    def take_offline(self, cpu: int) -> None:
-        self.hotplug.offline_attempts += 1
-        self.begin(cpu)
-        begun = time.monotonic()
-        try:
-            self.cluster.offline(cpu, timeout=self.patience())
-        except IpiTimeoutError:
-            self.error("hotplug", f"CPU {cpu} does not go offline: {self.who(cpu)}")
-            self.end(cpu)
-            return
-        self.hotplug.offline += 1
-        self.hotplug.took("offline", time.monotonic() - begun)
+    def died(self, cpu: int) -> None:
+        """Take what has become of its invoker."""
+        call = self.take(cpu)
+        if call is not None:
+            self.collect(cpu, call, may_die=True)
 
-    def bring_online(self, cpu: int) -> None:
-        self.hotplug.online_attempts += 1
-        begun = time.monotonic()
-        try:
-            self.cluster.online(cpu, timeout=self.patience())
-        except IpiTimeoutError:
-            self.error("hotplug", f"CPU {cpu} does not come online")
-            return
-        self.end(cpu)
-        self.hotplug.online += 1
-        self.hotplug.took("online", time.monotonic() - begun)
-
-    def kill(self, random: Random) -> None:
-        """SIGKILL a random CPU, parked ones too; boot it anew, its invoker with it."""
-        cpu = random.randrange(self.cluster.ncpus)
-        with self.claim(cpu) as mine:
-            if not mine:
-                return
-            self.begin(cpu)
-            self.book.kills[cpu] += np.uint64(1)  # before it dies: see book.py
-            os.kill(self.cluster._cpu(cpu).pid, signal.SIGKILL)
-            self.hotplug.kills += 1
-            if not self.await_death(cpu):
-                return
-            call = self.take(cpu)
-            if call is not None:
-                self.collect(cpu, call, may_die=True)
-            self.cluster.online(cpu)
-            self.book.kills[cpu] += np.uint64(1)
-            self.end(cpu)
-            self.start(cpu)
-        if self.options.kills is not None and self.hotplug.kills >= self.options.kills:
-            self.killed.set()
-            self.stop.set()
-
-    def await_death(self, cpu: int) -> bool:
-        deadline = time.monotonic() + STALL_S
-        while True:
-            seen = self.machine.hotplug_event
-            if self.state(cpu) == "dead":
-                return True
-            if time.monotonic() > deadline:
-                self.error("hotplug", f"CPU {cpu} was killed and is not marked dead")
-                return False
-            self.machine.wait_hotplug(seen, 0.05)
+    def booted(self, cpu: int) -> None:
+        """It gets a new invoker."""
+        self.start(cpu)
 
     # ---- the end ---------------------------------------------------------------------
 
@@ -498,9 +349,7 @@ class _Driver:
         control = self.book.control
         control[K_PAUSE] = 0
         control[K_STOP] = 1
-        for cpu in range(self.cluster.ncpus):
-            if self.state(cpu) == "offline":
-                self.bring_online(cpu)  # a frozen invoker goes on, sees the word, ends
+        self.unrest.all_online()  # a frozen invoker goes on, sees the word, ends
         deadline = time.monotonic() + 2.0 * self.patience()
         with self.lock:
             left, self.calls = self.calls, {}

@@ -311,9 +311,9 @@ class Invoker:
         before = ledger.before_many()
         try:
             call(function, info, bool(flags & WAIT))
-        except CpuDiedError:
+        except* CpuDiedError:  # of one, or of several in a group
             died = True
-        except ArenaFullError:
+        except* ArenaFullError:
             ledger.count("alloc")
             targets = np.zeros_like(targets)
         ledger.after_many(record, before, targets)

@@ -43,7 +43,9 @@ class Options:
     ``stutter`` is how long invokers run, and then pause, in turn; 0: no pauses.
     ``onoff_interval`` and ``kill_interval`` are the times between hotplug events and
     between ``kill -9`` of a random CPU; 0: none. ``kills`` ends the kills after that
-    many. ``longwait`` is the longest that a handler may burn, once in a while.
+    many. ``stall_interval`` is the time between SIGSTOPs of a random CPU, for up to a
+    tenth of a second each. ``longwait`` is the longest that a handler may burn, once in
+    a while.
     ``seed`` makes each invoker's choices the same again; None: a random one, which the
     report names. ``handler`` is one of ``HANDLERS``: Python handlers check the CPU and
     both memory orders, native ones are counted only. ``machine`` holds arguments of
@@ -58,6 +60,7 @@ class Options:
     onoff_interval: float = 0.0
     kill_interval: float = 0.0
     kills: int | None = None
+    stall_interval: float = 0.0
     seed: int | None = None
     handler: str = "mix"
     weights: Mapping[str, int] = field(default_factory=dict)
@@ -68,14 +71,7 @@ class Options:
             raise ValueError(
                 f"handler is {self.handler!r}: choose from {', '.join(HANDLERS)}"
             )
-        for name in ("stutter", "onoff_interval", "kill_interval"):
-            value = getattr(self, name)
-            if not 0 <= value < 1e9:
-                raise ValueError(f"{name} is {value!r}: give seconds, 0 or more")
-        for name in ("duration", "stat_interval"):
-            value = getattr(self, name)
-            if not 0 < value < 1e9:
-                raise ValueError(f"{name} is {value!r}: give seconds above 0")
+        check_times(self, "stutter")
         if not 0 <= self.longwait <= 3600:
             raise ValueError(f"longwait is {self.longwait!r}: give 0 to 3600 seconds")
         if self.nthreads != -1 and self.nthreads < 1:
@@ -93,6 +89,18 @@ class Options:
                 f" {ncpus} CPUs"
             )
         return ncpus if self.nthreads == -1 else self.nthreads
+
+
+def check_times(options: object, *more: str) -> None:
+    """Check the times of every run, and ``more`` that may be 0. ``ValueError``."""
+    for name in (*more, "onoff_interval", "kill_interval", "stall_interval"):
+        value = getattr(options, name)
+        if not 0 <= value < 1e9:
+            raise ValueError(f"{name} is {value!r}: give seconds, 0 or more")
+    for name in ("duration", "stat_interval"):
+        value = getattr(options, name)
+        if not 0 < value < 1e9:
+            raise ValueError(f"{name} is {value!r}: give seconds above 0")
 
 
 def selection(weights: Mapping[str, int], ncpus: int) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ class Hotplug:
     offline_ms: list[float] = field(default_factory=lambda: [0.0, 0.0])
     online_ms: list[float] = field(default_factory=lambda: [0.0, 0.0])
     kills: int = 0
+    stalls: int = 0
 
     def took(self, which: str, seconds: float) -> None:
         """Note how long a successful change took: [shortest, longest]."""
@@ -50,7 +51,7 @@ class Hotplug:
             f"onoff: {self.online}/{self.online_attempts}:"
             f"{self.offline}/{self.offline_attempts}"
             f" {on[0]:.0f},{on[1]:.0f}:{off[0]:.0f},{off[1]:.0f} ms"
-            f" kill: {self.kills}"
+            f" kill: {self.kills} stall: {self.stalls}"
         )
 
 

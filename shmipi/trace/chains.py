@@ -147,6 +147,8 @@ def read(
         if int(record["event"]) == begun and int(record["slot"]) == sender
     }
     for record in records:
+        if int(record["event"]) in _NO_STEP:
+            continue
         if not own or int(record["csd"]) in {0, *own}:
             reader.take(record)
     return reader.result()
@@ -351,6 +353,20 @@ class _Reader:
         return stage.when != "=6"
 
 
+#: Not on the way of a call, or said by others: for exporters.
+_NO_STEP: Final = {
+    _core.TRACE_EVENTS.index(name)
+    for name in (
+        "vector_entry",
+        "vector_exit",
+        "reschedule_ipi",
+        "irq_work_ipi",
+        "cpumask",
+        "cpu_online",
+        "cpu_offline",
+        "cpu_dead",
+    )
+}
 #: What a CPU is inside of, from the one record to the other.
 _ENTRIES: Final = {
     "irq_entry": "irq_exit",

@@ -130,6 +130,9 @@ def interrupt_rows(counters: Counters) -> list[InterruptRow]:
     """Return what ``interrupts`` shows, in its order."""
     now = counters.cpus()
     rows = counters.irqs() + counters.interrupts()
+    tlb = ("TLB", "TLB shootdowns", now["irq_tlb"])
+    if all(label != "TLB" for label, _, _ in rows):
+        rows.append(tlb)
     return [
         *rows,
         ("ELI", "Calls sent without interrupt, target polling", now["elided"]),

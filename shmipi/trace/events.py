@@ -1,7 +1,8 @@
-"""The tracepoints of a machine booted with ``trace=True``."""
+"""The tracepoints of a machine, as its CPUs record them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from shmipi import _core
 
-__all__ = ["RECORD", "TraceEvent", "read"]
+__all__ = ["FOUND", "RECORD", "TraceEvent", "in_order", "read", "with_slot"]
 
 
 class TraceEvent(IntEnum):
@@ -58,47 +59,67 @@ class TraceEvent(IntEnum):
     nmi_entry = 35
     nmi_handler = 36
     nmi_exit = 37
+    softirq_raise = 38  #: arg: its number
+    softirq_entry = 39  #: arg: its number
+    softirq_exit = 40  #: arg: its number
+    softirqd_wake = 41  #: what is left is ksoftirqd's; arg: softirqs, a bit each
+    vector_entry = 42  #: the handler of a line begins; arg: line | what for << 16
+    vector_exit = 43
+    reschedule_ipi = 44  #: the controller is asked to nudge a CPU; arg: the line
+    irq_work_ipi = 45  #: a CPU interrupts itself; csd, func: the work's
+    cpumask = 46  #: of ipi_send_cpumask; csd: from that CPU on, func | arg << 32: bits
+    cpu_online = 47
+    cpu_offline = 48
+    cpu_dead = 49  #: the firmware has found it dead; arg: how it ended
 
 
 #: A record as the core writes it (``struct shi_trace_record``).
 RECORD = np.dtype(
     [
         ("stamp", "u8"),
-        ("event", "u2"),
+        ("event", "u1"),
+        ("flags", "u1"),
         ("cpu", "u2"),
         ("csd", "u4"),
         ("func", "u4"),
         ("arg", "u4"),
-        ("seq", "u8"),
+        ("site", "u4"),
+        ("seq", "u4"),
     ]
 )
 assert RECORD.itemsize == _core.TRACE_RECORD_BYTES
+#: The same with who wrote it: ``slot``.
+FOUND = np.dtype([("slot", "u2"), *RECORD.descr])
 
 
 def read(machine: _core.Machine) -> NDArray[Any]:
-    """Return what the rings hold, oldest first: RECORD plus ``slot``, the writer.
+    """Return what the rings hold, oldest first: FOUND, ``stamp`` in ns.
 
-    ``stamp`` is in ns of CLOCK_MONOTONIC, ``event`` a ``TraceEvent``.
-    Records that are overwritten while they are copied are left out.
+    It is left there. Records that are written or overwritten while they are copied are
+    left out.
     """
-    found = np.dtype([("slot", "u2"), *RECORD.descr])
-    if not machine.trace_records:
-        return np.empty(0, found)
-    rings = np.ndarray(
-        (machine.nslots, machine.trace_records),
-        RECORD,
-        memoryview(machine),
-        machine.trace_offset,
-    )
-    before = rings["seq"].copy()
-    copy = rings.copy()
-    # The writer clears `seq` first and sets it last: the same twice is a whole record.
-    whole = (before != 0) & (before == copy["seq"]) & (before == rings["seq"])
-    slots, _ = np.nonzero(whole)
-    result = np.empty(len(slots), found)
-    result["slot"] = slots
+    if machine.trace_rings() is None:
+        return np.empty(0, FOUND)
+    parts = [
+        with_slot(slot, machine.trace_take(slot, 0, True)[0])
+        for slot in range(machine.nslots)
+    ]
+    return in_order(parts)
+
+
+def with_slot(slot: int, raw: bytes) -> NDArray[Any]:
+    """Return raw records of one slot as FOUND, ``stamp`` as it was written."""
+    records = np.frombuffer(raw, RECORD)
+    found = np.empty(len(records), FOUND)
+    found["slot"] = slot
     for name in RECORD.names or ():
-        result[name] = copy[name][whole]
-    result["stamp"] = [_core.stamp_to_mono(int(stamp)) for stamp in result["stamp"]]
-    result.sort(order="stamp", kind="stable")
-    return result
+        found[name] = records[name]
+    return found
+
+
+def in_order(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Put records of several slots in one order; ``stamp`` in ns of CLOCK_MONOTONIC."""
+    found = np.concatenate(parts) if parts else np.empty(0, FOUND)
+    found = found[np.argsort(found["stamp"], kind="stable")]
+    found["stamp"] = [_core.stamp_to_mono(int(stamp)) for stamp in found["stamp"]]
+    return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 import shmipi
@@ -215,23 +216,25 @@ def stuck(
     """`free = stuck(cluster, cpu)`: a task of that CPU is in C and takes no bytecode.
 
     It takes signals, so native handlers run, but Python ones wait for `free()`.
-    The very first interrupt may still come a bytecode before it is stuck.
     """
     libc = ctypes.PyDLL(None)  # keeps the interpreter, as a real C extension may
+    shared = ctypes.create_string_buffer(16)  # a pthread_mutexattr_t, between processes
+    libc.pthread_mutexattr_init(shared)
+    libc.pthread_mutexattr_setpshared(shared, 1)
     ends: list[Callable[[], None]] = []
 
     def start(cluster: Any, cpu: int) -> Callable[[], None]:
-        words = cluster.shared(f"stuck{cpu}", "i4", 2)
+        words = cluster.shared(f"stuck{cpu}", "i8", 17)
         lock = ctypes.c_void_p(words.ctypes.data)
-        words[1] = 0
-        libc.pthread_spin_init(lock, 1)  # shared between processes
-        libc.pthread_spin_lock(lock)
+        words[:] = 0
+        libc.pthread_mutex_init(lock, shared)
+        libc.pthread_mutex_lock(lock)
 
         def task() -> None:
-            spin = ctypes.PyDLL(None).pthread_spin_lock
+            wait = ctypes.PyDLL(None).pthread_mutex_lock
             there = ctypes.c_void_p(words.ctypes.data)
-            words[1] = 1
-            spin(there)
+            words[16] = 1
+            wait(there)
 
         thread = background(lambda: cluster.run(task, cpus=[cpu]))
         done: list[bool] = []
@@ -239,11 +242,14 @@ def stuck(
         def free() -> None:
             if not done:
                 done.append(True)
-                libc.pthread_spin_unlock(lock)
+                libc.pthread_mutex_unlock(lock)
                 thread.end(20)
 
         ends.append(free)
-        eventually(lambda: words[1])
+        eventually(lambda: words[16])
+        # The one place where it sleeps from here on.
+        process = psutil.Process(cluster.cpus[cpu].pid)
+        eventually(lambda: process.status() == "sleeping")
         return free
 
     yield start

@@ -5,6 +5,7 @@ import pickle
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 import shmipi
@@ -488,6 +489,8 @@ def test_a_masked_sgi_wakes_nobody_and_fires_once(gic, taken, settle, eventually
     assert unmask(cpu=2) == 0xFF | both
     assert mask(1 << SGI, cpu=2) == 0xFF | 1 << OTHER
     eventually(lambda: gic.cpus[2].state == "halted")
+    # It is counted when it has that state, and before it sleeps.
+    eventually(lambda: psutil.Process(gic.cpus[2].pid).status() == "sleeping")
     halts = gic.counters()["halts"][2]
     for _ in range(5):
         chip.raise_line(SGI, 2)
@@ -633,6 +636,7 @@ def test_arch_functions(gic, settle):
 
 @pytest.mark.parametrize("ipi", [-1, MAX_IPI, 99])
 def test_unknown_ipi_message(gic, ipi):
+    """Proves row 40."""
     with pytest.raises(shmipi.IrqError, match="no IPI message") as caught:
         gic.chip.smp_cross_call([1], ipi)
     assert (caught.value.errno, caught.value.domain) == (errno.EINVAL, gic.controller)
@@ -677,7 +681,10 @@ def test_pseudo_nmis_are_not_masked(boot, held, settle):
 
 
 def test_without_them_a_backtrace_is_a_normal_ipi(gic, held, settle):
-    """Silently: ipi_should_be_nmi() is false, and interrupts off hold it up."""
+    """Silently: ipi_should_be_nmi() is false, and interrupts off hold it up.
+
+    Proves row 51.
+    """
     before = gic.counters()["nmi"]
     row = rows_of(gic)["IPI6"]
     assert not any(gic.chip.ipi_should_be_nmi(ipi) for ipi in range(MAX_IPI))

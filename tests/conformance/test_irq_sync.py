@@ -23,6 +23,7 @@ from shmipi import (
 )
 from shmipi.errors import IrqError
 from shmipi.irq.chips import CHIPS
+from shmipi.machine.process import is_stopped
 
 
 def libc_path():
@@ -107,8 +108,12 @@ class Rig:
         self.irq.ipi_send_single(virq, 1)
         wait(lambda: self.machine.step_hit(1) == "line")
         if action == _core.STEP_STOP:
-            stat = Path(f"/proc/{self.cluster.cpus[1].pid}/stat")
-            wait(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+            self.until_stopped(wait)
+
+    def until_stopped(self, wait):
+        """It says just before that it is at the step: SIGCONT would be too early."""
+        pid = self.cluster.cpus[1].pid
+        wait(lambda: is_stopped(pid))
 
 
 @pytest.fixture(params=CHIPS)
@@ -372,15 +377,22 @@ def test_of_two_taken_at_once_the_second_is_not_handled_by_the_next(
 # ---- spurious ------------------------------------------------------------------------
 
 
-def test_an_irq_enabled_while_it_is_held_back_as_spurious_is_enabled(rig, eventually):
-    """It came before anybody had requested it, and another process does so just now."""
+def requested_while_held_back(rig, eventually):
+    """An irq that came to CPU 1 before its request: it is stopped, not masked yet."""
     virq = rig.irq.irq_reserve_ipi(None, ONE)
     rig.irq.enable_percpu_irq_mask(virq)
     eventually(lambda: rig.cluster.cpus[1].state == "halted")
     rig.machine.arm_step(1, "spurious", _core.STEP_STOP)
     rig.irq.ipi_send_single(virq, 1)
     eventually(lambda: rig.machine.step_hit(1) == "spurious")
+    rig.until_stopped(eventually)
     rig.irq.request_percpu_irq(virq, COUNT, "late", rig.rows)
+    return virq
+
+
+def test_an_irq_enabled_while_it_is_held_back_as_spurious_is_enabled(rig, eventually):
+    """It came before anybody had requested it, and another process does so just now."""
+    virq = requested_while_held_back(rig, eventually)
     rig.irq.enable_percpu_irq_mask(virq)
     os.kill(rig.cluster.cpus[1].pid, signal.SIGCONT)
     eventually(lambda: not rig.irq.table.in_progress())
@@ -391,13 +403,7 @@ def test_an_irq_enabled_while_it_is_held_back_as_spurious_is_enabled(rig, eventu
 
 def test_an_irq_disabled_while_it_is_held_back_as_spurious_is_disabled(rig, eventually):
     """As above, but it is not to be let through: only what was enabled before is."""
-    virq = rig.irq.irq_reserve_ipi(None, ONE)
-    rig.irq.enable_percpu_irq_mask(virq)
-    eventually(lambda: rig.cluster.cpus[1].state == "halted")
-    rig.machine.arm_step(1, "spurious", _core.STEP_STOP)
-    rig.irq.ipi_send_single(virq, 1)
-    eventually(lambda: rig.machine.step_hit(1) == "spurious")
-    rig.irq.request_percpu_irq(virq, COUNT, "late", rig.rows)
+    virq = requested_while_held_back(rig, eventually)
     rig.irq.disable_percpu_irq_mask(virq)
     os.kill(rig.cluster.cpus[1].pid, signal.SIGCONT)
     eventually(lambda: not rig.irq.table.in_progress())

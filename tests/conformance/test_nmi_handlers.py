@@ -9,7 +9,14 @@ import warnings
 import pytest
 
 import shmipi
-from shmipi import Cluster, ClusterStateError, IrqError, ShmipiWarning, smp
+from shmipi import (
+    Cluster,
+    ClusterStateError,
+    IrqError,
+    MachineDiedError,
+    ShmipiWarning,
+    smp,
+)
 from shmipi.smp import (
     NMI_DONE,
     NMI_FLAG_FIRST,
@@ -20,6 +27,7 @@ from shmipi.smp import (
     NMI_REASON_SERR,
     NMI_SERR,
     NMI_UNKNOWN,
+    nmi,
 )
 
 LONG = 20_000_000
@@ -106,19 +114,26 @@ def test_native_handlers_of_a_type_run_in_the_signals_handler(
     go[:] = 0
 
     def deaf():
-        import hashlib
+        import itertools
+        import operator
 
-        go[0] = 1
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)  # one call into C
+        # One call into C, which says that it has begun and ends when it is told to.
+        word = memoryview(go)
+        begins = [(word.__setitem__, 0, 1)]
+        looks = itertools.repeat((word.__getitem__, 1))
+        any(itertools.starmap(operator.call, itertools.chain(begins, looks)))
         return int(shmipi.shared("n")[0]), int(shmipi.shared("order")[0])
 
     rig.add(NMI_LOCAL, "python")
     rig.register(NMI_LOCAL, COUNT, 0, "native", rig.n[:1])
     task = background(lambda: rig.cluster.run(deaf, cpus=[1]))
-    eventually(lambda: go[0])
-    rig.cluster.chip.send_nmi(1)
-    eventually(lambda: rig.n[0] == 1)
-    python_yet = int(rig.order[0])
+    try:
+        eventually(lambda: go[0])
+        rig.cluster.chip.send_nmi(1)
+        eventually(lambda: rig.n[0] == 1)
+        python_yet = int(rig.order[0])
+    finally:
+        go[1] = 1
     assert task.end(60)[0][0] == 1
     assert python_yet == 0
     eventually(lambda: rig.order[:2].tolist() == [1, 1])
@@ -314,22 +329,31 @@ def test_unregister_waits_until_no_cpu_runs_it(rig, background, who):
             pass
         n[2] = 1
 
-    def unregister():
-        smp.unregister_nmi_handler(NMI_LOCAL, "slow")
-        return int(shmipi.shared("n")[2])
+    def unregister(n, where):
+        wait = nmi._synchronize
+
+        def noted(machine):
+            n[3] = 1
+            wait(machine)
+
+        nmi._synchronize = noted
+        try:
+            where.unregister_nmi_handler(NMI_LOCAL, "slow")
+        finally:
+            nmi._synchronize = wait
+        return int(n[2])
+
+    def by_task(n):
+        return unregister(n, smp)
 
     rig.register(NMI_LOCAL, slow, 0, "slow")
     cluster.chip.send_nmi(1)
     rig.wait(lambda: rig.n[0])
     if who == "task":
-        thread = background(lambda: cluster.run(unregister, cpus=[0])[0])
+        thread = background(lambda: cluster.run(by_task, rig.n, cpus=[0])[0])
     else:
-        thread = background(
-            lambda: (
-                cluster.smp.unregister_nmi_handler(NMI_LOCAL, "slow"),
-                int(rig.n[2]),
-            )[1]
-        )
+        thread = background(unregister, rig.n, cluster.smp)
+    rig.wait(lambda: rig.n[3])
     thread.join(0.1)
     assert thread.is_alive()
     # It is asked no more all the same, and what is not there is not waited for.
@@ -366,7 +390,28 @@ def test_unregister_does_not_wait_for_a_cpu_that_dies(rig, background):
     cluster.smp.unregister_nmi_handler(NMI_LOCAL, "again")
 
 
-def test_ctrl_c_ends_the_wait_and_it_is_unregistered_all_the_same(rig):
+def test_unregister_does_not_wait_for_a_machine_that_dies(boot, eventually, background):
+    """Nobody is left there to say of a CPU in an NMI's handler that it is dead."""
+
+    def forever(type, regs):
+        shmipi.shared("n")[0] = 1
+        while True:
+            pass
+
+    cluster = boot(2, idle="halt")
+    n = cluster.shared("n", "i8", 1)
+    cluster.smp.register_nmi_handler(NMI_LOCAL, forever, 0, "forever")
+    cluster.chip.send_nmi(1)
+    eventually(lambda: n[0])
+    thread = background(cluster.smp.unregister_nmi_handler, NMI_LOCAL, "forever")
+    thread.join(0.05)
+    assert thread.is_alive()
+    os.kill(cluster._machine.firmware_pid, signal.SIGKILL)
+    with pytest.raises(MachineDiedError):
+        thread.end()
+
+
+def test_ctrl_c_ends_the_wait_and_it_is_unregistered_all_the_same(rig, monkeypatch):
     def slow(type, regs):
         n = shmipi.shared("n")
         n[0] += 1
@@ -376,17 +421,22 @@ def test_ctrl_c_ends_the_wait_and_it_is_unregistered_all_the_same(rig):
     def interrupt(*_):
         raise KeyboardInterrupt
 
+    def waits(machine, wait=nmi._synchronize):
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        wait(machine)
+
     cluster = rig.cluster
     rig.register(NMI_LOCAL, slow, 0, "slow")
     cluster.chip.send_nmi(1)
     rig.wait(lambda: rig.n[0])
+    monkeypatch.setattr(nmi, "_synchronize", waits)
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(KeyboardInterrupt):
             cluster.smp.unregister_nmi_handler(NMI_LOCAL, "slow")
     finally:
         signal.signal(signal.SIGALRM, old)
+        monkeypatch.undo()
     rig.names.clear()
     rig.n[1] = 1
     rig.wait(lambda: not cluster.chip.read("nmi", 1))

@@ -98,6 +98,8 @@ def test_what_comes_while_disabled_is_taken_once_on_enable(rig):
     rig.settles(0, 0, 0)
     rig.irq.enable_percpu_irq_mask(virq, "0-1")
     rig.wait(lambda: rig.rows[0] and rig.rows[1])
+    # None halts before it has taken all that it was sent.
+    rig.wait(lambda: {cpu.state for cpu in rig.cluster.cpus} == {"halted"})
     taken = rig.rows.tolist()
     # Once; where a source remembers that it came again (Q of an ESB), once more.
     assert set(taken[:2]) <= ({1, 2} if rig.cluster.chip.flow == "esb" else {1})
@@ -386,8 +388,12 @@ def test_a_spurious_percpu_irq_is_disabled_where_it_came(rig):
     before = rig.counter("irq_other")
     rig.irq.irq_send_ipi(virq, "0-1")
     rig.wait(lambda: rig.counter("irq_other") == before + 2)
-    enabled = [rig.irq.irq_percpu_is_enabled(virq, cpu) for cpu in range(3)]
-    assert enabled == [False, False, True]
+
+    def enabled():
+        return [rig.irq.irq_percpu_is_enabled(virq, cpu) for cpu in range(3)]
+
+    # It is disabled after it was counted.
+    rig.wait(lambda: enabled() == [False, False, True])
     # It comes no more, and when somebody has requested it and enables it, once.
     for _ in range(3):
         rig.irq.irq_send_ipi(virq, "0-1")
@@ -555,10 +561,10 @@ def test_requested_irqs_have_rows(rig):
     assert irq_rows(rig.cluster.interrupts())[again][0] == [0, 0, 0]
 
 
-def test_a_native_handler_runs_in_the_middle_of_a_long_c_call(rig):
+def test_a_native_handler_runs_in_the_middle_of_a_long_c_call(rig, stuck):
     """In the signal handler: the interpreter reaches no bytecode until that returns."""
     cluster, irq = rig.cluster, rig.irq
-    at, taken = cluster.shared("at", "i8", 2), cluster.percpu("taken-in-c", "i8")
+    taken = cluster.percpu("taken-in-c", "i8")
     seen = cluster.percpu("seen-in-python", "i8")
     native, python = (irq.irq_reserve_ipi(None, "0-1") for _ in range(2))
     irq.request_percpu_irq(native, smp.NativeHandler("count"), "native", taken)
@@ -569,32 +575,15 @@ def test_a_native_handler_runs_in_the_middle_of_a_long_c_call(rig):
     irq.request_percpu_irq(python, note, "python", seen)
     irq.enable_percpu_irq_mask(native)
     irq.enable_percpu_irq_mask(python)
-
-    def compute(at):
-        numbers = range(20_000_000)
-        at[0] = 1
-        found = sum(numbers)  # one call of C, a second or so
-        at[1] = 1
-        return found
-
-    call = rig.cluster._machine.post(1, compute, (at,), None, True)
-    deadline = time.monotonic() + 10
-    while not at[0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    time.sleep(0.005)
+    free = stuck(cluster, 1)
     for count in (1, 2, 3):
         irq.ipi_send_single(native, 1)
-        while taken[1] < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.0005)
+        rig.wait(lambda n=count: taken[1] >= n)
     irq.ipi_send_single(python, 1)  # the last: it is in service until it has run
     time.sleep(0.002)
-    assert (at[1], seen[1]) == (0, 0)  # it is still there, and Python waits
-    rig.cluster._machine.collect(call, 1, 30.0)
-    while not seen[1]:
-        assert time.monotonic() < deadline + 20
-        time.sleep(0.001)
+    assert seen[1] == 0  # it is still there, and Python waits
+    free()
+    rig.wait(lambda: seen[1])
     for virq, dev_id in ((native, taken), (python, seen)):
         irq.disable_percpu_irq_mask(virq)
         irq.free_percpu_irq(virq, dev_id)

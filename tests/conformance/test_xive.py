@@ -8,6 +8,7 @@ import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 import shmipi
@@ -190,6 +191,7 @@ def machine():
 @pytest.fixture
 def rig(machine):
     """The machine, left as it was found: nothing pending, all sources RESET."""
+    machine.settle()  # just booted, it may not sleep yet
     yield machine
     machine.flag[1] = 1
     machine.settle()
@@ -206,6 +208,7 @@ def rig(machine):
 @pytest.mark.parametrize("msg", MESSAGES, ids=MESSAGES.values())
 @pytest.mark.parametrize("cpu", [0, 3])
 def test_each_message_arrives_once_and_is_counted(rig, cpu, msg):
+    """Proves row 36."""
     before = rig.rows(cpu)
     rig.chip.do_message_pass(cpu, msg)
     rig.wait(lambda: rig.rows(cpu) != before and rig.state(cpu) is RESET)
@@ -219,6 +222,7 @@ def test_each_message_arrives_once_and_is_counted(rig, cpu, msg):
 
 
 def test_a_message_without_an_ipi_is_found_by_the_next_demux(rig):
+    """Proves row 36."""
     before = rig.rows(2)
     rig.chip.smp_muxed_ipi_set_message(2, PPC_MSG_RM_HOST_ACTION)
     assert rig.chip.xive_cpu(2).messages == [PPC_MSG_RM_HOST_ACTION]
@@ -253,6 +257,22 @@ def test_demux_by_hand(rig, background, name):
     assert then == "RESET"
     after = rig.rows(1)
     assert [after[k] - before[k] for k in ("RES", "TBI", "IPI")] == [1, 1, 1]
+
+
+def test_a_demux_looks_again_until_nothing_is_left(rig):
+    """Proves row 38: what it takes, and then that there is no more."""
+    mark = time.monotonic_ns()
+    for msg in (PPC_MSG_RM_HOST_ACTION, PPC_MSG_TICK_BROADCAST):
+        rig.chip.smp_muxed_ipi_set_message(2, msg)
+    rig.chip.xive_cause_ipi(2)
+    rig.wait(lambda: rig.state(2) is RESET and not rig.chip.xive_cpu(2).messages)
+    rig.settle()
+    taken = [
+        arg
+        for slot, name, _, arg in rig.events(mark)
+        if (slot, name) == (2, "chip_demux")
+    ]
+    assert taken[:2] == [1 << PPC_MSG_RM_HOST_ACTION | 1 << PPC_MSG_TICK_BROADCAST, 0]
 
 
 def test_demux_by_hand_runs_a_call(rig):
@@ -291,6 +311,7 @@ def test_demux_by_hand_runs_a_call(rig):
 
 
 def test_a_host_action_is_taken_before_a_function_call(rig):
+    """Proves row 39."""
     mark = time.monotonic_ns()
     for msg in (0, 1, 2, 4):
         rig.chip.smp_muxed_ipi_set_message(3, msg)
@@ -372,7 +393,7 @@ def test_the_call_chain_of_a_call_to_another_core(rig):
         smp.smp_call_function_single(2, smp.NativeHandler("noop"))
 
     rig.cluster.run(call, cpus=[0])
-    rig.wait(lambda: rig.state(2) is RESET)
+    rig.settle()  # RESET it is before its EOI is in the trace
     events = rig.events(mark)
     sent = [(name, arg) for slot, name, cpu, arg in events if (slot, cpu) == (0, 2)]
     names = [name for name, _ in sent]
@@ -906,6 +927,7 @@ def test_doorbell_functions(rig, background):
 
 
 def test_irq_happened_and_the_order_of_its_replay(rig, background):
+    """Proves row 48."""
     chip = rig.chip
     task = rig.start(background, hold)
     before = rig.rows(1)
@@ -975,21 +997,30 @@ def test_prep_irq_for_idle(rig):
 
 @pytest.mark.parametrize("way", ["xive_cause_ipi", "doorbell_global_ipi"])
 def test_the_idle_loop_does_not_sleep_on_what_has_happened(boot, way):
-    """Stopped between its last look and HALTED: the interrupt rings nobody."""
+    """Stopped between its last look and HALTED: the interrupt rings nobody.
+
+    Proves row 31.
+    """
     rig = Rig(boot(2, controller="xive", idle="halt", steps=True))
     row = {"xive_cause_ipi": "IPI", "doorbell_global_ipi": "DBL"}[way]
     rig.wait(lambda: rig.cluster.cpus[1].state == "halted")
     rig.machine.arm_step(1, "halt", _core.STEP_STOP)
     rig.chip.do_message_pass(1, PPC_MSG_TICK_BROADCAST)
-    rig.wait(lambda: rig.machine.step_hit(1) == "halt")
+    pid = rig.cluster.cpus[1].pid
+
+    def stops_at(step):
+        """It says so just before it stops."""
+        rig.wait(lambda: rig.machine.step_hit(1) == step)
+        rig.wait(lambda: psutil.Process(pid).status() == "stopped")
+
+    stops_at("halt")
     before, halts = rig.rows(1)[row], rig.cluster.counters()["halts"][1]
     getattr(rig.chip, way)(1)
     assert rig.chip.interrupt_asserted(1)
     rig.machine.arm_step(1, "halted", _core.STEP_STOP)
-    pid = rig.cluster.cpus[1].pid
     os.kill(pid, signal.SIGCONT)
     # It gets to HALTED, but for that it must have taken the interrupt.
-    rig.wait(lambda: rig.machine.step_hit(1) == "halted")
+    stops_at("halted")
     assert rig.rows(1)[row] == before + 1
     assert rig.cluster.counters()["halts"][1] <= halts + 1
     os.kill(pid, signal.SIGCONT)

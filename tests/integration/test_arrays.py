@@ -10,6 +10,7 @@ import pytest
 
 import shmipi
 from shmipi import ArenaFullError, NoMachineError, SharedArray, smp
+from shmipi.machine import arrays as machine_arrays
 
 
 def test_shared_is_the_same_memory_on_every_cpu(cluster):
@@ -241,6 +242,8 @@ def test_a_thousand_arrays(boot):
     arrays = [cluster.shared(f"n{n}", "u1", 10) for n in range(1000)]
     arrays[999][3] = 1
     assert cluster.call(0, lambda: int(shmipi.shared("n999")[3])) == 1
+    # Each CPU of many would describe all of them, to find one.
+    assert cluster.call(0, lambda: len(machine_arrays._current._known)) < 10
 
 
 def test_too_large_for_the_address_space_or_the_disk(cluster):

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import secrets
+import select
 import selectors
 import signal
 import socket
@@ -29,8 +30,9 @@ from shmipi import (
     cli,
     smp,
 )
-from shmipi.machine import segment
+from shmipi.machine import locks, segment
 from shmipi.machine.guests import Guests, address
+from shmipi.machine.process import is_stopped
 from shmipi.names import DOORBELLS
 
 SOON_S = 2.0  # hard; what is meant is a second at most
@@ -82,6 +84,8 @@ if __name__ == "__main__":
         lab.irq.request_percpu_irq(virq, taken, "mine", seen)
         lab.irq.enable_percpu_irq_mask(virq)
         lab.irq.ipi_send_mask(virq, "0-1")
+        while not seen[:2].all():  # the sender has not waited
+            pass
         lab.run(int)
         assert seen[:2].tolist() == [1, 1], seen
         lab.irq.disable_percpu_irq_mask(virq)
@@ -371,6 +375,21 @@ def check_told(process, ended, kind):
         assert float(when) - ended < SOON_S, (name, float(when) - ended)
 
 
+def test_a_death_that_another_host_has_noticed_first(boot):
+    owner = boot(2, idle="halt")
+    with shmipi.Cluster.attach(owner.name) as lab:
+        os.kill(owner._machine.firmware_pid, signal.SIGSTOP)
+        try:
+            owner._machine.set_state(shmipi._core.DEAD)
+            assert not lab._host.died
+            with pytest.raises(shmipi.MachineDiedError):
+                lab.call(0, int)
+            with pytest.raises(shmipi.MachineDiedError):
+                lab.cpus  # noqa: B018
+        finally:
+            os.kill(owner._machine.firmware_pid, signal.SIGKILL)
+
+
 def test_an_orderly_shutdown_is_told_as_one(boot, script):
     owner = boot(2, name=f"end{os.getpid()}")
     process = waiting(script, owner.name)
@@ -458,6 +477,27 @@ def test_nonsense_on_the_socket_hurts_nobody(boot):
     assert lab.run(smp.smp_processor_id) == [0, 1, 2]
     for connection in made:
         connection.close()
+
+
+def test_who_leaves_without_having_read_the_answer_frees_the_slot(boot, eventually):
+    """His close resets the connection: the kernel tells before what he said last."""
+    lab, made = boot(1), []
+    knock = knocker(lab, made)
+    firmware = lab._machine.firmware_pid
+    for _ in range(_core.GUESTS):
+        guest = knock()
+        guest.send(b'{"op": "attach"}')
+        assert select.select([guest], [], [], 10)[0]
+        os.kill(firmware, signal.SIGSTOP)
+        try:
+            eventually(lambda: is_stopped(firmware))
+            guest.send(b'{"op": "detach"}')
+            guest.close()
+        finally:
+            os.kill(firmware, signal.SIGCONT)
+    with contextlib.ExitStack() as hosts:
+        for _ in range(_core.GUESTS):
+            hosts.enter_context(Cluster.attach(lab.name))
 
 
 def test_who_connects_and_says_nothing_keeps_nobody_out(boot):
@@ -597,15 +637,53 @@ def test_a_host_detaches_while_its_threads_call(lab, background):
     assert lab.counters()["corrupt"].sum() == 0
 
 
+def test_a_host_detaches_while_the_firmware_owes_it_an_answer(
+    boot, background, eventually
+):
+    owner = boot(2, idle="halt")
+    lab = Cluster.attach(owner.name)
+    firmware = owner._machine.firmware_pid
+    os.kill(owner.cpus[1].pid, signal.SIGKILL)
+    eventually(lambda: owner.cpus[1].state == "dead")
+    os.kill(firmware, signal.SIGSTOP)
+    try:
+        asks = background(lab.online, 1)
+        time.sleep(0.1)
+        lab.shutdown()
+        with pytest.raises(ClusterStateError, match="detached"):
+            asks.end(10)
+    finally:
+        os.kill(firmware, signal.SIGCONT)
+
+
+def test_a_host_detaches_while_another_changes_cpus(boot, background, eventually):
+    """Its thread that looks after dead CPUs waits for the other, and not for ever."""
+    owner = boot(2, idle="halt")
+    lab = Cluster.attach(owner.name)
+    lab.smp.cpuhp_setup_state(smp.CpuhpState.CPUHP_BP_PREPARE_DYN, "x", None, int)
+    with locks.held(owner._machine, "hotplug", 5):
+        os.kill(owner.cpus[1].pid, signal.SIGKILL)
+        eventually(lambda: lab._hotplug_turn() is not None)  # it waits
+        background(lab.shutdown).end(10)
+
+
 @pytest.mark.parametrize("way", ["call", "run", "single", "each"])
 def test_a_host_detaches_in_a_signal_handler_of_its_call(lab, way):
     """It gets an error, and not None: what it reads is no longer the machine's."""
     here = Cluster.attach(lab.name)
+    gate = lab.shared("gate of a signal", "i8", 1)
+    gate[0] = 0
+
+    def held(_=None):
+        end = time.monotonic() + 30
+        while not gate[0] and time.monotonic() < end:
+            time.sleep(0.005)
+
     ways = {
-        "call": lambda: here.call(1, time.sleep, 0.3),
-        "run": lambda: here.run(time.sleep, 0.3),
-        "single": lambda: here.smp.smp_call_function_single(1, time.sleep, 0.3),
-        "each": lambda: here.smp.on_each_cpu(time.sleep, 0.3),
+        "call": lambda: here.call(1, held),
+        "run": lambda: here.run(held),
+        "single": lambda: here.smp.smp_call_function_single(1, held),
+        "each": lambda: here.smp.on_each_cpu(held),
     }
     before = signal.signal(signal.SIGALRM, lambda *_: here.shutdown())
     signal.setitimer(signal.ITIMER_REAL, 0.1)
@@ -613,6 +691,7 @@ def test_a_host_detaches_in_a_signal_handler_of_its_call(lab, way):
         with pytest.raises(ClusterStateError, match="closed"):
             ways[way]()
     finally:
+        gate[0] = 1
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         here.shutdown()
@@ -1050,7 +1129,7 @@ def test_call_says_what_is_wrong_in_words(lab, program, tmp_path, capsys):
     for status, words, *arguments in [
         (1, "ValueError: on purpose", name, "1", f"{program}:bad"),
         (1, "CPU 9 does not exist", name, "9", "os:getpid"),
-        (1, "no answer", "--timeout", "50ms", name, "1", "time:sleep", "0.3"),
+        (1, "no answer", "--timeout", "50ms", name, "1", "time:sleep", "1"),
         (1, "is not for JSON", "--json", name, "1", f"{program}:odd"),
         (1, "is not for JSON", "--json", name, "1", "builtins:float", "nan"),
         (1, "LookupError: no words", name, "1", f"{program}:nameless"),

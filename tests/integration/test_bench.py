@@ -6,6 +6,7 @@ No figure is compared with a time: the computer that runs the tests is busy with
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ pytestmark = [
     ),
 ]
 
-STATS = {"min", "p50", "p90", "p99", "p999", "max", "mean"}
+STATS = {"min", "p50", "p90", "p99", "p999", "max", "mean", "count", "hist"}
 
 
 def document(capfd, *arguments):
@@ -164,7 +165,7 @@ def test_controllers(capfd):
 
 
 @pytest.mark.parametrize("controller", ["apic", "xive", "mips-gic", "gicv3", "riscv"])
-def test_a_raised_line_is_not_elided_and_is_handled_each_time(controller):
+def test_a_raised_line_is_not_elided_and_is_handled_each_time(controller, eventually):
     from shmipi.bench import controllers, tasks
 
     cores = usable_cores()[:2]
@@ -174,6 +175,8 @@ def test_a_raised_line_is_not_elided_and_is_handled_each_time(controller):
         before, sender = rig.counters(2), rig.counters(0)
         options = {"warmup": 0, "state": _core.POLLING, "line": bench.lines[2]}
         rtt, *_ = rig.run(0, tasks.native_raises, "bench.lines", 2, 200, options)
+        # The last is counted after its handler, which the sender waits for.
+        eventually(lambda: rig.counters(2)["irq_handled"] - before["irq_handled"] > 199)
         after, sent = rig.counters(2), rig.counters(0)
         assert rtt.count == 200
         assert after["irq_handled"] - before["irq_handled"] == 200
@@ -288,17 +291,26 @@ def test_a_raw_fork_that_is_stopped_does_not_hold_the_firmware_up(boot):
     firmware = psutil.Process(cluster._machine.firmware_pid)
     cpus = {child.pid for child in firmware.children()}
 
-    def stop_one() -> None:
-        while not (forks := {child.pid for child in firmware.children()} - cpus):
-            pass
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(min(forks), signal.SIGSTOP)
+    over = threading.Event()
 
+    def stop_one() -> None:
+        forks: set[int] = set()
+        while not forks and not over.is_set():
+            forks = {child.pid for child in firmware.children()} - cpus
+        with contextlib.suppress(ProcessLookupError, ValueError):
+            os.kill(min(forks), signal.SIGSTOP)
+            stopped.append(True)
+
+    stopped: list[bool] = []
     thread = threading.Thread(target=stop_one)
     thread.start()
-    with contextlib.suppress(BootError):  # it may have been here before it was stopped
-        cluster._host.measure_fork([0] * 200)
+    end = time.monotonic() + 30
+    while thread.is_alive() and time.monotonic() < end:  # it may see none of the first
+        with contextlib.suppress(BootError):  # here before it was stopped, perhaps
+            cluster._host.measure_fork([0] * 200)
+    over.set()
     thread.join()
+    assert stopped
     assert {child.pid for child in firmware.children()} == cpus
     assert cluster.call(1, abs, -3) == 3
 
@@ -327,8 +339,13 @@ def test_death(capfd):
 
 def test_the_text_is_for_people(capfd):
     arguments = ("latency", "--calls", "10", "--blocks", "5", "--doorbell", "none")
-    assert main(["bench", *arguments]) == 0
+    assert main(["bench", *arguments, "--histogram"]) == 0
     out, err = capfd.readouterr()
+    # A pipe: letters, and nothing that moves a cursor.
+    assert all(letter.isprintable() or letter == "\n" for letter in out)
+    below = out[out.index("polling, in batches") :]
+    assert re.search(r"^polling, native.*: 10 in all$", below, re.MULTILINE)
+    assert re.search(r"^ +\d+ \w+ +\d+ +[\d.]+ % #+$", below, re.MULTILINE)
     assert "ratio (spread)" in out
     assert "mailbox" in out
     assert "polling, in batches" in out
@@ -387,7 +404,7 @@ def test_a_parked_sender_halts(rig):
         if native - start > 75:
             break
         time.sleep(0.1)  # the hypervisor has one core for both: that passes
-    _, missed = rig.run(0, tasks.python_calls, 1, 100, 0, 30_000, _core.HALTED, 0)
+    _, missed, *_ = rig.run(0, tasks.python_calls, 1, 100, 0, 30_000, _core.HALTED, 0)
     assert missed <= 100
     # A sender that loses its core between call and sleep finds the answer there, as a
     # Python one on a busy computer may.
@@ -530,8 +547,10 @@ def test_a_doorbell_that_cannot_be_had_is_listed():
 
 
 @pytest.mark.parametrize("after", [0.3, 1.5])
-def test_ctrl_c_leaves_nothing(after):
+def test_ctrl_c_leaves_nothing(after, eventually):
     """Nothing of it is left: the fixture that follows every test looks."""
+    import psutil
+
     process = subprocess.Popen(
         [sys.executable, "-m", "shmipi", "bench", "latency", "--calls", "1M"],
         stdout=subprocess.PIPE,
@@ -539,11 +558,52 @@ def test_ctrl_c_leaves_nothing(after):
         text=True,
         env={**os.environ},
     )
+    if after > 1:  # in main(), which has booted
+        program = psutil.Process(process.pid)
+        eventually(lambda: program.children() or process.poll() is not None, 30)
     time.sleep(after)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in err or after < 1  # before main() it is the interpreter's
+
+
+@pytest.mark.parametrize("state", ["running", "polling"])
+def test_a_state_that_ends_after_its_machine_says_nothing(state):
+    """Ctrl-C in between: the generator is ended when it is collected."""
+    with Rig(usable_cores()[:2]) as rig:
+        kept = rig.in_state([1], state)
+        kept.__enter__()
+    kept.gen.close()
+
+
+def test_ctrl_c_of_all_of_them_leaves_whole_documents(tmp_path):
+    """Of a machine nothing is left: the fixture that follows every test looks."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "shmipi", "bench", "all"),
+            *("--out", str(tmp_path), "--only", "trace,users"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "trace.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)  # in the boot or in the first blocks of the next
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert f"shmipi bench all: {tmp_path} lacks users (all.json has" in err
+    assert "trace.json" in out
+    found = {file.name: json.loads(file.read_text()) for file in tmp_path.iterdir()}
+    assert sorted(found) == ["all.json", "doctor.json", "trace.json"]
+    benches = found["all.json"]["benches"]
+    assert benches["trace"]["file"] == "trace.json"
+    assert benches["users"] == {"missing": "interrupted"}
 
 
 def test_options_have_defaults_for_all():

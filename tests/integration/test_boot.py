@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from shmipi import Cluster, CpuMask, smp
+from shmipi import BootError, Cluster, CpuMask, smp
 from shmipi.machine import topology
 from shmipi.names import DOORBELLS
 
@@ -24,8 +25,24 @@ def test_the_default_machine(boot):
     assert cluster.name in repr(cluster)
 
 
-def test_cpus_say_what_they_are(boot):
+def test_modules_are_imported_before_cpus_are_forked(boot):
+    cluster = boot(2, idle="halt", preload=["colorsys", "xml.dom"])
+
+    def there():
+        return [name in sys.modules for name in ("colorsys", "xml.dom", "chunk")]
+
+    assert cluster.run(there) == [[True, True, False]] * 2
+    with pytest.raises(BootError, match="no_such_module"):
+        boot(1, preload=["no_such_module"])
+    for wrong in ("colorsys", [3], [""]):
+        with pytest.raises(TypeError, match="preload"):
+            boot(1, preload=wrong)
+
+
+def test_cpus_say_what_they_are(boot, eventually):
     cluster = boot(3, idle="halt", cores=[0, 1] if os.cpu_count() > 1 else [0])
+    # Online, each has still to come to where it has nothing to do.
+    eventually(lambda: all(cpu.state != "running" for cpu in cluster.cpus))
     for cpu in cluster.cpus:
         process = psutil.Process(cpu.pid)
         assert process.cpu_affinity() == [cpu.core]

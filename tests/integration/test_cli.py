@@ -236,7 +236,9 @@ def test_launch_stays_up_until_a_signal_and_leaves_nothing(
     assert machine is not None
     everyone = processes(machine)
     assert all(map(running, everyone))
-    rows = re.findall(r"^ +(\d+) +(\d+) +\d+  halted +1 ", launched.text, re.M)
+    # It is printed at once: one may still be on its way to halt.
+    states = "halted|polling|running"
+    rows = re.findall(rf"^ +(\d+) +(\d+) +\d+  (?:{states}) +1 ", launched.text, re.M)
     assert rows == [(str(cpu["id"]), str(cpu["pid"])) for cpu in machine["cpus"]]
     launched.process.send_signal(number)
     status, text, messages = launched.end()
@@ -329,7 +331,13 @@ def test_ps_shows_a_machine_as_it_is(
     eventually(lambda: cluster.cpus[3].state == "dead")
     go_on = cluster.shared("go_on", "i8")
     task = background(lambda: cluster.run(wait_for, go_on, cpus=[1]))
-    eventually(lambda: cluster.cpus[1].state == "running")
+    eventually(lambda: (cluster.cpus[1].task or "").endswith(".wait_for"))
+    eventually(
+        lambda: (
+            [cpu.state for cpu in cluster.cpus]
+            == ["halted", "running", "offline", "dead"]
+        )
+    )
     machine = entry(name)
     text = shmipi("ps", "-v").stdout
     go_on[...] = 1
@@ -412,11 +420,17 @@ def pages_of(name: str) -> dict[int, bytes]:
     return found
 
 
-def test_looking_changes_nothing(boot: Any) -> None:
+def asleep(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+def test_looking_changes_nothing(boot: Any, eventually: Any) -> None:
     name = f"t{secrets.token_hex(6)}"
     cluster = boot(2, name=name, idle="halt")
     cluster.call(1, os.getpid)
-    time.sleep(0.05)  # until it halts again
+    for cpu in (0, 1):
+        eventually(lambda cpu=cpu: cluster.cpus[cpu].state == "halted")
+        eventually(lambda cpu=cpu: asleep(cluster.cpus[cpu].pid))
     before = pages_of(name)
     assert before[0].startswith(_core.MAGIC.encode())
     shmipi("ps", "-v")
@@ -940,6 +954,34 @@ def test_ctrl_c_of_demo_leaves_nothing(after: str) -> None:
         _, messages = process.communicate(timeout=15.0)
     assert process.returncode == 130, messages.decode()
     assert messages.decode() == "shmipi demo: interrupted\n"
+
+
+@pytest.mark.parametrize("where", ["shmipi.cli._run", "shmipi.cli.main"])
+def test_ctrl_c_while_text_is_executed_is_one_like_any_other(
+    where: str, tmp_path: Path
+) -> None:
+    """As dataclasses do at an import: CPython remembers it until a `-m` ends."""
+    (tmp_path / "prog.py").write_text(
+        f"""
+import sys
+from unittest import mock
+import shmipi.cli
+from shmipi.__main__ import main
+def interrupted(*_):
+    exec("raise KeyboardInterrupt")
+with mock.patch({where!r}, interrupted):
+    status = main()
+sys.exit(status)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "prog"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (130, "shmipi: interrupted\n")
 
 
 def test_demo_shows_it_all() -> None:

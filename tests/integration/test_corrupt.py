@@ -15,7 +15,7 @@ import pytest
 from shmipi import ShmipiError, _core, smp
 
 # What the layout says of a slot's region, from the segment's own header.
-HEADER = struct.Struct("<8sII64s 11Q 2I")
+HEADER = struct.Struct("<8sII64s 10Q 2I")
 
 DAMAGE = ["csds", "heads", "functions", "arenas", "lines", "irqs", "all"]
 
@@ -37,7 +37,6 @@ class Layout:
             region,
             funcs,
             arena,
-            _,
             _,
             _,
             _,

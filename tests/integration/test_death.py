@@ -9,8 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from shmipi import CpuDiedError, CpuOfflineError, MachineDiedError, smp
+from shmipi import (
+    Cluster,
+    CpuDiedError,
+    CpuOfflineError,
+    MachineDiedError,
+    _core,
+    smp,
+)
+from shmipi.machine.inspect import Inspector
 from shmipi.names import DOORBELLS
+from shmipi.users import scheduler
 
 LIMIT_S = 2.0  # hard; the promise of 0.1 s is printed as measured
 
@@ -33,6 +42,7 @@ def kill(cluster, cpu):
 
 
 def test_everybody_who_waits_on_a_killed_cpu_hears_of_it(boot, eventually, background):
+    """Proves row 64."""
     cluster = boot(4, idle="halt")
     held = cluster.shared("held", "i8", 1)
 
@@ -42,10 +52,13 @@ def test_everybody_who_waits_on_a_killed_cpu_hears_of_it(boot, eventually, backg
 
     future = cluster.submit(1, hold)
     eventually(lambda: held[0])
+    before = cluster.host_counters()["csd_queued"]
     waiters = [background(cluster.call, 1, int) for _ in range(3)]
     waiters += [background(cluster.smp.on_each_cpu, id)]
     queued = [cluster.submit(1, abs, n) for n in range(20)]
-    time.sleep(0.1)
+    # All of them: the broadcast is one for each CPU.
+    sent = before + 3 + cluster.ncpus + len(queued)
+    eventually(lambda: cluster.host_counters()["csd_queued"] == sent)
     died_at = kill(cluster, 1)
     for thread in waiters:
         with pytest.raises(CpuDiedError, match="may or may not have run") as caught:
@@ -75,7 +88,13 @@ def test_a_waiting_cpu_hears_of_it(boot, eventually, background):
     cluster.submit(1, hold)
     eventually(lambda: held[0])
     thread = background(lambda: cluster.run(task, cpus=[0, 2]))
-    time.sleep(0.1)
+    with Inspector(cluster.name) as inspector:
+
+        def both_wait():
+            cpus = inspector.view().cpus
+            return cpus[0].waits_for == cpus[2].waits_for == 1
+
+        eventually(both_wait)
     died_at = kill(cluster, 1)
     for cpu, errno, at in thread.end(LIMIT_S):
         assert (cpu, errno) == (1, 130)  # EOWNERDEAD
@@ -110,10 +129,10 @@ def test_after_a_death(boot, eventually):
     eventually(lambda: gone(pid))
 
 
-def test_a_task_of_a_killed_cpu(boot, background):
+def test_a_task_of_a_killed_cpu(boot, background, eventually):
     cluster = boot(2, idle="halt")
     thread = background(cluster.run, time.sleep, 30)
-    time.sleep(0.1)
+    eventually(lambda: all(cpu.task for cpu in cluster.cpus))
     kill(cluster, 0)
     kill(cluster, 1)
     with pytest.raises(ExceptionGroup) as caught:
@@ -443,3 +462,48 @@ def test_what_a_cpu_printed_is_flushed_at_its_end(script):
         """
     )
     assert sorted(done.text) == sorted("from one!")
+
+
+# ---- a death that cannot be gone through with ----------------------------------------
+
+
+def one_step():
+    return "ran"
+
+
+@pytest.mark.parametrize("who", ["owner", "guest"])
+def test_the_firmware_goes_on_where_a_stopped_waker_has_the_dead_ones_run_queue(
+    cluster_with_steps, background, eventually, who
+):
+    """Deaths, boots and calls of others do; the dead CPU is back when the waker is."""
+    cluster = cluster_with_steps
+    sched = cluster.users.scheduler
+    for cpu in range(cluster.ncpus):
+        sched._machine.sched_llc(cpu, 0)
+    busy = cluster.start(time.sleep, 60, cpus=[1])  # who wakes puts it there himself
+    eventually(lambda: (cluster.cpus[1].task or "").endswith("sleep"))
+    woken = sched.kthread_create(one_step, cpus=1)
+    cluster._machine.arm_step(0, "ttwu_list", _core.STEP_STOP)
+    waker = cluster.start(scheduler.wake_up_process, woken.id, cpus=[0])
+    eventually(lambda: cluster._machine.step_hit(0) == "ttwu_list")
+    try:
+        for cpu in (1, 2):
+            os.kill(cluster.cpus[cpu].pid, signal.SIGKILL)
+            eventually(lambda cpu=cpu: cluster.cpus[cpu].state == "dead")
+        with pytest.raises(CpuDiedError):
+            busy.results(5)
+        cluster.online(2, timeout=10)
+        assert cluster.call(2, abs, -1, timeout=5) == 1
+        guest = Cluster.attach(cluster.name) if who == "guest" else cluster
+        boots = background(guest.online, 1)
+        time.sleep(0.05)
+        assert cluster.cpus[1].state == "dead"
+        assert boots.is_alive()
+    finally:
+        os.kill(cluster.cpus[0].pid, signal.SIGCONT)
+    boots.end(10)
+    if who == "guest":
+        guest.shutdown()
+    assert waker.results(5) == [True]
+    assert woken.result(5) == "ran"
+    assert cluster.call(1, abs, -1, timeout=5) == 1

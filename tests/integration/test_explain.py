@@ -145,6 +145,7 @@ def check_times(found):
     ("controller", "call"), SENT, ids=["-".join(key) for key in SENT]
 )
 def test_every_function_of_the_texts_is_passed(capfd, controller, call):
+    """Proves rows 21 and 84."""
     found = document(capfd, "--controller", controller, "--call", call)
     assert in_order(SENT[controller, call], passed(found, 0))
     for cpu in found["targets"]:
@@ -171,6 +172,7 @@ def test_the_other_architectures_have_theirs(capfd, controller):
 
 
 def test_a_call_to_all_others_on_x86_is_one_register_write(capfd):
+    """Proves row 15."""
     found = document(capfd, "--call", "many")
     names = passed(found, 0)
     assert "__apic_send_IPI_allbutself" in names
@@ -204,6 +206,7 @@ def test_an_nmi(capfd, controller, handler, entry):
 
 @pytest.mark.parametrize("controller", ["apic", "xive"])
 def test_a_polling_target_is_sent_nothing(capfd, controller):
+    """Proves row 84."""
     found = document(capfd, "--controller", controller, "--state", "polling")
     assert in_order(
         ["llist_add", "call_function_single_prep_ipi", "set_nr_if_polling"],

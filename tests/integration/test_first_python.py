@@ -12,6 +12,7 @@ import pytest
 import shmipi
 from shmipi import smp
 from shmipi.bench.boot import private_kib
+from shmipi.users import cpumap, tick
 
 
 def look(where):
@@ -147,3 +148,74 @@ def test_a_hook_of_the_fork_finds_no_machine(script):
         """
     )
     assert done.text == "no machine\nTrue\n"
+
+
+def timed(timer):
+    """A timer's function."""
+    shmipi.shared("came")[0] = 1
+
+
+def passes(flow, data):
+    """A program of a cpumap."""
+    shmipi.shared("came")[0] = 1
+    return cpumap.XDP_PASS
+
+
+def woken():
+    """A task of the scheduler."""
+    shmipi.shared("came")[0] = 1
+
+
+def by_a_timer(cluster):
+    timer = cluster.users.tick.hrtimer("first", timed)
+    tick.hrtimer_start(timer, 10_000_000, cpu=1)
+
+
+def by_a_program(cluster):
+    made = cluster.users.cpumap.create("first")
+    made.update_elem(1, 192, prog=passes)
+
+    def redirect():
+        assert cpumap.cpu_map("first").generate(1, 7, 8) == 8
+
+    cluster.run(redirect, cpus=[0])
+
+
+def by_a_wake_up(cluster):
+    cluster.users.scheduler.spawn(woken, cpus=1).result(10)
+
+
+def by_a_call(cluster):
+    cluster.call(1, timed, None)
+
+
+def by_the_takedown(cluster):
+    cluster.offline(1)
+    cluster.online(1)
+    cluster.shared("came", "i8", 2)[0] = 1
+
+
+@pytest.mark.parametrize(
+    "way", [by_a_timer, by_a_program, by_a_wake_up, by_a_call, by_the_takedown]
+)
+def test_what_interrupts_a_frame_without_builtins_is_imported_all_the_same(
+    boot, eventually, way
+):
+    """As that of a namedtuple's __new__: PyImport_Import() asks it for __import__."""
+    cluster = boot(2, idle="halt")
+    came = cluster.shared("came", "i8", 2)
+
+    def bare():
+        came = shmipi.shared("came")
+        names = {"__builtins__": {}, "came": came.data}
+        exec("came[1] = 1\nwhile not came[0]: pass", names)
+
+    (task,) = cluster.start(bare, cpus=[1])
+    eventually(lambda: came[1])
+    try:
+        way(cluster)
+        eventually(lambda: came[0])
+    finally:
+        came[0] = 1
+    task.result(10)
+    assert cluster.counters()["unraisable"].sum() == 0

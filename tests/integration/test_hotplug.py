@@ -1,12 +1,15 @@
 """cluster.offline and cluster.online: in order, and nothing is lost."""
 
+import errno
 import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
 import shmipi
-from shmipi import CpuOfflineError, IpiTimeoutError, smp
+from shmipi import CpuOfflineError, HotplugError, IpiTimeoutError, _core, smp
 from shmipi.names import DOORBELLS
 
 
@@ -40,6 +43,7 @@ def test_again_and_again(boot, idle, doorbell):
 
 
 def test_whatever_was_queued_has_run(boot, background, eventually):
+    """Proves row 58."""
     cluster = boot(2, idle="halt")
     log = cluster.shared("log", "i8", 2)
 
@@ -62,10 +66,38 @@ def test_whatever_was_queued_has_run(boot, background, eventually):
     assert log[0] == 40
 
 
+def test_what_comes_in_the_stop_has_run_when_it_is_offline(
+    cluster_with_steps, background, eventually
+):
+    """smpcfd_dying_cpu(): its queue, with interrupts off, waiting for no doorbell.
+
+    The host is not stopped with the CPUs: it calls when the CPU is about to go. Row 58.
+    """
+    cluster, core = cluster_with_steps, cluster_with_steps._machine
+    count = cluster.shared("count in the stop", "i8", 1)
+    count[0] = 0
+    handler = smp.NativeHandler("count")
+    core.arm_step(1, "multi_run", _core.STEP_STOP)
+    pid = cluster.cpus[1].pid
+    takedown = background(cluster.offline, 1)
+    eventually(lambda: core.step_hit(1) == "multi_run")
+    eventually(lambda: Path(f"/proc/{pid}/stat").read_text().split()[2] == "T")
+    for _ in range(4):
+        cluster.smp.smp_call_function_single(1, handler, count, False)
+    assert core.cpus_peek_for_pending_ipi("1")
+    os.kill(pid, signal.SIGCONT)
+    takedown.end(5)
+    assert count[0] == 4
+    assert cluster.cpus[1].state == "offline"
+    cluster.online(1)
+
+
 def test_under_fire_every_call_runs_or_is_refused(boot, background):
+    """Proves rows 60 and 63: what is taken is run, by one that comes up, too."""
     cluster = boot(3, idle="halt")
     n = cluster.shared("n", "i8", 1)
     stop = cluster.shared("stop", "i8", 1)
+    heard = cluster.percpu("heard", "i8")
 
     def sender():
         ran = refused = 0
@@ -75,11 +107,14 @@ def test_under_fire_every_call_runs_or_is_refused(boot, background):
                 ran += 1
             except CpuOfflineError:
                 refused += 1
+                heard[smp.smp_processor_id()] = refused
         return ran, refused
 
     thread = background(lambda: cluster.run(sender, cpus=[0, 2]))
-    end = time.monotonic() + 1.0
-    while time.monotonic() < end:
+    start = time.monotonic()
+    while (took := time.monotonic() - start) < 1.0 or (
+        took < 30 and not (n[0] and heard.any())
+    ):
         cluster.offline(1, timeout=5)
         time.sleep(0.002)
         cluster.online(1, timeout=5)
@@ -137,10 +172,16 @@ def test_a_timeout_withdraws_the_request(boot, background, eventually):
     assert str(cluster.online_mask) == "0-1"
 
 
-def test_all_cpus_offline(boot):
+def test_the_last_cpu_stays(boot, eventually):
+    """_cpu_down: -EBUSY.  Killed, it is gone nevertheless, and nobody is left."""
     cluster = boot(2, idle="halt")
     cluster.offline(0)
-    cluster.offline(1)
+    with pytest.raises(HotplugError, match="the last one") as caught:
+        cluster.offline(1)
+    assert (caught.value.errno, caught.value.cpu) == (errno.EBUSY, 1)
+    assert cluster.run(smp.smp_processor_id) == [1]
+    os.kill(cluster.cpus[1].pid, 9)
+    eventually(lambda: cluster.cpus[1].state == "dead")
     assert not cluster.online_mask
     with pytest.raises(CpuOfflineError, match="CPU 0 is offline"):
         cluster.run(int)
@@ -201,7 +242,10 @@ def test_threads_at_once(boot, background):
 def test_a_section_with_preemption_disabled_holds_the_takedown_off(
     cluster, background, eventually, inside
 ):
-    """kernel/cpu.c, takedown_cpu: the stopper does not run in it."""
+    """kernel/cpu.c, takedown_cpu: the stopper does not run in it.
+
+    Proves row 60.
+    """
     n = cluster.shared("section", "i8", 3)
     n[:] = 0
 

@@ -207,6 +207,7 @@ def test_interrupted_while_it_waits_for_a_busy_cpu(script):
 
         def busy():
             smp.local_irq_disable()
+            masked[0] = 1
             time.sleep(30)
 
         def run():
@@ -216,9 +217,10 @@ def test_interrupted_while_it_waits_for_a_busy_cpu(script):
                 print("run:", "shut down" in str(error))
 
         cluster = Cluster(2, idle="halt", name=sys.argv[1])
+        masked = cluster.shared("masked", "i8", 1)
         thread = threading.Thread(target=run)
         thread.start()
-        while not cluster._machine.slot(1).busy:
+        while not masked[0]:
             time.sleep(0.001)
         pending = cluster.submit(1, int)
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()

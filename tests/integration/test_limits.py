@@ -177,7 +177,8 @@ def run():
 
 thread = threading.Thread(target=run)
 thread.start()
-time.sleep(0.2)
+while not cluster.cpus[1].handler:  # for half a minute
+    time.sleep(0.001)
 cluster._host.hurry()  # no two seconds for what is busy
 cluster.shutdown()
 thread.join()

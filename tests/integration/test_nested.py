@@ -14,6 +14,7 @@ from shmipi import (
     CpuDiedError,
     MachineDiedError,
     RemoteCallError,
+    atomic,
     smp,
 )
 from shmipi.names import DOORBELLS
@@ -50,7 +51,7 @@ def test_a_task_boots_a_machine(boot, eventually, inner, doorbell):
             deep = own.shared("level", "i8", 1)
 
             def work(n):
-                shmipi.shared("level")[0] += n
+                atomic.fetch_add(shmipi.shared("level"), 0, n)  # both CPUs at once
                 return smp.smp_processor_id()
 
             # Module-level names are the machine's that this is a CPU of ...

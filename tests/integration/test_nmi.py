@@ -75,6 +75,7 @@ def test_from_a_cpu_to_all_others_and_not_to_itself(rig):
 
 @pytest.mark.parametrize("handler", ["python", "native"])
 def test_comes_through_disabled_interrupts(rig, background, eventually, handler):
+    """Proves row 50."""
     found = rig()
     counted = found.cluster.shared("counted", "i8", 1)
     thread = background(lambda: found.cluster.run(spin_masked, 20.0, cpus=[0]))
@@ -122,12 +123,12 @@ def test_maskable_where_there_is_none(rig, background, eventually, controller):
     assert found.cluster.smp.smp_send_nmi_ipi(0, note, NMI_S) == 1
 
 
-def test_a_target_that_dies_ends_the_wait(rig, background):
+def test_a_target_that_dies_ends_the_wait(rig, background, eventually):
     found = rig()
     pid = found.cluster.cpus[1].pid
     os.kill(pid, signal.SIGSTOP)
     thread = background(found.cluster.smp.smp_send_nmi_ipi, 1, note)
-    time.sleep(0.05)
+    eventually(lambda: found.cluster.chip.read("nmi", 1))
     assert thread.is_alive()
     os.kill(pid, signal.SIGKILL)
     assert thread.end() == 1  # nobody is left to enter it
@@ -137,6 +138,7 @@ def test_a_target_that_dies_ends_the_wait(rig, background):
 
 
 def test_the_time_limit_is_kept(rig):
+    """Proves row 55."""
     found = rig()
     pid = found.cluster.cpus[1].pid
     os.kill(pid, signal.SIGSTOP)
@@ -198,7 +200,7 @@ def test_a_handler_that_forks_makes_no_second_cpu(rig, eventually):
     pid = int(children[0])
 
     def wait(pid):
-        end = time.monotonic() + 2.0
+        end = time.monotonic() + 20.0
         while time.monotonic() < end:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -243,7 +245,7 @@ def test_what_came_in_the_middle_of_a_handler_is_taken_after_it(rig, eventually)
     eventually(lambda: cluster.counters()["kicks_received"][0] > kicks)
     assert not counted[0]  # it runs with interrupts off
     inside[1] = 1
-    eventually(lambda: counted[0], 2.0)
+    eventually(lambda: counted[0])
     found.go[1] = 1
     assert cluster._machine.collect(task, 0, None)
 
@@ -267,7 +269,7 @@ def test_a_task_cannot_leave_nmis_off(rig):
         assert found.seen[1, 0] == count
 
 
-def test_a_sender_does_not_park_with_the_lock(rig, background):
+def test_a_sender_does_not_park_with_the_lock(rig, background, eventually):
     found = rig()
     cluster = found.cluster
     pid = cluster.cpus[0].pid
@@ -276,7 +278,7 @@ def test_a_sender_does_not_park_with_the_lock(rig, background):
         thread = background(
             lambda: cluster.run(smp.smp_send_nmi_ipi, 0, note, NMI_S, cpus=[1])
         )
-        time.sleep(0.1)
+        eventually(lambda: cluster.chip.read("nmi", 0))  # it waits, and has the lock
         with pytest.raises(shmipi.IpiTimeoutError):
             cluster.offline(1, timeout=0.3)
     finally:

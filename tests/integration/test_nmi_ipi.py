@@ -4,12 +4,14 @@ import contextlib
 import errno
 import os
 import signal
+import threading
 import time
 
 import pytest
 
 import shmipi
 from shmipi import Cluster, IrqError, _core, atomic, smp
+from shmipi.machine.process import is_stopped
 
 LONG = 20_000_000  # us: far more than any of this takes
 COUNT = smp.NativeHandler("count")
@@ -247,7 +249,7 @@ def test_a_signal_handler_on_top_of_a_host_that_sends(script, cluster, seen):
                 signal.signal(signal.SIGALRM, alarm)
                 signal.setitimer(signal.ITIMER_REAL, 0.1)
                 noop = smp.NativeHandler("noop")
-                assert lab.smp.smp_send_nmi_ipi(1, noop, 300_000) == 0
+                assert lab.smp.smp_send_nmi_ipi(1, noop, 1_000_000) == 0
                 assert done == [1]
             """,
             cluster.name,
@@ -269,27 +271,35 @@ def test_hosts_threads_send_one_at_a_time(cluster, seen, background, eventually)
 
 
 def test_who_is_late_does_not_enter_it_after_all(cluster, seen):
+    """Proves row 55."""
     with stopped(cluster, 1):
         assert cluster.smp.smp_send_nmi_ipi(1, note, 20_000) == 0
         assert cluster.smp.smp_send_nmi_ipi(1, COUNT, 20_000, seen[1:2]) == 0
-        assert cluster.smp.smp_send_nmi_ipi(smp.NMI_IPI_ALL_OTHERS, note, 300_000) == 0
+        # As long as it takes for the others to come on a busy computer.
+        all_others = smp.NMI_IPI_ALL_OTHERS
+        assert cluster.smp.smp_send_nmi_ipi(all_others, note, 2_000_000) == 0
         assert cluster.smp.smp_send_nmi_ipi(2, note, LONG) == 1
     cluster.run(int)
     assert seen[:3].tolist() == [1, 0, 2]
 
 
-def test_ctrl_c_takes_it_back(cluster, seen, eventually):
+def test_ctrl_c_takes_it_back(cluster, seen, background, eventually):
     """And whoever is next finds the lock free."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
+    def press():  # when it waits
+        eventually(lambda: cluster.chip.read("nmi_request", 1))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
         with stopped(cluster, 1):
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            thread = background(press)
             with pytest.raises(KeyboardInterrupt):
                 cluster.smp.smp_send_nmi_ipi(1, note)
+            thread.end()
             assert cluster.chip.read("nmi_request", 1) == 0
             assert cluster.smp.smp_send_nmi_ipi(2, note, LONG) == 1
     finally:
@@ -355,7 +365,7 @@ def test_a_fork_in_a_sender_leaves_it_to_the_parent(cluster, seen, script):
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             noop = smp.NativeHandler("noop")
             try:
-                sent = lab.smp.smp_send_nmi_ipi(1, noop, 300_000)
+                sent = lab.smp.smp_send_nmi_ipi(1, noop, 1_000_000)
             except ClusterStateError as error:
                 assert "fork's child" in str(error)
                 os._exit(7)
@@ -382,10 +392,12 @@ def test_the_end_of_the_machine_ends_it(boot, background, eventually):
         task[0].result(5)
 
 
-def test_a_target_that_goes_offline_is_not_waited_for(cluster, seen, background):
+def test_a_target_that_goes_offline_is_not_waited_for(
+    cluster, seen, background, eventually
+):
     with stopped(cluster, 1):
         thread = background(cluster.smp.smp_send_nmi_ipi, 1, note)
-        time.sleep(0.02)
+        eventually(lambda: cluster.chip.read("nmi_request", 1))
         off = background(cluster.offline, 1)
         time.sleep(0.02)
     assert thread.end() == 1
@@ -498,7 +510,7 @@ def test_a_death_at_each_step(steps, eventually, step, who, func, action):
             assert cluster.smp.smp_send_nmi_ipi(2, note, LONG) == 1
             cluster.online(who)
         else:
-            time.sleep(0.05)
+            eventually(lambda: is_stopped(pid))  # which it tells of before
             others = 0 if who == 0 and step != "nmi_take" else 1
             limit = LONG if others else 50_000
             assert cluster.smp.smp_send_nmi_ipi(2, note, limit) == others

@@ -157,6 +157,7 @@ def hears(state):
         state[0] = 1
         while not state[1]:
             await asyncio.sleep(0.01)
+            state[2] = len(hits)
         await asyncio.sleep(0.05)
         return len(hits)
 
@@ -171,7 +172,8 @@ def test_asyncio_hears_of_a_signal_during_a_handler_once(cluster, eventually):
     try:
         for n in range(5):
             assert cluster.call(1, rings, n) == n
-            time.sleep(0.05)
+            # Two that come before the task has run again are one, as anywhere.
+            eventually(lambda n=n: state[2] > n)
     finally:
         state[1] = 1
     assert cluster._machine.collect(call, 1, LOST_S) == 5
@@ -271,7 +273,7 @@ def imports():
 
 @pytest.mark.parametrize("body", ["pass", "1 / 0"], ids=["loads", "raises"])
 def test_no_handler_in_the_middle_of_an_import(module, eventually, body):
-    cluster = module(body)
+    cluster = module(f"while not shmipi.shared('state')[4]:\n    pass\n{body}")
     state = cluster.shared("state", "i8", 8)
     cluster.call(1, sees)
     task = cluster._machine.post(1, imports, (), None, True)
@@ -280,6 +282,7 @@ def test_no_handler_in_the_middle_of_an_import(module, eventually, body):
     # A native one does run.
     cluster.smp.smp_call_function_single(1, smp.NativeHandler("count"), state[1:])
     assert not any(call.done() for call in calls)
+    state[4] = 1
     seen = [call.result(5) for call in calls]
     assert seen == [True if body == "pass" else None] * 3
     cluster._machine.collect(task, 1, 5.0)
@@ -328,15 +331,17 @@ def test_handlers_that_import_leave_a_task_s_imports_whole(
 ):
     """Also of what another thread imports, and of what is there already."""
     monkeypatch.syspath_prepend(tmp_path)
-    rounds, fresh = 10, 300
-    for n in range(rounds):
+    rounds, most, fresh = 10, 200, 300
+    for n in range(most):
         (tmp_path / f"slow{n}.py").write_text(SLOWER)
     for n in range(fresh):
         (tmp_path / f"fresh{n}.py").write_text("y = 1\n")
 
     def in_thread():
         failed = []
-        for n in range(rounds):
+        for n in range(most):
+            if n >= rounds and state[4]:
+                break
             other = threading.Thread(target=importlib.import_module, args=[f"slow{n}"])
             other.start()
             while f"slow{n}" not in sys.modules:
@@ -352,7 +357,9 @@ def test_handlers_that_import_leave_a_task_s_imports_whole(
         import slow0
 
         seen = []
-        for _ in range(rounds):
+        for n in range(most):
+            if n >= rounds and state[4]:
+                break
             importlib.reload(slow0)
             seen += [repr(error) for error in ([] if slow0.x else [ValueError])]
         return seen
@@ -369,6 +376,7 @@ def test_handlers_that_import_leave_a_task_s_imports_whole(
     while not task.done() and n < fresh:
         assert cluster.call(1, imports_too, n, timeout=10) == 1
         n += 1
+        state[4] = n > 5
         time.sleep(0.003)
     assert task.result(20) == []
     assert n > 5

@@ -16,6 +16,7 @@ from shmipi import (
     NoMachineError,
     RemoteCallError,
     ShmipiWarning,
+    atomic,
     smp,
 )
 
@@ -51,6 +52,8 @@ def run_on(cluster, cpu, func, *args):
 
 
 def test_single_runs_there_and_returns_none(cluster):
+    """Proves row 1."""
+
     def f(info):
         note(100 * smp.smp_processor_id() + info)
 
@@ -86,6 +89,8 @@ def test_a_handlers_exception_is_raised_at_the_waiting_caller(cluster):
 
 
 def test_self_runs_inline_with_interrupts_off_and_without_a_doorbell(cluster):
+    """Proves row 5."""
+
     def task(calls):
         def here(info):
             seen.append((info, smp.irqs_disabled(), smp.smp_processor_id()))
@@ -135,6 +140,7 @@ def test_self_raises_as_another_cpu_would(cluster, capfd):
 
 @pytest.mark.parametrize("cpu", [3, 4095, -1, 2**40, -(2**70)])
 def test_enxio_for_cpus_that_do_not_exist(cluster, cpu):
+    """Proves row 4."""
     csd = cluster.smp.CallSingleData(id)
     for call in (
         lambda: cluster.smp.smp_call_function_single(cpu, id),
@@ -151,6 +157,7 @@ def test_enxio_for_cpus_that_do_not_exist(cluster, cpu):
 
 
 def test_enxio_for_an_offline_cpu(boot):
+    """Proves rows 4 and 34."""
     cluster = boot(2, idle="halt")
     cluster.offline(1)
     csd = cluster.smp.CallSingleData(id)
@@ -172,6 +179,7 @@ def test_enxio_for_an_offline_cpu(boot):
 
 
 def test_async_unlocks_before_the_function(cluster, eventually):
+    """Proves row 18."""
     gate = cluster.shared("async_gate", "i8", 2)
     gate[:] = 0
 
@@ -193,6 +201,7 @@ def test_async_unlocks_before_the_function(cluster, eventually):
 
 
 def test_a_csd_in_use_is_ebusy(cluster, eventually):
+    """Proves row 3."""
     gate = cluster.shared("busy_gate", "i8", 1)
     gate[0] = 0
 
@@ -319,6 +328,8 @@ def held(cluster, cpu, queue):
 
 
 def test_fifo_within_a_class(cluster):
+    """Proves row 16."""
+
     def queue():
         for n in range(50):
             cluster.smp.smp_call_function_single(1, note, n, wait=False)
@@ -328,6 +339,7 @@ def test_fifo_within_a_class(cluster):
 
 
 def test_sync_overtakes_async(cluster):
+    """Proves row 17."""
     futures = []
 
     def queue():
@@ -358,6 +370,8 @@ def test_tasks_come_after_all_interrupts(cluster, background):
 
 
 def test_order_is_kept_from_several_senders_each(cluster):
+    """Proves row 13."""
+
     def sender(base):
         for n in range(300):
             smp.smp_call_function_single(2, note, base + n, wait=False)
@@ -376,19 +390,21 @@ def test_order_is_kept_from_several_senders_each(cluster):
 
 
 def test_only_the_push_that_found_the_queue_empty_rings(cluster):
+    """Proves row 14."""
+
     def queue():
-        nonlocal before
         before = cluster.host_counters()
         for n in range(30):
             cluster.smp.smp_call_function_single(1, note, n, wait=False)
+        # Before anybody waits: who does rings again where the CPU is late.
+        looks.append((before, cluster.host_counters()))
 
-    before = {}
+    looks = []
     held(cluster, 1, queue)
-    after = cluster.host_counters()
+    [(before, after)] = looks
     assert after["coalesced"] - before["coalesced"] >= 29
     rung = after["doorbells_sent"] + after["kicks_sent"]
-    # The call that looks for the end, at most, and the one for the first.
-    assert rung - before["doorbells_sent"] - before["kicks_sent"] <= 3
+    assert rung - before["doorbells_sent"] - before["kicks_sent"] <= 1
 
 
 # ---- many ----------------------------------------------------------------------------
@@ -405,6 +421,8 @@ def test_many_from_the_host_is_all_of_the_mask(cluster, mask):
 
 
 def test_many_never_runs_on_self(cluster):
+    """Proves rows 7 and 8."""
+
     def task():
         smp.preempt_disable()
         smp.smp_call_function_many("0-2", where)
@@ -417,6 +435,7 @@ def test_many_never_runs_on_self(cluster):
 
 
 def test_many_skips_offline_cpus(boot):
+    """Proves row 11."""
     cluster = boot(4, idle="halt")
     cluster.shared("log", "i8", 64)
     cluster.offline(2)
@@ -451,6 +470,8 @@ def test_many_without_waiting(cluster, gate, eventually):
 
 
 def test_many_waits_for_all(cluster):
+    """Proves row 18."""
+
     def slow(_):
         time.sleep(0.05 * smp.smp_processor_id())
         note(smp.smp_processor_id())
@@ -491,7 +512,10 @@ def test_one_payload_for_all_of_a_mask(boot):
 
 
 def test_on_each_cpu_runs_the_local_part_while_the_others_run(cluster):
-    """After the doorbells, before the wait: the local part waits for a remote one."""
+    """After the doorbells, before the wait: the local part waits for a remote one.
+
+    Proves row 9.
+    """
     meet = cluster.shared("meet", "i8", 3)
     meet[:] = 0
 
@@ -532,6 +556,8 @@ def test_on_each_cpu_mask_includes_self_only_if_in_it(cluster):
 
 
 def test_cond_is_asked_once_per_cpu_and_for_self_last(cluster):
+    """Proves row 10."""
+
     def task():
         asked = []
 
@@ -563,6 +589,7 @@ def test_cond_that_raises(cluster):
 
 
 def test_a_pool_of_at_least_64_requests(cluster, background):
+    """Proves rows 2 and 75."""
     gate = cluster.shared("pool_gate", "i8", 1)
     gate[0] = 0
 
@@ -570,11 +597,12 @@ def test_a_pool_of_at_least_64_requests(cluster, background):
         while not gate[0]:
             time.sleep(0.0005)
 
-    start = time.monotonic()
-    cluster.smp.smp_call_function_single(1, hold, wait=False)
-    for n in range(63):
-        cluster.smp.smp_call_function_single(1, note, n, wait=False)
-    assert time.monotonic() - start < 1.0
+    def first():
+        cluster.smp.smp_call_function_single(1, hold, wait=False)
+        for n in range(63):
+            cluster.smp.smp_call_function_single(1, note, n, wait=False)
+
+    background(first).end(20)  # it waits for nothing
 
     def more():
         for n in range(63, 300):
@@ -589,10 +617,70 @@ def test_a_pool_of_at_least_64_requests(cluster, background):
     assert entries(cluster) == list(range(300))
 
 
+def test_each_sender_has_requests_of_its_own_for_broadcasts(
+    cluster, background, eventually
+):
+    """Proves row 12: one whose target does not come waits, and nobody else."""
+    gate = cluster.shared("slots_gate", "i8", 3)
+    gate[:] = 0
+
+    def hold(_):
+        gate[1] = 1
+        while not gate[0]:
+            time.sleep(0.0005)
+
+    def many(calls):
+        for n in range(calls):
+            smp.preempt_disable()
+            smp.smp_call_function_many([2], note, n, False)
+            smp.preempt_enable()
+            gate[2] = n + 1
+
+    cluster.smp.smp_call_function_single(2, hold, wait=False)
+    while not gate[1]:
+        time.sleep(0.0005)
+    thread = background(run_on, cluster, 1, many, 100)
+    eventually(lambda: gate[2] >= 64)
+    time.sleep(0.3)
+    assert thread.is_alive()
+    assert gate[2] < 100  # its requests are all in flight: it waits for one
+    run_on(cluster, 0, many, 10)
+    for _ in range(10):
+        cluster.smp.smp_call_function_many([1, 2], id, None, wait=False)
+    gate[0] = 1
+    thread.end()
+    flush(cluster, 2)
+    seen = entries(cluster)
+    assert sorted(seen) == sorted([*range(100), *range(10)])
+    assert [n for n in seen if n >= 10] == list(range(10, 100))  # none out of order
+
+
+def test_all_cpus_meet_in_their_handlers(cluster):
+    """Proves row 78: setup, action and teardown, each by all before the next by any."""
+    steps = cluster.shared("meeting", "i8", 4)
+    steps[:] = 0
+
+    def meet(ncpus):
+        for step in range(3):
+            if step and steps[step - 1] != ncpus:
+                atomic.fetch_add(steps, 3, 1)
+            atomic.fetch_add(steps, step, 1)
+            deadline = time.monotonic() + 5
+            while atomic.load(steps, step) < ncpus:
+                assert time.monotonic() < deadline, f"not all came to step {step}"
+                time.sleep(0)
+
+    for turn in range(20):
+        steps[:3] = 0
+        run_on(cluster, turn % 3, lambda: smp.on_each_cpu(meet, 3))
+        assert steps.tolist() == [3, 3, 3, 0]
+
+
 # ---- smp_send_reschedule -------------------------------------------------------------
 
 
 def test_reschedule_nudges_and_is_counted(boot, eventually):
+    """Proves row 32."""
     cluster = boot(2, idle="halt")
     eventually(lambda: cluster.cpus[1].state == "halted")
     before = cluster.counters()
@@ -651,6 +739,7 @@ def test_resched_cpu_looks_whether_the_target_polls(polling, eventually):
     }
     for name, call in calls.items():
         done = []
+        eventually(lambda: polling.cpus[1].state == "polling")
         # None at all while the flag of the one before is still to be looked at.
 
         def look(call=call, done=done):
@@ -747,14 +836,22 @@ def test_many_to_several_polling_cpus_interrupts_each(polling, eventually):
 
 
 def test_many_to_one_polling_cpu_is_elided(polling, eventually):
-    eventually(lambda: {c.state for c in polling.cpus} == {"polling"})
+    """Proves row 30."""
     names = "elided", "irq_call", "irq_call_single"
     noop = smp.NativeHandler("noop")
 
     def send():
         polling.smp.smp_call_function_many("1", noop)
 
-    assert grown(polling, send, *names) == [1, 0, 0]
+    end, took = time.monotonic() + 30, 1.0
+    # Once more where CPU 1 had no core: after 10 ms who waits interrupts it.
+    while took > 0.008 and time.monotonic() < end:
+        eventually(lambda: not polling.chip.pending_lines(1))
+        eventually(lambda: {c.state for c in polling.cpus} == {"polling"})
+        begun = time.monotonic()
+        found = grown(polling, send, *names)
+        took = time.monotonic() - begun
+    assert found == [1, 0, 0]
 
 
 def test_many_warns_once_with_preemption_enabled(boot):
@@ -801,6 +898,8 @@ def test_many_warns_once_with_preemption_enabled(boot):
 
 
 def test_irq_flags_nest(cluster):
+    """Proves row 49."""
+
     def task():
         seen = [smp.irqs_disabled()]
         outer = smp.local_irq_save()
@@ -859,6 +958,7 @@ def test_contexts(cluster):
 
 
 def test_warned_once_with_interrupts_disabled_and_the_call_goes_on(boot):
+    """Proves row 22."""
     cluster = boot(2, idle="halt")
 
     def task():
@@ -879,6 +979,7 @@ def test_warned_once_with_interrupts_disabled_and_the_call_goes_on(boot):
 
 
 def test_warned_once_in_interrupt_context(boot):
+    """Proves row 22."""
     cluster = boot(2, idle="halt")
 
     def handler():
@@ -948,7 +1049,10 @@ def test_no_circle_no_deadlock(boot):
 
 
 def test_a_waiter_serves_its_own_queue(cluster):
-    """CPU 1 waits for CPU 2, whose handler waits for nobody but calls CPU 1."""
+    """CPU 1 waits for CPU 2, whose handler waits for nobody but calls CPU 1.
+
+    Proves row 77.
+    """
 
     def back(_):
         smp.smp_call_function_single_async(1, smp.CallSingleData(note, 1))

@@ -58,9 +58,14 @@ def nowait_then_call(rig):
 
 def long_call(rig):
     """The sender waits long enough to park; its wake-up is the target's to send."""
+    before = rig.machine.step_hit(SENDER)
 
     def handler(_):
-        time.sleep(0.1)
+        machine, end = _core.current_machine(), time.monotonic() + 2
+        while machine.slot(SENDER).state != _core.HALTED and time.monotonic() < end:
+            if machine.step_hit(SENDER) != before:
+                break  # it is killed or stopped on the way
+            time.sleep(0.001)
         shmipi.atomic.fetch_add(shmipi.shared("n"), 0, 1)
 
     def task():
@@ -286,6 +291,57 @@ def test_a_csd_locked_and_never_pushed_is_free_at_its_senders_death(rig):
     assert rig.cluster.run(smp.smp_processor_id) == [0, 1, 2]
 
 
+def until_told(_=None):
+    n, end = shmipi.shared("n"), time.monotonic() + 10
+    while not n[0] and time.monotonic() < end:
+        time.sleep(0.002)
+    return int(n[0])
+
+
+def until_raised():
+    with contextlib.suppress(InterruptedError):
+        smp.wait_for_interrupt(10)
+    return int(shmipi.shared("n")[0])
+
+
+@pytest.mark.parametrize(
+    ("step", "wait"),
+    [
+        ("parked", lambda: smp.smp_call_on_cpu(1, until_told, None)),
+        ("parked", lambda: smp.smp_call_function_single(1, until_told) or until_told()),
+        ("halt", until_raised),
+    ],
+    ids=["on_cpu", "single", "interrupt"],
+)
+def test_a_signal_that_comes_just_before_a_wait_sleeps_is_handled_in_it(
+    rig, step, wait
+):
+    """Nothing interrupts the sleep: the signal's C handler has run before."""
+
+    def told(*_):
+        shmipi.shared("n")[0] = time.monotonic() < shmipi.shared("end")[0]
+        raise InterruptedError
+
+    def task():
+        shmipi.shared("end")[0] = time.monotonic() + 8
+        before = signal.signal(signal.SIGUSR1, told)
+        try:
+            return wait()
+        except InterruptedError:
+            return int(shmipi.shared("n")[0])
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+    rig.cluster.shared("end", "f8", 1)
+    rig.arm(SENDER, step, STOP, 0)
+    cpu, call = rig.task(SENDER, task)
+    rig.await_hit(SENDER, step)
+    rig.await_stopped()
+    os.kill(rig.pid, signal.SIGUSR1)
+    rig.resume()
+    assert rig.machine.collect(call, cpu, 20.0) == 1
+
+
 @pytest.mark.parametrize(("step", "who", "leads_there", "skip"), CASES, ids=NAMES)
 def test_stopped_at(rig, step, who, leads_there, skip):
     cluster = rig.cluster
@@ -387,7 +443,8 @@ def test_while_a_large_result_is_handed_over(rig, background, action, step):
         finally:
             rig.resume()
     else:
-        thread = background(large, 0.3)
+        # Of one that dies it is told; only of one that is stopped it gives up.
+        thread = background(large, 10 if action == KILL else 1)
         rig.await_hit(TARGET, step)
         try:
             with pytest.raises(CpuDiedError if action == KILL else IpiTimeoutError):
@@ -410,7 +467,7 @@ def test_offline_step(rig, action):
         assert cluster.cpus[TARGET].state == "dead"
     else:
         with pytest.raises(IpiTimeoutError):
-            cluster.offline(TARGET, timeout=0.2)
+            cluster.offline(TARGET, timeout=1)
         rig.await_stopped()
         rig.resume()
         # The request was withdrawn: it comes back by itself.
@@ -508,7 +565,15 @@ def test_resched_step(rig, action):
 def test_every_step_has_a_case():
     text = {step for step, *_ in CASES} | {"offline", "online", "nmi", "resched"}
     text.add("complete")  # test_waitqueue.py
+    text |= {"switch_mm", "unmap", "unmap_free"}  # test_tlb.py
     text.add("undo")  # test_irq_lock.py
+    text.add("rcu_enxio")  # test_rcu.py
+    text |= {"purge", "requeue"}  # tests/native/test_net_steps.c
+    # tests/native/test_wake_steps.c
+    text |= {f"ttwu{x}" for x in ("", "_look", "_turn", "_list", "_queued")}
+    text |= {
+        f"multi_{x}" for x in ("queue", "ack", "state", "park", "run")
+    }  # test_stop
     text.add("spurious")  # test_irq_sync.py
     text |= {"nmi_ask", "nmi_wait", "nmi_take"}  # test_nmi_ipi.py
     source = (

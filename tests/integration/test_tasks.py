@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import time
+import types
 
 import numpy as np
 import pytest
@@ -283,14 +284,14 @@ def test_it_is_not_lost_where_exceptions_are(cluster, eventually):
 
 
 def test_not_while_interrupts_are_disabled(cluster, eventually):
-    log = cluster.shared("masked_log", "i8", 2)
+    log = cluster.shared("masked_log", "i8", 3)
     log[:] = 0
 
     def masked():
         smp.local_irq_disable()
         log[0] = 1
-        end = time.monotonic() + 0.1
-        while time.monotonic() < end:
+        end = time.monotonic() + 30
+        while not log[2] and time.monotonic() < end:
             pass
         log[1] = 1
         smp.local_irq_enable()
@@ -299,7 +300,9 @@ def test_not_while_interrupts_are_disabled(cluster, eventually):
     task = cluster.start(masked, cpus=[2])[0]
     eventually(lambda: log[0])
     assert task.cancel()
+    time.sleep(0.05)  # as it would come by now, if it came
     assert not task.done()
+    log[2] = 1
     assert task._settle(SOON_S)
     assert task.cancelled()
     assert log[1] == 1
@@ -411,8 +414,8 @@ def test_cancel_of_a_stopped_and_of_an_offline_cpu_is_bounded(boot, eventually):
     cluster = boot(3, idle="halt")
     tasks = cluster.start(spin, cpus=[0, 1])
     eventually(running(tasks))
+    cluster.offline(1)  # for which all others have to stop for a moment
     os.kill(cluster.cpus[0].pid, signal.SIGSTOP)
-    cluster.offline(1)
     begun = time.monotonic()
     assert tasks.cancel()
     assert not tasks.wait(0.2)
@@ -473,7 +476,7 @@ def test_run_with_a_timeout_cancels_and_keeps_what_there_is(cluster):
         return cpu
 
     with pytest.raises(IpiTimeoutError, match="CPUs 1-2 has not ended") as caught:
-        cluster.run(work, timeout=1.0)
+        cluster.run(work, timeout=SOON_S)
     assert caught.value.cpu == 1
     assert caught.value.results == {0: 0}
     assert isinstance(caught.value, TimeoutError)
@@ -488,7 +491,7 @@ def test_run_gives_up_behind_a_task_that_goes_on(cluster, eventually):
     first = cluster.start(time.sleep, 30, cpus=[1])
     eventually(running(first))
     with pytest.raises(IpiTimeoutError, match="CPU 1 has not ended") as caught:
-        cluster.run(smp.smp_processor_id, cpus="0-1", timeout=0.5)
+        cluster.run(smp.smp_processor_id, cpus="0-1", timeout=SOON_S)
     assert caught.value.results == {0: 0}
     with pytest.raises(IpiTimeoutError, match="CPU 1 has not ended") as caught:
         cluster.run(smp.smp_processor_id, cpus=[1], timeout=0.1)
@@ -507,7 +510,7 @@ def test_late_tasks_do_not_hide_what_others_failed_with(cluster):
         return cpu
 
     with pytest.raises(IpiTimeoutError, match="CPU 1 has") as caught:
-        cluster.run(work, cpus="0-2", timeout=1.0)
+        cluster.run(work, cpus="0-2", timeout=SOON_S)
     assert caught.value.results == {2: 2}
     assert isinstance(caught.value.__cause__, RemoteCallError)
     assert isinstance(caught.value.__cause__.__cause__, ValueError)
@@ -527,17 +530,27 @@ def test_ctrl_c_in_run_cancels_its_tasks(script):
         if __name__ == "__main__":
             with Cluster(2) as cluster:
                 beats = cluster.shared("beats", "i8", 2)
+                begun = cluster.shared("begun", "i8", 2)
+
+                def noted(work):
+                    begun[smp.smp_processor_id()] = 1
+                    work()
+
+                def interrupt(main=threading.main_thread().ident):
+                    while begun.sum() < 2:
+                        time.sleep(0.01)
+                    time.sleep(0.1)
+                    signal.pthread_kill(main, signal.SIGINT)
+
                 def sleep():
                     while True:
                         beats[smp.smp_processor_id()] += 1
                         time.sleep(0.001)
                 for work in (spin, sleep, lambda: time.sleep(60)):
-                    main = threading.main_thread().ident
-                    threading.Timer(
-                        0.3, lambda: signal.pthread_kill(main, signal.SIGINT)
-                    ).start()
+                    begun[:] = 0
+                    threading.Thread(target=interrupt).start()
                     try:
-                        cluster.run(work)
+                        cluster.run(noted, work)
                     except KeyboardInterrupt as error:
                         print("interrupted", getattr(error, "__notes__", ""))
                     before = beats.tolist()
@@ -780,10 +793,11 @@ def test_a_group_names_a_cpu_that_died_of_it(boot):
     assert "exited with status 7" in str(caught.value.exceptions[1])
 
 
-def test_without_an_online_cpu_there_is_nothing_to_run_on(boot):
+def test_without_an_online_cpu_there_is_nothing_to_run_on(boot, eventually):
     with boot(2) as cluster:
         cluster.offline(0)
-        cluster.offline(1)
+        os.kill(cluster.cpus[1].pid, signal.SIGKILL)  # the last one stays online
+        eventually(lambda: cluster.cpus[1].state == "dead")
         for use in (cluster.run, cluster.start):
             with pytest.raises(CpuOfflineError, match="CPU 0"):
                 use(int)
@@ -815,3 +829,28 @@ def test_an_unknown_cpu_is_the_same_error_everywhere(cluster):
         assert isinstance(caught.value, ValueError)
         assert caught.value.cpu == cpu or cpu < 0
         assert caught.value.errno == 6
+
+
+def test_a_machine_that_is_closed_while_its_death_is_noted(cluster, eventually):
+    """By another thread, just after this one's wait has ended with MachineDiedError."""
+    (task,) = cluster.start(spin, cpus=[1])
+    eventually(task.running)
+    owner, real = task._cluster, cluster._machine
+
+    class Closed:
+        def await_call(self, *args):
+            raise shmipi.MachineDiedError("the machine was shut down")
+
+        def abandon(self, call):
+            real.cancel(call, 1)
+            raise shmipi.ClusterStateError("this cluster is closed")
+
+    task._cluster = types.SimpleNamespace(_machine=Closed())
+    try:
+        assert not task._await(1.0)
+        with pytest.raises(shmipi.MachineDiedError, match="shut down"):
+            task.result(1)
+    finally:
+        task._cluster = owner
+        real.abandon(task._call)  # cancelled above
+        eventually(lambda: not cluster.cpus[1].task)

@@ -64,14 +64,15 @@ def test_every_kind_of_interrupt_ends_it(boot, background, eventually, doorbell)
         "own csd": lambda: cluster.smp.smp_call_function_single_async(1, csd),
         "irq": lambda: cluster.irq.ipi_send_single(virq, 1),
         "reschedule": lambda: cluster.smp.smp_send_reschedule(1),
-        "nmi": lambda: cluster.smp.smp_send_nmi_ipi(1, count, 10**6),
-        "native nmi": lambda: cluster.smp.smp_send_nmi_ipi(1, noop, 10**6),
+        "nmi": lambda: cluster.smp.smp_send_nmi_ipi(1, count, 10**7),
+        "native nmi": lambda: cluster.smp.smp_send_nmi_ipi(1, noop, 10**7),
         "from a cpu": lambda: cluster.run(from_there, cpus=[2]),
     }
     csd = cluster.smp.CallSingleData(count)
 
     def from_there():
-        smp.smp_call_function_single(1, count)
+        # Nobody waits: who does so for 10 ms rings once more.
+        smp.smp_call_function_single(1, count, None, False)
 
     for name, send in ways.items():
         before = int(n[1] + cells[0])
@@ -90,7 +91,14 @@ def test_after_its_time_it_returns_false(halted):
         came = smp.wait_for_interrupt(seconds)
         return came, time.monotonic() - start
 
-    cluster, thread = halted(lambda: smp.wait_for_interrupt(timeout=0.3))
+    def naps():
+        came = smp.wait_for_interrupt(timeout=0.3)
+        while not came and not shmipi.shared("n")[0]:  # it was not seen yet
+            came = smp.wait_for_interrupt(timeout=0.3)
+        return came
+
+    cluster, thread = halted(naps)
+    shmipi.shared("n")[0] = 1
     assert thread.end() == [False]
     ((came, took),) = cluster.run(nap, 0.1, cpus=[2])
     assert not came
@@ -204,7 +212,7 @@ def test_a_condition_looked_at_with_interrupts_disabled_is_never_missed(
         for turn in range(1, rounds + 1):
             smp.local_irq_disable()
             while cells[1] < turn:
-                late += not smp.wait_for_interrupt(2.0)
+                late += not smp.wait_for_interrupt(5.0)
             smp.local_irq_enable()
             atomic.store(cells, 0, turn)
             for _ in range(turn * 7 % 50):

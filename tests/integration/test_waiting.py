@@ -25,6 +25,10 @@ def switches(pid):
     return voluntary, voluntary + values["nonvoluntary_ctxt_switches"]
 
 
+def asleep(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
 @pytest.mark.parametrize(("doorbell", "idle"), list(itertools.product(DOORBELLS, IDLE)))
 def test_every_doorbell_with_every_idle_policy(boot, eventually, doorbell, idle):
     cluster = boot(3, doorbell=doorbell, idle=idle)
@@ -81,6 +85,7 @@ def test_every_doorbell_with_every_idle_policy(boot, eventually, doorbell, idle)
 
 
 def test_polling_cpus_are_not_rung(boot, eventually):
+    """Proves rows 29 and 30."""
     cluster = boot(2, idle="poll")
     eventually(lambda: {cpu.state for cpu in cluster.cpus} == {"polling"})
     cluster.call(1, int)
@@ -95,17 +100,23 @@ def test_polling_cpus_are_not_rung(boot, eventually):
 
 
 def test_halted_cpus_are_rung_once_each(boot, eventually):
+    """A CPU that others keep off its core for 20 ms is rung again, by the watchdog:
+    fifty calls that met none of that are looked for."""
     cluster = boot(2, idle="halt")
     cluster.call(1, int)
-    before, there = cluster.host_counters(), cluster.counters()
-    for _ in range(50):
-        eventually(lambda: cluster.cpus[1].state == "halted")
-        cluster.smp.smp_call_function_single(1, id)
-    after, now = cluster.host_counters(), cluster.counters()
-    assert after["doorbells_sent"] - before["doorbells_sent"] == 50
-    assert now["irq_call_single"][1] - there["irq_call_single"][1] == 50
-    assert now["doorbells_received"][1] - there["doorbells_received"][1] == 50
-    assert after["rekicked"] == before["rekicked"]
+    again, end = 1, time.monotonic() + 30
+    while again and time.monotonic() < end:
+        before, there = cluster.host_counters(), cluster.counters()
+        for _ in range(50):
+            eventually(lambda: cluster.cpus[1].state == "halted")
+            cluster.smp.smp_call_function_single(1, id)
+        after, now = cluster.host_counters(), cluster.counters()
+        sent = after["doorbells_sent"] - before["doorbells_sent"]
+        again = after["rekicked"] - before["rekicked"]
+        assert now["irq_call_single"][1] - there["irq_call_single"][1] == 50
+        assert now["doorbells_received"][1] - there["doorbells_received"][1] == 50
+    assert again == 0  # where it was, one may have been a kick: it had begun to run
+    assert sent == 50
 
 
 def test_haltpoll_polls_first_and_halts_then(boot, eventually):
@@ -136,6 +147,8 @@ def test_halted_cpus_do_not_wake_up(boot, eventually):
         eventually(lambda states=states: states() == {"halted"}, 10)
         pids |= {cpu.pid: (doorbell, cpu.id) for cpu in cluster.cpus}
     assert len(pids) == sum(sizes.values())
+    # A CPU says that it halts before it sleeps.
+    eventually(lambda: all(asleep(pid) for pid in pids), 10)
     # All machines are watched in the same second.
     time.sleep(0.2)
     before = {pid: switches(pid) for pid in pids}
@@ -179,6 +192,7 @@ def test_a_handler_that_was_idle_can_use_the_interpreters_threads(boot, backgrou
 
 
 def test_counters_add_up(boot, background):
+    """Proves row 85."""
     cluster = boot(3, idle="halt")
 
     def task():
@@ -233,6 +247,7 @@ def test_counters_are_per_cpu_arrays(cluster):
 
 
 def test_interrupts_has_the_shape_of_proc_interrupts(cluster):
+    """Proves row 85."""
     for _ in range(3):
         cluster.smp.on_each_cpu(id)
     lines = cluster.interrupts().splitlines()
@@ -254,6 +269,7 @@ def test_a_stopped_target_is_rung_again_and_counted(boot, eventually, background
     eventually(lambda: cluster.cpus[1].state == "halted")
     os.kill(cluster.cpus[1].pid, 19)
     thread = background(cluster.call, 1, abs, -3)
+    eventually(lambda: cluster.host_counters()["rekicked"])
     time.sleep(0.6)
     rekicked = cluster.host_counters()["rekicked"]
     os.kill(cluster.cpus[1].pid, 18)

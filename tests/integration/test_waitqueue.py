@@ -542,14 +542,21 @@ def test_ctrl_c_and_the_machines_end_end_a_wait(rig, script):
         if __name__ == "__main__":
             cluster = Cluster(2)
             done = cluster.completion("never")
+
+            def when_it_waits(end):
+                while not cluster._machine.waitq_active(done._at):
+                    time.sleep(0.01)
+                time.sleep(0.1)
+                end()
+
             for end in (lambda: os.kill(os.getpid(), signal.SIGINT), cluster.shutdown):
-                timer = threading.Timer(0.2, end)
-                timer.start()
+                thread = threading.Thread(target=when_it_waits, args=(end,))
+                thread.start()
                 try:
                     done.wait_for_completion()
                 except (KeyboardInterrupt, MachineDiedError, ClusterStateError) as e:
                     print(type(e).__name__)
-                timer.join()
+                thread.join()
         """
     )
     first, second = host.text.split()

@@ -66,8 +66,13 @@ class Rig:
         self.at_rest(eventually)
         self.machine.arm_step(SENDER, step, _core.STEP_STOP)
         self.task(SENDER, sends, 1)
+        self.await_stopped(step, eventually)
+
+    def await_stopped(self, step, eventually):
+        """The sender says that it is there just before it stops."""
         eventually(lambda: self.machine.step_hit(SENDER) == step)
         self.stopped = self.cluster.cpus[SENDER].pid
+        eventually(lambda: psutil.Process(self.stopped).status() == "stopped")
 
     def end(self):
         if self.stopped:
@@ -221,8 +226,7 @@ def test_an_nmi_whose_sender_is_stopped(rig, eventually):
     before = taken()
     found.machine.arm_step(SENDER, "nmi", _core.STEP_STOP)
     found.task(SENDER, lambda: shmipi.irq.chip().send_nmi(TARGET))
-    eventually(lambda: found.machine.step_hit(SENDER) == "nmi")
-    found.stopped = found.cluster.cpus[SENDER].pid
+    found.await_stopped("nmi", eventually)
     eventually(lambda: taken() == before + 1)
 
 
@@ -253,6 +257,9 @@ def test_a_full_signal_queue_loses_nothing(rig, eventually, doorbell, target):
 def test_idle_cpus_are_not_woken_by_it(boot, eventually):
     cluster = boot(64, idle="halt")
     eventually(lambda: all(cpu.state == "halted" for cpu in cluster.cpus))
+    # It is counted when it has that state, and before it sleeps.
+    processes = [psutil.Process(cpu.pid) for cpu in cluster.cpus]
+    eventually(lambda: {p.status() for p in processes} == {"sleeping"})
     halts = cluster.counters()["halts"].copy()
     time.sleep(0.2)
     assert (cluster.counters()["halts"] == halts).all()

@@ -18,14 +18,17 @@
 #include "base/clock.h"
 #include "base/machine.h"
 #include "base/native.h"
+#include "base/trace.h"
 #include "irq/flows.h"
 #include "irq/chip.h"
 #include "smp/cpu.h"
 #include "smp/csd.h"
 #include "smp/entry.h"
 #include "smp/idle.h"
+#include "smp/ksoftirqd.h"
 #include "smp/queue.h"
 #include "smp/reap.h"
+#include "smp/sched.h"
 #include "smp/sender.h"
 #include "smp/smp.h"
 #include "smp/wait.h"
@@ -97,7 +100,9 @@ static inline void rig_boot_chip(struct rig *r, uint32_t ncpus, enum shi_idle id
     rig_now = r;
     r->ncpus = ncpus;
     shi_native_init();
-    CHECK(shi_layout_plan(plan, ncpus, 0, 1 << 20, 1 << 20) == 0);
+    shi_sched_init();
+    shi_ksoftirqd_init();
+    CHECK(shi_layout_plan(plan, ncpus, 1 << 20, 1 << 20) == 0);
     plan->chip = *chip;
     plan->doorbell = SHI_DB_futex;
     plan->kick_signal = 40;
@@ -164,6 +169,19 @@ static inline int rig_call(struct shi_self *self, uint32_t dst, uint32_t native,
     return 0;
 }
 
+/* Trace rings, and everything is recorded. */
+static inline struct shi_trace_area *rig_trace(struct rig *r, uint32_t records)
+{
+    uint64_t bytes = shi_trace_bytes(&r->m, records), at = r->m.array_offset + SHI_PAGE;
+    struct shi_trace_area *area = (struct shi_trace_area *)(r->m.base + at);
+    CHECK(bytes && SHI_PAGE + bytes <= r->m.array_bytes);
+    area->records = records;
+    shi_store_release(&r->m.header->array_used, SHI_PAGE + bytes);
+    shi_store_release(&r->m.header->users[SHI_USER_trace], at);
+    shi_store_release(&r->m.header->tracing, ~0ull);
+    return area;
+}
+
 /* ---- a machine at rest ------------------------------------------------------------ */
 
 /* A machine whose CPUs nobody runs: the test is the owner of their queues. */
@@ -176,7 +194,9 @@ static inline void rig_quiet(struct rig *r, uint32_t ncpus)
     rig_now = r;
     r->ncpus = ncpus;
     shi_native_init();
-    CHECK(shi_layout_plan(plan, ncpus, 0, 1 << 20, 1 << 20) == 0);
+    shi_sched_init();
+    shi_ksoftirqd_init();
+    CHECK(shi_layout_plan(plan, ncpus, 1 << 20, 1 << 20) == 0);
     rig_chip(&plan->chip);
     plan->doorbell = SHI_DB_futex;
     plan->kick_signal = 40;
@@ -210,6 +230,16 @@ static inline void rig_set_state(struct rig *r, uint32_t cpu, enum shi_state sta
 {
     shi_a64 *word = &shi_slot(&r->m, cpu)->word;
     shi_store_full(word, shi_word_with(shi_load_full(word), state));
+}
+
+/* Does no live slot signal this CPU any more?  Then its pid may be given up. */
+static inline bool rig_unguarded(struct rig *r, uint32_t cpu)
+{
+    uint32_t s;
+    for (s = 0; s < r->m.nslots; s++)
+        if (shi_reap_guards(&r->firmware, s) == cpu + 1)
+            return false;
+    return true;
 }
 
 /* Fill, lock and push a csd of the host: what push says, its index in *local. */

@@ -3,8 +3,10 @@
 #include "rig.h"
 
 #include <errno.h>
+#include <fcntl.h>
 
 #include "smp/queue.h"
+#include "smp/stall.h"
 
 static struct rig rig;
 
@@ -182,14 +184,14 @@ static void the_reaper(void)
 static void hazards(void)
 {
     rig_boot(&rig, 2, SHI_IDLE_HALT);
-    CHECK(shi_reap_unguarded(&rig.firmware, 1));
+    CHECK(rig_unguarded(&rig, 1));
     shi_store_full(&shi_slot(&rig.m, 0)->ringing, 2); /* CPU 0 rings CPU 1 */
-    CHECK(!shi_reap_unguarded(&rig.firmware, 1));
-    CHECK(shi_reap_unguarded(&rig.firmware, 0));
+    CHECK(!rig_unguarded(&rig, 1));
+    CHECK(rig_unguarded(&rig, 0));
     shi_store_full(&shi_slot(&rig.m, 0)->ringing, 0);
-    CHECK(shi_reap_unguarded(&rig.firmware, 1));
+    CHECK(rig_unguarded(&rig, 1));
     shi_store_full(&rig.host.slot->ringing, 2);
-    CHECK(!shi_reap_unguarded(&rig.firmware, 1));
+    CHECK(!rig_unguarded(&rig, 1));
     shi_store_full(&rig.host.slot->ringing, 0);
     rig_stop(&rig);
 }
@@ -244,6 +246,71 @@ static void parking(void)
     rig_stop(&rig);
 }
 
+/* csd_unlock(): WARN_ON(!(flags & CSD_FLAG_LOCK)).  row 24 */
+static void double_unlock(void)
+{
+    char text[256] = { 0 };
+    int pipes[2], saved = dup(STDERR_FILENO);
+    rig_boot(&rig, 1, SHI_IDLE_HALT);
+    struct shi_self *self = &rig.host;
+    uint32_t local = (uint32_t)get(self);
+    struct shi_csd *csd = shi_own_csd(self, local);
+    CHECK(pipe2(pipes, O_NONBLOCK) == 0 && dup2(pipes[1], STDERR_FILENO) >= 0);
+    CHECK(shi_csd_trylock(self, csd, SHI_CSD_SYNC, 0) == 0);
+    shi_csd_unlock(self, csd);
+    CHECK(read(pipes[0], text, sizeof text - 1) < 0 && errno == EAGAIN);
+    shi_csd_unlock(self, csd);
+    CHECK(read(pipes[0], text, sizeof text - 1) > 0);
+    CHECK(dup2(saved, STDERR_FILENO) >= 0);
+    CHECK(strstr(text, "WARNING: csd: CSD") && strstr(text, "nobody had locked it"));
+    CHECK(!shi_csd_locked(csd));
+    close(pipes[0]);
+    close(pipes[1]);
+    close(saved);
+    put(self, local);
+    rig_stop(&rig);
+}
+
+/* Is it due `ns` after the last message, and not before?  (As if it had been so long ago.) */
+static bool due_after(struct shi_stall *stall, const struct shi_csd *csd, uint64_t ns)
+{
+    stall->said_ns = shi_now_ns() - (ns - 50000000);
+    if (shi_stall_due(&rig.host, stall, csd))
+        return false;
+    stall->said_ns = shi_now_ns() - ns;
+    return shi_stall_due(&rig.host, stall, csd);
+}
+
+/* csd_lock_wait_toolong: the first after csd_lock_timeout; then each after one timeout more
+ * than the one before, times ilog2(CPUs online) / 2 + 1. */
+static void back_off(void)
+{
+    const uint64_t second = 1000000000;
+    uint32_t cpu;
+    rig_quiet(&rig, 8);
+    for (cpu = 0; cpu < 8; cpu++)
+        rig_set_state(&rig, cpu, SHI_HALTED);
+    shi_store_relaxed(&rig.m.header->csd_lock_timeout, 1000);
+    struct shi_stall stall = { 0 };
+    uint32_t local = (uint32_t)get(&rig.host);
+    struct shi_csd *csd = shi_own_csd(&rig.host, local);
+    CHECK(shi_csd_trylock(&rig.host, csd, SHI_CSD_SYNC, 0) == 0);
+    CHECK(!shi_stall_due(&rig.host, &stall, csd));
+    CHECK(due_after(&stall, csd, second));
+    CHECK(due_after(&stall, csd, 2 * 2 * second)); /* ilog2(8) / 2 + 1 */
+    CHECK(due_after(&stall, csd, 2 * 3 * second));
+    for (cpu = 3; cpu < 8; cpu++) /* three are left: ilog2(3) / 2 + 1, of the next interval */
+        rig_set_state(&rig, cpu, SHI_OFFLINE);
+    CHECK(due_after(&stall, csd, 2 * 4 * second));
+    CHECK(due_after(&stall, csd, 5 * second));
+    CHECK(stall.messages == 5 && shi_stall_any(&rig.m));
+    shi_stall_over(&rig.host, &stall);
+    CHECK(!shi_stall_any(&rig.m));
+    shi_csd_cancel(csd);
+    put(&rig.host, local);
+    rig_unquiet(&rig);
+}
+
 int main(void)
 {
     every_csd_once();
@@ -253,5 +320,7 @@ int main(void)
     the_reaper();
     hazards();
     parking();
+    double_unlock();
+    back_off();
     return 0;
 }

@@ -91,16 +91,13 @@ static void who_has_left_says_nothing_more(void)
     rig_boot(&rig, 1, SHI_IDLE_HALT);
     uint32_t slot = shi_first_guest(&rig.m);
     struct shi_self *self = admit(slot);
-    rig.m.trace_offset = rig.m.array_offset; /* a ring of one record for each slot */
-    rig.m.trace_records = 1;
-    self->trace = true;
+    struct shi_trace_area *area = rig_trace(&rig, 2);
     SHI_TRACE(self, call_begin, 0, 0, 0, 0);
-    struct shi_trace_record *ring = shi_trace_ring(&rig.m, slot);
+    struct shi_trace_record *ring = shi_trace_ring(&rig.m, area, slot);
     CHECK(ring->event == SHI_T_call_begin && ring->seq == 1);
     CHECK(shi_self_leave(self) == 0);
     SHI_TRACE(self, call_end, 0, 0, 0, 0);
-    CHECK(ring->event == SHI_T_call_begin);
-    rig.m.trace_records = 0;
+    CHECK(ring->event == SHI_T_call_begin && ring[1].seq == 0);
     die(self);
     rig_stop(&rig);
 }

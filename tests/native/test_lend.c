@@ -7,16 +7,17 @@
 #include "smp/queue.h"
 
 #define SENDERS 6
+#define CSDS 4096u /* of each, in so small a machine (base/segment.c) */
 #define ROUNDS 1500
 #define MOST (160u << 10) /* a CPU may lend three of these */
 
 static struct rig rig;
 static uint32_t late, waits;
 
-/* What a CPU has no room for. */
+/* What a CPU has no room for.  Who has given a call up makes the next one while the CPU is kept
+ * from its core, so there may be as many as the senders have csds. */
 static struct {
-    uint32_t csd[SENDERS];
-    uint32_t n;
+    uint32_t csd[CSDS];
 } pending[RIG_CPUS];
 
 static uint64_t length_of(uint64_t seed)
@@ -64,7 +65,7 @@ static void answer(struct shi_self *self, uint32_t index)
         shi_csd_unlock(self, csd);
         return;
     }
-    CHECK(self->unsent < SENDERS);
+    CHECK(self->unsent < CSDS);
     pending[self->id].csd[self->unsent++] = index;
     send_pending(self);
 }

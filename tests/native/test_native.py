@@ -25,7 +25,7 @@ def native(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 #: Two processes that spin, on a core each: beside other tests that takes three times as
 #: long, and is in their way.
-ALONE = ("test_limits",)
+ALONE = ("pingpong", "test_limits")
 
 
 @pytest.mark.parametrize(

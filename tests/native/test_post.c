@@ -56,8 +56,9 @@ static void sections_of_a_call(void)
     struct shi_self *self = &rig.host;
     uint32_t fewest = UINT32_MAX, i;
     CHECK(rig_call(self, 0, 0, 0, SHI_K_NONE) == 0);
-    /* A wait that lasts rings again, which takes a section. */
-    for (i = 0; i < 5; i++) {
+    uint64_t end = shi_now_ns() + 30000000000u;
+    /* A wait that lasts rings again, which takes a section: until there was one that did not. */
+    for (i = 0; i < 5 || (fewest > 2 && shi_now_ns() < end); i++) {
         sections = 0;
         CHECK(rig_call(self, 1, 0, 0, SHI_K_NONE) == 0);
         CHECK(sections >= 2);

@@ -69,15 +69,15 @@ static void pids_are_guarded(void)
 {
     boot();
     shi_reap_mark(&rig.firmware, 1, 0);
-    CHECK(shi_reap_unguarded(&rig.firmware, 1));
+    CHECK(rig_unguarded(&rig, 1));
     shi_store_full(&rig.host.slot->ringing, 1 + 1);
-    CHECK(!shi_reap_unguarded(&rig.firmware, 1));
+    CHECK(!rig_unguarded(&rig, 1));
     shi_store_full(&rig.host.slot->ringing, 2 + 1);
-    CHECK(shi_reap_unguarded(&rig.firmware, 1));
+    CHECK(rig_unguarded(&rig, 1));
     shi_store_full(&rig.cpu[2].slot->ringing, 1 + 1);
-    CHECK(!shi_reap_unguarded(&rig.firmware, 1));
+    CHECK(!rig_unguarded(&rig, 1));
     shi_store_full(&rig.cpu[2].slot->word, SHI_DEAD); /* rings nobody any more */
-    CHECK(shi_reap_unguarded(&rig.firmware, 1));
+    CHECK(rig_unguarded(&rig, 1));
     rig_unquiet(&rig);
 }
 
@@ -99,17 +99,24 @@ static void a_new_process(void)
     rig_unquiet(&rig);
 }
 
-/* Locked, and its sender killed before it was aimed at anybody: free at its death. */
-static void never_aimed(void)
+/* A csd for CPU 1 that its sender has locked, and aimed at that generation (0: not yet). */
+static struct shi_csd *locked_by(struct shi_self *sender, uint16_t gen)
 {
-    boot();
-    struct shi_self *sender = &rig.cpu[0];
     shi_enter(sender);
     int64_t local = shi_csd_get(sender);
     CHECK(local >= 0);
     struct shi_csd *csd = shi_own_csd(sender, (uint32_t)local);
     CHECK(shi_csd_trylock(sender, csd, SHI_CSD_SYNC, 1) == 0);
+    shi_fetch_or_full(&csd->lock, (uint64_t)gen << SHI_CSD_GEN_SHIFT);
     shi_leave(sender);
+    return csd;
+}
+
+/* Locked, and its sender killed before it was aimed at anybody: free at its death. */
+static void never_aimed(void)
+{
+    boot();
+    struct shi_csd *csd = locked_by(&rig.cpu[0], 0);
     CHECK(shi_reap_orphans(&rig.firmware, 0) == 0); /* it lives, and may push it at any time */
     CHECK(shi_csd_locked(csd));
     shi_reap_mark(&rig.firmware, 0, 9);
@@ -122,14 +129,7 @@ static void never_aimed(void)
 static void orphans(void)
 {
     boot();
-    struct shi_self *sender = &rig.cpu[0];
-    shi_enter(sender);
-    int64_t local = shi_csd_get(sender);
-    CHECK(local >= 0);
-    struct shi_csd *csd = shi_own_csd(sender, (uint32_t)local);
-    CHECK(shi_csd_trylock(sender, csd, SHI_CSD_SYNC, 1) == 0);
-    shi_fetch_or_full(&csd->lock, (uint64_t)rig.cpu[1].gen << SHI_CSD_GEN_SHIFT);
-    shi_leave(sender);
+    struct shi_csd *csd = locked_by(&rig.cpu[0], rig.cpu[1].gen);
     CHECK(shi_reap_orphans(&rig.firmware, 0) == 0); /* it lives: the csd is its own */
     CHECK(shi_csd_locked(csd));
     shi_reap_mark(&rig.firmware, 0, 9);

@@ -5,12 +5,15 @@ import math
 import pickle
 
 import pytest
-from hypothesis import given
+from hdrh.histogram import HdrHistogram
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmipi import _core
 from shmipi.bench import boot, controllers, death, limits, runner
+from shmipi.bench.hist import described
 from shmipi.cli import main
+from shmipi.machine.facts import throttled
 from shmipi.report import bench as report
 
 # ---- Hist ----------------------------------------------------------------------------
@@ -45,6 +48,22 @@ def test_a_hist_pickles_and_merges(first, second):
     assert left.stats() == both.stats()
     assert left.buckets() == both.buckets()
     assert sum(count for _, _, count in left.buckets()) == len(first) + len(second)
+
+
+@settings(max_examples=20)  # each makes a histogram of theirs, 33,792 counts in Python
+@given(st.lists(st.integers(0, 2**43), max_size=50))
+def test_a_hist_is_another_library_s_without_loss(values):
+    hist = _core.Hist()
+    for value in values:
+        hist.record(value)
+    told = described(hist)
+    theirs = HdrHistogram.decode(told["hist"])
+    assert theirs.get_total_count() == told["count"] == len(values)
+    for lowest, highest, count in hist.buckets():
+        assert theirs.get_count_at_value(lowest) == count
+        assert theirs.get_count_at_value(highest) == count
+    steps = [s.count_added_in_this_iter_step for s in theirs.get_recorded_iterator()]
+    assert steps == [count for _, _, count in hist.buckets()]
 
 
 def test_an_empty_hist_is_all_zero():
@@ -112,10 +131,21 @@ TLB:       7000       7000       7000   TLB shootdowns
 """
 
 
-def test_core_interrupts_are_res_and_cal(tmp_path):
+def test_core_interrupts_by_kind(tmp_path):
     (tmp_path / "interrupts").write_text(INTERRUPTS)
     found = runner.core_interrupts([1, 3], proc=tmp_path)
-    assert found == {1: 202, 3: 303}
+    assert found == {
+        1: {"RES": 2, "CAL": 200, "TLB": 7000},
+        3: {"RES": 3, "CAL": 300, "TLB": 7000},
+    }
+    (tmp_path / "interrupts").write_text(
+        "           CPU0       CPU1\n"
+        "IPI0:         4          5       Rescheduling interrupts\n"
+        "IPI1:        40         50       Function call interrupts\n"
+        "IPI2:       400        500       CPU stop interrupts\n"
+    )
+    found = runner.core_interrupts([1], proc=tmp_path)
+    assert found == {1: {"RES": 5, "CAL": 50, "TLB": 0}}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +184,39 @@ def test_what_makes_a_row_invalid():
     assert len(seen.why(1000)) == 3
     assert len(seen.why(None)) == 2  # where preemptions do not matter
     assert len(seen.why(10_000)) == 2
+    seen.throttled = 3
+    assert "3 periods" in seen.why(10_000)[-1]
+
+
+def test_how_a_row_ends():
+    """Real IPIs by kind for each emulated one, validity, collections."""
+    seen = runner.Seen(collections=2)
+    seen.target_real.update(RES=50, CAL=25)
+    seen.sender_real.update(RES=100)
+    row = seen.ending(100, [])
+    assert row["real_ipis"] == {"RES": 0.5, "CAL": 0.25, "TLB": 0.0}
+    assert row["real_ipis_per_call"] == 0.75
+    assert row["valid"]
+    assert row["gc_runs"] == 2
+    assert "why" not in row
+    row = seen.ending(100, ["it moved"], both=True)
+    assert row["real_ipis"]["RES"] == 1.5
+    assert (row["valid"], row["why"]) == (False, ["it moved"])
+    assert seen.ending(0, [])["real_ipis"] is None
+    seen.ipis_known = False
+    row = seen.ending(100, [])
+    assert row["real_ipis"] is row["real_ipis_per_call"] is None
+    assert "/proc/interrupts" in row["real_ipis_note"]
+
+
+def test_the_quota_of_a_control_group_is_noticed(tmp_path):
+    folder = tmp_path / "fs/cgroup/box"
+    folder.mkdir(parents=True)
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text("0::/box\n")
+    assert throttled(sys=tmp_path, proc=tmp_path) == 0
+    (folder / "cpu.stat").write_text("nr_periods 9\nnr_throttled 4\n")
+    assert throttled(sys=tmp_path, proc=tmp_path) == 4
 
 
 # ---- the command line, where it needs no machine -------------------------------------

@@ -18,7 +18,10 @@ from shmipi.irq.chips import CHIPS
 
 FOLDER = Path(shmipi.bench.__file__).parent
 #: What measuring is made of, and no bench itself.
-SHARED = {"__init__", "option", "registry", "runner", "tasks"}
+SHARED = {
+    *("__init__", "agree", "breaks", "clocks", "effects", "hist", "option"),
+    *("peering", "record", "registry", "runner", "tasks"),
+}
 
 
 def test_every_module_that_measures_is_listed():

@@ -251,9 +251,10 @@ def test_machine_options() -> None:
         "kick": True,
         "cores": "auto",
         "name": None,
+        "nohz_full": None,
     }
     line = "--cpus 4 --idle halt --doorbell sem --controller xive --cores 1,0"
-    line += " --kick off --name lab"
+    line += " --kick off --name lab --nohz-full 2-3"
     assert options.machine_kwargs(parser.parse_args(line.split())) == {
         "ncpus": 4,
         "idle": "halt",
@@ -262,6 +263,7 @@ def test_machine_options() -> None:
         "kick": False,
         "cores": [1, 0],
         "name": "lab",
+        "nohz_full": CpuMask("2-3"),
     }
     with pytest.raises(SystemExit):
         parser.parse_args(["--doorbell", "bell"])

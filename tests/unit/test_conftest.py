@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ def run(folder: Path, *arguments: str, **files: str) -> str:
         [
             *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
             *("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)),
-            *("-p", "xdist", "-p", "timeout", "-p", "conftest"),
+            *("-p", "xdist", "-p", "timeout", "-p", "rerunfailures", "-p", "conftest"),
             *(*arguments, str(folder)),
         ],
         env={
@@ -42,11 +44,15 @@ def test_what_tests_leave_behind(tmp_path: Path) -> None:
         tmp_path,
         processes="""
 import subprocess
+from pathlib import Path
 
 left = []
 
 def test_leaves_one():
     left.append(subprocess.Popen(["sleep", "60"]))
+    stat = Path(f"/proc/{left[0].pid}/stat")
+    while stat.read_text().rpartition(")")[2].split()[0] != "S":
+        pass  # it has no core yet
 
 def test_ends_its_own():
     assert left.pop().wait(5) == -9
@@ -169,6 +175,7 @@ def test_who_ends_a_worker_fails_and_all_others_run_once(tmp_path: Path) -> None
 
 LONG = """
 import os, time
+from pathlib import Path
 import pytest
 
 def note(kind):
@@ -183,7 +190,9 @@ def test_short(n):
 @pytest.mark.long
 def test_long():
     note("long")
-    time.sleep(0.4)
+    end = time.monotonic() + 30
+    while Path({log!r}).read_text().count("short") < 10 and time.monotonic() < end:
+        time.sleep(0.01)
 """
 
 
@@ -196,3 +205,77 @@ def test_what_is_long_begins_first(tmp_path: Path) -> None:
     by = next(pid for kind, pid in lines if kind == "long")
     assert next(kind for kind, pid in lines if pid == by) == "long"
     assert sum(pid != by for _, pid in lines) >= 10  # the other goes on meanwhile
+
+
+STOOD_STILL = """
+import os, time
+
+tries = []
+
+def stand_still():
+    now = time.monotonic()
+    with open(os.environ["SHMIPI_TESTS_PULSE"], "a") as book:
+        book.write(f"{now - 0.25} {now}\\n")
+
+def test_loses_its_time():
+    stand_still()
+    tries.append("loses")
+    assert tries.count("loses") > 1
+
+def test_always_fails():
+    stand_still()
+    tries.append("always")
+    assert False
+
+def test_fails_by_itself():
+    tries.append("by itself")
+    assert tries.count("by itself") > 1
+
+def test_loses_and_passes():
+    stand_still()
+    tries.append("passes")
+
+def test_how_often():
+    counted = {name: tries.count(name) for name in tries}
+    assert counted == {"loses": 2, "always": 2, "by itself": 1, "passes": 1}
+"""
+
+
+@pytest.mark.parametrize("how", [(), ("-n", "1")])
+def test_what_fails_while_the_computer_stands_still_runs_once_more(
+    tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    """And only that, and only once."""
+    printed = run(tmp_path, *how, one=STOOD_STILL)
+    assert re.search(r"=+ 2 failed, 3 passed, 2 rerun in ", printed), printed
+    assert re.search(r"The computer stood still for 1\.\d s", printed), printed
+
+
+def test_who_watches_notices_and_ends_with_who_started_it(tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    book.touch()
+    watcher = subprocess.Popen(
+        [sys.executable, "-S", ROOT / "tests" / "pulse.py", book], stdin=subprocess.PIPE
+    )
+    cores = len(os.sched_getaffinity(0))
+    late = time.monotonic() + 30
+    try:
+        while len(os.listdir(f"/proc/{watcher.pid}/task")) <= cores:
+            assert time.monotonic() < late, "it watches no core"
+            time.sleep(0.01)
+        time.sleep(1.0)
+        begin = time.monotonic()
+        watcher.send_signal(signal.SIGSTOP)
+        time.sleep(3.5)  # more than either limit of its
+        watcher.send_signal(signal.SIGCONT)
+        across: list[float] = []
+        while len(across) < cores and time.monotonic() < late:
+            time.sleep(0.5)
+            lines = book.read_text().split("\n")[:-1]  # the last one may be half there
+            spans = [list(map(float, line.split())) for line in lines]
+            across = [end - since for since, end in spans if since < begin + 0.1 < end]
+    finally:
+        watcher.communicate(timeout=10)
+    assert len(across) == cores
+    assert all(3.4 < seconds < 10 for seconds in across), spans
+    assert not book.exists()

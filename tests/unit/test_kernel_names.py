@@ -19,6 +19,7 @@ SMP = [
     "cpu_online",
     "cpus_read_lock",
     "cpus_read_unlock",
+    "csd_lock_is_stuck",
     "get_cpu",
     "put_cpu",
     "raw_smp_processor_id",
@@ -32,6 +33,35 @@ SMP = [
     "smp_send_nmi_ipi",
     "smp_send_safe_nmi_ipi",
     "smp_send_reschedule",
+    "open_softirq",
+    "raise_softirq",
+    "raise_softirq_irqoff",
+    "local_bh_disable",
+    "local_bh_enable",
+    "local_softirq_pending",
+    "in_softirq",
+    "in_serving_softirq",
+    "preempt_count",
+    "preemptible",
+    "might_sleep",
+    "kstat_softirqs_cpu",
+    "stop_machine",
+    "stop_machine_cpuslocked",
+    "stop_cpus",
+    "stop_one_cpu",
+    "stop_one_cpu_nowait",
+    "stop_two_cpus",
+    "irq_work",
+    "irq_work_queue",
+    "irq_work_queue_on",
+    "irq_work_sync",
+    "smp_call_function_any",
+    "on_each_cpu_cond",
+    "smp_call_on_cpu",
+    "kick_all_cpus_sync",
+    "wake_up_if_idle",
+    "wake_up_all_idle_cpus",
+    "cpus_peek_for_pending_ipi",
 ]
 VARIABLES = ["cpu_online_mask", "nr_cpu_ids"]
 IRQ = [
@@ -72,7 +102,6 @@ NMI = {
 }
 ABSENT = [
     "__smp_call_single_queue",
-    "csd_lock_is_stuck",
     "apic_send_nmi_to_offline_cpu",
 ]
 

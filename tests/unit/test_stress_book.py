@@ -4,11 +4,15 @@ No machine here: the test plays the machine, runs the handlers' side itself, and
 out, repeats or disturbs what a broken machine would.
 """
 
+from random import Random
+
 import numpy as np
 import pytest
 
+from shmipi import CpuDiedError, CpusFailedError, smp
 from shmipi.stress import book as books
 from shmipi.stress.book import NATIVE, WAIT, Book, Ledger, broadcasts
+from shmipi.stress.invoker import Invoker
 from shmipi.stress.options import PRIMITIVES, Options, selection
 from shmipi.stress.report import Hotplug, error_counts, statistics
 
@@ -426,3 +430,23 @@ def test_what_a_live_cpu_did_not_run_is_lost_beside_a_dead_one(rig):
     rig.on_pause = lambda: rig.kill(2) if rig.pauses == 1 else None
     rig.ledger.returned_many(record, died=False)
     assert rig.found() == {"in_flight": 1, "lost": 1}
+
+
+@pytest.mark.parametrize("died", [[1], [1, 3]])
+def test_a_broadcast_may_lose_one_cpu_or_several(rig, monkeypatch, died):
+    """Whom it names, an error or a group of them, has died: the invoker goes on."""
+    invoker = Invoker(rig.book, rig.ledger, ME, Random(1), (1,) * 8, "python")
+    each = [CpuDiedError("it died", cpu=cpu) for cpu in died]
+
+    def broadcast(function, info, wait):
+        rig.run_many(info, *({1, 2, 3} - set(died)))
+        for cpu in died:
+            rig.kill(cpu)
+        raise each[0] if len(each) == 1 else CpusFailedError("several", each)
+
+    monkeypatch.setattr(smp, "smp_call_function", broadcast)
+    invoker.all(WAIT)
+    for cpu in died:
+        rig.boot(cpu)
+    rig.ledger.settle_all()
+    assert rig.found() == {"in_flight": 1}

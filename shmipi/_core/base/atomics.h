@@ -46,8 +46,17 @@ typedef _Atomic uint8_t shi_a8;
     atomic_compare_exchange_weak_explicit((p), (expected), (desired), memory_order_seq_cst,    \
                                           memory_order_seq_cst)
 
-/* For users' own protocols (shmipi.smp): the core itself has none of these. */
+/* For users' own protocols (shmipi.smp) and membarrier: the core's own have none of these. */
+#ifdef __SANITIZE_THREAD__
+/* It does not understand fences; of a read-modify-write it does. */
+static inline void shi_fence_full(void)
+{
+    static shi_a32 nobodys;
+    atomic_fetch_add_explicit(&nobodys, 0, memory_order_seq_cst);
+}
+#else
 #define shi_fence_full() atomic_thread_fence(memory_order_seq_cst)
+#endif
 #define shi_fence_acquire() atomic_thread_fence(memory_order_acquire)
 #define shi_fence_release() atomic_thread_fence(memory_order_release)
 
@@ -61,6 +70,35 @@ static inline void shi_cpu_relax(void)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
     __asm__ __volatile__("yield" ::: "memory");
+#endif
+}
+
+/*
+ * The kernel's local_t: atomic to what interrupts this thread, its signal handlers, and not
+ * to other CPUs, who only read it.  One instruction without the lock on the bus.
+ */
+static inline uint64_t shi_local_fetch_add(shi_a64 *p, uint64_t n)
+{
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
+    __asm__ __volatile__("xaddq %0, %1" : "+r"(n), "+m"(*(volatile uint64_t *)p)::"cc");
+    return n;
+#else
+    return shi_fetch_add_relaxed(p, n);
+#endif
+}
+
+/* The same: *p becomes `desired` if it is *expected, else *expected becomes *p. */
+static inline bool shi_local_cas(shi_a64 *p, uint64_t *expected, uint64_t desired)
+{
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
+    bool done;
+    __asm__ __volatile__("cmpxchgq %3, %1"
+                         : "=@cce"(done), "+m"(*(volatile uint64_t *)p), "+a"(*expected)
+                         : "r"(desired)
+                         : "memory");
+    return done;
+#else
+    return shi_cas_weak_full(p, expected, desired);
 #endif
 }
 

@@ -126,6 +126,15 @@ static inline uint64_t shi_stamp_to_mono(uint64_t stamp)
     return shi_clock_current.base_ns - shi_stamp_to_ns(shi_clock_current.base_stamp - stamp);
 }
 
+/* Spin for so many ns, 10 s at most; by stamps, so that it is as exact as those are. */
+#define SHI_SPIN_MOST_NS 10000000000u
+static inline void shi_spin_ns(uint64_t ns)
+{
+    uint64_t from = shi_stamp(), most = ns < SHI_SPIN_MOST_NS ? ns : SHI_SPIN_MOST_NS;
+    while (shi_stamp_to_ns(shi_stamp() - from) < most)
+        ;
+}
+
 /*
  * Find out which counter this process may use: one that runs at a constant rate, does
  * not stop, and that the kernel itself uses as its clock, so that it is known to agree

@@ -21,7 +21,7 @@
 #include "base/clock.h"
 
 #define SHI_MAGIC "shmipi\n\x1a"
-#define SHI_ABI 5u
+#define SHI_ABI 9u
 
 #define SHI_LINE 64u
 #define SHI_PAIR 128u /* two lines: the adjacent-line prefetcher moves pairs */
@@ -47,6 +47,7 @@
 #define SHI_PPC_MSGS 5u   /* esb: PPC_MSG_*, lines from 0 */
 #define SHI_PPC_MSG_RM_HOST_ACTION 4u
 #define SHI_MAX_ARRAYS 4096u
+#define SHI_CSD_LOCK_TIMEOUT 5000u /* ms, where nobody says otherwise */
 
 /* ---- the word: queue head and CPU state in one atomic unit ----------------------- */
 
@@ -64,6 +65,7 @@ enum shi_state {
 #define SHI_W_PENDING 0x20ull      /* the chip has something for this CPU */
 #define SHI_W_NEED_RESCHED 0x40ull /* TIF_NEED_RESCHED of what runs there */
 #define SHI_W_ASKED 0x80ull        /* running: the interpreter was asked to run Python csds */
+#define SHI_W_LAZY 0x100ull        /* TIF_NEED_RESCHED_LAZY */
 #define SHI_W_GEN_SHIFT 16
 #define SHI_W_GEN 0xffff0000ull
 #define SHI_W_LOW 0xffffffffull
@@ -112,9 +114,16 @@ static inline bool shi_word_online(uint64_t w)
 #define SHI_CSD_SYNC 0x10ull
 #define SHI_CSD_IRQ_WORK 0x20ull
 #define SHI_CSD_TTWU 0x30ull
+#define SHI_CSD_STOP 0x40ull        /* the stopper's, from here on (smp/stop.h) */
+#define SHI_CSD_STOP_NOWAIT 0x50ull /* unlocked before its function, as ASYNC */
+#define SHI_CSD_MULTI 0x60ull       /* multi_cpu_stop, and this CPU runs no function */
+#define SHI_CSD_MULTI_ACTIVE 0x70ull
 #define SHI_CSD_TYPE 0xf0ull
 #define SHI_CSD_BEGUN 0x100ull  /* TTWU: the target runs the task, or has */
 #define SHI_CSD_CANCEL 0x200ull /* TTWU: before BEGUN: never run it; after: interrupt it */
+/* IRQ_WORK: LOCK is the kernel's PENDING, and this one its BUSY: claimed, or it runs. */
+#define SHI_CSD_BUSY 0x400ull
+#define SHI_CSD_WORK 0x800ull /* TTWU: not behind other tasks, by a kworker of its own */
 #define SHI_CSD_DST_SHIFT 16
 #define SHI_CSD_GEN_SHIFT 32
 #define SHI_CSD_SEQ_SHIFT 48
@@ -124,6 +133,8 @@ static inline bool shi_word_online(uint64_t w)
 /* How a CPU's process ended, as the firmware was told: a signal's number, or this and an
  * exit status; 0: not known. */
 #define SHI_END_EXITED 0x100u
+#define SHI_END_STOPPED 0x200u /* by smp_send_stop, or a crash */
+#define SHI_STOPPED_STATUS 86  /* of its process then: its slot tells */
 
 /* What `value` of a csd holds, as argument and again as result. */
 enum shi_kind {
@@ -139,10 +150,11 @@ enum shi_kind {
 
 /* How a Python function is applied to its argument. */
 enum shi_apply {
-    SHI_A_INFO = 0,        /* func(info), result dropped: the smp_call_function family */
-    SHI_A_ONE = 1,         /* func(arg), result wanted */
-    SHI_A_VOID = 2,        /* func(), result wanted */
-    SHI_A_ARGS = 3,        /* func(*args, **kwargs) from a pickle, result wanted */
+    SHI_A_INFO = 0,    /* func(info), result dropped: the smp_call_function family */
+    SHI_A_ONE = 1,     /* func(arg), result wanted */
+    SHI_A_VOID = 2,    /* func(), result wanted */
+    SHI_A_ARGS = 3,    /* func(*args, **kwargs) from a pickle, result wanted */
+    SHI_A_THREAD = 16, /* flag: of the stopper's works: a thread above all, which may sleep */
     SHI_A_INLINE_FUNC = 8, /* flag: the pickle holds the function too */
 };
 
@@ -153,6 +165,7 @@ enum shi_status {
     SHI_S_NOFUNC = 3,    /* the function id is not known any more */
     SHI_S_UNSENT = 4,    /* it has run, and there is no memory to send its result in */
     SHI_S_NOMEM = 6,     /* the target had no memory to take it, or to say what came of it */
+    SHI_S_GONE = 7,      /* a stopper's work: its CPU went offline, and it has not run */
     SHI_S_CANCELLED = 5, /* a task that was cancelled: it never ran, or was interrupted */
     /* Flag: the result lies in a block of the target's arena, which is the sender's to
      * read until it clears this. */
@@ -238,6 +251,7 @@ _Static_assert(sizeof(struct shi_func) == 32, "function table entry");
     X(irq_resched)     /* RES: reschedule interrupts taken */                                  \
     X(irq_call_single) /* CAL: function call interrupts taken */                               \
     X(irq_call)        /* CAL: function call interrupts taken (many) */                        \
+    X(irq_tlb)         /* TLB: flushes taken for other CPUs, with whatever interrupt */        \
     X(irq_other)       /* lines nobody claimed */                                              \
     X(irq_handled)     /* lines that a requested irq's handler took */                         \
     X(irq_spurious)    /* the chip had nothing when it was asked */                            \
@@ -248,6 +262,9 @@ _Static_assert(sizeof(struct shi_func) == 32, "function table entry");
     X(nmi_external)  /* NMIs that a reason was found for: SERR, IO_CHECK */                    \
     X(nmi_unknown)   /* NMIs that nobody but handlers of NMI_UNKNOWN handled, if at all */     \
     X(nmi_swallowed) /* NMIs whose events an earlier one has handled */                        \
+    X(irq_work)      /* irq_works run */                                                       \
+    X(irq_taken)     /* interrupts taken from the controller: lines */                         \
+    X(irq_timer)     /* LOC: interrupts of the CPU's own timer */                              \
     X(died)          /* call_single_data completed by the reaper for this CPU */               \
     X(corrupt)       /* damaged entries found and dropped */
 
@@ -261,7 +278,43 @@ enum shi_counter {
 _Static_assert(SHI_NCOUNTERS <= SHI_COUNTER_ROOM, "counter row is full");
 
 /* One copy per context: an interrupt never writes the word its task was adding to. */
-enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 };
+enum shi_ctx {
+    SHI_CTX_TASK = 0,
+    SHI_CTX_IRQ = 1,
+    SHI_CTX_NMI = 2,
+    SHI_CTX_SOFTIRQ = 3,
+    SHI_NCTX = 4
+};
+
+/*
+ * Why a CPU was interrupted.  Each interrupt is counted above where it enters (irq_taken,
+ * irq_timer, nmi), and here where it is known what it is for: the sums are the same, but for
+ * those that are on their way from the one place to the other, and what a death has cut off there.
+ */
+#define SHI_CAUSES(X)                                                                          \
+    X(reschedule)                                                                              \
+    X(call)    /* function call interrupts, by what was first on the queue: a function, ... */ \
+    X(wakeup)  /* ... a task, ... */                                                           \
+    X(stopper) /* ... a work of the stopper, ... */                                            \
+    X(empty)   /* ... nothing: whoever was interrupted before it took it along */              \
+    X(irq_work) /* also by a line of its own, or the timer */                                  \
+    X(timer)    /* own timer: hrtimers, and tasks that sleep */                                \
+    X(tick)     /* own timer: others wait for what runs */                                     \
+    X(broadcast)                                                                               \
+    X(irq) /* requested, or to be */                                                           \
+    X(icache)                                                                                  \
+    X(stop) /* smp_send_stop, by a line */                                                     \
+    X(nmi)                                                                                     \
+    X(nmi_line) /* that stands in for an NMI */                                                \
+    X(mux)      /* several messages behind one line, each of which is counted too */           \
+    X(other)    /* counted and nothing else, or nobody's */
+
+enum shi_cause {
+#define X(name) SHI_CAUSE_##name,
+    SHI_CAUSES(X)
+#undef X
+        SHI_NCAUSES
+};
 
 /* ---- tracepoints ----------------------------------------------------------------- */
 
@@ -302,7 +355,19 @@ enum shi_ctx { SHI_CTX_TASK = 0, SHI_CTX_IRQ = 1, SHI_CTX_NMI = 2, SHI_NCTX = 3 
     X(nmi_send)                                                                                \
     X(nmi_entry)                                                                               \
     X(nmi_handler) /* its handler begins */                                                    \
-    X(nmi_exit)
+    X(nmi_exit)                                                                                \
+    X(softirq_raise) /* arg: its number */                                                     \
+    X(softirq_entry) /* arg: its number */                                                     \
+    X(softirq_exit)  /* arg: its number */                                                     \
+    X(softirqd_wake) /* what is left of softirqs is ksoftirqd's; arg: their bits */            \
+    X(vector_entry)  /* the handler of a line begins; arg: line | enum shi_use << 16 */        \
+    X(vector_exit)                                                                             \
+    X(reschedule_ipi) /* the chip is asked to nudge a CPU; arg: line */                        \
+    X(irq_work_ipi)   /* a CPU interrupts itself; csd, func: the work's */                     \
+    X(cpumask) /* of ipi_send_cpumask before it; csd: from that CPU on, func | arg << 32 */    \
+    X(cpu_online)                                                                              \
+    X(cpu_offline)                                                                             \
+    X(cpu_dead) /* the reaper's: arg: how it ended, see SHI_END_EXITED */
 
 /* Which function a caller has called. */
 enum shi_call_entry {
@@ -320,16 +385,77 @@ enum shi_trace_event {
         SHI_T_COUNT
 };
 
+#define SHI_TF_IRQS_OFF 0x01u /* where a record was written */
+#define SHI_TF_HARDIRQ 0x02u
+#define SHI_TF_SOFTIRQ 0x04u
+#define SHI_TF_NMI 0x08u
+#define SHI_TF_TASK 0x10u
+
 struct shi_trace_record {
     uint64_t stamp;
-    uint16_t event;
-    uint16_t cpu; /* the CPU the event is about */
-    uint32_t csd; /* index + 1, or 0 */
-    uint32_t func;
+    uint8_t event;
+    uint8_t flags; /* SHI_TF_* */
+    uint16_t cpu;  /* the CPU the event is about */
+    uint32_t csd;  /* index + 1, or 0 */
+    uint32_t func; /* SHI_FUNC_NATIVE, or SHI_TRACE_NAMED and a name's number */
     uint32_t arg;
-    uint64_t seq; /* position in the ring, written last */
+    uint32_t site; /* number of the name of who has called, 0: the core itself */
+    shi_a32 seq;   /* position in the ring + 1, written last */
 };
 _Static_assert(sizeof(struct shi_trace_record) == 32, "trace record");
+_Static_assert(SHI_T_COUNT <= 64, "events have a bit each");
+
+#define SHI_TRACE_MOST (1u << 24) /* records of a ring: a power of two */
+#define SHI_TRACE_NAMES 4096u
+#define SHI_TRACE_NAMED 0x40000000u /* of a record's func, beside SHI_FUNC_NATIVE */
+
+/* A name in traces: of a function, or of the line that called. */
+struct shi_trace_name {
+    shi_a32 length; /* stored last; 0: not there yet */
+    char text[124];
+};
+_Static_assert(sizeof(struct shi_trace_name) == SHI_PAIR, "a name is a line pair");
+
+struct shi_trace_head {
+    _Alignas(SHI_PAIR) shi_a64 head; /* records begun: the owner's */
+    shi_a64 dropped;                 /* not recorded: the ring was full, and is lossless */
+    /* What was begun before this and is not finished never will be: its writer is dead. */
+    shi_a64 born;
+    shi_a32 owner;                   /* 1 + the generation that born is of */
+    _Alignas(SHI_LINE) shi_a64 tail; /* records that a reader has taken: its own */
+};
+
+/* The rings: then a head for each slot, then the records of each slot. */
+struct shi_trace_area {
+    uint32_t records; /* of each ring */
+    uint32_t reserved;
+    shi_a32 lossless;
+    shi_a32 nnames;
+    shi_a64 reader; /* who drains, of several (shi_lock_try) */
+    _Alignas(SHI_PAIR) struct shi_trace_name names[SHI_TRACE_NAMES];
+};
+
+/* ---- softirqs -------------------------------------------------------------------- */
+
+/* include/linux/interrupt.h, lowest first; the names are those of /proc/softirqs. */
+#define SHI_SOFTIRQS(X)                                                                        \
+    X(HI)                                                                                      \
+    X(TIMER)                                                                                   \
+    X(NET_TX)                                                                                  \
+    X(NET_RX)                                                                                  \
+    X(BLOCK)                                                                                   \
+    X(IRQ_POLL)                                                                                \
+    X(TASKLET)                                                                                 \
+    X(SCHED)                                                                                   \
+    X(HRTIMER)                                                                                 \
+    X(RCU)
+
+enum shi_softirq {
+#define X(name) SHI_##name##_SOFTIRQ,
+    SHI_SOFTIRQS(X)
+#undef X
+        SHI_NR_SOFTIRQS
+};
 
 /* ---- interrupt controllers ------------------------------------------------------- */
 
@@ -342,7 +468,11 @@ enum shi_line_use {
     SHI_USE_NMI = 4,   /* chips without one: a line that can be masked stands in */
     SHI_USE_IRQ = 5,   /* of an IPI domain: whoever requested the irq */
     SHI_USE_COUNT = 6, /* counted and nothing else */
-    SHI_NUSES = 7,
+    SHI_USE_IRQ_WORK = 7,
+    SHI_USE_TIMER = 8, /* tick broadcast */
+    SHI_USE_STOP = 9,
+    SHI_USE_ICACHE = 10,
+    SHI_NUSES = 11,
 };
 
 /* A chip, as its class in shmipi/irq/chips/ describes it. */
@@ -358,6 +488,8 @@ struct shi_chip {
     uint32_t startup;   /* 1: secondary CPUs wait for a STARTUP IPI */
     uint32_t banked;    /* sgi: 1: pending for each source apart (GICv2) */
     uint32_t siblings;  /* esb: CPUs in a core, that ring each other's doorbells */
+    uint32_t
+        decrementer; /* 1: without a line for irq_work the timer is set to 1; else the tick */
     uint32_t nrows;
     uint8_t use[SHI_NLINES]; /* enum shi_line_use */
     uint8_t row[SHI_NLINES]; /* where a line is counted; SHI_NROWS and over: nowhere */
@@ -409,6 +541,98 @@ enum shi_startup {
     SHI_SU_ASKED = 3,   /* STARTUP has reached a CPU without a process: make one */
     SHI_SU_RESET = 4,   /* INIT: its process ends, and none is made before STARTUP */
     SHI_SU_GRANTED = 5, /* STARTUP has reached the process that waits; it has not gone on */
+};
+
+/* ---- tasks of the scheduler (smp/sched.c) ---------------------------------------- */
+
+#define SHI_TASKS 1024u      /* at least, and eight for every CPU */
+#define SHI_TASK_ROOM 16384u /* bytes of what a Python task is made of, or has returned */
+#define SHI_COMM 16u         /* TASK_COMM_LEN */
+
+/* __state of the kernel, and what comes before and after. */
+enum shi_task_state {
+    SHI_TASK_FREE = 0,
+    SHI_TASK_CLAIMED = 1, /* somebody fills it in */
+    SHI_TASK_NEW = 2,
+    SHI_TASK_RUNNING = 3,
+    SHI_TASK_INTERRUPTIBLE = 4,
+    SHI_TASK_UNINTERRUPTIBLE = 5,
+    SHI_TASK_WAKING = 6, /* its waker has it, and nobody else */
+    SHI_TASK_DEAD = 7,   /* it has ended; what it returned can be read */
+};
+
+/*
+ * A task's word.  Where it is, what it does and which use of the table's entry it is are one
+ * atomic unit: who wakes it, who puts it to sleep and who moves it cannot all succeed.
+ */
+#define SHI_TW_STATE 0xfull
+#define SHI_TW_ON_RQ 0x10ull
+#define SHI_TW_ON_CPU 0x20ull  /* a step of it runs */
+#define SHI_TW_PINNED 0x40ull  /* what it is made of is in the process of its CPU */
+#define SHI_TW_DIED 0x80ull    /* DEAD: with its CPU */
+#define SHI_TW_STOP 0x100ull   /* kthread_should_stop() */
+#define SHI_TW_RAISED 0x200ull /* DEAD: by an exception */
+#define SHI_TW_TURN 0x400ull   /* WAKING: its waker is on the way to a run queue with it */
+#define SHI_TW_CPU_SHIFT 14
+#define SHI_TW_WAKER_SHIFT 27 /* WAKING, CLAIMED: whose turn it is, slot + 1 */
+#define SHI_TW_SLOT 0x1fffull
+#define SHI_TW_SERIAL_SHIFT 40
+_Static_assert(SHI_MAX_CPUS + SHI_EXTRA_SLOTS + 1 < SHI_TW_SLOT, "a task's word names a slot");
+
+enum shi_task_flags {
+    SHI_PF_PYTHON = 1,
+    SHI_PF_BOUND = 2,     /* PF_NO_SETAFFINITY: a kernel thread of one CPU */
+    SHI_PF_RT = 4,        /* before all others, and first come first served among its like */
+    SHI_PF_REAP = 8,      /* nobody asks how it ended: its entry is free at once */
+    SHI_PF_MIGRATES = 16, /* Python: what it has begun can be taken to another CPU */
+    SHI_PF_WORK = 32,     /* a kworker: it runs the csd that `arg` is the index of, and ends */
+};
+
+struct shi_task {
+    _Alignas(SHI_LINE) shi_a64 word;
+    shi_a32 next;  /* in the run queue: index + 1 */
+    uint32_t step; /* native: index of the function of its steps */
+    uint64_t arg;
+    uint32_t flags; /* enum shi_task_flags */
+    shi_a32 length; /* Python: bytes in its room */
+    shi_a64 timer;  /* schedule_timeout: when it is woken, by shi_now_ns(); 0: never */
+    char comm[SHI_COMM];
+    shi_a64 wakeups; /* by who wakes it, and has just written the word */
+    /* Written by who runs it. */
+    _Alignas(SHI_LINE) shi_a64 runtime_ns;
+    shi_a64 switches, preempted, migrations;
+    uint64_t reserved[4];
+    shi_a64 allowed[]; /* cpus_ptr: as many words as ncpus needs */
+};
+
+struct shi_rq {
+    _Alignas(SHI_PAIR) shi_a64 lock; /* shi_lock_take */
+    shi_a32 head[2], tail[2];        /* RT, fair: index + 1 */
+    shi_a32 queued;                  /* on both */
+    shi_a32 curr;                    /* index + 1 of the task whose step runs, 0: none */
+    shi_a32 active;                  /* tasks may be put here */
+    shi_a32 llc;                     /* sd_llc_id: who has the same shares a cache */
+    shi_a64 timer;                   /* no timer of a task that sleeps here is before this */
+    shi_a64 switches;
+    shi_a32 ttwu_pending; /* by who wakes, and has just looked at all of this line */
+    _Alignas(SHI_LINE) shi_a32 wakelist; /* counts: tasks that came by the wake list */
+    shi_a32 batches;                     /* and in how many calls of sched_ttwu_pending */
+    shi_a32 pulled;
+    shi_a64 ksoftirqd; /* its task, 0: it was not needed yet */
+    shi_a64 turn;      /* until then what runs has its turn: others are not told at once */
+};
+_Static_assert(sizeof(struct shi_rq) == 2 * SHI_PAIR || sizeof(struct shi_rq) == SHI_PAIR,
+               "run queues share no line pair");
+
+/* Then the run queues, the tasks, and (sparse) the tasks' rooms. */
+struct shi_sched {
+    _Alignas(SHI_PAIR) shi_a32 next; /* where to look for a free entry first */
+    shi_a32 top;                     /* entries below this have been used */
+    shi_a32 overload;                /* a run queue may have a task too many */
+    shi_a32 slice_ns;
+    shi_a32 ipi_flagged; /* 1: some bit of the mask may be set */
+    _Alignas(SHI_PAIR) shi_a64
+        pending_ipi[SHI_MAX_CPUS / 64]; /* Zephyr's _kernel.pending_ipi */
 };
 
 /* ---- irq descriptors ------------------------------------------------------------- */
@@ -500,6 +724,7 @@ struct shi_irq_area {
     struct shi_irqdomain domain[SHI_NDOMAINS];
     struct shi_irqdesc desc[SHI_NR_IRQS]; /* desc[0]: no irq has the number 0 */
     struct shi_nmi_area nmi;
+    struct shi_irqdesc softirq[SHI_NR_SOFTIRQS]; /* actions that are not the core's own */
     /* then a row for each CPU: how often it took each line, SHI_NLINES 64-bit words */
     /* then the affinity mask of each descriptor: 64-bit words, as many as ncpus needs */
 };
@@ -510,7 +735,34 @@ _Static_assert(sizeof(struct shi_irq_area) % SHI_PAIR == 0, "counts start on a l
 #define SHI_WAITS_IRQS_OFF 0x10000ull
 #define SHI_HANDLER_NAME 64u /* of what is longer, the end */
 
-enum shi_handler { SHI_H_NONE = 0, SHI_H_IRQ = 1, SHI_H_NMI = 2 };
+enum shi_handler { SHI_H_NONE = 0, SHI_H_IRQ = 1, SHI_H_NMI = 2, SHI_H_SOFTIRQ = 3 };
+
+/* enum multi_stop_state: low four bits of a state's word, over which are 24 that count. */
+enum shi_multi_state {
+    SHI_MS_NONE = 0,
+    SHI_MS_PREPARE = 1,     /* awaiting everyone */
+    SHI_MS_DISABLE_IRQ = 2, /* everyone is there: interrupts off */
+    SHI_MS_RUN = 3,         /* they are, everywhere; the next four bits: who died running it */
+    SHI_MS_EXIT = 4,
+    /* It was given up; the next four bits: in which state. */
+    SHI_MS_TIMEOUT = 5,
+    SHI_MS_DIED = 6, /* a CPU of it, or (in PREPARE) its sender */
+    SHI_MS_GONE = 7, /* a CPU of it went offline before it came to it */
+    SHI_MS_CANCELLED = 8,
+};
+
+/* struct multi_stop_data, of who has called; each slot has one. */
+struct shi_multi {
+    _Alignas(SHI_PAIR) shi_a32 state; /* the futex of those who wait with interrupts off */
+    shi_a32 sleepers;
+    shi_a64 ack; /* the state's word << 32 | how many have not acknowledged it */
+    shi_a64 deadline_ns;
+    shi_a32 n, nactive;
+    shi_a32 lo, hi; /* its CPUs are among these */
+};
+
+/* CPUHP: where a CPU is on its way down. */
+enum shi_idle_dead { SHI_ID_NOT = 0, SHI_ID_DEAD = 1, SHI_ID_REPORTED = 2 };
 
 struct shi_slot {
     /* What every sender writes.  Pending lines share the line of the queue head: what
@@ -536,12 +788,17 @@ struct shi_slot {
     /* Published by the owner for others to read. */
     /* 0, or cpu + 1 | SHI_WAITS_IRQS_OFF | (csd index + 1) << 32 */
     _Alignas(SHI_PAIR) shi_a64 waiting_for;
-    shi_a32 ringing; /* 0, or target + 1: pid hazard */
-    shi_a32 cur_csd; /* index + 1 of what it executes, 0: nothing */
-    shi_a32 task;    /* 1 while a task runs */
-    shi_a32 damaged; /* 1 once it dropped csds it could not believe */
-    shi_a32 handler; /* enum shi_handler: of Python; a native one is in cur_csd alone */
-    shi_a64 since;   /* stamp of its begin */
+    shi_a32 ringing;      /* 0, or target + 1: pid hazard */
+    shi_a32 cur_csd;      /* index + 1 of what it executes, 0: nothing */
+    shi_a32 task;         /* 1 while a task runs */
+    shi_a32 damaged;      /* 1 once it dropped csds it could not believe */
+    shi_a32 handler;      /* enum shi_handler: of Python; a native one is in cur_csd alone */
+    shi_a32 cur_csd_func; /* what it executes: `func` of that csd, and before cur_csd says so */
+    shi_a64 since;        /* stamp of its begin */
+    shi_a64 cur_csd_info; /* and its argument, where that is a number or an offset */
+    shi_a32 cur_csd_kind; /* enum shi_kind of that */
+    shi_a32 dumped; /* 1: a waiter has had its stack dumped since it last took its queue */
+    shi_a32 tick;   /* its reminder is set: it looks by itself within a millisecond */
     char handler_name[SHI_HANDLER_NAME];
     shi_a32 starved;   /* enum shi_starved: its senders write it too */
     shi_a32 lends;     /* 1 once a process of this slot has lent a result */
@@ -552,6 +809,16 @@ struct shi_slot {
     /* csds that its process has handed out and not taken back: see shi_reap_complete.  Not
      * beside csd_top, in a line that its callers read: it changes with every call. */
     shi_a32 csds_out;
+    shi_a32 csd_stuck; /* its waits of which was said that they are stuck (csd_lock_is_stuck) */
+    shi_a32 masked;    /* 1: a kick found its interrupts off, and they have not come on since */
+    shi_a32 stopped;   /* 1: its process was ended by smp_send_stop, or a crash */
+    shi_a64 py_state;  /* of its interpreter, in its process: the thread's state, ... */
+    shi_a64 py_outside; /* ... and the innermost frame that is not the CPU's own */
+
+    struct shi_multi multi;
+    /* What it acknowledged last of a multi_cpu_stop: the sender << 32 | the state's word. */
+    shi_a64 stop_ack;
+    shi_a32 idle_dead; /* enum shi_idle_dead */
 
     /* Tests: stop or die at a labelled step. */
     _Alignas(SHI_PAIR) shi_a32 step;
@@ -560,8 +827,9 @@ struct shi_slot {
     shi_a32 step_hit;
 
     _Alignas(SHI_PAIR) shi_a64 counters[SHI_NCTX][SHI_COUNTER_ROOM];
-    _Alignas(SHI_PAIR) shi_a64 trace_head;
     char task_name[120];
+    shi_a64 softirqs[SHI_NR_SOFTIRQS]; /* how often it has run each */
+    shi_a64 causes[SHI_NCAUSES]; /* of its interrupts: each written in one context alone */
 
     struct shi_pic pic;
 };
@@ -598,6 +866,34 @@ enum shi_doorbell {
         SHI_DB_COUNT
 };
 
+/* What uses IPIs, and may have state of its own in an array of the segment. */
+#define SHI_USERS(X)                                                                           \
+    X(sched)                                                                                   \
+    X(cpuhp)                                                                                   \
+    X(stop)                                                                                    \
+    X(tlb)                                                                                     \
+    X(membarrier)                                                                              \
+    X(icache)                                                                                  \
+    X(backtrace)                                                                               \
+    X(crash)                                                                                   \
+    X(tick)                                                                                    \
+    X(net)                                                                                     \
+    X(rps)                                                                                     \
+    X(cpumap)                                                                                  \
+    X(blk)                                                                                     \
+    X(rcu)                                                                                     \
+    X(nohz)                                                                                    \
+    X(trace)
+
+enum shi_user {
+#define X(name) SHI_USER_##name,
+    SHI_USERS(X)
+#undef X
+        SHI_NUSERS
+};
+#define SHI_USER_ROOM 32u
+_Static_assert(SHI_NUSERS <= SHI_USER_ROOM, "users have room in the header");
+
 struct shi_header {
     /* These 80 bytes keep their place for ever: ps and clean read other versions. */
     char magic[8];
@@ -613,12 +909,10 @@ struct shi_header {
     uint64_t func_offset;  /* in a region */
     uint64_t arena_offset; /* in a region */
     uint64_t arena_bytes;
-    uint64_t trace_offset;
     uint64_t array_offset;
     uint64_t array_bytes;
     uint32_t ncpus;
-    uint32_t csd_shift;     /* 1 << this many csds per slot */
-    uint32_t trace_records; /* per slot; 0: off */
+    uint32_t csd_shift; /* 1 << this many csds per slot */
     uint32_t doorbell;
     uint32_t kick_signal;
     uint32_t kick; /* 0: cooperative */
@@ -626,6 +920,8 @@ struct shi_header {
     uint32_t oversubscribed;
     uint64_t sum_key;
     uint64_t boot_time_ns; /* CLOCK_REALTIME */
+    uint64_t sched_offset;
+    uint64_t task_offset; /* the tasks' rooms */
     uint32_t nmi_signal;
     struct shi_chip chip;
     struct shi_clock clock;
@@ -641,9 +937,21 @@ struct shi_header {
     shi_a64 array_lock;
     shi_a64 hotplug_lock;
     shi_a64 tool_lock; /* stress and bench take the whole machine */
+    shi_a32 starting;  /* 1: there are STARTING callbacks, Python's */
+    shi_a64 stop_lock; /* while works for several CPUs are queued (smp/stop.h) */
     shi_a64 array_used;
     shi_a32 narrays;
-    shi_a64 arrays[SHI_MAX_ARRAYS]; /* offset of a descriptor each */
+
+    /* Read at every step that can be left out, and written by tests alone. */
+    _Alignas(SHI_PAIR) shi_a64 broken; /* bits by enum shi_rule: which rules are off */
+    shi_a64 tracing;                   /* bits by enum shi_trace_event: what is recorded */
+    shi_a64 users[SHI_USER_ROOM];      /* by enum shi_user: where its state is, 0: nowhere */
+    shi_a32 csd_lock_timeout;  /* ms until a wait for a csd is complained of; 0: never */
+    shi_a32 panic_on_ipistall; /* ms until it is given up; 0: never */
+    /* Written by who complains. */
+    _Alignas(SHI_LINE) shi_a32 csd_bugs; /* counts those complained of */
+
+    _Alignas(SHI_PAIR) shi_a64 arrays[SHI_MAX_ARRAYS]; /* offset of a descriptor each */
 };
 
 #endif

@@ -41,6 +41,30 @@ static uint64_t as_holder(const struct shi_self *self)
     return holder(self, (uint32_t)getpid());
 }
 
+int shi_lock_steal(struct shi_self *self, shi_a64 *lock, uint64_t *dead)
+{
+    uint64_t held = shi_load_relaxed(lock);
+    if (held && holder_lives(self->m, held))
+        return -EAGAIN;
+    *dead = held;
+    /* Acquires what the unlock, or the dead holder, stored.  The pid of the process that has
+     * the slot, without a system call: a fork's child never comes here. */
+    return shi_cas_full(lock, &held, holder(self, (uint32_t)self->pid)) ? *dead != 0 : -EAGAIN;
+}
+
+int shi_lock_take(struct shi_self *self, shi_a64 *lock)
+{
+    uint64_t dead;
+    return shi_lock_steal(self, lock, &dead);
+}
+
+void shi_lock_drop(struct shi_self *self, shi_a64 *lock)
+{
+    uint64_t held = holder(self, (uint32_t)self->pid);
+    /* Releases what was changed under it.  Not if it was taken from us: then we are dead. */
+    shi_cas_full(lock, &held, 0);
+}
+
 bool shi_lock_mine(const struct shi_self *self, const shi_a64 *lock)
 {
     return shi_load_relaxed(lock) == as_holder(self);

@@ -34,6 +34,13 @@ static void stamp(void *info)
     memcpy(info, &now, sizeof now);
 }
 
+/* Spin for so many ns: a handler that takes as long as another one did. */
+static void burn(void *info)
+{
+    intptr_t ns = (intptr_t)info;
+    shi_spin_ns(ns > 0 ? (uint64_t)ns : 0);
+}
+
 int shi_native_register(const char *name, shi_native_handler *function)
 {
     if (used == SHI_NATIVE_MAX || strlen(name) >= sizeof table[0].name)
@@ -109,4 +116,5 @@ void shi_native_init(void)
     shi_native_register("noop", noop);
     shi_native_register("count", count);
     shi_native_register("stamp", stamp);
+    shi_native_register("burn", burn);
 }

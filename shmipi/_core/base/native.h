@@ -14,6 +14,7 @@
 typedef void shi_native_handler(void *info);
 
 #define SHI_NATIVE_MAX 256u
+#define SHI_NATIVE_TAKEDOWN SHI_NATIVE_MAX /* take_cpu_down: the core's own, in no table */
 
 /* Index of the handler, or -ENOSPC.  `name` is copied. */
 int shi_native_register(const char *name, shi_native_handler *function);
@@ -25,7 +26,7 @@ int shi_native_name(const char *name);
 int shi_native_find(const char *name);
 const char *shi_native_name_of(uint32_t index);
 shi_native_handler *shi_native_get(uint32_t index);
-/* noop, count, stamp: in this order, at the front. */
+/* noop, count, stamp, burn: in this order, at the front. */
 void shi_native_init(void);
 
 #endif

@@ -37,8 +37,8 @@ static uint64_t usual_arena(uint32_t ncpus)
     return bytes;
 }
 
-int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records,
-                    uint64_t arena_bytes, uint64_t array_bytes)
+int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint64_t arena_bytes,
+                    uint64_t array_bytes)
 {
     if (ncpus < 1 || ncpus > SHI_MAX_CPUS)
         return -EINVAL;
@@ -58,20 +58,21 @@ int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records
         h->csd_shift++;
     h->slot_offset = round_up(sizeof *h, SHI_PAGE);
     h->irq_offset = round_up(h->slot_offset + (uint64_t)nslots * SHI_SLOT_BYTES, SHI_PAGE);
-    h->region_offset =
+    h->sched_offset =
         round_up(h->irq_offset + sizeof(struct shi_irq_area) + shi_line_count_bytes(ncpus) +
                      (uint64_t)SHI_NR_IRQS * shi_affinity_words(ncpus) * sizeof(uint64_t),
                  SHI_PAGE);
+    h->task_offset = round_up(h->sched_offset + sizeof(struct shi_sched) +
+                                  ncpus * sizeof(struct shi_rq) +
+                                  shi_ntasks(ncpus) * shi_task_bytes(ncpus),
+                              SHI_PAGE);
+    h->region_offset = h->task_offset + shi_ntasks(ncpus) * SHI_TASK_ROOM;
     h->func_offset = round_up((uint64_t)SHI_LINE << h->csd_shift, SHI_PAGE);
     h->arena_offset =
         round_up(h->func_offset + (uint64_t)SHI_FUNCS * sizeof(struct shi_func), SHI_PAGE);
     h->arena_bytes = arena_bytes;
     h->region_bytes = h->arena_offset + arena_bytes;
-    h->trace_offset = h->region_offset + h->region_bytes * nslots;
-    h->trace_records = trace_records;
-    h->array_offset = round_up(h->trace_offset + (uint64_t)nslots * trace_records *
-                                                     sizeof(struct shi_trace_record),
-                               SHI_PAGE);
+    h->array_offset = round_up(h->region_offset + h->region_bytes * nslots, SHI_PAGE);
     h->array_bytes = array_bytes;
     h->total_bytes = h->array_offset + array_bytes;
     return 0;
@@ -79,7 +80,7 @@ int shi_layout_plan(struct shi_header *h, uint32_t ncpus, uint32_t trace_records
 
 uint64_t shi_layout_fixed(const struct shi_header *h)
 {
-    return h->region_offset;
+    return h->task_offset;
 }
 
 int shi_segment_attach(struct shi_machine *m, void *base, uint64_t mapped, int fd)
@@ -94,28 +95,31 @@ int shi_segment_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
         return -EPROTO;
     /* The geometry follows from four numbers: anything else in there is damage. */
     memset(&plan, 0, offsetof(struct shi_header, machine_state));
-    if (h->trace_records > (1u << 24) || h->arena_bytes > GiB || h->array_bytes > (1ull << 42))
+    if (h->arena_bytes > GiB || h->array_bytes > (1ull << 42))
         return -EINVAL;
-    if (shi_layout_plan(&plan, h->ncpus, h->trace_records, h->arena_bytes, h->array_bytes))
+    if (shi_layout_plan(&plan, h->ncpus, h->arena_bytes, h->array_bytes))
         return -EINVAL;
     if (plan.total_bytes != h->total_bytes || plan.slot_offset != h->slot_offset ||
-        plan.irq_offset != h->irq_offset || plan.region_offset != h->region_offset ||
+        plan.irq_offset != h->irq_offset || plan.sched_offset != h->sched_offset ||
+        plan.task_offset != h->task_offset || plan.region_offset != h->region_offset ||
         plan.region_bytes != h->region_bytes || plan.func_offset != h->func_offset ||
-        plan.arena_offset != h->arena_offset || plan.trace_offset != h->trace_offset ||
-        plan.array_offset != h->array_offset || plan.csd_shift != h->csd_shift ||
-        mapped < plan.total_bytes)
+        plan.arena_offset != h->arena_offset || plan.array_offset != h->array_offset ||
+        plan.csd_shift != h->csd_shift || mapped < plan.total_bytes)
         return -EINVAL;
     m->base = base;
     m->header = h;
     m->total_bytes = plan.total_bytes;
     m->slot_offset = plan.slot_offset;
     m->irq_offset = plan.irq_offset;
+    m->sched_offset = plan.sched_offset;
+    m->task_offset = plan.task_offset;
+    m->ntasks = (uint32_t)shi_ntasks(plan.ncpus);
+    m->task_bytes = (uint32_t)shi_task_bytes(plan.ncpus);
     m->region_offset = plan.region_offset;
     m->region_bytes = plan.region_bytes;
     m->func_offset = plan.func_offset;
     m->arena_offset = plan.arena_offset;
     m->arena_bytes = plan.arena_bytes;
-    m->trace_offset = plan.trace_offset;
     m->array_offset = plan.array_offset;
     m->array_bytes = plan.array_bytes;
     m->ncpus = plan.ncpus;
@@ -128,7 +132,6 @@ int shi_segment_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
     if (m->payload_max > m->arena_bytes / 2)
         m->payload_max = m->arena_bytes / 2;
     m->ncsds = m->nslots * m->csds_per_slot;
-    m->trace_records = plan.trace_records;
     m->sum_key = h->sum_key;
     m->cookie = h->cookie;
     m->kick_signal = h->kick_signal;

@@ -37,7 +37,23 @@
     X(nmi_ask)     /* NMI IPI: a target asked for, its NMI not yet sent */                     \
     X(nmi_wait)    /* NMI IPI: all NMIs sent, none waited for */                               \
     X(nmi_take)    /* target: has entered an NMI IPI, its function not yet called */           \
+    X(multi_queue) /* multi_cpu_stop: sender, has queued the work of one CPU more */           \
+    X(multi_ack)   /* multi_cpu_stop: a state acknowledged, not advanced yet */                \
+    X(multi_state) /* multi_cpu_stop: the last one has acknowledged, state not changed yet */  \
+    X(multi_park)  /* multi_cpu_stop: interrupts off, about to sleep */                        \
+    X(multi_run)   /* multi_cpu_stop: interrupts off everywhere, function not begun */         \
+    X(ttwu)        /* a task's word says WAKING, nobody has been told of it */                 \
+    X(ttwu_look)   /* found WAKING by who is about to activate it */                           \
+    X(ttwu_turn)   /* it is its turn to: nobody else does; on no list yet */                   \
+    X(ttwu_list)   /* on the run queue's list, the task's word does not say so yet */          \
+    X(ttwu_queued) /* its word says so too, its CPU is not told yet */                         \
     X(complete)    /* a completion counted, nobody woken yet */                                \
+    X(purge)       /* cpumap: packets in hand to be dropped, and when they have been */        \
+    X(requeue)     /* RPS: before, in and after a packet's move from a backlog that is left */ \
+    X(switch_mm)   /* between two address spaces: in neither, by what others see */            \
+    X(unmap)       /* out of the page tables, no TLB flushed yet */                            \
+    X(unmap_free)  /* all TLBs flushed, the pages not free yet */                              \
+    X(rcu_enxio)   /* an expedited IPI was refused, its CPU not looked at again */             \
     X(undo)        /* irq tables: about to free one thing more of what is half there */
 
 enum shi_step {

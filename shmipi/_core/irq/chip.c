@@ -66,7 +66,8 @@ void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32
 {
     const struct shi_machine *m = self->m;
     uint32_t i, writes = writes_to(self, cpus, n);
-    SHI_TRACE(self, ipi_send_cpumask, n, 0, writes, m->chip.call);
+    if (SHI_TRACING(self, ipi_send_cpumask))
+        shi_trace_mask(self, cpus, n, writes, m->chip.call);
     shi_count_n(self, SHI_C_chip_writes, writes);
     for (i = 0; i < n; i++)
         shi_irq_raise(self, cpus[i], shi_line_of(m, m->chip.call, cpus[i]));
@@ -75,6 +76,7 @@ void shi_chip_send_call_mask(struct shi_self *self, const uint32_t *cpus, uint32
 void shi_chip_send_reschedule(struct shi_self *self, uint32_t dst)
 {
     const struct shi_machine *m = self->m;
+    SHI_TRACE(self, reschedule_ipi, dst, 0, 0, m->chip.reschedule);
     shi_count(self, SHI_C_chip_writes);
     shi_irq_raise(self, dst, shi_line_of(m, m->chip.reschedule, dst));
 }
@@ -94,19 +96,37 @@ void shi_chip_prod(struct shi_self *self, uint32_t dst)
 void shi_chip_count_row(struct shi_self *self, uint32_t line)
 {
     uint32_t row = self->m->chip.row[line];
+    shi_count(self, SHI_C_irq_taken);
     if (row >= SHI_NROWS)
         return;
     shi_a64 *p = &self->slot->pic.rows[row];
     shi_store_relaxed(p, shi_load_relaxed(p) + 1); /* the owner alone, soft-masked */
 }
 
+/* Those of function calls are told by what is on the queue (smp.c). */
+static const uint8_t causes[SHI_NUSES] = {
+    [SHI_USE_NONE] = SHI_CAUSE_other,      [SHI_USE_RESCHEDULE] = SHI_CAUSE_reschedule,
+    [SHI_USE_CALL] = SHI_NCAUSES,          [SHI_USE_CALL_SINGLE] = SHI_NCAUSES,
+    [SHI_USE_NMI] = SHI_CAUSE_nmi_line,    [SHI_USE_IRQ] = SHI_CAUSE_irq,
+    [SHI_USE_COUNT] = SHI_CAUSE_other,     [SHI_USE_IRQ_WORK] = SHI_CAUSE_irq_work,
+    [SHI_USE_TIMER] = SHI_CAUSE_broadcast, [SHI_USE_STOP] = SHI_CAUSE_stop,
+    [SHI_USE_ICACHE] = SHI_CAUSE_icache,
+};
+
 /* The kernel's sysvec handlers and handle_percpu_irq: false when Python has it now. */
 bool shi_chip_act(struct shi_self *self, uint32_t line)
 {
     const struct shi_machine *m = self->m;
     uint32_t use = m->chip.use[line];
-    if (use < SHI_NUSES && m->actions[use])
-        return m->actions[use](self, line);
+    uint32_t why = use < SHI_NUSES ? causes[use] : SHI_CAUSE_other;
+    if (why < SHI_NCAUSES)
+        shi_cause(self, (enum shi_cause)why);
+    if (use < SHI_NUSES && m->actions[use]) {
+        SHI_TRACE(self, vector_entry, self->id, 0, 0, line | use << 16);
+        bool done = m->actions[use](self, line);
+        SHI_TRACE(self, vector_exit, self->id, 0, 0, line | use << 16);
+        return done;
+    }
     if (use != SHI_USE_COUNT)
         shi_count(self, SHI_C_irq_other); /* reported: `shmipi interrupts` has a row of them */
     return true;
@@ -115,7 +135,7 @@ bool shi_chip_act(struct shi_self *self, uint32_t line)
 /* Say that a line was ended where it was: before or after its work. */
 static inline void trace_eoi(struct shi_self *self, uint32_t line, bool before)
 {
-    if (__builtin_expect(self->trace, 0) &&
+    if (SHI_TRACING(self, line_eoi) &&
         before == (self->m->flow->eoi_first && self->m->chip.use[line] != SHI_USE_IRQ))
         SHI_TRACE(self, line_eoi, self->id, 0, 0, line);
 }
@@ -145,6 +165,11 @@ void shi_chip_handle(struct shi_self *self)
     shi_fetch_and_full(&self->slot->word, ~SHI_W_PENDING);
     SHI_TRACE(self, ipi_entry, self->id, 0, 0, 0);
     shi_chip_take(self);
+    if (__builtin_expect(self->timer_due, 0)) {
+        self->timer_due = false;
+        shi_count(self, SHI_C_irq_timer);
+        self->m->local_timer(self);
+    }
     if (shi_load_relaxed(&self->slot->pic.spurious)) {
         /* Asserted when the mask went up, and gone by the acknowledge: x86 has a vector
          * for it, a GIC reads 1023. */

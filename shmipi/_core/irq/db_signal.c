@@ -23,7 +23,10 @@ static int wait_rung(struct shi_self *self, uint32_t low, int64_t timeout_ns)
     if (sig < 0)
         return errno == EAGAIN ? -ETIMEDOUT : -errno;
     if (shi_signal_timer(self, &info)) {
-        shi_remind_expired(self);
+        if ((uintptr_t)info.si_value.sival_ptr & SHI_TICK_SIGNAL)
+            self->tick_armed = 0; /* it is set no longer: the next task sets it anew */
+        else
+            shi_remind_expired(self);
         return -EINTR; /* as its handler would have ended the wait */
     }
     if (info.si_code != SI_QUEUE || !shi_signal_ours(self, &info)) {

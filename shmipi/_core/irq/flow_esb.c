@@ -402,6 +402,7 @@ static void enter(struct shi_self *self, uint8_t by, uint32_t line)
     self->demuxing = by;
     SHI_TRACE(self, line_ack, self->id, 0, 0, line);
     shi_chip_count_row(self, line);
+    shi_cause(self, SHI_CAUSE_mux);
 }
 
 static uint32_t esb_next(struct shi_self *self)

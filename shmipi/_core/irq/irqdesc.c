@@ -379,6 +379,7 @@ void shi_coproc_ended(const struct shi_self *self, uint32_t pid)
     shi_lock_orphan(self, &shi_irq_area(self->m)->nmi.lock, pid);
     shi_lock_orphan(self, &h->array_lock, pid);
     shi_lock_orphan(self, &h->hotplug_lock, pid);
+    shi_lock_orphan(self, &h->stop_lock, pid);
     shi_lock_orphan(self, &h->tool_lock, pid);
 }
 

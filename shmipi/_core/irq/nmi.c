@@ -133,6 +133,7 @@ int shi_nmi_ipi_ask(struct shi_self *self, uint32_t dst, uint32_t number, bool s
 
 bool shi_nmi_ipi_entered(const struct shi_machine *m, uint32_t dst, uint32_t number)
 {
+    /* Acquire pairs with the swap by which the target enters it (shi_nmi_ipi_enter). */
     return shi_load_acquire(&shi_pic(m, dst)->nmi_request) != number;
 }
 
@@ -210,6 +211,7 @@ static uint32_t length_of(uint64_t order)
 struct shi_irqdesc *shi_nmi_action(const struct shi_machine *m, uint32_t type, uint32_t index)
 {
     struct shi_nmi_area *nmi = area_of(m);
+    /* Acquire pairs with the exchange of shi_nmi_action_add: the handler is whole. */
     uint32_t place = place_at(shi_load_acquire(&nmi->order[type]), index);
     return place ? &nmi->action[type][place - 1] : NULL;
 }
@@ -293,8 +295,11 @@ static bool accept_nmi(struct shi_self *self)
 static bool ask(struct shi_self *self)
 {
     bool python = false;
-    if (self->nmi_type == SHI_NMI_LOCAL)
+    if (self->nmi_type == SHI_NMI_LOCAL) {
+        if (self->m->nmi_local)
+            self->nmi_handled += self->m->nmi_local(self);
         self->nmi_handled += shi_nmi_ipi_native(self, &python);
+    }
     python |= walk(self, self->nmi_type);
     return python;
 }
@@ -409,6 +414,7 @@ static void take(struct shi_self *self, bool again)
         uint8_t depth = self->in_nmi;
         SHI_TRACE(self, nmi_entry, self->id, 0, 0, 0);
         self->in_nmi = 1;
+        shi_cause(self, SHI_CAUSE_nmi);
         begin(self, again);
         bool python = ask(self) || shi_nmi_go_on(self);
         self->in_nmi = depth;

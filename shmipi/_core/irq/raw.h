@@ -26,6 +26,7 @@ struct shi_raw {
     int signo;
     bool opened;  /* `fd` is to be closed */
     bool named;   /* what `name` stands for is to be unlinked */
+    int back;     /* pipe_park: the way back, opened with `fd` */
     bool blocked; /* `signo` is, and may be pending: who restores the mask takes it out */
 };
 

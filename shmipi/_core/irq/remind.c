@@ -46,6 +46,7 @@ void shi_remind(struct shi_self *self)
     /* The flag first: a kick between the two finds a timer that is about to be set. */
     self->reminding = 1;
     shi_signal_fence();
+    shi_store_relaxed(&self->slot->tick, 1);
     set(self, REMIND_NS);
 }
 
@@ -60,13 +61,14 @@ static bool waits(const struct shi_self *self)
         return false;
     if (shi_cancel_asked(self))
         return true;
-    return !self->held &&
-           (shi_irqs_wait(self) || shi_load_relaxed(&self->slot->hotplug) == SHI_HP_OFFLINE);
+    return !self->held && (shi_irqs_wait(self) || shi_stop_due(self) || self->down);
 }
 
 void shi_remind_expired(struct shi_self *self)
 {
     self->reminding = 0;
+    /* Full: before the look at what may have been left to this tick. */
+    shi_xchg_full(&self->slot->tick, 0);
     if (!waits(self))
         return;
     shi_fetch_add_relaxed(&self->slot->counters[SHI_CTX_NMI][SHI_C_kicks_timed], 1);
@@ -83,6 +85,7 @@ void shi_remind_stop(struct shi_self *self)
         return;
     set(self, 0);
     shi_signal_fence();
+    shi_xchg_full(&self->slot->tick, 0);
     /* Last: an NMI in between has left it unset, and the idle loop is about to look. */
     self->reminding = 0;
 }

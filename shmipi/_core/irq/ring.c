@@ -60,7 +60,8 @@ static int ring(struct shi_self *self, uint32_t dst, uint64_t set, bool completi
     /* Full: after the line was set, so that one who comes online sees it, or we see him. */
     uint64_t w = shi_load_full(&slot->word), next;
     for (;;) {
-        if (!hazard && needs_pid(m, w, again)) {
+        /* The own pid is taken; and an NMI on top of this must not end its hazard. */
+        if (!hazard && (dst != self->id || self->host) && needs_pid(m, w, again)) {
             hazard_set(self, dst);
             hazard = true;
             w = shi_load_relaxed(&slot->word);

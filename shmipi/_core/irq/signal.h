@@ -22,7 +22,11 @@ void shi_irq_end(struct shi_self *self, uint32_t dst);
 int shi_signal_queue(const struct shi_self *self, uint32_t sig, pid_t pid, pid_t tid,
                      uint32_t from);
 
-/* Does what came name this machine?  Is it the own timer's (remind.h)? */
+/* In the value of a timer's signal: it is the CPU's own timer (users/tick.c), and not the
+ * reminder (remind.h). */
+#define SHI_TICK_SIGNAL 0x80000000ull
+
+/* Does what came name this machine?  Is it one of its own timers'? */
 bool shi_signal_ours(const struct shi_self *self, const siginfo_t *info);
 bool shi_signal_timer(const struct shi_self *self, const siginfo_t *info);
 /* Block or unblock the kick signal in this thread. */

@@ -9,6 +9,7 @@
 
 #include "base/clock.h"
 #include "base/native.h"
+#include "base/trace.h"
 #include "irq/chip.h"
 #include "irq/doorbell.h"
 #include "irq/signal.h"
@@ -80,12 +81,56 @@ static int raise_line(struct shi_self *self, const struct shi_bench_calls *b)
     }
 }
 
+/* Wait for a word to be odd, or even: what it is then, or 0 and why not. */
+static uint64_t turned(struct shi_self *self, const shi_a64 *word, uint64_t odd,
+                       uint64_t deadline_ns, int *err)
+{
+    for (*err = 0; !*err; *err = look(self, deadline_ns)) {
+        uint32_t i;
+        for (i = 0; i < LOOK_ROUND; i++) {
+            /* Pairs with the other side's release: whose turn it is. */
+            uint64_t value = shi_load_acquire(word);
+            if ((value & 1) == odd)
+                return value;
+        }
+    }
+    return 0;
+}
+
+static int ask_fake(struct shi_self *self, const struct shi_bench_calls *b)
+{
+    int err;
+    shi_store_release(b->fake, shi_load_relaxed(b->fake) + 1);
+    turned(self, b->fake, 0, b->deadline_ns, &err);
+    return err;
+}
+
+int shi_bench_fake(struct shi_self *self, shi_a64 *word, uint32_t calls, uint64_t delay_ns,
+                   uint64_t deadline_ns, struct shi_hist *waited)
+{
+    uint32_t i;
+    for (i = 0; i < calls; i++) {
+        int err;
+        uint64_t value = turned(self, word, 1, deadline_ns, &err), from = shi_stamp(), to;
+        if (err)
+            return err;
+        do
+            to = shi_stamp();
+        while (shi_stamp_to_ns(to - from) < delay_ns);
+        shi_store_release(word, value + 1);
+        shi_hist_record(waited, shi_stamp_to_ns(to - from));
+    }
+    return 0;
+}
+
 /* smp_call_function_single(dst, func, info, wait=1). */
 static inline int call(struct shi_self *self, const struct shi_bench_calls *b, uint32_t func,
                        uint64_t *arrived)
 {
     if (__builtin_expect(b->count != NULL, 0))
         return raise_line(self, b);
+    if (__builtin_expect(b->fake != NULL, 0))
+        return ask_fake(self, b);
     const struct shi_call it = message(func, b->stamp);
     int64_t local = shi_call_post(self, &it, SHI_CSD_SYNC, b->dst);
     if (local < 0)
@@ -179,24 +224,74 @@ static int batches(struct shi_self *self, struct shi_bench_calls *b, uint32_t fu
     return 0;
 }
 
+static uint64_t counted(const struct shi_self *self, uint32_t dst, enum shi_counter counter)
+{
+    struct shi_slot *slot = shi_slot(self->m, dst);
+    uint64_t sum = 0;
+    int ctx;
+    for (ctx = 0; ctx < SHI_NCTX; ctx++)
+        sum += shi_load_relaxed(&slot->counters[ctx][counter]);
+    return sum;
+}
+
+static uint64_t rung_by(const struct shi_self *self)
+{
+    return counted(self, self->id, SHI_C_doorbells_sent) +
+           counted(self, self->id, SHI_C_kicks_sent);
+}
+
+static int64_t apart(uint64_t to, uint64_t from)
+{
+    return to >= from ? (int64_t)shi_stamp_to_ns(to - from)
+                      : -(int64_t)shi_stamp_to_ns(from - to);
+}
+
+static void arrival(struct shi_bench_calls *b, uint64_t from, uint64_t arrived, uint64_t to)
+{
+    int64_t there = apart(arrived, from), back = apart(to, arrived);
+    if (b->one_way)
+        shi_hist_record(b->one_way, there > 0 ? (uint64_t)there : 0);
+    b->there_ns = there < b->there_ns ? there : b->there_ns;
+    b->back_ns = back < b->back_ns ? back : b->back_ns;
+}
+
+/* Until call `i` of a schedule is due; at once if those before have taken too long. */
+static int due(struct shi_self *self, struct shi_bench_calls *b, uint32_t i, uint64_t start)
+{
+    int err = look(self, b->deadline_ns);
+    while (!err && shi_stamp_to_ns(shi_stamp() - start) < i * b->period_ns)
+        shi_cpu_relax();
+    return err;
+}
+
 static int each(struct shi_self *self, struct shi_bench_calls *b, uint32_t func)
 {
-    uint64_t arrived = 0;
+    uint64_t arrived = 0, start = shi_stamp(), rung = rung_by(self);
     uint32_t i;
-    for (i = 0; i < b->calls; i++) {
-        int err = await(self, b);
+    for (i = 0; i < b->calls && !b->broke; i++) {
+        int err = b->period_ns ? due(self, b, i, start) : await(self, b);
         if (err)
             return err;
         uint64_t from = shi_stamp();
         err = call(self, b, func, &arrived);
-        uint64_t took = shi_stamp() - from;
+        uint64_t to = shi_stamp(), ns = shi_stamp_to_ns(to - from);
         if (err)
             return err;
         if (b->rtt)
-            shi_hist_record(b->rtt, shi_stamp_to_ns(took));
-        if (b->stamp && b->one_way)
-            shi_hist_record(b->one_way, arrived > from ? shi_stamp_to_ns(arrived - from) : 0);
+            shi_hist_record(b->rtt, ns);
+        if (b->period_ns && b->scheduled)
+            shi_hist_record(b->scheduled, shi_stamp_to_ns(to - start) - i * b->period_ns);
+        if (b->stamp)
+            arrival(b, from, arrived, to);
+        if (b->break_ns && ns > b->break_ns) {
+            b->broke = true;
+            b->broke_at = i;
+            b->broke_from = from;
+            b->broke_arrived = b->stamp ? arrived : 0;
+            b->broke_to = to;
+        }
     }
+    b->rung = rung_by(self) - rung;
     return 0;
 }
 
@@ -207,6 +302,10 @@ int shi_bench_calls(struct shi_self *self, struct shi_bench_calls *b)
     int core = sched_getcpu(), err = 0;
     b->nbatches = 0;
     b->missed = 0;
+    b->there_ns = b->back_ns = INT64_MAX;
+    b->broke = false;
+    if (b->stamp && b->fake)
+        return -EINVAL;
     if (b->dst >= self->m->ncpus || b->dst == self->id)
         return -ENXIO;
     if (b->count && b->line >= self->m->chip.nlines)
@@ -250,16 +349,6 @@ int shi_bench_calls(struct shi_self *self, struct shi_bench_calls *b)
 }
 
 /* ---- calls nobody waits for ------------------------------------------------------------- */
-
-static uint64_t counted(const struct shi_self *self, uint32_t dst, enum shi_counter counter)
-{
-    struct shi_slot *slot = shi_slot(self->m, dst);
-    uint64_t sum = 0;
-    int ctx;
-    for (ctx = 0; ctx < SHI_NCTX; ctx++)
-        sum += shi_load_relaxed(&slot->counters[ctx][counter]);
-    return sum;
-}
 
 int shi_bench_until(struct shi_self *self, uint32_t dst, enum shi_counter counter,
                     uint64_t until, uint64_t deadline_ns)
@@ -393,4 +482,116 @@ int shi_bench_broadcast(struct shi_self *self, struct shi_bench_broadcast *b)
     }
     free(room);
     return err;
+}
+
+/* ---- where no IPI is sent ---------------------------------------------------------------- */
+
+void shi_bench_local(struct shi_self *self, uint32_t calls, bool itself, struct shi_hist *took)
+{
+    shi_native_handler *volatile handler = shi_native_get(native("noop") & ~SHI_FUNC_NATIVE);
+    uint32_t i;
+    for (i = 0; i < calls; i++) {
+        uint64_t from = shi_stamp();
+        if (itself) {
+            shi_count(self, SHI_C_calls_self);
+            uint8_t flags = shi_irq_save(self);
+            handler(NULL);
+            shi_irq_restore(self, flags);
+        } else {
+            handler(NULL);
+        }
+        shi_hist_record(took, shi_stamp_to_ns(shi_stamp() - from));
+    }
+}
+
+/* ---- storms ------------------------------------------------------------------------------ */
+
+/* smp_call_function_many(dsts, noop, NULL, wait). */
+static int storm_many(struct shi_self *self, struct shi_many *many, const struct shi_call *it,
+                      const struct shi_bench_storm *s)
+{
+    uint32_t i;
+    shi_count(self, SHI_C_calls_many);
+    int first = shi_call_many(self, many, it, s->wait);
+    for (i = 0; s->wait && i < many->queued; i++) {
+        int rc =
+            shi_call_wait(self, many->locals[i], many->cpus[i], s->deadline_ns, NULL, NULL);
+        if (!rc) {
+            rc = outcome(shi_own_csd(self, many->locals[i]));
+            shi_call_end(self, many->locals[i]);
+        }
+        first = first ? first : rc;
+    }
+    return first;
+}
+
+int shi_bench_storm(struct shi_self *self, struct shi_bench_storm *s)
+{
+    struct shi_bench_calls one = { .deadline_ns = s->deadline_ns };
+    const struct shi_call it = message(native("noop"), false);
+    uint32_t *room = calloc(3 * (size_t)s->ndsts, sizeof *room), i, turn;
+    struct shi_many many = { .mask = s->dsts,
+                             .n = s->ndsts,
+                             .cpus = room,
+                             .locals = room + s->ndsts,
+                             .ipis = room + 2 * (size_t)s->ndsts };
+    int err = 0;
+    s->calls = 0;
+    if (!room)
+        return -ENOMEM;
+    for (turn = 0; !err && (!s->most || turn < s->most) && shi_now_ns() < s->until_ns; turn++) {
+        for (i = 0; i < (s->many ? 1 : s->ndsts) && !err; i++) {
+            uint64_t from = shi_stamp();
+            one.dst = s->dsts[i];
+            if (s->many)
+                err = storm_many(self, &many, &it, s);
+            else if (s->wait)
+                err = call(self, &one, it.func, NULL);
+            else
+                err = post(self, one.dst, &it, s->deadline_ns);
+            if (!err && s->wait)
+                shi_hist_record(s->rtt, shi_stamp_to_ns(shi_stamp() - from));
+            s->calls += s->many ? s->ndsts : 1;
+        }
+        if (!err)
+            err = look(self, s->deadline_ns);
+    }
+    /* A target's queue is first in, first out: these run when all before them have. */
+    for (i = 0; i < s->ndsts && !s->wait && !err; i++) {
+        one.dst = s->dsts[i];
+        err = call(self, &one, it.func, NULL);
+    }
+    free(room);
+    return err;
+}
+
+/* ---- work that can be interrupted ---------------------------------------------------- */
+
+#define WORK_UNIT 64
+
+uint64_t shi_bench_work(uint64_t ns)
+{
+    uint64_t from = shi_stamp(), units = 0;
+    volatile uint64_t sink = 1;
+    while (shi_stamp_to_ns(shi_stamp() - from) < ns) {
+        uint64_t x = sink;
+        uint32_t i;
+        for (i = 0; i < WORK_UNIT; i++)
+            x = x * 6364136223846793005u + 1442695040888963407u;
+        sink = x;
+        units++;
+    }
+    return units;
+}
+
+double shi_bench_trace(struct shi_self *self, uint32_t events, bool traced)
+{
+    uint64_t from = shi_stamp();
+    uint32_t i;
+    for (i = 0; i < events; i++) {
+        if (traced)
+            SHI_TRACE(self, flush, self->id, 0, 0, i);
+        shi_signal_fence();
+    }
+    return (double)shi_stamp_to_ns(shi_stamp() - from);
 }

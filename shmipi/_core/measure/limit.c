@@ -12,9 +12,12 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -42,7 +45,8 @@ static const char *const kind_names[SHI_LIMIT_BELLS] = {
     [SHI_LIMIT_FLOOR] = "floor",           [SHI_LIMIT_MAILBOX] = "mailbox",
     [SHI_LIMIT_QUEUE] = "queue",           [SHI_LIMIT_CACHELINE] = "cacheline",
     [SHI_LIMIT_FUTEX_PARK] = "futex_park", [SHI_LIMIT_SIGNAL] = "signal",
-    [SHI_LIMIT_MEMBARRIER] = "membarrier",
+    [SHI_LIMIT_MEMBARRIER] = "membarrier", [SHI_LIMIT_MPROTECT] = "mprotect",
+    [SHI_LIMIT_MPROTECT64] = "mprotect64", [SHI_LIMIT_PIPE_PARK] = "pipe_park",
 };
 
 /* One role in one process. */
@@ -54,6 +58,8 @@ struct run {
     uint64_t deadline;
     uint32_t work, backoff[SHI_LIMIT_BACKOFFS]; /* rounds of spend() */
     struct shi_raw raw;
+    char *pages; /* mprotect: those whose rights change */
+    size_t page_bytes;
     const struct shi_raw_ops *ops; /* what rings, and what wakes; NULL for none */
     int watching;
     int signo_changed;
@@ -96,8 +102,85 @@ static struct timespec to_timespec(uint64_t ns)
 
 static int sleeps(uint32_t kind)
 {
-    return kind >= SHI_LIMIT_BELLS || kind == SHI_LIMIT_FUTEX_PARK;
+    return kind >= SHI_LIMIT_PIPE_PARK || kind == SHI_LIMIT_FUTEX_PARK;
 }
+
+/* A thread of ping is busy on the other core, and pong has no part. */
+static int has_busy(uint32_t kind)
+{
+    return kind >= SHI_LIMIT_MEMBARRIER && kind <= SHI_LIMIT_MPROTECT64;
+}
+
+/* ---- Two pipes: what `perf bench sched pipe` does --------------------------------- */
+
+/* Two named ones, which lie in /dev/shm until both sides have them open. */
+static void park_path(const struct shi_raw *raw, bool back, char *path, size_t size)
+{
+    snprintf(path, size, "/dev/shm%s%s", raw->name, back ? ".back" : "");
+}
+
+static int park_open(struct shi_raw *raw)
+{
+    char path[128];
+
+    for (int back = 0; back < 2; back++) {
+        park_path(raw, back, path, sizeof path);
+        if (!raw->sleeper && mkfifo(path, 0600) != 0)
+            return -errno;
+        raw->named = !raw->sleeper;
+        /* For both directions: to open it never waits, and a write gets no SIGPIPE. */
+        int fd = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+
+        if (fd < 0)
+            return -errno;
+        *(back ? &raw->back : &raw->fd) = fd;
+        raw->opened = true;
+    }
+    return 0;
+}
+
+static void park_unlink(struct shi_raw *raw)
+{
+    char path[128];
+
+    for (int back = 0; back < 2; back++) {
+        park_path(raw, back, path, sizeof path);
+        unlink(path);
+    }
+}
+
+static int park_write(int fd)
+{
+    return write(fd, "", 1) == 1 ? 0 : -errno;
+}
+
+static int park_read(int fd)
+{
+    char token;
+
+    return read(fd, &token, 1) == 1 ? 0 : -errno;
+}
+
+static int park_ring(struct shi_raw *raw, uint32_t n)
+{
+    (void)n;
+    return park_write(raw->fd);
+}
+
+static int park_sleep(struct shi_raw *raw, uint32_t n)
+{
+    (void)n;
+    return park_read(raw->sleeper ? raw->fd : raw->back);
+}
+
+static const struct shi_raw_ops park_ops = {
+    .name = "pipe_park",
+    .by_name = true,
+    .open = park_open,
+    .unlink = park_unlink,
+    .ring = park_ring,
+    .sleep = park_sleep,
+};
 
 /* The system calls of a doorbell that a kind makes, or NULL. */
 static const struct shi_raw_ops *ops_of(uint32_t kind)
@@ -107,6 +190,8 @@ static const struct shi_raw_ops *ops_of(uint32_t kind)
         return shi_db_futex.raw;
     case SHI_LIMIT_SIGNAL: /* the same signal, to one that does not sleep */
         return shi_db_signal.raw;
+    case SHI_LIMIT_PIPE_PARK:
+        return &park_ops;
     default:
         return kind >= SHI_LIMIT_BELLS ? shi_doorbells[kind - SHI_LIMIT_BELLS]->raw : NULL;
     }
@@ -319,7 +404,7 @@ static int take_signals(struct run *r, int is_pong)
 {
     uint32_t kind = r->p->kind;
     int needs_watch = (is_pong && (sleeps(kind) || kind == SHI_LIMIT_SIGNAL)) ||
-                      kind == SHI_LIMIT_FUTEX_PARK;
+                      kind == SHI_LIMIT_FUTEX_PARK || kind == SHI_LIMIT_PIPE_PARK;
     uint32_t free_mark = 0;
     sigset_t set;
     int err;
@@ -365,6 +450,10 @@ static void give_back(struct run *r)
         r->ops->unlink(&r->raw);
     if (r->raw.opened)
         close(r->raw.fd);
+    if (r->raw.back >= 0)
+        close(r->raw.back);
+    if (r->pages != NULL)
+        munmap(r->pages, r->page_bytes);
     if (r->timer >= 0)
         syscall(SYS_timer_delete, r->timer);
     shi_store_relaxed(&on_signal.active, 0);
@@ -416,11 +505,11 @@ static int check(const struct shi_limit_area *area, const struct shi_limit_param
         return -EINVAL;
     if (ops != NULL && ops->by_pid && (p->peer_pid <= 0 || p->peer_tid <= 0))
         return -EINVAL;
-    if (ops != NULL && ops->by_name && p->fd < 0 &&
+    if (ops != NULL && ops->by_name && (p->fd < 0 || ops == &park_ops) &&
         (p->name[0] != '/' || p->name[1] == '\0' ||
          memchr(p->name, '\0', sizeof p->name) == NULL))
         return -EINVAL;
-    if (p->kind == SHI_LIMIT_MEMBARRIER && (p->core < 0 || p->core >= CORES_MAX))
+    if (has_busy(p->kind) && (p->core < 0 || p->core >= CORES_MAX))
         return -EINVAL;
     return 0;
 }
@@ -434,6 +523,16 @@ static int prepare(struct run *r, int is_pong)
     if (p->kind == SHI_LIMIT_MEMBARRIER && !is_pong &&
         syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0) != 0)
         return errno == EINVAL ? -ENOSYS : -errno;
+    if ((p->kind == SHI_LIMIT_MPROTECT || p->kind == SHI_LIMIT_MPROTECT64) && !is_pong) {
+        r->page_bytes = (p->kind == SHI_LIMIT_MPROTECT ? 1 : 64) *
+                        (size_t)sysconf(_SC_PAGESIZE);
+        r->pages = mmap(NULL, r->page_bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (r->pages == MAP_FAILED) {
+            r->pages = NULL;
+            return -errno;
+        }
+    }
     if (r->ops == NULL || r->ops->open == NULL || (is_pong && !sleeps(p->kind)))
         return 0;
     return r->ops->open(&r->raw);
@@ -460,7 +559,8 @@ static int begin(struct run *r, struct shi_limit_area *area, const struct shi_li
         .word = &area->request,
         .object = area->object,
         .name = p->name,
-        .fd = p->fd,
+        .fd = p->kind == SHI_LIMIT_PIPE_PARK ? -1 : p->fd,
+        .back = -1,
         .pid = p->peer_pid,
         .tid = p->peer_tid,
         .signo = p->signo,
@@ -504,7 +604,7 @@ static int begin(struct run *r, struct shi_limit_area *area, const struct shi_li
 static int end(struct run *r, int err)
 {
     announce(r, err == 0 ? PHASE_DONE : PHASE_FAILED | (uint32_t)-err);
-    if (r->p->kind == SHI_LIMIT_MEMBARRIER && r->mine == &r->area->ping) {
+    if (has_busy(r->p->kind) && r->mine == &r->area->ping) {
         shi_store_release(&r->area->finished, r->p->session);
         futex(&r->area->finished, FUTEX_WAKE, INT_MAX, NULL);
     }
@@ -529,20 +629,38 @@ static inline int sleep_for_ring(struct run *r, uint32_t n)
     }
 }
 
+/* What is not measured: have the pages writable, and written to. */
+static int make_ready(struct run *r)
+{
+    size_t step = (size_t)sysconf(_SC_PAGESIZE);
+
+    if (r->pages == NULL)
+        return 0;
+    if (mprotect(r->pages, r->page_bytes, PROT_READ | PROT_WRITE) != 0)
+        return -errno;
+    for (size_t at = 0; at < r->page_bytes; at += step)
+        ((volatile char *)r->pages)[at] = 1;
+    return 0;
+}
+
 /* Make the target run: the one operation that is measured. */
 static inline int ring(struct run *r, uint32_t n)
 {
     if (r->ops != NULL)
         return r->ops->ring(&r->raw, n);
-    /* SHI_LIMIT_MEMBARRIER: returns when the other core has answered */
+    /* Each returns when the other core has answered. */
+    if (r->pages != NULL)
+        return mprotect(r->pages, r->page_bytes, PROT_READ) != 0 ? -errno : 0;
     return syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0) < 0 ? -errno : 0;
 }
 
 /* Wait for the n-th answer the way the kind says. */
 static inline int take_answer(struct run *r, uint32_t n)
 {
-    if (r->p->kind == SHI_LIMIT_MEMBARRIER)
+    if (has_busy(r->p->kind))
         return 0;
+    if (r->p->kind == SHI_LIMIT_PIPE_PARK)
+        return sleep_for_ring(r, n);
     if (r->p->kind != SHI_LIMIT_FUTEX_PARK)
         return spin_for(r, &r->area->answer, n);
     /* Pairs with the release in pong's answer. */
@@ -570,7 +688,7 @@ static void tell_switches(struct shi_limit_area *area, const struct rusage *befo
     shi_store_relaxed(&area->preempted, (uint32_t)(now.ru_nivcsw - before->ru_nivcsw));
 }
 
-/* ---- The busy thread of membarrier ----------------------------------------------- */
+/* ---- The busy thread on the other core ------------------------------------------- */
 
 struct busy {
     pthread_t thread;
@@ -792,8 +910,7 @@ static int ping_lines(struct run *r, struct shi_hist *hist, double *values, uint
 static int ping_calls(struct run *r, struct shi_hist *hist, double *values, uint32_t *nvalues)
 {
     const struct shi_limit_params *p = r->p;
-    int one_way = p->one_way != NULL && (p->flags & SHI_LIMIT_ONE_WAY) &&
-                  p->kind != SHI_LIMIT_MEMBARRIER;
+    int one_way = p->one_way != NULL && (p->flags & SHI_LIMIT_ONE_WAY) && !has_busy(p->kind);
     uint32_t total = p->warmup + p->calls;
     int err = 0;
 
@@ -802,6 +919,8 @@ static int ping_calls(struct run *r, struct shi_hist *hist, double *values, uint
 
         /* No call begins after the deadline: the target may be gone by its own. */
         err = look(r);
+        if (err == 0)
+            err = make_ready(r);
         if (err != 0)
             break;
 
@@ -957,7 +1076,7 @@ int shi_limit_ping(struct shi_limit_area *area, const struct shi_limit_params *p
     memset(values, 0, sizeof values[0] * max_values); /* no page fault later on */
 
     err = begin(&r, area, p, 0);
-    if (err == 0 && p->kind == SHI_LIMIT_MEMBARRIER) {
+    if (err == 0 && has_busy(p->kind)) {
         err = busy_start(&r, &busy);
         is_busy = err == 0;
     }
@@ -968,7 +1087,7 @@ int shi_limit_ping(struct shi_limit_area *area, const struct shi_limit_params *p
     if (is_busy)
         busy_stop(&busy);
     /* The area is the caller's again only when the target has left it. */
-    if (err == 0 && p->kind != SHI_LIMIT_MEMBARRIER)
+    if (err == 0 && !has_busy(p->kind))
         err = meet(&r, PHASE_DONE);
     if (err == 0 && batch_ns != NULL)
         medians(values, nvalues, p->backoffs, batch_ns);
@@ -1035,6 +1154,8 @@ static int pong_sleeping(struct run *r)
         if (p->flags & SHI_LIMIT_ONE_WAY)
             shi_store_relaxed(&r->area->arrived, shi_stamp());
         shi_store_release(&r->area->answer, n); /* pairs with take_answer() */
+        if (p->kind == SHI_LIMIT_PIPE_PARK)
+            err = park_write(r->raw.back);
         if (p->kind == SHI_LIMIT_FUTEX_PARK && futex(&r->area->answer, FUTEX_WAKE, 1, NULL) < 0)
             err = -errno;
     }
@@ -1060,7 +1181,7 @@ static int pong_signal(struct run *r)
 }
 
 /* The core belongs to ping's busy thread meanwhile: sleep. */
-static int pong_membarrier(struct run *r)
+static int pong_idle(struct run *r)
 {
     struct timespec when = to_timespec(r->deadline);
     uint32_t seen;
@@ -1099,13 +1220,15 @@ int shi_limit_pong(struct shi_limit_area *area, const struct shi_limit_params *p
             err = pong_signal(&r);
             break;
         case SHI_LIMIT_MEMBARRIER:
-            err = pong_membarrier(&r);
+        case SHI_LIMIT_MPROTECT:
+        case SHI_LIMIT_MPROTECT64:
+            err = pong_idle(&r);
             break;
         default:
             err = pong_sleeping(&r);
             break;
         }
-        if (p->kind != SHI_LIMIT_MEMBARRIER)
+        if (!has_busy(p->kind))
             tell_switches(area, &before);
     }
     return end(&r, err);

@@ -9,7 +9,7 @@
  *
  * What is true of every kind in which the target sleeps: it sleeps without a time-out,
  * in exactly the one system call; the sender spins for the answer in shared memory
- * without system calls (except futex_park, where it sleeps too); and before each call the
+ * without system calls (except futex_park and pipe_park, where it sleeps too); and before each call the
  * sender lets gap_ns pass, so that the target's core is asleep.  area->slept says how often
  * the target really did.  Every wait ends at the deadline all the same: a timer of the
  * process, armed once per run, interrupts the system call.
@@ -25,6 +25,10 @@
  *   cacheline  a curiosity: one line as fast as it goes, nothing between receiving and
  *              sending.  Whatever does anything at all in between, and be it 2 ns, gets
  *              the line at another moment and takes up to twice as long: no limit of calls
+ *
+ * The kinds in which the kernel interrupts the other core, on which a thread of the
+ * sender's own process is busy: membarrier, and mprotect, which takes the right to write
+ * from 1 or 64 pages that have just been written to, so that other cores must forget them.
  *
  * (Not called limits.h: with this directory on the include path that name would stand in
  * for the C library's.)
@@ -50,6 +54,9 @@ enum shi_limit_kind {
     SHI_LIMIT_FUTEX_PARK,
     SHI_LIMIT_SIGNAL,
     SHI_LIMIT_MEMBARRIER,
+    SHI_LIMIT_MPROTECT,
+    SHI_LIMIT_MPROTECT64,
+    SHI_LIMIT_PIPE_PARK,
     SHI_LIMIT_BELLS, /* from here on those of the doorbells, by their numbers (raw.h) */
     SHI_LIMIT_KINDS = SHI_LIMIT_BELLS + SHI_DB_COUNT
 };
@@ -95,11 +102,11 @@ struct shi_limit_area {
     alignas(128) shi_a64 pong;
     shi_a32 slept;     /* in the run, the target slept so often (voluntary switches) */
     shi_a32 preempted; /* and was pushed off its core: then the figures are not the box's
-                        * (membarrier, both: the busy thread; off its core gets no IPI) */
+                        * (with a busy thread, both: its own; off its core gets no IPI) */
     alignas(128) shi_a32 request;
     alignas(128) shi_a32 answer;
     shi_a64 arrived;               /* the target's stamp; same line as answer on purpose */
-    alignas(128) shi_a32 finished; /* session; membarrier's target sleeps on it */
+    alignas(128) shi_a32 finished; /* session; a target without a part sleeps on it */
     alignas(128) uint8_t object[SHI_RAW_OBJECT]; /* of the doorbell */
     alignas(128) struct shi_limit_line lines[SHI_LIMIT_PLACEMENTS];
 };
@@ -124,7 +131,7 @@ struct shi_limit_params {
     char name[64];        /* mqueue: if there is none, an unused name ("/x"): ping makes it,
                            *   pong opens it, gone when ping returns (the name as soon as
                            *   both have it) */
-    int32_t core;         /* membarrier: the target's core, for the busy thread */
+    int32_t core;         /* membarrier, mprotect: the target's, for the busy thread */
     int32_t reserved;
     struct shi_hist *one_way; /* ping only, with SHI_LIMIT_ONE_WAY: send to arrival, or NULL */
 };

@@ -13,11 +13,33 @@ PyTypeObject *shi_machine_type;
 Machine *shi_current;
 const char *shi_absence = SHI_NO_CLUSTER;
 
+PyObject *shi_unmixed(Machine *machine, PyObject *function, PyObject *object)
+{
+    bool own = !machine->self.host && !shi_other_thread(machine);
+    machine->pickling += own;
+    PyObject *result = PyObject_CallOneArg(function, object);
+    machine->pickling -= own;
+    return result;
+}
+
+PyObject *shi_import(const char *name)
+{
+    /* PyImport_Import() asks the builtins of the frame that runs for __import__: of the one that
+     * was interrupted, and that of a namedtuple's __new__ has none. */
+    PyObject *text = PyUnicode_InternFromString(name), *module = NULL;
+    PyObject *top = text ? PyImport_ImportModuleLevelObject(text, NULL, NULL, NULL, 0) : NULL;
+    if (top && !(module = PyImport_GetModule(text)) && !PyErr_Occurred())
+        PyErr_Format(PyExc_ImportError, "%s is not there once it was imported", name);
+    Py_XDECREF(top);
+    Py_XDECREF(text);
+    return module;
+}
+
 int shi_bound(void)
 {
     if (shi_py.dumps)
         return 0;
-    PyObject *remote = PyImport_ImportModule("shmipi.machine.remote"); /* calls bind() */
+    PyObject *remote = shi_import("shmipi.machine.remote"); /* calls bind() */
     Py_XDECREF(remote);
     return remote ? 0 : -1;
 }
@@ -51,7 +73,11 @@ static PyObject *bind(PyObject *module, PyObject *args)
         { &shi_py.TimeoutError, errors, "IpiTimeoutError" },
         { &shi_py.ArenaError, errors, "ArenaFullError" },
         { &shi_py.TableError, errors, "FunctionTableFullError" },
+        { &shi_py.MmError, errors, "AddressSpaceError" },
+        { &shi_py.FaultError, errors, "PageFaultError" },
         { &shi_py.LayoutError, errors, "LayoutError" },
+        { &shi_py.NoTaskError, errors, "NoTaskError" },
+        { &shi_py.AffinityError, errors, "AffinityError" },
         { &shi_py.StateError, errors, "ClusterStateError" },
         { &shi_py.NoMachineError, errors, "NoMachineError" },
         { &shi_py.CancelledError, errors, "TaskCancelledError" },

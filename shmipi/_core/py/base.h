@@ -18,6 +18,7 @@
 
 struct func_entry;
 struct nmi_sending;
+struct begun;
 
 /* A result for which there was no room.  Its csd stays locked, so its sender waits. */
 struct unsent {
@@ -60,6 +61,7 @@ typedef struct {
     uint32_t *irq_held; /* by irq and NMI handler: the function it is, + 1 (py/irq.c) */
     struct nmi_sending *nmi_sending; /* of the thread that sends an NMI IPI: the innermost */
     struct func_cache *received;
+    struct begun *begun;   /* CPU: iterators of tasks of the scheduler, by their index */
     struct unsent *unsent; /* results that wait for room: self.unsent of them, oldest first */
     uint32_t unsent_room;
     PyObject *early;         /* results read before they were asked for: local index -> bytes */
@@ -67,9 +69,11 @@ typedef struct {
     PyThreadState *released; /* CPU: the interpreter was given up by the core's hook */
     uint64_t *late;          /* what other threads of a CPU's process freed: shi_late */
     uint32_t nlate, late_room;
-    uint64_t array_top; /* where the arrays end that this process has made */
-    uint64_t put_off;   /* signals of the task's that came during a handler: 1 << number - 1 */
-    bool raised;        /* they have been raised again, and the interpreter has to look */
+    uint64_t checked_ns; /* CPU: since when steps may have changed its signals, 0: none */
+    uint32_t pickling;   /* depth: tasks of the scheduler do not come on top (shi_unmixed) */
+    uint64_t array_top;  /* where the arrays end that this process has made */
+    uint64_t put_off;    /* signals of the task's that came during a handler: 1 << number - 1 */
+    bool raised;         /* they have been raised again, and the interpreter has to look */
     struct shi_watch *watch; /* firmware: what its watchdog saw */
     uint64_t looked_ns;      /* and when */
 } Machine;
@@ -89,7 +93,7 @@ struct shi_python {
         *DeadlockError;
     PyObject *TimeoutError, *ArenaError, *LayoutError, *StateError, *NoMachineError;
     PyObject *Warning, *BootError, *CancelledError, *TaskInterrupt, *GroupError;
-    PyObject *TableError;
+    PyObject *TableError, *MmError, *FaultError, *NoTaskError, *AffinityError;
 };
 extern struct shi_python shi_py;
 
@@ -104,9 +108,16 @@ extern const char *shi_absence;
 
 /* The Python half, imported when it is first needed.  0, or -1. */
 int shi_bound(void);
+/* PyImport_ImportModule() in whatever frame an interrupt, or a task, finds itself. */
+PyObject *shi_import(const char *name);
 
 /* ---- errors: every errno of the core becomes a typed exception here -------------- */
 PyObject *shi_raise(PyObject *kind, int err, int cpu, const char *format, ...);
+/*
+ * shi_py.dumps, loads or publish of one object.  Pickling takes locks and is in the middle of
+ * tables: a task that came on top of it, and pickled, would wait for what is below it.
+ */
+PyObject *shi_unmixed(Machine *machine, PyObject *function, PyObject *object);
 /* A plain OSError. */
 PyObject *shi_os_error(int err, const char *what);
 /* For a call to `cpu` that failed with -errno. */

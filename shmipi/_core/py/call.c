@@ -4,12 +4,13 @@
 
 #include "irq/chip.h"
 #include "base/native.h"
-#include "base/trace.h"
+#include "smp/sched.h"
 #include "py/entry.h"
 #include "py/native.h"
 #include "py/outgoing.h"
 #include "py/result.h"
 #include "py/wait.h"
+#include "py/trace.h"
 
 static bool warned_irqs_off, warned_in_interrupt;
 
@@ -17,7 +18,7 @@ static const char irqs_off_text[] =
     "an IPI is sent and waited for with interrupts disabled: two CPUs that do this to each "
     "other wait for ever";
 static const char in_interrupt_text[] =
-    "an IPI is sent and waited for in interrupt context (an IPI handler): use "
+    "an IPI is sent and waited for in interrupt context (an IPI handler, or a softirq): use "
     "smp_call_function_single_async there";
 
 int shi_check_context(const Machine *machine)
@@ -25,9 +26,10 @@ int shi_check_context(const Machine *machine)
     const struct shi_self *self = &machine->self;
     if (self->host)
         return 0;
-    if (self->in_irq)
+    if (!shi_in_task(self))
         return shi_warn_once(&warned_in_interrupt, in_interrupt_text);
-    if (self->irqs_off)
+    /* Not of a CPU that is offline, or has died: nobody sends to it and waits. */
+    if (self->irqs_off && shi_word_online(shi_load_relaxed(&self->slot->word)))
         return shi_warn_once(&warned_irqs_off, irqs_off_text);
     return 0;
 }
@@ -42,6 +44,8 @@ int shi_run_local(Machine *machine, PyObject *function, PyObject *info, bool wai
     shi_count(self, SHI_C_calls_self);
     uint8_t flags = shi_irq_save(self);
     int err = 0;
+    uint32_t called = shi_called(machine, function);
+    SHI_TRACE(self, csd_function_entry, self->id, 0, called, 0);
     if (Py_TYPE(function) == shi_native_type) {
         struct outgoing out;
         err = shi_outgoing_info(machine, &out, function, info);
@@ -72,6 +76,7 @@ int shi_run_local(Machine *machine, PyObject *function, PyObject *info, bool wai
         }
         Py_XDECREF(result);
     }
+    SHI_TRACE(self, csd_function_exit, self->id, 0, called, 0);
     shi_irq_restore(self, flags);
     if (shi_python_waits(self) && !shi_masked(self)) {
         PyObject *error = err ? shi_take_exception() : NULL;
@@ -105,7 +110,7 @@ static int quick_single(Machine *machine, PyObject *const *args, Py_ssize_t narg
     bool wait = nargs < 4 || args[3] == Py_True;
     *result = NULL;
     if (nargs < 2 || nargs > 4 || (!wait && args[3] != Py_False) ||
-        !PyLong_CheckExact(args[0]) || self->in_irq || self->irqs_off)
+        !PyLong_CheckExact(args[0]) || self->in_irq || self->irqs_off || self->softirq)
         return 0;
     long cpu = PyLong_AsLong(args[0]);
     if (cpu < 0 || cpu >= (long)machine->m.ncpus || (!self->host && cpu == (long)self->id)) {
@@ -118,6 +123,7 @@ static int quick_single(Machine *machine, PyObject *const *args, Py_ssize_t narg
     SHI_TRACE(self, call_entry, (uint32_t)cpu, 0, 0, SHI_E_SINGLE);
     int64_t local =
         shi_outgoing_post(machine, &out, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC, (uint32_t)cpu);
+    shi_call_said(machine);
     if (local >= 0)
         *result = wait ? finish_single(machine, (uint32_t)local, (uint32_t)cpu)
                        : Py_NewRef(Py_None);
@@ -157,7 +163,7 @@ PyObject *shi_single(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
         return NULL;
     int64_t local =
         shi_outgoing_post(machine, &out, wait ? SHI_CSD_SYNC : SHI_CSD_ASYNC, (uint32_t)cpu);
-    shi_outgoing_clear(&out);
+    shi_outgoing_clear(machine, &out);
     if (local < 0)
         return NULL;
     if (!wait)
@@ -179,9 +185,11 @@ PyObject *shi_send_reschedule(Machine *machine, PyObject *const *args, Py_ssize_
     struct shi_self *self = &machine->self;
     if (cpu < 0 || cpu >= machine->m.ncpus)
         return shi_raise_errno(machine, -ENXIO, (int)cpu);
+    shi_say_call(machine, NULL);
     shi_enter(self);
     int err = shi_irq_send_reschedule(self, (uint32_t)cpu);
     shi_leave(self);
+    shi_call_said(machine);
     if (err == -ENXIO) {
         /* "Worst case is that we lose a reschedule": warned of, and not sent. */
         if (PyErr_WarnFormat(shi_py.Warning, 1,
@@ -202,8 +210,10 @@ PyObject *shi_resched_cpu(Machine *machine, PyObject *const *args, Py_ssize_t na
         return NULL;
     if (cpu < 0 || cpu >= machine->m.ncpus)
         return shi_raise_errno(machine, -ENXIO, (int)cpu);
+    shi_say_call(machine, NULL);
     shi_enter(&machine->self);
     shi_irq_resched_cpu(&machine->self, (uint32_t)cpu); /* offline: nothing, as in the kernel */
     shi_leave(&machine->self);
+    shi_call_said(machine);
     Py_RETURN_NONE;
 }

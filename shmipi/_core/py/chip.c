@@ -57,6 +57,7 @@ int shi_chip_from_python(PyObject *dict, struct shi_chip *chip)
         { "startup", &chip->startup },
         { "banked", &chip->banked },
         { "siblings", &chip->siblings },
+        { "decrementer", &chip->decrementer },
     };
     size_t i;
     memset(chip, 0, sizeof *chip);

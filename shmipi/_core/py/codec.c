@@ -4,7 +4,7 @@
 
 PyObject *shi_pickled(Machine *machine, PyObject *object)
 {
-    PyObject *bytes = PyObject_CallOneArg(shi_py.dumps, object);
+    PyObject *bytes = shi_unmixed(machine, shi_py.dumps, object);
     if (bytes &&
         (!PyBytes_Check(bytes) || (uint64_t)PyBytes_GET_SIZE(bytes) > machine->m.payload_max)) {
         shi_raise(shi_py.ArenaError, E2BIG, -1,
@@ -52,7 +52,7 @@ PyObject *shi_decode(Machine *machine, uint32_t src, uint8_t kind, uint8_t lengt
         PyObject *bytes = shi_payload_bytes(machine, src, &v->ref);
         if (!bytes)
             return NULL;
-        PyObject *object = PyObject_CallOneArg(shi_py.loads, bytes);
+        PyObject *object = shi_unmixed(machine, shi_py.loads, bytes);
         Py_DECREF(bytes);
         return object;
     }

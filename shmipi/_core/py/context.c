@@ -4,7 +4,10 @@
 
 #include "irq/remind.h"
 #include "smp/entry.h"
+#include "smp/flag_ipi.h"
+#include "smp/sched.h"
 #include "py/entry.h"
+#include "py/sched.h"
 #include "py/tables.h"
 
 /* What this process, and this thread of it, is: the NO_CPU, CPU_TASK or CPU_HANDLER. */
@@ -14,7 +17,7 @@ static PyObject *cpu_context(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
     if (!machine || machine->self.left || machine->self.host)
         return PyLong_FromLong(SHI_NO_CPU);
     bool handler = pthread_equal(pthread_self(), machine->self.thread) &&
-                   (machine->self.in_irq || machine->self.in_nmi);
+                   !shi_in_task(&machine->self);
     return PyLong_FromLong(handler ? SHI_CPU_HANDLER : SHI_CPU_TASK);
 }
 
@@ -102,8 +105,11 @@ static PyObject *preempt_enable(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED
     if (!machine->self.preempt)
         return shi_raise(shi_py.StateError, 0, (int)machine->self.id,
                          "preempt_enable() without preempt_disable()");
-    if (!--machine->self.preempt)
+    if (!--machine->self.preempt) {
+        shi_ipi_point(&machine->self); /* k_sched_unlock() */
         shi_after_enable(machine); /* the section may have held its own CPU's takedown off */
+        shi_preempt_check(machine);
+    }
     Py_RETURN_NONE;
 }
 
@@ -125,9 +131,35 @@ static PyObject *get_cpu(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused
     }
 QUESTION(irqs_disabled, shi_use_cpu(SHI_ONLY_CPU), machine->self.irqs_off)
 QUESTION(in_hardirq, shi_use_current(), machine->self.in_irq)
-QUESTION(in_interrupt, shi_use_current(), machine->self.in_irq || machine->self.in_nmi)
+QUESTION(in_interrupt, shi_use_current(), shi_in_interrupt(&machine->self))
 QUESTION(in_nmi, shi_use_current(), machine->self.in_nmi)
-QUESTION(in_task, shi_use_current(), !machine->self.in_irq && !machine->self.in_nmi)
+QUESTION(in_task, shi_use_current(), shi_in_task(&machine->self))
+QUESTION(in_softirq, shi_use_current(), machine->self.softirq != 0)
+QUESTION(in_serving_softirq, shi_use_current(), shi_in_serving_softirq(&machine->self))
+QUESTION(preemptible, shi_use_cpu(SHI_ONLY_CPU), shi_preemptible(&machine->self))
+
+static PyObject *preempt_count(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
+    return machine ? PyLong_FromUnsignedLong(shi_preempt_count(&machine->self)) : NULL;
+}
+
+/* __might_sleep(): warned of each time, as the place is what matters. */
+static PyObject *might_sleep(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    Machine *machine = shi_use_current();
+    if (!machine)
+        return NULL;
+    const struct shi_self *self = &machine->self;
+    if (!self->host && !shi_preemptible(self) &&
+        PyErr_WarnFormat(shi_py.Warning, 1,
+                         "BUG: sleeping function called from invalid context: in_atomic(): %d, "
+                         "irqs_disabled(): %d, preempt_count: %x on CPU %d",
+                         shi_preempt_count(self) != 0, self->irqs_off != 0,
+                         shi_preempt_count(self), (int)self->id) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
 
 /* What is queued here runs now, in task context; what the chip has pending does not. */
 static PyObject *flush_queue(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
@@ -136,7 +168,7 @@ static PyObject *flush_queue(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
     if (!machine)
         return NULL;
     struct shi_self *self = &machine->self;
-    if (!self->in_task || self->in_irq || self->in_nmi)
+    if (!self->in_task || !shi_in_task(self))
         return shi_raise(shi_py.StateError, 0, (int)self->id,
                          "flush_smp_call_function_queue() is for tasks: a handler's queue is "
                          "emptied after it");
@@ -150,6 +182,7 @@ static PyObject *flush_queue(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
     self->inline_python = inlined;
     shi_run_deferred(machine); /* what stood behind one that a kick had put off */
     shi_irq_restore(self, flags);
+    shi_do_softirq(self, true); /* do_softirq_post_smp_call_flush() */
     shi_after_enable(machine);
     if (shi_task_interrupt(machine) < 0)
         return NULL;
@@ -171,11 +204,15 @@ static PyObject *cond_resched(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(u
     if (!machine)
         return NULL;
     struct shi_self *self = &machine->self;
-    if (self->in_task && !self->in_irq && !self->in_nmi && !self->preempt)
+    if (self->in_task && !shi_in_interrupt(self) && !self->preempt) {
+        shi_ipi_point(self);
+        shi_sched_point(self);
+        shi_let_others_run(machine);
         shi_schedule(self);
+    }
     if (self->in_task && !shi_masked(self) &&
-        (shi_word_work(shi_load_acquire(&self->slot->word)) || shi_python_waits(self) ||
-         shi_hotplug_asked(self)))
+        (shi_softirqs_due(self) || shi_word_work(shi_load_acquire(&self->slot->word)) ||
+         shi_python_waits(self) || shi_hotplug_asked(self)))
         shi_irq_window(machine);
     if (shi_task_interrupt(machine) < 0)
         return NULL;
@@ -232,10 +269,24 @@ PyMethodDef shi_context_functions[] = {
     { "get_cpu", get_cpu, METH_NOARGS,
       DOC(get_cpu, "preempt_disable(): returns the number of this CPU.") },
     { "put_cpu", preempt_enable, METH_NOARGS, DOC(put_cpu, "preempt_enable().") },
-    { "in_task", in_task, METH_NOARGS, DOC(in_task, "Not in an interrupt handler or NMI.") },
+    { "in_task", in_task, METH_NOARGS,
+      DOC(in_task, "Not in an interrupt handler, NMI or softirq.") },
     { "in_hardirq", in_hardirq, METH_NOARGS, DOC(in_hardirq, "In an IPI handler.") },
     { "in_interrupt", in_interrupt, METH_NOARGS,
-      DOC(in_interrupt, "In an IPI handler or NMI.") },
+      DOC(in_interrupt, "In an IPI handler, NMI or softirq, or with softirqs disabled.") },
+    { "in_softirq", in_softirq, METH_NOARGS,
+      DOC(in_softirq, "In a softirq, or between local_bh_disable and _enable.") },
+    { "in_serving_softirq", in_serving_softirq, METH_NOARGS,
+      DOC(in_serving_softirq, "In a softirq, or in a handler on top of one.") },
+    { "preempt_count", preempt_count, METH_NOARGS,
+      DOC(preempt_count,
+          "Depths, from bit 0: 8 of preempt_disable(), 8 of softirqs (1: runs, 2 "
+          "for each\nlocal_bh_disable()), 4 of handlers, 4 of NMIs.") },
+    { "preemptible", preemptible, METH_NOARGS,
+      DOC(preemptible, "preempt_count() is 0, and interrupts are on.") },
+    { "might_sleep", might_sleep, METH_NOARGS,
+      DOC(might_sleep, "ShmipiWarning where nothing may wait: not preemptible().  Nothing on "
+                       "the host.") },
     { "in_nmi", in_nmi, METH_NOARGS, DOC(in_nmi, "In an NMI handler.") },
     { "on_task_cancel", on_task_cancel, METH_O,
       "on_task_cancel(function)\n--\n\nCalled when this task is cancelled, instead of "

@@ -8,6 +8,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "irq/doorbell.h"
 #include "irq/remind.h"
 #include "irq/signal.h"
@@ -16,9 +17,14 @@
 #include "smp/queue.h"
 #include "smp/entry.h"
 #include "smp/reap.h"
+#include "smp/sched.h"
+#include "users/users.h"
+#include "users/crash.h"
 #include "py/entry.h"
 #include "py/handler.h"
 #include "py/incoming.h"
+#include "py/sched.h"
+#include "py/stack.h"
 #include "py/tables.h"
 #include "py/title.h"
 
@@ -26,8 +32,9 @@
 
 static int complain(const char *format, Machine *machine)
 {
+    const char *name = machine->self.slot->task_name;
     if (PyErr_WarnFormat(shi_py.Warning, 1, format, (int)machine->self.id,
-                         machine->self.slot->task_name) < 0)
+                         *name ? name : "of the scheduler") < 0)
         PyErr_WriteUnraisable(NULL);
     return 0;
 }
@@ -35,10 +42,14 @@ static int complain(const char *format, Machine *machine)
 static void name_task(Machine *machine, PyObject *function)
 {
     char *name = machine->self.slot->task_name;
-    PyObject *text = function ? PyObject_CallOneArg(shi_py.task_name, function) : NULL;
+    name[0] = 0;
+    if (!function)
+        return;
+    PyObject *text = PyObject_CallOneArg(shi_py.task_name, function);
     const char *utf8 = text ? PyUnicode_AsUTF8(text) : NULL;
     PyErr_Clear();
-    snprintf(name, sizeof machine->self.slot->task_name, "%s", utf8 ? utf8 : "");
+    if (utf8)
+        snprintf(name, sizeof machine->self.slot->task_name, "%s", utf8);
     Py_XDECREF(text);
 }
 
@@ -51,8 +62,8 @@ static void restore_handlers(Machine *machine)
         const char *entry;
     } handlers[] = { { machine->m.kick_signal, "irq_entry" },
                      { machine->m.nmi_signal, "nmi_entry" } };
-    PyObject *module = PyImport_ImportModule("signal");
-    PyObject *core = PyImport_ImportModule("shmipi._core");
+    PyObject *module = shi_import("signal");
+    PyObject *core = shi_import("shmipi._core");
     size_t i;
     for (i = 0; i < 2; i++) {
         PyObject *entry = core ? PyObject_GetAttrString(core, handlers[i].entry) : NULL;
@@ -86,52 +97,26 @@ static PyObject *apply_task(Machine *machine, const struct incoming *in, struct 
     return result;
 }
 
-static void run_task(Machine *machine)
+/* From here on the CPU is RUNNING, and is kicked. */
+static void begin_task(Machine *machine, PyObject *function)
 {
     struct shi_self *self = &machine->self;
-    struct incoming in;
-    self->in_core++;
-    uint32_t index = shi_list_pop(self, &self->tasks);
-    self->in_core--;
-    if (index == UINT32_MAX)
-        return;
-    struct shi_csd *csd = shi_csd(&machine->m, index);
-    /* Full: of this and the canceller's swap one is first.  Either it sees BEGUN, and the
-     * task will be interrupted, or we see CANCEL, and the task never runs. */
-    if (shi_fetch_or_full(&csd->lock, SHI_CSD_BEGUN) & SHI_CSD_CANCEL) {
-        shi_store_relaxed(&csd->status, SHI_S_CANCELLED);
-        shi_csd_unlock(self, csd);
-        return;
-    }
-    if (shi_incoming(machine, &in, csd, false) < 0)
-        return;
-    shi_count(self, SHI_C_tasks_run);
-    name_task(machine, in.function);
+    name_task(machine, function);
     shi_store_relaxed(&self->slot->task, 1);
     shi_schedule(self);
     self->in_task = true;
     self->inline_python = false;
-    shi_kick_block(self, false);
+    /* Only a sleep whose doorbell is the kick itself leaves it blocked. */
+    if (shi_doorbell_of(&machine->m)->by_signal)
+        shi_kick_block(self, false);
     shi_irq_window(machine); /* serves what came meanwhile, then RUNNING */
-    PyObject *result = apply_task(machine, &in, csd);
-    shi_leave_if_forked(machine, result);
-    bool sent = true;
-    if (!result && PyErr_ExceptionMatches(shi_py.TaskInterrupt)) {
-        PyErr_Clear();
-        shi_store_relaxed(&csd->status, SHI_S_CANCELLED);
-    } else {
-        sent = shi_outcome(machine, csd, result, in.apply != SHI_A_INFO);
-    }
-    Py_XDECREF(result);
-    /* What the task left behind must not outlive it. */
-    if (self->irqs_off) {
-        complain("CPU %d: the task %s ended with interrupts disabled", machine);
-        self->irqs_off = 0;
-    }
-    self->preempt = 0;
-    if (shi_xchg_full(&self->slot->cpus_read, 0))
-        complain("CPU %d: the task %s ended with cpus_read_lock() held", machine);
-    switch (shi_kick_check(self)) {
+}
+
+/* What a task did to the kick's signal and the NMI's is undone. */
+static void check_signals(Machine *machine)
+{
+    machine->checked_ns = 0;
+    switch (shi_kick_check(&machine->self)) {
     case -EEXIST:
         restore_handlers(machine);
         complain("CPU %d: the task %s replaced the handler of the kick signal or the NMI's: "
@@ -146,17 +131,199 @@ static void run_task(Machine *machine)
     default:
         break;
     }
+}
+
+#define CHECK_NS 1000000u
+
+/* After steps of scheduler tasks, which may be short: three system calls each would be most of
+ * what they cost.  Not later than a millisecond after the first, or before the next task. */
+static bool check_later(Machine *machine)
+{
+    uint64_t now;
+    if (shi_doorbell_of(&machine->m)->by_signal)
+        return false; /* the CPU sleeps by it */
+    now = shi_now_ns();
+    if (!machine->checked_ns)
+        machine->checked_ns = now;
+    return now - machine->checked_ns < CHECK_NS;
+}
+
+/* What the task left behind must not outlive it. */
+static void tidy_up(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    if (self->irqs_off) {
+        complain("CPU %d: the task %s ended with interrupts disabled", machine);
+        self->irqs_off = 0;
+    }
+    self->preempt = 0;
+    if (self->softirq) {
+        complain("CPU %d: the task %s ended with local_bh_disable() in force", machine);
+        self->softirq = 0;
+    }
+    if (shi_xchg_full(&self->slot->cpus_read, 0))
+        complain("CPU %d: the task %s ended with cpus_read_lock() held", machine);
+}
+
+static void end_task(Machine *machine, bool steps)
+{
+    struct shi_self *self = &machine->self;
+    tidy_up(machine);
+    if (!steps || !check_later(machine))
+        check_signals(machine);
     shi_set_polling(self);
-    shi_fetch_and_full(&self->slot->word, ~(SHI_W_ASKED | SHI_W_NEED_RESCHED));
+    shi_fetch_and_full(&self->slot->word, ~(SHI_W_ASKED | SHI_W_NEED_RESCHED | SHI_W_LAZY));
     self->in_task = false;
     self->inline_python = true;
     shi_store_relaxed(&self->slot->task, 0);
     self->slot->task_name[0] = 0;
     self->happened = 0;
     shi_run_deferred(machine);
+}
+
+/* Or it was cancelled before: it never runs. */
+static bool begins(struct shi_self *self, struct shi_csd *csd)
+{
+    /* Full: of this and the canceller's swap one is first.  Either it sees BEGUN, and the
+     * task will be interrupted, or we see CANCEL, and the task never runs. */
+    if (!(shi_fetch_or_full(&csd->lock, SHI_CSD_BEGUN) & SHI_CSD_CANCEL))
+        return true;
+    shi_store_relaxed(&csd->status, SHI_S_CANCELLED);
+    shi_csd_unlock(self, csd);
+    return false;
+}
+
+/* False: the result waits for room, and the csd with it. */
+static bool task_outcome(Machine *machine, const struct incoming *in, struct shi_csd *csd,
+                         PyObject *result)
+{
+    if (!result && PyErr_ExceptionMatches(shi_py.TaskInterrupt)) {
+        PyErr_Clear();
+        shi_store_relaxed(&csd->status, SHI_S_CANCELLED);
+        return true;
+    }
+    return shi_outcome(machine, csd, result, in->apply != SHI_A_INFO);
+}
+
+/* Its step is all that it does, maybe on top of a task, which goes on as it was. */
+static void run_work(struct shi_self *self, uint32_t index)
+{
+    Machine *machine = self->hooks.arg;
+    struct incoming in;
+    if (!shi_csd_is_ours(self, index)) {
+        shi_count(self, SHI_C_corrupt);
+        return;
+    }
+    struct shi_csd *csd = shi_csd(&machine->m, index);
+    if (!begins(self, csd) || shi_incoming(machine, &in, csd, false) < 0)
+        return;
+    PyObject *outer = machine->on_cancel;
+    machine->on_cancel = NULL;
+    shi_count(self, SHI_C_tasks_run);
+    PyObject *result = apply_task(machine, &in, csd);
+    machine->on_cancel = outer;
+    shi_leave_if_forked(machine, result);
+    bool sent = task_outcome(machine, &in, csd, result);
+    Py_XDECREF(result);
     if (sent)
         shi_csd_unlock(self, csd);
     shi_incoming_clear(&in);
+}
+
+/* The first that has not been cancelled, or NULL. */
+static struct shi_csd *next_task(Machine *machine, struct incoming *in)
+{
+    struct shi_self *self = &machine->self;
+    self->behind_ns = 0;
+    shi_enter(self);
+    uint32_t index = shi_list_pop(self, &self->tasks);
+    shi_leave(self);
+    if (index == UINT32_MAX)
+        return NULL;
+    struct shi_csd *csd = shi_csd(&machine->m, index);
+    if (!begins(self, csd) || shi_incoming(machine, in, csd, false) < 0)
+        return NULL;
+    shi_count(self, SHI_C_tasks_run);
+    return csd;
+}
+
+static void run_task(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    struct incoming in;
+    struct shi_csd *csd = next_task(machine, &in);
+    if (!csd)
+        return;
+    if (machine->checked_ns)
+        check_signals(machine); /* of steps before it */
+    begin_task(machine, in.function);
+    shi_turn_reset(self);
+    self->task_runs = true;
+    if (shi_sched_work(self))
+        shi_sched_tick(self); /* others wait */
+    PyObject *result = apply_task(machine, &in, csd);
+    shi_leave_if_forked(machine, result);
+    bool sent = task_outcome(machine, &in, csd, result);
+    Py_XDECREF(result);
+    self->task_runs = false;
+    end_task(machine, false);
+    if (sent)
+        shi_csd_unlock(self, csd);
+    shi_incoming_clear(&in);
+}
+
+/* A task that waits behind the step that runs here, on top of it. */
+static void run_task_above(struct shi_self *self)
+{
+    Machine *machine = self->hooks.arg;
+    char below[sizeof self->slot->task_name];
+    struct shi_csd *cancellable = self->cancellable, *csd;
+    PyObject *pending = PyErr_Occurred() ? shi_take_exception() : NULL;
+    PyObject *on_cancel = machine->on_cancel;
+    struct shi_turn turn;
+    struct incoming in;
+    if ((csd = next_task(machine, &in))) {
+        memcpy(below, self->slot->task_name, sizeof below);
+        machine->on_cancel = NULL;
+        shi_turn_above(self, &turn);
+        self->task_runs = true;
+        name_task(machine, in.function);
+        PyObject *result = apply_task(machine, &in, csd);
+        shi_leave_if_forked(machine, result);
+        bool sent = task_outcome(machine, &in, csd, result);
+        Py_XDECREF(result);
+        tidy_up(machine);
+        check_signals(machine);
+        self->task_runs = false;
+        shi_turn_below(self, &turn);
+        self->cancellable = cancellable;
+        machine->on_cancel = on_cancel;
+        memcpy(self->slot->task_name, below, sizeof below);
+        if (sent)
+            shi_csd_unlock(self, csd);
+        shi_incoming_clear(&in);
+    }
+    shi_put_exception(pending);
+}
+
+#define WINDOW_NS 20000000u /* then others look: signals, the end of the machine */
+
+/* Python tasks of the scheduler, one after the other as they come, for a while. */
+static void run_scheduled(Machine *machine)
+{
+    struct shi_self *self = &machine->self;
+    uint64_t end = 0;
+    begin_task(machine, NULL); /* who waits behind the first is looked at in its step */
+    while (shi_schedule_one(self, false) && shi_sched_work(self) && !self->tasks.head &&
+           !shi_hotplug_asked(self)) {
+        uint64_t now = shi_now_ns();
+        if (!end)
+            end = now + WINDOW_NS; /* not before the first: who woke it waits for that */
+        if (now >= end)
+            break;
+        shi_take_deferred(machine);
+    }
+    end_task(machine, true);
 }
 
 /* Until the machine ends. */
@@ -176,6 +343,11 @@ static void cpu_loop(Machine *machine)
             break;
         case SHI_IDLE_TASK:
             run_task(machine);
+            break;
+        case SHI_IDLE_SCHED:
+            run_scheduled(machine);
+            if (self->tasks.head)
+                run_task(machine); /* in turn */
             break;
         case SHI_IDLE_OFFLINE:
             shi_go_offline(machine);
@@ -222,15 +394,22 @@ static int become(Machine *machine, uint32_t number, pid_t firmware, const int *
     if (sched_setaffinity(0, sizeof core, &core))
         return -errno;
     shi_cpu_hooks(machine);
+    shi_stack_note(self->slot);
+    self->hooks.step = shi_python_step;
+    self->hooks.work = run_work;
+    self->hooks.above = run_task_above;
     err = shi_remind_open(self);
     /* Without kicks only NMIs need it: a machine that queues no signals boots without. */
     if (!err ||
         (err == -EAGAIN && !machine->m.kick && !shi_doorbell_of(&machine->m)->by_signal))
         err = shi_kick_install(self);
     if (!err)
+        err = shi_crash_install();
+    if (!err)
         err = shi_self_online(self);
     if (err)
         return err;
+    shi_users_online(self, true);
     /* Signals were blocked across the fork: a kick in that window had killed us. */
     sigemptyset(&all);
     pthread_sigmask(SIG_SETMASK, &all, NULL);

@@ -6,6 +6,7 @@
 #include "py/outgoing.h"
 #include "py/tables.h"
 #include "py/wait.h"
+#include "py/trace.h"
 
 typedef struct {
     PyObject_HEAD
@@ -22,7 +23,7 @@ static PyObject *csd_make(Machine *machine, PyObject *function, PyObject *info)
     if (shi_outgoing_info(machine, &out, function, info) < 0)
         return NULL;
     int64_t local = shi_outgoing_prepare(machine, &out);
-    shi_outgoing_clear(&out);
+    shi_outgoing_clear(machine, &out);
     if (local < 0)
         return NULL;
     CallSingleData *csd = PyObject_GC_New(CallSingleData, csd_type);
@@ -196,6 +197,49 @@ int shi_csd_types(PyObject *module)
                     : -1;
 }
 
+/* A csd of this machine's that nobody uses: NULL with an exception. */
+static CallSingleData *free_csd(Machine *machine, PyObject *object, int64_t cpu)
+{
+    if (Py_TYPE(object) != csd_type)
+        return (CallSingleData *)PyErr_Format(
+            PyExc_TypeError, "csd is a CallSingleData, not %R", Py_TYPE(object));
+    CallSingleData *csd = (CallSingleData *)object;
+    if (csd->machine != machine) {
+        PyErr_SetString(PyExc_ValueError, "this CallSingleData belongs to another machine");
+        return NULL;
+    }
+    if (shi_csd_locked(shi_own_csd(&machine->self, csd->local)))
+        return (CallSingleData *)shi_raise_errno(machine, -EBUSY, (int)cpu);
+    return csd;
+}
+
+PyObject *shi_stop_nowait(Machine *machine, PyObject *const *args, Py_ssize_t nargs)
+{
+    struct shi_self *self = &machine->self;
+    int64_t cpu;
+    if (shi_use(machine) < 0)
+        return NULL;
+    if (nargs != 2) {
+        PyErr_SetString(PyExc_TypeError, "stop_nowait(cpu, csd)");
+        return NULL;
+    }
+    if (shi_as_cpu(args[0], &cpu) < 0)
+        return NULL;
+    CallSingleData *csd = free_csd(machine, args[1], cpu);
+    if (!csd)
+        return NULL;
+    if (cpu < 0 || cpu >= machine->m.ncpus)
+        return shi_raise_errno(machine, -ENXIO, (int)cpu);
+    shi_say_call(machine, csd->function);
+    shi_enter(self);
+    int err = shi_call_single(self, csd->local, SHI_CSD_STOP_NOWAIT, (uint32_t)cpu);
+    shi_leave(self);
+    shi_call_said(machine);
+    if (err && err != -ENXIO)
+        return shi_raise_errno(machine, err, (int)cpu);
+    return PyBool_FromLong(!err);
+}
+
 PyObject *shi_single_async(Machine *machine, PyObject *const *args, Py_ssize_t nargs,
                            PyObject *kwnames)
 {
@@ -205,16 +249,10 @@ PyObject *shi_single_async(Machine *machine, PyObject *const *args, Py_ssize_t n
     if (shi_parse("smp_call_function_single_async", names, 2, 2, args, nargs, kwnames, a) < 0 ||
         shi_as_cpu(a[0], &cpu) < 0)
         return NULL;
-    if (Py_TYPE(a[1]) != csd_type)
-        return PyErr_Format(PyExc_TypeError, "csd is a CallSingleData, not %R", Py_TYPE(a[1]));
-    CallSingleData *csd = (CallSingleData *)a[1];
+    CallSingleData *csd = free_csd(machine, a[1], cpu);
     struct shi_self *self = &machine->self;
-    if (csd->machine != machine) {
-        PyErr_SetString(PyExc_ValueError, "this CallSingleData belongs to another machine");
+    if (!csd)
         return NULL;
-    }
-    if (shi_csd_locked(shi_own_csd(self, csd->local)))
-        return shi_raise_errno(machine, -EBUSY, (int)cpu);
     shi_count(self, SHI_C_calls_single);
     if (!self->host && cpu == self->id) {
         if (shi_run_local(machine, csd->function, csd->info, false) < 0)
@@ -223,9 +261,11 @@ PyObject *shi_single_async(Machine *machine, PyObject *const *args, Py_ssize_t n
     }
     if (cpu < 0 || cpu >= machine->m.ncpus)
         return shi_raise_errno(machine, -ENXIO, (int)cpu);
+    shi_say_call(machine, csd->function);
     shi_enter(self);
     int err = shi_call_single(self, csd->local, SHI_CSD_ASYNC, (uint32_t)cpu);
     shi_leave(self);
+    shi_call_said(machine);
     if (err)
         return shi_raise_errno(machine, err, (int)cpu);
     Py_RETURN_NONE;

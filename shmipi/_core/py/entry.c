@@ -5,16 +5,22 @@
 #include <signal.h>
 #include <time.h>
 
-#include "base/trace.h"
 #include "irq/chip.h"
 #include "irq/irqdesc.h"
 #include "smp/cpu.h"
 #include "smp/queue.h"
+#include "users/users.h"
 #include "py/handler.h"
 #include "py/incoming.h"
 #include "py/line.h"
+#include "py/net.h"
 #include "py/nmi.h"
+#include "py/sched.h"
 #include "py/signals.h"
+#include "py/stack.h"
+#include "py/stopper.h"
+#include "py/tick.h"
+#include "py/trace.h"
 
 /* The interpreter, given up for a while: by this thread (host) or for the core's hooks
  * to take back when Python work arrives (CPU). */
@@ -107,22 +113,33 @@ static void run_handler(Machine *machine, uint32_t index)
     struct shi_self *self = &machine->self;
     struct shi_csd *csd = shi_csd(&machine->m, index);
     bool async = (shi_load_relaxed(&csd->lock) & SHI_CSD_TYPE) != SHI_CSD_SYNC;
+    bool work = shi_csd_is_irq_work(csd);
+    uint64_t flags = 0;
     struct incoming in;
     struct handler_scope scope;
+    struct handler_said outer; /* of a softirq that this is on top of */
     uint32_t func = csd->func;
+    shi_handler_outer(self, &outer);
     shi_handler_begin(machine, &scope);
-    shi_store_relaxed(&self->slot->cur_csd, index + 1);
+    shi_csd_record(self->slot, index + 1, csd);
     if (shi_incoming(machine, &in, csd, async) < 0)
         goto out;
-    shi_count(self, async ? SHI_C_csd_async : SHI_C_csd_sync);
+    shi_count(self, work ? SHI_C_irq_work : async ? SHI_C_csd_async : SHI_C_csd_sync);
     shi_count(self, SHI_C_python_run);
+    uint32_t called = shi_called(machine, in.function);
+    if (called)
+        func = called;
     SHI_TRACE(self, csd_function_entry, self->id, index + 1, func, 0);
     shi_say_handler(self, in.function, SHI_H_IRQ);
-    if (async) /* the kernel's order: unlock, then run */
+    if (work)
+        flags = shi_irq_work_begin(self->m, csd);
+    else if (async) /* the kernel's order: unlock, then run */
         shi_csd_unlock(self, csd);
     PyObject *result = shi_incoming_apply(&in);
     shi_leave_if_forked(machine, result);
     SHI_TRACE(self, csd_function_exit, self->id, index + 1, func, 0);
+    if (work)
+        shi_irq_work_end(csd, flags);
     if (!async) {
         if (shi_outcome(machine, csd, result, in.apply != SHI_A_INFO))
             shi_csd_unlock(self, csd);
@@ -133,8 +150,8 @@ static void run_handler(Machine *machine, uint32_t index)
     Py_XDECREF(result);
     shi_incoming_clear(&in);
 out:
-    shi_store_relaxed(&self->slot->handler, SHI_H_NONE);
     shi_store_relaxed(&self->slot->cur_csd, 0);
+    shi_say_outer(self, &outer);
     shi_handler_end(machine, &scope);
 }
 
@@ -152,6 +169,36 @@ static void hook_irq(struct shi_self *self, uint32_t line)
     shi_run_line(machine, line);
 }
 
+/* Interrupts are on: what comes runs on top of it, between its bytecodes. */
+static void hook_softirq(struct shi_self *self, uint32_t nr)
+{
+    Machine *machine = self->hooks.arg;
+    shi_take_back(machine, NULL);
+    shi_run_softirq(machine, nr);
+    shi_take_back(machine, NULL); /* a handler on top of it may have waited */
+}
+
+static uint32_t hook_xdp(struct shi_self *self, uint64_t entry, uint32_t hash, uint64_t data)
+{
+    Machine *machine = self->hooks.arg;
+    shi_take_back(machine, NULL);
+    uint32_t verdict = shi_run_xdp(machine, entry, hash, data);
+    shi_take_back(machine, NULL); /* a handler on top of it may have waited */
+    return verdict;
+}
+
+static void hook_starting(struct shi_self *self)
+{
+    Machine *machine = self->hooks.arg;
+    shi_take_back(machine, NULL);
+    PyObject *module = shi_import("shmipi.smp.cpuhp");
+    PyObject *done = module ? PyObject_CallMethod(module, "starting", "I", self->id) : NULL;
+    if (!done)
+        PyErr_WriteUnraisable(module);
+    Py_XDECREF(done);
+    Py_XDECREF(module);
+}
+
 void shi_cpu_hooks(Machine *machine)
 {
     machine->self.hooks = (struct shi_hooks){
@@ -160,11 +207,16 @@ void shi_cpu_hooks(Machine *machine)
         .release = hook_release,
         .interrupt = hook_interrupt,
         .irq = hook_irq,
+        .starting = hook_starting,
         .nmi = hook_nmi,
+        .stack = shi_stack_hook,
+        .softirq = hook_softirq,
+        .xdp = hook_xdp,
     };
 }
 
-void shi_run_deferred(Machine *machine)
+/* `softirqs`: an interrupt has ended, or may have. */
+static void run_all(Machine *machine, bool softirqs)
 {
     struct shi_self *self = &machine->self;
     uint32_t index, line;
@@ -182,52 +234,58 @@ void shi_run_deferred(Machine *machine)
     }
     while ((index = shi_list_pop(self, &self->deferred)) != UINT32_MAX)
         run_handler(machine, index);
+    if (self->expired)
+        shi_run_timers(machine);
     if (__builtin_expect(self->unsent && shi_python_waits(self), 0))
         shi_send_unsent(machine);
     self->in_core--;
     if (self->happened)
         shi_leave_slow(self);
+    if (__builtin_expect(shi_load_relaxed(&self->softirqs) != 0, 0) && softirqs) {
+        shi_do_softirq(self, true);
+        shi_take_back(machine, NULL);
+        shi_signals_let_go(machine);
+    }
 }
 
-#define ROOM_NAP_NS 1000000
+static void run_waiting(Machine *machine)
+{
+    run_all(machine, true);
+}
+
+/* Is there more to do before the task goes on?  Not what is ksoftirqd's. */
+static bool more_waits(const struct shi_self *self)
+{
+    return shi_python_waits(self) || (shi_softirqs_due(self) && !self->softirqd);
+}
+
+static void run_deferred(Machine *machine, bool softirqs)
+{
+    run_all(machine, softirqs);
+    if (shi_stop_due(&machine->self))
+        shi_stopper_run(machine, run_waiting);
+}
+
+void shi_run_deferred(Machine *machine)
+{
+    run_deferred(machine, true);
+}
 
 /* ---- interrupts while a task runs ------------------------------------------------ */
 
 bool shi_hotplug_asked(const struct shi_self *self)
 {
-    return shi_hotplug_due(self) && shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE;
-}
-
-/* Calls have run here whose results wait for room: a parked CPU could not send them.
- * -EBUSY: look again, or as shi_cpu_offline. */
-static int await_room(struct shi_self *self)
-{
-    const struct timespec nap = { .tv_nsec = ROOM_NAP_NS };
-    if (!shi_hotplug_asked(self))
-        return 0; /* the request was withdrawn */
-    if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING)
-        return -ECANCELED;
-    nanosleep(&nap, NULL);
-    self->in_core++;
-    shi_service(self);
-    self->in_core--;
-    if (self->happened)
-        shi_leave_slow(self);
-    return -EBUSY;
+    return self->down;
 }
 
 int shi_go_offline(Machine *machine)
 {
-    struct shi_self *self = &machine->self;
-    int err;
-    for (;;) {
-        hook_release(self); /* by the hook: a handler run on the way can take it back */
-        err = self->unsent ? await_room(self) : shi_cpu_offline(self);
-        shi_take_back(machine, NULL);
-        if (err != -EBUSY)
-            return err;
-        shi_run_deferred(machine);
-    }
+    hook_release(&machine->self);
+    int err = shi_cpu_play_dead(&machine->self);
+    shi_take_back(machine, NULL);
+    if (!err)
+        shi_users_online(&machine->self, false);
+    return err;
 }
 
 void shi_wait_python(Machine *machine)
@@ -245,7 +303,8 @@ void shi_irq_window(Machine *machine)
     shi_set_polling(self);
     shi_fetch_and_full(&self->slot->word, ~SHI_W_ASKED);
     for (;;) {
-        shi_run_deferred(machine);
+        /* For ksoftirqd alone it was not opened. */
+        run_deferred(machine, !self->softirqd || shi_irqs_wait(self));
         self->inline_python = true;
         self->in_core++;
         shi_service(self);
@@ -259,10 +318,10 @@ void shi_irq_window(Machine *machine)
                 break;
             continue;
         }
-        if (shi_python_waits(self))
+        if (more_waits(self))
             continue;
         shi_set_running(self);
-        if (!shi_python_waits(self))
+        if (!more_waits(self))
             return;
         shi_set_polling(self);
     }
@@ -293,6 +352,7 @@ int shi_irq_entry_python(Machine *machine)
     }
     if (!self->held) /* else the end of the import takes what waits */
         shi_irq_window(machine);
+    shi_preempt_check(machine);
     /* Into the task, at the bytecode where it stands. */
     return shi_task_interrupt(machine) < 0 ? -1 : shi_signals_check(machine);
 }
@@ -301,8 +361,8 @@ int shi_task_interrupt(Machine *machine)
 {
     struct shi_self *self = &machine->self;
     struct shi_csd *csd = self->cancellable;
-    if (__builtin_expect(!shi_cancel_asked(self), 1) || shi_masked(self) || self->in_irq ||
-        self->in_nmi)
+    if (__builtin_expect(!shi_cancel_asked(self), 1) || shi_masked(self) ||
+        !shi_in_task(self) || self->in_stop)
         return 0;
     /* Taken: one exception for each time that it was asked for. */
     shi_fetch_and_full(&csd->lock, ~SHI_CSD_CANCEL);
@@ -343,5 +403,7 @@ int shi_nmi_entry_python(Machine *machine)
     /* Kicks that its handler held up are acknowledged: nobody sends them again. */
     if (machine->self.happened)
         shi_leave_slow(&machine->self);
-    return shi_masked(&machine->self) ? 0 : shi_signals_check(machine);
+    return shi_masked(&machine->self) || shi_in_serving_softirq(&machine->self)
+               ? 0
+               : shi_signals_check(machine);
 }

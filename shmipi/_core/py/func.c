@@ -100,6 +100,24 @@ static int table_add(struct func_table *t, struct func_entry *entry)
     return 0;
 }
 
+PyObject *shi_function_name(Machine *machine, uint32_t number)
+{
+    const struct func_table *t = &machine->sent;
+    uint32_t i;
+    for (i = 0; i < t->size; i++)
+        if (t->slots[i] && t->slots[i] != &tombstone && t->slots[i]->index == number) {
+            PyObject *key = Py_NewRef(t->slots[i]->key);
+            PyObject *name = PyObject_GetAttrString(key, "__qualname__");
+            if (!name) {
+                PyErr_Clear();
+                name = PyObject_Repr(key);
+            }
+            Py_DECREF(key);
+            return name;
+        }
+    Py_RETURN_NONE;
+}
+
 /* ---- entries --------------------------------------------------------------------- */
 
 static void retire(Machine *machine, uint32_t index)
@@ -223,7 +241,7 @@ static int64_t publish(Machine *machine, PyObject *pickle)
 static struct func_entry *entry_new(Machine *machine, PyObject *function)
 {
     PyObject *pickle, *functions, *types, *tables;
-    PyObject *made = PyObject_CallOneArg(shi_py.publish, function);
+    PyObject *made = shi_unmixed(machine, shi_py.publish, function);
     struct func_entry *e = NULL;
     int64_t index;
     if (!made)
@@ -372,7 +390,7 @@ PyObject *shi_function_received(Machine *machine, uint32_t src, uint16_t src_gen
     PyObject *copy = copy_pickle(machine, src, index, serial);
     if (!copy)
         return NULL;
-    PyObject *function = PyObject_CallOneArg(shi_py.loads, copy);
+    PyObject *function = shi_unmixed(machine, shi_py.loads, copy);
     Py_DECREF(copy);
     if (!function || !machine->received) /* closed by what ran */
         return function;

@@ -14,6 +14,8 @@ int64_t shi_function_number(Machine *machine, PyObject *function);
 /* A new reference to src's function, or NULL (with or without an exception). */
 PyObject *shi_function_received(Machine *machine, uint32_t src, uint16_t src_gen,
                                 uint32_t index, uint32_t serial);
+/* The name of the function that this process has sent by that number; None: it is gone. */
+PyObject *shi_function_name(Machine *machine, uint32_t number);
 void shi_functions_clear(Machine *machine);
 int shi_function_types(void);
 

@@ -153,8 +153,16 @@ static void headroom_end(int limit)
 
 /* ---- the handler ----------------------------------------------------------------- */
 
+/* What it sends itself is not of the call that it interrupts, which goes on after it. */
+static void said_begin(Machine *machine, struct handler_scope *scope)
+{
+    scope->said = machine->self.said;
+    machine->self.said = (struct shi_trace_said){ 0 };
+}
+
 void shi_handler_begin(Machine *machine, struct handler_scope *scope)
 {
+    said_begin(machine, scope);
     scope->limit = headroom_begin(machine);
     scope->pending = PyErr_Occurred() ? shi_take_exception() : NULL;
     scope->irqs_off = machine->self.irqs_off;
@@ -162,8 +170,23 @@ void shi_handler_begin(Machine *machine, struct handler_scope *scope)
     machine->self.in_irq++;
 }
 
+void shi_softirq_begin(Machine *machine, struct handler_scope *scope)
+{
+    said_begin(machine, scope);
+    scope->limit = headroom_begin(machine);
+    scope->pending = PyErr_Occurred() ? shi_take_exception() : NULL;
+}
+
+void shi_softirq_end(Machine *machine, struct handler_scope *scope)
+{
+    machine->self.said = scope->said;
+    headroom_end(scope->limit);
+    shi_put_exception(scope->pending);
+}
+
 void shi_handler_end(Machine *machine, struct handler_scope *scope)
 {
+    machine->self.said = scope->said;
     headroom_end(scope->limit);
     machine->self.in_irq--;
     machine->self.irqs_off = scope->irqs_off;

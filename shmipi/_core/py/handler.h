@@ -3,6 +3,7 @@
 #ifndef SHI_PY_HANDLER_H
 #define SHI_PY_HANDLER_H
 
+#include "base/trace.h"
 #include "py/base.h"
 
 /* After a function of the user's: `result`, or an exception.  Ends a fork's child. */
@@ -23,8 +24,12 @@ struct handler_scope {
     PyObject *pending;
     uint8_t irqs_off;
     int limit;
+    struct shi_trace_said said; /* of a call that it comes in the middle of */
 };
 void shi_handler_begin(Machine *machine, struct handler_scope *scope);
 void shi_handler_end(Machine *machine, struct handler_scope *scope);
+/* The same of a softirq's action: interrupts stay on. */
+void shi_softirq_begin(Machine *machine, struct handler_scope *scope);
+void shi_softirq_end(Machine *machine, struct handler_scope *scope);
 
 #endif

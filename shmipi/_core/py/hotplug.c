@@ -5,6 +5,8 @@
 #include "base/event.h"
 #include "irq/chip.h"
 #include "irq/startup.h"
+#include "py/call.h"
+#include "users/users.h"
 #include "py/result.h"
 #include "py/tables.h"
 
@@ -26,32 +28,98 @@ METHOD(set_idle)
     Py_RETURN_NONE;
 }
 
-/* hotplug(cpu, offline) -> state of the CPU's word: ask it to park, or to come back. */
-METHOD(hotplug)
+/* wake_cpu(cpu): one that plays dead is asked to come back. */
+METHOD(wake_cpu)
 {
     Machine *machine = MACHINE(object);
-    unsigned cpu;
-    int offline;
-    if (!PyArg_ParseTuple(arg, "Ip", &cpu, &offline) || shi_use(machine) < 0)
+    uint32_t cpu, old = SHI_HP_OFFLINE;
+    if (shi_use(machine) < 0 || shi_as_slot(arg, machine->m.ncpus, &cpu) < 0)
         return NULL;
-    if (cpu >= machine->m.ncpus)
-        return shi_raise_errno(machine, -ENXIO, (int)cpu);
     struct shi_slot *slot = shi_slot(&machine->m, cpu);
-    uint32_t want = offline ? SHI_HP_OFFLINE : SHI_HP_ONLINE,
-             old = shi_load_acquire(&slot->hotplug);
-    while (old != SHI_HP_STOP && !shi_cas_full(&slot->hotplug, &old, want))
-        ;
+    shi_cas_full(&slot->hotplug, &old, SHI_HP_ONLINE);
     shi_event_wake(&slot->hotplug);
-    if (!offline && machine->m.chip.startup)
+    if (machine->m.chip.startup)
         shi_chip_let_start(&machine->self, cpu);
-    if (offline) {
-        if (machine->self.host && shi_load_acquire(&slot->starved))
-            shi_read_early(machine, cpu); /* it goes when it has sent everything */
-        /* Any interrupt makes it look. */
-        shi_enter(&machine->self);
-        shi_chip_prod(&machine->self, cpu);
-        shi_leave(&machine->self);
+    Py_RETURN_NONE;
+}
+
+/* users_states() -> [(state, name), ...] of CPU hotplug that users of IPIs have, highest first. */
+METHOD(users_states)
+{
+    const struct shi_users_state *state;
+    PyObject *list = PyList_New(0);
+    uint32_t i;
+    (void)object;
+    (void)arg;
+    for (i = 0; list && (state = shi_users_state(i)) != NULL; i++) {
+        PyObject *one = Py_BuildValue("Is", state->state, state->name);
+        if (!one || PyList_Append(list, one) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(one);
     }
+    return list;
+}
+
+/* users_teardown(state, cpu): it has gone offline; what was there of one goes to others. */
+METHOD(users_teardown)
+{
+    Machine *machine = MACHINE(object);
+    const struct shi_users_state *one;
+    unsigned state, cpu, i;
+    if (!PyArg_ParseTuple(arg, "II", &state, &cpu) || shi_use(machine) < 0)
+        return NULL;
+    for (i = 0; (one = shi_users_state(i)) != NULL && one->state != state; i++)
+        ;
+    if (!one || cpu >= machine->m.ncpus) {
+        PyErr_SetString(PyExc_ValueError, "no such state or CPU");
+        return NULL;
+    }
+    one->teardown(&machine->self, cpu, false);
+    Py_RETURN_NONE;
+}
+
+/* make_room(cpu): read what it lends this host: it goes offline when it has sent everything. */
+METHOD(make_room)
+{
+    Machine *machine = MACHINE(object);
+    uint32_t cpu;
+    if (shi_use(machine) < 0 || shi_as_slot(arg, machine->m.ncpus, &cpu) < 0)
+        return NULL;
+    if (machine->self.host && shi_load_acquire(&shi_slot(&machine->m, cpu)->starved))
+        shi_read_early(machine, cpu);
+    /* Any interrupt makes it look. */
+    shi_enter(&machine->self);
+    shi_chip_prod(&machine->self, cpu);
+    shi_leave(&machine->self);
+    Py_RETURN_NONE;
+}
+
+/* set_starting(some): does a CPU that comes up look for STARTING callbacks? */
+METHOD(set_starting)
+{
+    int some = PyObject_IsTrue(arg);
+    if (some < 0 || shi_use(MACHINE(object)) < 0)
+        return NULL;
+    shi_store_full(&MACHINE(object)->m.header->starting, (uint32_t)some);
+    Py_RETURN_NONE;
+}
+
+/* run_here(func, info): with interrupts off, as a call of a CPU to itself. */
+METHOD(run_here)
+{
+    PyObject *function, *info;
+    if (!PyArg_ParseTuple(arg, "OO", &function, &info) || shi_use(MACHINE(object)) < 0 ||
+        shi_run_local(MACHINE(object), function, info, true) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+METHOD(ring_hotplug)
+{
+    (void)arg;
+    if (shi_use(MACHINE(object)) < 0)
+        return NULL;
+    shi_event_ring(&MACHINE(object)->m.header->hotplug_event);
     Py_RETURN_NONE;
 }
 
@@ -93,7 +161,13 @@ METHOD(wait_hotplug)
 
 PyMethodDef shi_hotplug_methods[] = {
     MANY(set_idle, "set_idle(cpu, policy)"),
-    MANY(hotplug, "hotplug(cpu, offline)"),
+    ONE(wake_cpu, "wake_cpu(cpu): one that plays dead comes back"),
+    NOARGS(users_states, "[(state, name), ...] of CPU hotplug that users of IPIs have."),
+    MANY(users_teardown, "users_teardown(state, cpu): what was there goes to others"),
+    ONE(make_room, "make_room(cpu): read what it lends this host"),
+    ONE(set_starting, "set_starting(some): are there STARTING callbacks?"),
+    MANY(run_here, "run_here(func, info): with interrupts off"),
+    NOARGS(ring_hotplug, "Wake whoever waits for CPUs to come or go."),
     MANY(wait_event, "wait_event(seen, seconds) -> count"),
     NOARGS(ring_event, "Wake whoever waits for an event of this slot."),
     MANY(wait_hotplug, "wait_hotplug(seen, seconds) -> count"),

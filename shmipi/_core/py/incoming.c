@@ -24,7 +24,8 @@ static void broken(Machine *machine, struct shi_csd *csd, bool async)
 
 int shi_incoming(Machine *machine, struct incoming *in, struct shi_csd *csd, bool async)
 {
-    *in = (struct incoming){ .apply = csd->apply & (uint8_t)~SHI_A_INLINE_FUNC };
+    *in =
+        (struct incoming){ .apply = csd->apply & (uint8_t)~(SHI_A_INLINE_FUNC | SHI_A_THREAD) };
     PyObject *value = NULL;
     uint32_t src = csd->src;
     if (!(csd->apply & SHI_A_INLINE_FUNC)) {

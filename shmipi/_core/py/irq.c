@@ -53,15 +53,18 @@ int shi_native_request(Machine *machine, struct shi_irqdesc *desc, PyObject *han
                                          "array");
         err = -1;
     }
-    shi_outgoing_clear(&out);
+    shi_outgoing_clear(machine, &out);
     return err;
 }
 
-/* Behind the irqs, the handlers of NMIs. */
-#define HELD (SHI_NR_IRQS + SHI_NMI_MAX * SHI_NMI_ACTIONS)
+/* Behind the irqs, the handlers of NMIs; behind those, the actions of softirqs. */
+#define HELD_SOFTIRQ (SHI_NR_IRQS + SHI_NMI_MAX * SHI_NMI_ACTIONS)
+#define HELD (HELD_SOFTIRQ + SHI_NR_SOFTIRQS)
 
 static struct shi_irqdesc *held_for(const struct shi_machine *m, uint32_t place)
 {
+    if (place >= HELD_SOFTIRQ)
+        return &shi_irq_area(m)->softirq[place - HELD_SOFTIRQ];
     return place < SHI_NR_IRQS ? &shi_irq_area(m)->desc[place]
                                : &shi_irq_area(m)->nmi.action[0][0] + (place - SHI_NR_IRQS);
 }
@@ -69,6 +72,9 @@ static struct shi_irqdesc *held_for(const struct shi_machine *m, uint32_t place)
 static uint32_t place_of(const struct shi_machine *m, const struct shi_irqdesc *desc)
 {
     const struct shi_irqdesc *first = &shi_irq_area(m)->desc[0];
+    const struct shi_irqdesc *softirq = &shi_irq_area(m)->softirq[0];
+    if (desc >= softirq && desc < softirq + SHI_NR_SOFTIRQS)
+        return HELD_SOFTIRQ + (uint32_t)(desc - softirq);
     return desc >= first && desc < first + SHI_NR_IRQS
                ? (uint32_t)(desc - first)
                : SHI_NR_IRQS + (uint32_t)(desc - &shi_irq_area(m)->nmi.action[0][0]);
@@ -327,7 +333,7 @@ static bool bits_of_numbers(PyObject *sequence, uint64_t *words, uint32_t n)
 static PyTypeObject *cpumask_type(void)
 {
     static PyObject *type;
-    PyObject *module = type ? NULL : PyImport_ImportModule("shmipi.cpumask");
+    PyObject *module = type ? NULL : shi_import("shmipi.cpumask");
     if (module)
         type = PyObject_GetAttrString(module, "CpuMask");
     Py_XDECREF(module);

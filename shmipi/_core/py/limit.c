@@ -143,16 +143,13 @@ static PyObject *limit_pong(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
-/* limit_fork(cores) -> (seconds until all are there, seconds until all have ended) */
-static PyObject *limit_fork(PyObject *module, PyObject *arg)
+/* The cores of a sequence; NULL with an exception. */
+static uint32_t *read_cores(PyObject *sequence, uint32_t *number)
 {
-    struct shi_forks found;
-    Py_ssize_t n, i;
-    (void)module;
-    PyObject *list = PySequence_Fast(arg, "cores");
+    PyObject *list = PySequence_Fast(sequence, "cores");
     if (!list)
         return NULL;
-    n = PySequence_Fast_GET_SIZE(list);
+    Py_ssize_t n = PySequence_Fast_GET_SIZE(list), i;
     uint32_t *cores = calloc(n ? (size_t)n : 1, sizeof *cores);
     if (!cores)
         PyErr_NoMemory();
@@ -160,14 +157,60 @@ static PyObject *limit_fork(PyObject *module, PyObject *arg)
         cores[i] = (uint32_t)PyLong_AsUnsignedLong(PySequence_Fast_GET_ITEM(list, i));
     Py_DECREF(list);
     if (!PyErr_Occurred() && (n < 1 || n > (Py_ssize_t)SHI_MAX_CPUS))
-        PyErr_Format(PyExc_ValueError, "%zd forks", n);
-    int err = PyErr_Occurred() ? 0 : shi_forks((uint32_t)n, cores, (uint32_t)n, &found);
+        PyErr_Format(PyExc_ValueError, "%zd cores", n);
+    *number = (uint32_t)n;
+    if (!PyErr_Occurred())
+        return cores;
     free(cores);
-    if (PyErr_Occurred())
+    return NULL;
+}
+
+/* limit_fork(cores) -> (seconds until all are there, seconds until all have ended) */
+static PyObject *limit_fork(PyObject *module, PyObject *arg)
+{
+    struct shi_forks found;
+    uint32_t n;
+    (void)module;
+    uint32_t *cores = read_cores(arg, &n);
+    if (!cores)
         return NULL;
+    int err = shi_forks(n, cores, n, &found);
+    free(cores);
     if (err)
         return limit_error(err);
     return Py_BuildValue("(dd)", (double)found.fork_ns / 1e9, (double)found.exit_ns / 1e9);
+}
+
+/* limit_wakes(cores, rounds, gap_ns) -> (ns of each round, switches of the children) */
+static PyObject *limit_wakes(PyObject *module, PyObject *args)
+{
+    struct shi_wakes w = { 0 };
+    PyObject *sequence, *list = NULL;
+    unsigned long long gap;
+    uint32_t i, n;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OIK:limit_wakes", &sequence, &w.rounds, &gap))
+        return NULL;
+    uint32_t *cores = read_cores(sequence, &n);
+    if (!cores)
+        return NULL;
+    w.gap_ns = gap;
+    w.ns = calloc(w.rounds + 1, sizeof *w.ns);
+    int err = w.ns ? shi_wakes(n, cores, &w) : -ENOMEM;
+    if (err)
+        limit_error(err);
+    else
+        list = PyList_New(w.rounds);
+    for (i = 0; list && i < w.rounds; i++) {
+        PyObject *ns = PyFloat_FromDouble(w.ns[i]);
+        if (!ns)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, ns);
+    }
+    free(cores);
+    free(w.ns);
+    return list ? Py_BuildValue("(NK)", list, (unsigned long long)w.switches) : NULL;
 }
 
 #define WORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
@@ -185,5 +228,9 @@ PyMethodDef shi_limit_functions[] = {
       "Fork this process, of one thread, once for each of `cores`; each child is pinned "
       "there,\n"
       "says so and sleeps: seconds until all have, and until all have ended.  OSError." },
+    { "limit_wakes", limit_wakes, METH_VARARGS,
+      "limit_wakes(cores, rounds, gap_ns)\n--\n\n"
+      "Fork this process once for each of `cores`; wake all that sleep there and wait until\n"
+      "they have answered, `rounds` times: (ns of each, switches of contexts).  OSError." },
     { NULL, NULL, 0, NULL },
 };

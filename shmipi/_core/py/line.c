@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The Python handlers of requested irqs. */
+/* The Python handlers of requested irqs, and actions of softirqs. */
 #include "py/line.h"
 
 #include "irq/chip.h"
@@ -81,4 +81,18 @@ void shi_run_line(Machine *machine, uint32_t line)
         Py_DECREF(number);
     }
     shi_chip_end(self, line);
+}
+
+void shi_run_softirq(Machine *machine, uint32_t nr)
+{
+    struct handler_scope scope;
+    uint8_t irqs_off = machine->self.irqs_off;
+    shi_softirq_begin(machine, &scope);
+    PyObject *function = shi_handler_of(machine, &shi_irq_area(&machine->m)->softirq[nr]);
+    PyObject *result = shi_handler_apply(machine, function, NULL, 0, SHI_H_SOFTIRQ);
+    Py_XDECREF(result);
+    Py_XDECREF(function);
+    if (machine->self.irqs_off != irqs_off) /* an action that has left interrupts off */
+        shi_irq_restore(&machine->self, irqs_off);
+    shi_softirq_end(machine, &scope);
 }

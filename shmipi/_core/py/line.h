@@ -15,6 +15,8 @@ static inline bool shi_same_handler(const struct shi_irqdesc *a, const struct sh
 
 /* The Python handler of a requested irq's line: run, then end the line.  Soft-masked. */
 void shi_run_line(Machine *machine, uint32_t line);
+/* Run the Python action of softirq `nr` now.  Softirqs are served. */
+void shi_run_softirq(Machine *machine, uint32_t nr);
 /* The Python handler of `desc`: a new reference, or NULL (with or without an exception). */
 PyObject *shi_handler_of(Machine *machine, const struct shi_irqdesc *desc);
 /* What `function` (NULL: it is gone) gives for `args`, or NULL: what it raised, or what is set

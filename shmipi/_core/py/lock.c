@@ -13,6 +13,8 @@ static shi_a64 *lock_named(Machine *machine, PyObject *arg)
         return &h->array_lock;
     if (name && !strcmp(name, "hotplug"))
         return &h->hotplug_lock;
+    if (name && !strcmp(name, "stop"))
+        return &h->stop_lock;
     if (name && !strcmp(name, "tool"))
         return &h->tool_lock;
     if (name)

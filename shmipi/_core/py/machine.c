@@ -14,7 +14,9 @@
 #include "smp/cpu.h"
 #include "py/func.h"
 #include "py/segment.h"
+#include "py/sched.h"
 #include "py/tables.h"
+#include "users/users.h"
 
 PyObject *shi_machine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -59,6 +61,7 @@ PyObject *shi_machine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     int err = shi_machine_attach(&machine->m, base, total, fd);
+    shi_users_register(&machine->m);
     if (!err)
         err = shi_self_init(&machine->self, &machine->m, (uint32_t)slot);
     if (err) {
@@ -82,6 +85,7 @@ void shi_machine_dealloc(PyObject *object)
     if (machine->attached) {
         machine->closed = 1;
         shi_functions_clear(machine);
+        shi_begun_clear(machine);
         shi_doorbell_close(&machine->m);
         shi_self_fini(&machine->self);
         munmap(machine->m.base, machine->m.total_bytes);
@@ -251,8 +255,6 @@ GETTER(closed, PyBool_FromLong(shi_gone(machine)))
 GETTER(irq_offset, PyLong_FromUnsignedLongLong(machine->m.irq_offset))
 GETTER(affinity_offset, PyLong_FromUnsignedLongLong(shi_affinity_offset(&machine->m)))
 GETTER(slot_offset, PyLong_FromUnsignedLongLong(machine->m.slot_offset))
-GETTER(trace_offset, PyLong_FromUnsignedLongLong(machine->m.trace_offset))
-GETTER(trace_records, PyLong_FromUnsignedLong(machine->m.trace_records))
 
 #define GET(name) { #name, get_##name, NULL, NULL, NULL }
 PyGetSetDef shi_machine_getset[] = {
@@ -276,8 +278,6 @@ PyGetSetDef shi_machine_getset[] = {
     GET(chip),
     GET(closed),
     GET(slot_offset),
-    GET(trace_offset),
-    GET(trace_records),
     GET(nmi_signal),
     GET(irq_offset),
     GET(affinity_offset),

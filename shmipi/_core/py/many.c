@@ -119,7 +119,7 @@ static int call_many(Machine *machine, uint32_t *mask, uint32_t n, PyObject *fun
         else
             shi_raise_post(machine, &out, err, (int)many.at);
     }
-    shi_outgoing_clear(&out);
+    shi_outgoing_clear(machine, &out);
     PyObject *failure = NULL, *own = NULL;
     if (!err && run_self && self_in_mask) {
         int truth = cond ? ask(&asked, self->id) : 1;
@@ -154,7 +154,7 @@ static int assert_preemption_disabled(const Machine *machine)
 {
     static bool given;
     const struct shi_self *self = &machine->self;
-    if (self->host || self->preempt || self->irqs_off || self->in_irq || self->in_nmi)
+    if (self->host || self->preempt || self->irqs_off || shi_in_interrupt(self))
         return 0;
     return shi_warn_once(&given,
                          "smp_call_function_many() with preemption enabled: it belongs between "

@@ -20,13 +20,17 @@
 /* The type's methods come from several files. */
 static PyMethodDef *all_methods(void)
 {
-    static PyMethodDef all[192];
+    static PyMethodDef all[384];
     PyMethodDef *const parts[] = {
         shi_machine_methods, shi_smp_methods,      shi_post_methods,     shi_cpu_methods,
         shi_chip_methods,    shi_irq_methods,      shi_waitq_methods,    shi_slot_methods,
         shi_segment_methods, shi_doorbell_methods, shi_native_methods,   shi_hotplug_methods,
         shi_reap_methods,    shi_lock_methods,     shi_step_methods,     shi_irqlock_methods,
-        shi_irqsync_methods, shi_nmi_ipi_methods,  shi_nmi_list_methods,
+        shi_irqsync_methods, shi_nmi_ipi_methods,  shi_nmi_list_methods, shi_users_methods,
+        shi_trace_methods,   shi_softirq_methods,  shi_stall_methods,    shi_stop_methods,
+        shi_tick_methods,    shi_mm_methods,       shi_icache_methods,   shi_net_methods,
+        shi_rps_methods,     shi_blk_methods,      shi_dump_methods,     shi_sched_methods,
+        shi_rcu_methods,
     };
     size_t n = 0, p;
     for (p = 0; p < sizeof parts / sizeof *parts; p++) {
@@ -92,6 +96,12 @@ static const char *const counter_names[] = {
 #undef X
 };
 
+static const char *const cause_names[] = {
+#define X(name) #name,
+    SHI_CAUSES(X)
+#undef X
+};
+
 /* Where a reader that maps nothing finds things: (name, offset, bytes), see inspect.py. */
 struct field {
     const char *name;
@@ -110,6 +120,7 @@ static const struct field header_fields[] = {
     FIELD(struct shi_header, kick_signal),
     FIELD(struct shi_header, kick),
     FIELD(struct shi_header, boot_time_ns),
+    FIELD(struct shi_header, tracing),
     FIELD(struct shi_header, machine_state),
     FIELD(struct shi_header, irq_offset),
     { "chip", offsetof(struct shi_header, chip.name), sizeof((struct shi_chip *)0)->name },
@@ -225,16 +236,20 @@ static int module_exec(PyObject *module)
         shi_waitq_functions,   shi_native_functions,  shi_segment_functions,
         shi_bench_functions,   shi_limit_functions,   shi_clock_functions,
         shi_process_functions, shi_shield_functions,  shi_csd_functions,
-        shi_irq_functions,
+        shi_irq_functions,     shi_softirq_functions, shi_irq_work_functions,
+        shi_stopper_functions, shi_stall_functions,   shi_rcu_functions,
+        shi_sched_functions,   shi_replay_functions,
     };
     if (add_methods(module, parts, sizeof parts / sizeof *parts) < 0 ||
         shi_atomic_add(module) < 0 || shi_function_types() < 0 ||
         shi_native_types(module) < 0 || machine_type(module) < 0 || shi_csd_types(module) < 0 ||
         shi_hist_types(module) < 0 || shi_shield_types(module) < 0 ||
-        shi_irqlock_types(module) < 0 || shi_slot_types(module) < 0 ||
-        shi_irq_types(module) < 0 || shi_doorbell_names(module) < 0)
+        shi_irq_work_types(module) < 0 || shi_irqlock_types(module) < 0 ||
+        shi_slot_types(module) < 0 || shi_irq_types(module) < 0 ||
+        shi_doorbell_names(module) < 0 || shi_users_add(module) < 0)
         return -1;
     if (add_names(module, "COUNTERS", counter_names, SHI_NCOUNTERS) < 0 ||
+        add_names(module, "CAUSES", cause_names, SHI_NCAUSES) < 0 ||
         add_names(module, "TRACE_EVENTS", shi_trace_names, SHI_T_COUNT) < 0 ||
         add_fields(module, "HEADER_FIELDS", header_fields,
                    sizeof header_fields / sizeof *header_fields) < 0 ||
@@ -257,6 +272,10 @@ static int module_exec(PyObject *module)
         { "COUNTER_ROOM", SHI_COUNTER_ROOM },
         { "CONTEXTS", SHI_NCTX },
         { "TRACE_RECORD_BYTES", sizeof(struct shi_trace_record) },
+        { "TRACE_AREA_BYTES", sizeof(struct shi_trace_area) },
+        { "TRACE_HEAD_BYTES", sizeof(struct shi_trace_head) },
+        { "TRACE_AREA_OFFSET",
+          offsetof(struct shi_header, users) + SHI_USER_trace * sizeof(shi_a64) },
         { "NCPUS_OFFSET", offsetof(struct shi_header, ncpus) },
         { "HEADER_BYTES", sizeof(struct shi_header) },
         { "EXTRA_SLOTS", SHI_EXTRA_SLOTS },
@@ -265,8 +284,10 @@ static int module_exec(PyObject *module)
         { "OFFLINE", SHI_OFFLINE },
         { "CPU_DEAD", SHI_DEAD },
         { "END_EXITED", SHI_END_EXITED },
+        { "END_STOPPED", SHI_END_STOPPED },
         { "HANDLER_IRQ", SHI_H_IRQ },
         { "HANDLER_NMI", SHI_H_NMI },
+        { "HANDLER_SOFTIRQ", SHI_H_SOFTIRQ },
         { "NEW", SHI_M_NEW },
         { "BOOTING", SHI_M_BOOTING },
         { "UP", SHI_M_UP },
@@ -285,6 +306,7 @@ static int module_exec(PyObject *module)
         { "LINE_VIRQ_OFFSET", offsetof(struct shi_irq_area, line_virq) },
         { "IRQ_AREA_BYTES", sizeof(struct shi_irq_area) },
         { "ROWS_OFFSET", offsetof(struct shi_slot, pic.rows) },
+        { "STALL_BYTES", sizeof(struct shi_stall) },
         { "USE_NONE", SHI_USE_NONE },
         { "USE_RESCHEDULE", SHI_USE_RESCHEDULE },
         { "USE_CALL", SHI_USE_CALL },
@@ -292,6 +314,10 @@ static int module_exec(PyObject *module)
         { "USE_NMI", SHI_USE_NMI },
         { "USE_IRQ", SHI_USE_IRQ },
         { "USE_COUNT", SHI_USE_COUNT },
+        { "USE_IRQ_WORK", SHI_USE_IRQ_WORK },
+        { "USE_TIMER", SHI_USE_TIMER },
+        { "USE_STOP", SHI_USE_STOP },
+        { "USE_ICACHE", SHI_USE_ICACHE },
         { "STARTUP_WAITING", SHI_SU_WAITING },
         { "STARTUP_STARTED", SHI_SU_STARTED },
         { "STARTUP_RESET", SHI_SU_RESET },

@@ -4,6 +4,9 @@
 
 #include "base/native.h"
 #include "py/tables.h"
+#include "measure/replay.h"
+#include "measure/wakes.h"
+#include "users/users.h"
 
 PyTypeObject *shi_native_type;
 
@@ -19,7 +22,7 @@ static PyObject *native_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     int index = shi_native_find(utf8);
     if (index < 0 && strchr(utf8, ':')) {
         /* As given to Cluster, which keeps the absolute path. */
-        PyObject *path = PyImport_ImportModule("os.path");
+        PyObject *path = shi_import("os.path");
         PyObject *full = path ? PyObject_CallMethod(path, "abspath", "O", name) : NULL;
         const char *text = full ? PyUnicode_AsUTF8(full) : NULL;
         if (text)
@@ -30,10 +33,11 @@ static PyObject *native_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
             return NULL;
     }
     if (index < 0)
-        return PyErr_Format(PyExc_LookupError,
-                            "no native handler %R: built-in ones are noop, count and stamp; "
-                            "others are named in Cluster(handlers=...)",
-                            name);
+        return PyErr_Format(
+            PyExc_LookupError,
+            "no native handler %R: built-in ones are noop, count, stamp and burn; "
+            "others are named in Cluster(handlers=...)",
+            name);
     NativeHandler *handler = (NativeHandler *)type->tp_alloc(type, 0);
     if (!handler)
         return NULL;
@@ -75,6 +79,18 @@ int64_t shi_native_number(const Machine *machine, PyObject *handler)
     return -1;
 }
 
+int shi_native_or_none(const Machine *machine, PyObject *handler, int64_t *number)
+{
+    if (handler == Py_None)
+        return 0;
+    if (!PyObject_TypeCheck(handler, shi_native_type)) {
+        PyErr_SetString(PyExc_TypeError, "a NativeHandler, or None");
+        return -1;
+    }
+    *number = shi_native_number(machine, handler);
+    return *number < 0 ? -1 : 0;
+}
+
 static PyMethodDef native_methods[] = {
     { "__reduce__", native_reduce, METH_NOARGS, NULL },
     { NULL, NULL, 0, NULL },
@@ -87,7 +103,8 @@ static PyType_Slot native_slots[] = {
     { Py_tp_doc,
       "NativeHandler(name)\n--\n\n"
       "A C function in the role of an IPI handler: give it where a function goes.\n\n"
-      "`name`: noop, count (adds 1 to a 64-bit word), stamp, or `FILE.so:symbol` as "
+      "`name`: noop, count (adds 1 to a 64-bit word), stamp, burn (spins for as many ns\n"
+      "as its argument says), or `FILE.so:symbol` as "
       "given to\nCluster(handlers=...)." },
     { 0, NULL },
 };
@@ -180,6 +197,9 @@ PyMethodDef shi_native_functions[] = {
 int shi_native_types(PyObject *module)
 {
     shi_native_init();
+    shi_users_init();
+    shi_wakes_register();
+    shi_replay_register();
     if (!shi_native_type)
         shi_native_type = (PyTypeObject *)PyType_FromSpec(&native_spec);
     return shi_native_type

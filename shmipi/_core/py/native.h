@@ -15,6 +15,8 @@ typedef struct {
 
 /* The number that the machine has for a native handler, or -1 with an exception. */
 int64_t shi_native_number(const Machine *machine, PyObject *handler);
+/* The same of what may be None, which leaves *number: 0, or -1 with an exception. */
+int shi_native_or_none(const Machine *machine, PyObject *handler, int64_t *number);
 int shi_native_types(PyObject *module);
 
 #endif

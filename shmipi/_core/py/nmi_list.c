@@ -104,13 +104,19 @@ METHOD(nmi_unregister)
     Py_RETURN_FALSE;
 }
 
-/* nmi_services() -> {cpu: count} of CPUs that have an NMI in service now. */
+/* nmi_services() -> {cpu: count} of CPUs that have an NMI in service now.  An exception where
+ * the machine has ended: nobody marks its CPUs dead then. */
 METHOD(nmi_services)
 {
-    const struct shi_machine *m = &MACHINE(object)->m;
+    Machine *machine = MACHINE(object);
+    const struct shi_machine *m = &machine->m;
     uint32_t cpu;
     (void)arg;
-    PyObject *found = shi_use(MACHINE(object)) < 0 ? NULL : PyDict_New();
+    if (shi_use(machine) < 0)
+        return NULL;
+    if (shi_ended(&machine->self))
+        return shi_raise_errno(machine, -EOWNERDEAD, -1);
+    PyObject *found = PyDict_New();
     for (cpu = 0; found && cpu < m->ncpus; cpu++) {
         const struct shi_slot *slot = shi_slot(m, cpu);
         /* Full: after the order was changed (shi_nmi_action_remove). */

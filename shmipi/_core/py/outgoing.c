@@ -8,6 +8,7 @@
 #include "py/func.h"
 #include "py/native.h"
 #include "py/wait.h"
+#include "py/trace.h"
 
 static int native_function(const Machine *machine, struct shi_call *call, PyObject *function)
 {
@@ -73,11 +74,11 @@ static int pickle(Machine *machine, struct outgoing *out, PyObject *object)
     return 0;
 }
 
-int shi_outgoing_info(Machine *machine, struct outgoing *out, PyObject *function,
-                      PyObject *info)
+static int of_info(Machine *machine, struct outgoing *out, PyObject *function, PyObject *info)
 {
     struct shi_call *call = &out->call;
     memset(out, 0, sizeof *out);
+    shi_say_call(machine, function);
     call->apply = SHI_A_INFO;
     if (Py_TYPE(function) == shi_native_type)
         return native_function(machine, call, function) < 0 ? -1
@@ -93,8 +94,17 @@ int shi_outgoing_info(Machine *machine, struct outgoing *out, PyObject *function
         return -1;
     if (number_function(machine, call, function) == 0)
         return 0;
-    shi_outgoing_clear(out);
+    shi_outgoing_clear(machine, out);
     return -1;
+}
+
+int shi_outgoing_info(Machine *machine, struct outgoing *out, PyObject *function,
+                      PyObject *info)
+{
+    int err = of_info(machine, out, function, info);
+    if (err < 0)
+        shi_call_said(machine);
+    return err;
 }
 
 int shi_outgoing_inline(Machine *machine, struct outgoing *out, PyObject *function,
@@ -104,6 +114,7 @@ int shi_outgoing_inline(Machine *machine, struct outgoing *out, PyObject *functi
     if (!shi_function_by_number(function) ||
         !shi_encode_inline(info, &call->kind, &call->length, &call->value))
         return 0;
+    shi_say_call(machine, function);
     call->apply = SHI_A_INFO;
     call->room = 0;
     call->payload = NULL;
@@ -111,12 +122,13 @@ int shi_outgoing_inline(Machine *machine, struct outgoing *out, PyObject *functi
     return number_function(machine, call, function) < 0 ? -1 : 1;
 }
 
-int shi_outgoing_call(Machine *machine, struct outgoing *out, PyObject *function,
-                      PyObject *args, PyObject *kwargs)
+static int of_call(Machine *machine, struct outgoing *out, PyObject *function, PyObject *args,
+                   PyObject *kwargs)
 {
     Py_ssize_t n = PyTuple_GET_SIZE(args), nkw = kwargs ? PyDict_GET_SIZE(kwargs) : 0;
     struct shi_call *call = &out->call;
     memset(out, 0, sizeof *out);
+    shi_say_call(machine, function);
     if (Py_TYPE(function) == shi_native_type) {
         if (n > 1 || nkw) {
             PyErr_SetString(PyExc_TypeError, "a native handler takes one argument: info");
@@ -147,13 +159,23 @@ int shi_outgoing_call(Machine *machine, struct outgoing *out, PyObject *function
     }
     if (number_function(machine, call, function) == 0)
         return 0;
-    shi_outgoing_clear(out);
+    shi_outgoing_clear(machine, out);
     return -1;
 }
 
-void shi_outgoing_clear(struct outgoing *out)
+int shi_outgoing_call(Machine *machine, struct outgoing *out, PyObject *function,
+                      PyObject *args, PyObject *kwargs)
+{
+    int err = of_call(machine, out, function, args, kwargs);
+    if (err < 0)
+        shi_call_said(machine);
+    return err;
+}
+
+void shi_outgoing_clear(Machine *machine, struct outgoing *out)
 {
     Py_CLEAR(out->pickle);
+    shi_call_said(machine);
 }
 
 void shi_raise_post(Machine *machine, const struct outgoing *out, int err, int cpu)

@@ -25,7 +25,8 @@ int shi_outgoing_call(Machine *machine, struct outgoing *out, PyObject *function
 /* The first where nothing needs pickling or clearing: 1, else 0 (or -1, exception set). */
 int shi_outgoing_inline(Machine *machine, struct outgoing *out, PyObject *function,
                         PyObject *info);
-void shi_outgoing_clear(struct outgoing *out);
+/* It is sent, or given up: what it holds goes, and nothing more is said to be of it. */
+void shi_outgoing_clear(Machine *machine, struct outgoing *out);
 /* shi_call_post, waiting for room as long as it takes.  Local index, or -1. */
 int64_t shi_outgoing_post(Machine *machine, const struct outgoing *out, uint64_t type,
                           uint32_t dst);

@@ -7,6 +7,7 @@
 #include "py/outgoing.h"
 #include "py/result.h"
 #include "py/tables.h"
+#include "py/trace.h"
 #include "py/wait.h"
 
 /* May the machine be used, and are there `n` arguments?  0, or -1; `text` is how it is called. */
@@ -56,7 +57,7 @@ static int64_t post(Machine *machine, int64_t cpu, PyObject *function, PyObject 
         out.call.room = reply_room(machine);
     *apply = out.call.apply;
     int64_t local = shi_outgoing_post(machine, &out, type, (uint32_t)cpu);
-    shi_outgoing_clear(&out);
+    shi_outgoing_clear(machine, &out);
     return local;
 }
 
@@ -71,6 +72,31 @@ static PyObject *machine_call(Machine *machine, PyObject *const *args, Py_ssize_
         return NULL;
     int64_t local = post(machine, cpu, args[1], args[2], args[3], SHI_CSD_SYNC, &apply);
     if (local < 0 || shi_wait_csd(machine, (uint32_t)local, (uint32_t)cpu, deadline) < 0)
+        return NULL;
+    PyObject *result = shi_result(machine, (uint32_t)local, (uint32_t)cpu, apply);
+    shi_call_end(&machine->self, (uint32_t)local);
+    return result;
+}
+
+/* call_on_cpu(cpu, func, par): by a kworker there; its result. */
+static PyObject *machine_call_on_cpu(Machine *machine, PyObject *const *args, Py_ssize_t nargs)
+{
+    int64_t cpu;
+    uint8_t apply;
+    if (positional(machine, nargs, 3, "call_on_cpu(cpu, func, par)") < 0 ||
+        shi_as_cpu(args[0], &cpu) < 0)
+        return NULL;
+    if (Py_TYPE(args[1]) == shi_native_type) {
+        PyErr_SetString(PyExc_TypeError, "a native handler runs as an IPI handler, and not "
+                                         "in task context");
+        return NULL;
+    }
+    PyObject *par = PyTuple_Pack(1, args[2]);
+    int64_t local = par ? post(machine, cpu, args[1], par, Py_None,
+                               SHI_CSD_TTWU | SHI_CSD_WORK | SHI_CSD_PARKED, &apply)
+                        : -1;
+    Py_XDECREF(par);
+    if (local < 0 || shi_wait_work(machine, (uint32_t)local, (uint32_t)cpu) < 0)
         return NULL;
     PyObject *result = shi_result(machine, (uint32_t)local, (uint32_t)cpu, apply);
     shi_call_end(&machine->self, (uint32_t)local);
@@ -210,9 +236,10 @@ static PyObject *machine_start_tasks(Machine *machine, PyObject *const *args, Py
                           args[3] == Py_None ? NULL : args[3]) < 0)
         goto done;
     int err = fill_many(machine, &out, locals, n);
-    shi_outgoing_clear(&out);
+    shi_outgoing_clear(machine, &out);
     if (err < 0)
         goto done;
+    shi_say_call(machine, args[1]);
     for (i = 0; i < n; i++) {
         shi_enter(self);
         shi_count(self, SHI_C_calls_single);
@@ -236,6 +263,7 @@ static PyObject *machine_start_tasks(Machine *machine, PyObject *const *args, Py
         0)
         result = Py_NewRef(Py_None);
 done:
+    shi_call_said(machine);
     Py_XDECREF(numbers);
     PyMem_Free(cpus);
     return result;
@@ -275,7 +303,7 @@ static PyObject *machine_await_call(Machine *machine, PyObject *const *args, Py_
                    &deadline) < 0)
         return NULL;
     int err = shi_csd_wait(&machine->self, local, (uint32_t)cpu, deadline, &shi_python_waiter,
-                           machine);
+                           machine, NULL);
     if (err && err != -ETIMEDOUT)
         return err == -EINTR ? NULL : shi_raise_errno(machine, err, (int)cpu);
     return PyBool_FromLong(!err);
@@ -369,6 +397,8 @@ PyMethodDef shi_post_methods[] = {
     { "call", FAST(machine_call), METH_FASTCALL,
       "call(cpu, func, args, kwargs, timeout)\n--\n\nfunc(*args, **kwargs) on cpu: its "
       "result." },
+    { "call_on_cpu", FAST(machine_call_on_cpu), METH_FASTCALL,
+      "call_on_cpu(cpu, func, par)\n--\n\nfunc(par) on cpu, by a kworker there: its result." },
     { "post", FAST(machine_post), METH_FASTCALL,
       "post(cpu, func, args, kwargs, task)\n--\n\nStart a call (or a task): its number." },
     { "start_tasks", FAST(machine_start_tasks), METH_FASTCALL,

@@ -9,6 +9,7 @@
 #include "base/clock.h"
 #include "smp/reap.h"
 #include "smp/watch.h"
+#include "users/users.h"
 #include "py/tables.h"
 
 METHOD(set_firmware)
@@ -41,8 +42,20 @@ CPU_METHOD(boot_error, return PyLong_FromUnsignedLong(
                            shi_load_acquire(&shi_slot(&machine->m, cpu)->boot_error)))
 CPU_METHOD(ended,
            return PyLong_FromUnsignedLong(shi_load_acquire(&shi_slot(&machine->m, cpu)->end)))
-CPU_METHOD(reap_complete,
-           return PyLong_FromUnsignedLong(shi_reap_complete(&machine->self, cpu)))
+/* None: a process that is stopped holds up its tasks; to be called again. */
+METHOD(reap_complete)
+{
+    Machine *machine = MACHINE(object);
+    uint32_t cpu;
+    if (shi_as_slot(arg, machine->m.ncpus, &cpu) < 0)
+        return NULL;
+    if (!shi_reap_calls(&machine->self, cpu))
+        Py_RETURN_NONE;
+    uint32_t done = shi_reap_complete(&machine->self, cpu);
+    shi_users_died(&machine->self, cpu);
+    return PyLong_FromUnsignedLong(done);
+}
+
 METHOD(reap_orphans)
 {
     Machine *machine = MACHINE(object);
@@ -222,7 +235,7 @@ PyMethodDef shi_reap_methods[] = {
     ONE(boot_error, "boot_error(cpu) -> errno"),
     ONE(ended, "ended(cpu) -> how its process ended: a signal, END_EXITED | status, or 0"),
     MANY(reap_mark, "reap_mark(cpu, end=0)"),
-    ONE(reap_complete, "reap_complete(cpu) -> how many"),
+    ONE(reap_complete, "reap_complete(cpu) -> how many, or None: again later"),
     ONE(reap_orphans, "reap_orphans(slot) -> csds of its earlier processes that are out"),
     NOARGS(reap_guarded, "CPUs that some live slot may still signal: a list."),
     MANY(guest_admit, "guest_admit(slot, pid)"),

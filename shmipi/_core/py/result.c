@@ -137,6 +137,10 @@ PyObject *shi_result(Machine *machine, uint32_t local, uint32_t dst, uint8_t app
     case SHI_S_CANCELLED:
         return shi_raise(shi_py.CancelledError, ECANCELED, (int)dst,
                          "the task on CPU %u was cancelled", dst);
+    case SHI_S_GONE:
+        return shi_raise(shi_py.OfflineError, ENOENT, (int)dst,
+                         "CPU %u went offline before its stopper came to this: it has not run",
+                         dst);
     case SHI_S_NOFUNC:
         return shi_raise(shi_py.LayoutError, 0, (int)dst, "CPU %u does not know this function",
                          dst);

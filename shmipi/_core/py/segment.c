@@ -3,60 +3,44 @@
 #include "py/segment.h"
 
 #include <fcntl.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/clock.h"
-#include "base/trace.h"
 #include "irq/flows.h"
 #include "py/chip.h"
 #include "py/tables.h"
 
+/* Before a descriptor's text: where the data is, how long that and the text are (arrays.py). */
+#define SHI_ARRAY_HEAD 20u
+
 static int size_file(int fd, const struct shi_header *plan)
 {
-    uint64_t bytes = plan->trace_offset + (uint64_t)(plan->ncpus + SHI_EXTRA_SLOTS) *
-                                              plan->trace_records *
-                                              sizeof(struct shi_trace_record);
-    if (ftruncate(fd, (off_t)bytes))
+    if (ftruncate(fd, (off_t)plan->array_offset))
         return -errno;
     if (fallocate(fd, 0, 0, (off_t)shi_layout_fixed(plan)))
-        return -errno;
-    if (plan->trace_records &&
-        fallocate(fd, 0, (off_t)plan->trace_offset, (off_t)(bytes - plan->trace_offset)))
         return -errno;
     return 0;
 }
 
 static PyObject *format_segment(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = { "fd",
-                             "name",
-                             "cores",
-                             "idle",
-                             "doorbell",
-                             "kick",
-                             "kick_signal",
-                             "nmi_signal",
-                             "chip",
-                             "cookie",
-                             "sum_key",
-                             "oversubscribed",
-                             "trace_records",
-                             "boot_time",
-                             "steps",
-                             "arena_bytes",
-                             NULL };
+    static char *names[] = { "fd",        "name",   "cores",       "idle",
+                             "doorbell",  "kick",   "kick_signal", "nmi_signal",
+                             "chip",      "cookie", "sum_key",     "oversubscribed",
+                             "boot_time", "steps",  "arena_bytes", NULL };
     int fd, kick, oversubscribed, steps = 0;
     const char *name;
     PyObject *cores, *chip;
-    unsigned idle, doorbell, kick_signal, nmi_signal, cookie, trace_records;
+    unsigned idle, doorbell, kick_signal, nmi_signal, cookie;
     unsigned long long sum_key, boot_time, arena_bytes = 0;
     (void)module;
-    if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "isO!IIpIIOIKpIK|pK:format_segment", names, &fd, &name, &PyList_Type,
-            &cores, &idle, &doorbell, &kick, &kick_signal, &nmi_signal, &chip, &cookie,
-            &sum_key, &oversubscribed, &trace_records, &boot_time, &steps, &arena_bytes))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "isO!IIpIIOIKpK|pK:format_segment", names,
+                                     &fd, &name, &PyList_Type, &cores, &idle, &doorbell, &kick,
+                                     &kick_signal, &nmi_signal, &chip, &cookie, &sum_key,
+                                     &oversubscribed, &boot_time, &steps, &arena_bytes))
         return NULL;
     Py_ssize_t ncpus = PyList_GET_SIZE(cores), i;
     struct shi_header *plan = PyMem_Calloc(1, sizeof *plan);
@@ -68,7 +52,7 @@ static PyObject *format_segment(PyObject *module, PyObject *args, PyObject *kwar
     int err = ncpus > SHI_MAX_CPUS || strlen(name) >= sizeof plan->name ||
                       shi_chip_check(&plan->chip, (uint32_t)ncpus)
                   ? -EINVAL
-                  : shi_layout_plan(plan, (uint32_t)ncpus, trace_records, arena_bytes, 0);
+                  : shi_layout_plan(plan, (uint32_t)ncpus, arena_bytes, 0);
     if (!err)
         err = size_file(fd, plan);
     if (err) {
@@ -102,6 +86,7 @@ static PyObject *format_segment(PyObject *module, PyObject *args, PyObject *kwar
     memcpy((char *)h + sizeof h->magic, (char *)plan + sizeof h->magic,
            offsetof(struct shi_header, machine_state) - sizeof h->magic);
     shi_store_relaxed(&h->steps, (uint32_t)steps);
+    shi_store_relaxed(&h->csd_lock_timeout, SHI_CSD_LOCK_TIMEOUT);
     shi_store_relaxed(&h->host_pid, (uint32_t)getpid());
     shi_store_full(&h->machine_state, SHI_M_NEW);
     /* The magic last: without it nobody takes this for a machine. */
@@ -114,18 +99,18 @@ out:
     return result;
 }
 
-/* segment_bytes(ncpus, trace_records, arena_bytes): what a machine of this shape maps. */
+/* segment_bytes(ncpus, arena_bytes): what a machine of this shape maps. */
 static PyObject *segment_bytes(PyObject *module, PyObject *args)
 {
-    unsigned ncpus, trace_records;
+    unsigned ncpus;
     unsigned long long arena_bytes, total = 0;
     (void)module;
-    if (!PyArg_ParseTuple(args, "IIK", &ncpus, &trace_records, &arena_bytes))
+    if (!PyArg_ParseTuple(args, "IK", &ncpus, &arena_bytes))
         return NULL;
     struct shi_header *plan = PyMem_Calloc(1, sizeof *plan);
     if (!plan)
         return PyErr_NoMemory();
-    if (!shi_layout_plan(plan, ncpus, trace_records, arena_bytes, 0))
+    if (!shi_layout_plan(plan, ncpus, arena_bytes, 0))
         total = plan->total_bytes;
     PyMem_Free(plan);
     return PyLong_FromUnsignedLongLong(total);
@@ -212,22 +197,30 @@ METHOD(publish_array)
     Py_RETURN_NONE;
 }
 
-METHOD(array_offsets)
+/* find_array(about) -> offset of the first descriptor whose text begins so, -1: none has it;
+ * LayoutError: one is not where arrays are. */
+METHOD(find_array)
 {
     struct shi_machine *m = &MACHINE(object)->m;
+    /* Acquire pairs with publish_array's release: the descriptors. */
     uint32_t n = shi_load_acquire(&m->header->narrays), i;
-    (void)arg;
-    if (n > SHI_MAX_ARRAYS)
-        n = SHI_MAX_ARRAYS;
-    PyObject *list = PyList_New(n);
-    for (i = 0; list && i < n; i++) {
-        PyObject *offset = PyLong_FromUnsignedLongLong(shi_load_relaxed(&m->header->arrays[i]));
-        if (!offset)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, i, offset);
+    uint64_t end = shi_arrays_end(m);
+    Py_ssize_t length;
+    char *about;
+    if (PyBytes_AsStringAndSize(arg, &about, &length) < 0)
+        return NULL;
+    for (i = 0; i < n && i < SHI_MAX_ARRAYS; i++) {
+        uint64_t at = shi_load_relaxed(&m->header->arrays[i]);
+        /* Beyond the end the file may end, and a look there is a SIGBUS. */
+        if (at < m->array_offset || at > end || end - at < SHI_ARRAY_HEAD)
+            return shi_raise(
+                shi_py.LayoutError, 0, -1,
+                "the description of a shared array is damaged: outside the arrays");
+        if ((uint64_t)length <= end - at - SHI_ARRAY_HEAD &&
+            !memcmp(m->base + at + SHI_ARRAY_HEAD, about, (size_t)length))
+            return PyLong_FromUnsignedLongLong(at);
     }
-    return list;
+    return PyLong_FromLong(-1);
 }
 
 /* Offset of an address in the mapping, or -1. */
@@ -247,14 +240,14 @@ PyMethodDef shi_segment_methods[] = {
     MANY(back, "back(offset, length)"),
     ONE(add_array, "add_array(nbytes) -> (index, offset)"),
     MANY(publish_array, "publish_array(index, offset)"),
-    NOARGS(array_offsets, "Offsets of all array descriptors."),
+    ONE(find_array, "find_array(about) -> offset of the descriptor that begins so, or -1"),
     ONE(offset_of, "offset_of(address) -> offset or -1"),
     { NULL, NULL, 0, NULL },
 };
 
 PyMethodDef shi_segment_functions[] = {
     { "segment_bytes", segment_bytes, METH_VARARGS,
-      "segment_bytes(ncpus, trace_records, arena_bytes) -> int" },
+      "segment_bytes(ncpus, arena_bytes) -> int" },
     { "format_segment", (PyCFunction)(void (*)(void))format_segment,
       METH_VARARGS | METH_KEYWORDS,
       "Size the file of a new machine, allocate its fixed part, write its header." },

@@ -40,7 +40,8 @@ static PyObject *task_signal_call(PyObject *object, PyObject *const *args, size_
 {
     PyObject *handler = ((TaskSignal *)object)->handler;
     Machine *machine = shi_own_cpu();
-    if (machine && machine->self.in_task && (machine->self.in_irq || machine->self.in_nmi) &&
+    if (machine && machine->self.in_task &&
+        (!shi_in_task(&machine->self) || machine->self.in_stop) &&
         PyVectorcall_NARGS(nargsf) > 0) {
         long number = PyLong_AsLong(args[0]);
         if (number > 0 && number <= 64) {
@@ -263,7 +264,7 @@ void shi_signals_early(void)
 
 int shi_signals_check(Machine *machine)
 {
-    if (__builtin_expect(!machine->raised, 1))
+    if (__builtin_expect(!machine->raised, 1) || shi_in_serving_softirq(&machine->self))
         return 0;
     machine->raised = false;
     return PyErr_CheckSignals();
@@ -273,7 +274,7 @@ int shi_signals_check(Machine *machine)
 
 int shi_replace(const char *in, const char *name, PyObject **original, PyMethodDef *by)
 {
-    PyObject *module = PyImport_ImportModule(in);
+    PyObject *module = shi_import(in);
     PyObject *home = NULL, *function = NULL;
     int err = -1;
     if (module && !*original && !(*original = PyObject_GetAttrString(module, name)))

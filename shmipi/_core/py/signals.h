@@ -15,8 +15,7 @@ int shi_signals_check(Machine *machine);
 void shi_signals_early(void);
 static inline void shi_signals_let_go(Machine *machine)
 {
-    if (__builtin_expect(machine->put_off != 0, 0) && !machine->self.in_irq &&
-        !machine->self.in_nmi)
+    if (__builtin_expect(machine->put_off != 0, 0) && shi_in_task(&machine->self))
         shi_signals_raise(machine);
 }
 /* Put `by` in the place of a function of module `in`, which `original` keeps: 0, or -1. */

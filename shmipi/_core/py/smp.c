@@ -6,6 +6,7 @@
 #include "py/csd.h"
 #include "py/many.h"
 #include "py/tables.h"
+#include "py/wake.h"
 
 #define SMP(name, impl)                                                                        \
     static PyObject *method_##name(PyObject *m, PyObject *const *args, Py_ssize_t nargs,       \
@@ -29,6 +30,11 @@ SMP(on_each_cpu_mask, shi_each_cpu_mask)
 SMP(on_each_cpu_cond_mask, shi_each_cpu_cond_mask)
 SMP(smp_send_reschedule, shi_send_reschedule)
 SMP(resched_cpu, shi_resched_cpu)
+SMP(wake_up_if_idle, shi_wake_if_idle)
+SMP(wake_up_all_idle_cpus, shi_wake_all_idle)
+SMP(cpus_peek_for_pending_ipi, shi_peek_for_pending)
+SMP(flag_ipi, shi_flag_ipis)
+SMP(signal_pending_ipi, shi_signal_pending)
 #undef SMP
 
 #define DOC_SINGLE                                                                             \
@@ -78,6 +84,28 @@ SMP(resched_cpu, shi_resched_cpu)
     "unless it was true already, or the CPU polls (then its idle loop looks at it), or is\n"   \
     "this one.  Nothing is done to an offline CPU.  kernel/sched/core.c, __resched_curr."
 
+#define DOC_WAKE                                                                               \
+    "wake_up_if_idle(cpu)\n--\n\n"                                                             \
+    "resched_cpu(cpu) if nothing runs there but its idle loop.  kernel/sched/core.c."
+#define DOC_WAKE_ALL                                                                           \
+    "wake_up_all_idle_cpus()\n--\n\n"                                                          \
+    "wake_up_if_idle() for every other CPU that is online: those that run something are\n"     \
+    "left alone.  kernel/smp.c."
+#define DOC_PEEK                                                                               \
+    "cpus_peek_for_pending_ipi(mask)\n--\n\n"                                                  \
+    "Is anything in the call_single_queue of a CPU of `mask` at this moment?  kernel/smp.c."
+
+#define DOC_FLAG                                                                               \
+    "flag_ipi(mask)\n--\n\n"                                                                   \
+    "Have the CPUs of `mask` sent a reschedule IPI at the next schedule point: when a CPU\n"   \
+    "goes to its next task or idles, at cond_resched(), at the last preempt_enable(), or\n"    \
+    "when somebody calls signal_pending_ipi().  Flagged many times they are sent one.  From\n" \
+    "everywhere.  Zephyr, kernel/ipi.c."
+#define DOC_SIGNAL                                                                             \
+    "signal_pending_ipi()\n--\n\n"                                                             \
+    "Send what flag_ipi() has put off: how many IPIs that was.  None goes to this CPU, nor\n"  \
+    "to those that are offline.  Zephyr, kernel/ipi.c."
+
 #define ENTRY(kind, name, doc)                                                                 \
     { #name, FAST(kind##_##name), METH_FASTCALL | METH_KEYWORDS, doc }
 #define ENTRIES(kind)                                                                          \
@@ -88,7 +116,10 @@ SMP(resched_cpu, shi_resched_cpu)
         ENTRY(kind, on_each_cpu_mask, DOC_EACH_MASK),                                          \
         ENTRY(kind, on_each_cpu_cond_mask, DOC_COND),                                          \
         ENTRY(kind, smp_send_reschedule, DOC_RESCHED),                                         \
-        ENTRY(kind, resched_cpu, DOC_RESCHED_CPU)
+        ENTRY(kind, resched_cpu, DOC_RESCHED_CPU), ENTRY(kind, wake_up_if_idle, DOC_WAKE),     \
+        ENTRY(kind, wake_up_all_idle_cpus, DOC_WAKE_ALL),                                      \
+        ENTRY(kind, cpus_peek_for_pending_ipi, DOC_PEEK), ENTRY(kind, flag_ipi, DOC_FLAG),     \
+        ENTRY(kind, signal_pending_ipi, DOC_SIGNAL)
 
 PyMethodDef shi_smp_methods[] = {
     ENTRIES(method),

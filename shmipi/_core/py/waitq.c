@@ -8,9 +8,12 @@
 #include "base/event.h"
 #include "irq/remind.h"
 #include "smp/idle.h"
+#include "smp/irq_work.h"
+#include "smp/sched.h"
 #include "smp/waitq.h"
 #include "py/entry.h"
 #include "py/signals.h"
+#include "py/sched.h"
 #include "py/tables.h"
 #include "py/wait.h"
 
@@ -20,13 +23,15 @@
 static int may_sleep(const Machine *machine, bool irqs_off)
 {
     const struct shi_self *self = &machine->self;
-    const char *why = self->in_nmi     ? "an NMI handler"
-                      : self->in_irq   ? "an IPI handler"
-                      : !self->in_task ? "a CPU that runs no task"
-                      : irqs_off       ? NULL
-                      : self->irqs_off ? "a task that has interrupts disabled"
-                      : self->preempt  ? "a task that has preemption disabled"
-                                       : NULL;
+    const char *why = self->in_nmi                   ? "an NMI handler"
+                      : self->in_irq                 ? "an IPI handler"
+                      : shi_in_serving_softirq(self) ? "a softirq"
+                      : !self->in_task               ? "a CPU that runs no task"
+                      : irqs_off                     ? NULL
+                      : self->irqs_off               ? "a task that has interrupts disabled"
+                      : self->softirq                ? "a task that has softirqs disabled"
+                      : self->preempt                ? "a task that has preemption disabled"
+                                                     : NULL;
     if (self->host || !why)
         return 0;
     shi_raise(shi_py.StateError, 0, (int)self->id,
@@ -44,9 +49,14 @@ struct idling {
 static struct idling begin(struct shi_self *self)
 {
     struct idling was = { self->irqs_off, self->inline_python, self->served };
+    /* What comes from here on comes to an idle CPU, in lazy TLB mode. */
+    if (self->has_mm)
+        self->m->mm_idle(self, SHI_MM_SLEEPS);
     self->pausing = true;
     shi_set_polling(self);
-    shi_remind_stop(self); /* what waits is taken now, and the sleep is not to be disturbed */
+    if (!shi_irq_work_waits(self))
+        shi_remind_stop(
+            self); /* what waits is taken now, and the sleep is not to be disturbed */
     self->irqs_off = 0;
     shi_signal_fence();
     return was;
@@ -99,8 +109,25 @@ static void end(Machine *machine, struct idling was)
         return; /* the state is another's */
     shi_signal_fence();
     shi_set_running(self);
+    if (self->has_mm)
+        self->m->mm_idle(self, SHI_MM_WAKES);
     shi_take_deferred(machine);
 }
+
+/* schedule(), before a task halts: whom an interrupt has woken, or who waited before. */
+static void let_run(Machine *machine, struct idling *was)
+{
+    struct shi_self *self = &machine->self;
+    uint32_t served = was->served;
+    if (was->irqs_off || !shi_sched_work(self))
+        return;
+    end(machine, *was);
+    shi_let_others_run(machine);
+    *was = begin(self);
+    was->served = served;
+}
+
+#define SIGNALS_NS 500000000u /* the longest sleep between two looks for signals */
 
 /* wait_for_interrupt(timeout=None) */
 static PyObject *wait_for_interrupt(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
@@ -122,7 +149,51 @@ static PyObject *wait_for_interrupt(PyObject *module, PyObject *const *args, Py_
     int err;
     while (!(err = take(machine)) && self->served == was.served &&
            !(deadline && shi_now_ns() >= deadline)) {
-        shi_idle_in_task(self, NULL, NULL, deadline);
+        /* A signal that came since take() looked interrupts no sleep: look again then. */
+        uint64_t look = shi_now_ns() + SIGNALS_NS;
+        let_run(machine, &was);
+        shi_idle_in_task(self, NULL, NULL, deadline && deadline < look ? deadline : look);
+        shi_take_back(machine, NULL);
+    }
+    bool came = self->served != was.served;
+    end(machine, was);
+    return err ? NULL : PyBool_FromLong(came);
+}
+
+/* idle_until(until_ns, state) */
+static PyObject *idle_until(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    (void)module;
+    Machine *machine = shi_use_cpu(SHI_ONLY_CPU);
+    if (!machine)
+        return NULL;
+    struct shi_self *self = &machine->self;
+    if (nargs != 2) {
+        PyErr_SetString(PyExc_TypeError, "idle_until(until_ns, state)");
+        return NULL;
+    }
+    unsigned long long until = PyLong_AsUnsignedLongLong(args[0]);
+    long state = PyErr_Occurred() ? -1 : PyLong_AsLong(args[1]);
+    if (PyErr_Occurred())
+        return NULL;
+    if (state != SHI_RUNNING && state != SHI_POLLING && state != SHI_HALTED) {
+        PyErr_SetString(PyExc_ValueError, "a CPU waits RUNNING, POLLING or HALTED");
+        return NULL;
+    }
+    if (may_sleep(machine, false) < 0)
+        return NULL;
+    uint32_t served = self->served;
+    if (state == SHI_RUNNING) {
+        shi_run_until(self, until, NULL);
+        /* Python's handlers, and the exception of a task that is cancelled. */
+        if (PyErr_CheckSignals() < 0 || is_here(machine) < 0 || shi_task_interrupt(machine) < 0)
+            return NULL;
+        return PyBool_FromLong(self->served != served);
+    }
+    struct idling was = begin(self);
+    int err;
+    while (!(err = take(machine)) && self->served == was.served && shi_now_ns() < until) {
+        shi_idle_until(self, (enum shi_state)state, until);
         shi_take_back(machine, NULL);
     }
     bool came = self->served != was.served;
@@ -209,6 +280,7 @@ static int sleep_host(Machine *machine, const struct standing *s, uint64_t until
 static int sleep_cpu(Machine *machine, const struct standing *s, uint64_t until)
 {
     struct shi_self *self = &machine->self;
+    shi_let_others_run(machine); /* schedule() */
     struct idling was = begin(self);
     int err = take(machine);
     /* Any interrupt ends it, or a CPU that comes back from being offline: the condition may
@@ -357,5 +429,11 @@ PyMethodDef shi_waitq_functions[] = {
       "With interrupts enabled, one that comes between a look at a condition and the halt is\n"
       "not waited for again.  Raises ClusterStateError in a handler and on the host,\n"
       "MachineDiedError when the machine ends." },
+    { "idle_until", (PyCFunction)(void (*)(void))idle_until, METH_FASTCALL,
+      "idle_until(until_ns, state, /)\n--\n\n"
+      "Timed idle: wait HALTED (on the doorbell), POLLING or RUNNING until CLOCK_MONOTONIC is\n"
+      "`until_ns`, or an interrupt was taken: True, or False when it is time.  For tasks, "
+      "with\n"
+      "interrupts enabled.  Raises as wait_for_interrupt." },
     { NULL, NULL, 0, NULL },
 };

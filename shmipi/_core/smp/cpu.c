@@ -12,6 +12,7 @@
 
 #include "base/event.h"
 #include "base/step.h"
+#include "base/trace.h"
 #include "irq/chip.h"
 #include "irq/flows.h"
 #include "irq/irqdesc.h"
@@ -19,8 +20,12 @@
 #include "irq/startup.h"
 #include "smp/cpu.h"
 #include "smp/entry.h"
+#include "smp/irq_work.h"
+#include "smp/ksoftirqd.h"
+#include "smp/sched.h"
 #include "smp/sender.h"
 #include "smp/smp.h"
+#include "smp/stop.h"
 
 int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int fd)
 {
@@ -31,6 +36,10 @@ int shi_machine_attach(struct shi_machine *m, void *base, uint64_t mapped, int f
         return -EINVAL;
     m->flow = shi_flow_of(m->chip.flow);
     shi_smp_register(m);
+    shi_irq_work_register(m);
+    shi_sched_register(m);
+    shi_ksoftirqd_register(m);
+    shi_stop_register(m);
     shi_nmi_register(m);
     shi_irqdesc_register(m);
     shi_clock_adopt(&m->header->clock);
@@ -102,7 +111,7 @@ int shi_self_init(struct shi_self *self, struct shi_machine *m, uint32_t id)
     self->pid = getpid();
     self->tid = (pid_t)syscall(SYS_gettid);
     self->thread = pthread_self();
-    self->trace = m->trace_records != 0;
+    self->tracing = &m->header->tracing;
     self->steps = shi_load_relaxed(&m->header->steps) != 0;
     pthread_mutex_init(&self->lock, NULL);
     pthread_mutex_init(&self->kick_lock, NULL);
@@ -115,6 +124,8 @@ void shi_self_fini(struct shi_self *self)
     if (self->host)
         remove_host(self);
     shi_sender_fini(self);
+    if (self->csds)
+        munmap(self->csds, shi_self_csds_bytes(self->m));
     pthread_mutex_destroy(&self->lock);
     pthread_mutex_destroy(&self->kick_lock);
 }
@@ -168,6 +179,17 @@ static uint64_t own_start_time(void)
     return start;
 }
 
+/* notify_cpu_starting(), with interrupts off. */
+static void notify_starting(struct shi_self *self)
+{
+    uint8_t flags = self->irqs_off;
+    if (!self->hooks.starting || !shi_load_acquire(&self->m->header->starting))
+        return;
+    self->irqs_off = 1;
+    self->hooks.starting(self);
+    self->irqs_off = flags;
+}
+
 int shi_self_online(struct shi_self *self)
 {
     struct shi_slot *s = self->slot;
@@ -178,6 +200,7 @@ int shi_self_online(struct shi_self *self)
     int err = shi_chip_wait_startup(self);
     if (err)
         return err;
+    notify_starting(self);
     SHI_STEP(self, online);
     /* Identity first, online second: who sees the CPU online can ring it. */
     uint64_t w = shi_load_relaxed(&s->word), next;
@@ -186,40 +209,81 @@ int shi_self_online(struct shi_self *self)
             return -EBUSY;
         next = (uint64_t)SHI_POLLING | (uint64_t)self->gen << SHI_W_GEN_SHIFT;
     } while (!shi_cas_full(&s->word, &w, next));
+    SHI_TRACE(self, cpu_online, self->id, 0, 0, 0);
     /* A line set just before, whose sender saw OFFLINE and did not ring. */
     shi_chip_look(self, self->id, false);
+    shi_sched_cpu_online(self);
+    if (self->m->timers)
+        self->m->timers->join(self);
     shi_event_ring(&self->m->header->hotplug_event);
     return 0;
 }
 
-int shi_cpu_offline(struct shi_self *self)
+static int disable(struct shi_self *self)
 {
     struct shi_slot *slot = self->slot;
-    uint64_t w, next;
-    bool was_running;
     for (;;) {
+        uint32_t was = SHI_HP_ONLINE;
+        uint64_t w, next;
         self->in_core++;
         shi_service(self);
+        shi_irq_work_run(self); /* smpcfd_dying_cpu() */
         self->in_core--;
-        if (shi_python_waits(self))
+        if (self->deferred.head || self->nlater || self->nmi_waits)
             return -EBUSY;
+        if (self->unsent)
+            return -EAGAIN; /* who has to read something first is stopped */
         SHI_STEP(self, offline);
         w = shi_load_relaxed(&slot->word);
-        was_running = shi_word_state(w) == SHI_RUNNING;
         if (shi_word_work(w))
             continue;
         next = (w & SHI_W_GEN) | SHI_OFFLINE;
+        shi_store_relaxed(&slot->idle_dead, SHI_ID_NOT);
+        if (!shi_cas_full(&slot->hotplug, &was, SHI_HP_OFFLINE) && was == SHI_HP_STOP)
+            return -ESHUTDOWN;
+        /* OFFLINE asked for first (full), whether anybody still waits for it second.  Who gives
+         * up does that first and withdraws the request second: one sees the other. */
+        if (shi_multi_lapsed(self)) {
+            was = SHI_HP_OFFLINE;
+            shi_cas_full(&slot->hotplug, &was, SHI_HP_ONLINE);
+            return -ECANCELED;
+        }
         /* Nothing queued at this instant, and nothing can be from now on. */
-        if (shi_cas_full(&slot->word, &w, next))
-            break;
+        if (shi_cas_full(&slot->word, &w, next)) {
+            SHI_TRACE(self, cpu_offline, self->id, 0, 0, 0);
+            self->down = true;
+            self->ran = shi_word_state(w) == SHI_RUNNING;
+            return 0;
+        }
     }
+}
+
+int shi_cpu_disable(struct shi_self *self)
+{
+    int err = shi_sched_cpu_dying(self); /* its tasks go elsewhere */
+    if (err)
+        return err; /* and it stays inactive until the next try */
+    err = disable(self);
+    if (err) {
+        shi_sched_cpu_online(self);
+        return err;
+    }
+    /* stop_machine_park: behind the work that takes it down there is none any more. */
+    shi_stop_flush(self);
+    if (self->m->timers)
+        self->m->timers->leave(self, self->id);
     shi_event_ring(&self->m->header->hotplug_event);
+    return 0;
+}
+
+int shi_cpu_play_dead(struct shi_self *self)
+{
+    struct shi_slot *slot = self->slot;
+    uint64_t w = shi_load_relaxed(&slot->word), next;
     int err = 0;
     if (self->hooks.release)
         self->hooks.release(self); /* a handler just run may have taken it back */
-    bool parked = false;           /* or was the request withdrawn at once? */
     while (shi_load_acquire(&slot->hotplug) == SHI_HP_OFFLINE) {
-        parked = true;
         if (shi_load_relaxed(&self->m->header->machine_state) >= SHI_M_STOPPING) {
             err = -ECANCELED;
             break;
@@ -228,11 +292,18 @@ int shi_cpu_offline(struct shi_self *self)
     }
     /* What was sent to it meanwhile is lost: its part of the controller starts anew. */
     shi_chip_reset_own(self);
-    if (!err && parked)
+    if (!err)
         err = shi_chip_wait_startup(self);
-    next = (w & SHI_W_GEN) | (was_running ? SHI_RUNNING : SHI_POLLING);
+    next = (w & SHI_W_GEN) | (self->ran ? SHI_RUNNING : SHI_POLLING);
+    if (!err)
+        notify_starting(self);
+    self->down = false;
+    SHI_TRACE(self, cpu_online, self->id, 0, 0, 0);
     shi_store_full(&slot->word, next); /* offline: nobody else writes it */
     shi_chip_look(self, self->id, false);
+    shi_sched_cpu_online(self);
+    if (self->m->timers)
+        self->m->timers->join(self);
     shi_event_ring(&self->m->header->hotplug_event);
     return err;
 }

@@ -16,9 +16,11 @@ void shi_self_fini(struct shi_self *self);
 /* CPU: take the slot (pid, start time, thread) and go online, polling. */
 int shi_self_online(struct shi_self *self);
 
-/* Drain, go offline, sleep until asked back.  -EINTR when a signal came meanwhile,
- * -EBUSY when Python csds must run first, -ECANCELED when the machine stops. */
-int shi_cpu_offline(struct shi_self *self);
+/* __cpu_disable and smpcfd_dying_cpu: run what is queued, and be offline.  With interrupts off
+ * everywhere.  -EBUSY when Python has to run first, -EAGAIN when results wait for room. */
+int shi_cpu_disable(struct shi_self *self);
+/* Offline: sleep until asked back.  -ECANCELED when the machine stops. */
+int shi_cpu_play_dead(struct shi_self *self);
 
 /* Give the own slot up, for another to have: what this process still writes to it goes to
  * private memory from here on.  The caller is the only thread in the core.  0 or -errno. */

@@ -7,14 +7,17 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "base/rules.h"
 #include "base/step.h"
 #include "base/trace.h"
 #include "irq/chip.h"
+#include "irq/doorbell.h"
 #include "irq/nmi.h"
 #include "irq/remind.h"
 #include "irq/ring.h"
 #include "irq/signal.h"
 #include "smp/entry.h"
+#include "smp/softirq.h"
 
 /* A kick so soon after the last one is part of a storm: stay and poll a little, as a
  * network driver does (NAPI), because the next one costs its sender 10 us. */
@@ -31,7 +34,11 @@ bool shi_service_once(struct shi_self *self)
         self->m->drain(self);
     } else if (shi_resched_due(self, w)) {
         SHI_TRACE(self, resched_idle, self->id, 0, 0, 0);
-        shi_fetch_and_full(&self->slot->word, ~SHI_W_NEED_RESCHED);
+        shi_fetch_and_full(&self->slot->word, ~(SHI_W_NEED_RESCHED | SHI_W_LAZY));
+    } else if (self->tick_now) {
+        self->tick_now = 0;
+        shi_count(self, SHI_C_irq_timer);
+        self->m->timers->run(self);
     } else {
         return false;
     }
@@ -84,14 +91,112 @@ void shi_set_running(struct shi_self *self)
         if (shi_python_waits(self))
             next |= SHI_W_ASKED;
         if (shi_cas_full(&self->slot->word, &w, next))
-            return;
+            break;
     }
+    /* Who set it while this CPU waited found it polling, and sent nothing. */
+    if (__builtin_expect((next & (SHI_W_NEED_RESCHED | SHI_W_LAZY)) != 0, 0))
+        self->m->resched(self);
+    if (self->m->timers)
+        self->m->timers->arm(self);
+}
+
+/* ---- softirqs -------------------------------------------------------------------- */
+
+/* Where a rule is off: on top of another one, once. */
+static bool may_nest(const struct shi_self *self)
+{
+    return shi_rule_off(self->m, SHI_RULE_softirq_nested) &&
+           shi_load_relaxed(&self->softirqs) && self->softirq == SHI_SOFTIRQ_SERVING &&
+           !self->in_irq && !self->in_nmi && !shi_masked(self);
+}
+
+/*
+ * Interrupts are on while softirqs run: kicks come as signals, so the word says RUNNING, and
+ * the signal is let in where this is its handler (once: a kick on top of a softirq finds
+ * softirqs being served, and comes back here for nothing).
+ */
+void shi_do_softirq(struct shi_self *self, bool python)
+{
+    if ((!shi_softirqs_due(self) && !may_nest(self)) || self->left)
+        return;
+    enum shi_state before = shi_word_state(shi_load_relaxed(&self->slot->word));
+    bool inlined = self->inline_python, task = self->in_task, kick = self->in_kick;
+    if (before != SHI_RUNNING && before != SHI_POLLING)
+        return;
+    self->inline_python = false;
+    if (before == SHI_POLLING)
+        shi_set_running(self);
+    if (kick || (!task && shi_doorbell_of(self->m)->by_signal)) {
+        self->in_kick = false;
+        shi_kick_block(self, false);
+    }
+    if (python)
+        self->in_task = true; /* for the interpreter: handlers run between its bytecodes */
+    shi_softirq_handle(self, python && self->hooks.softirq);
+    self->in_task = task;
+    if (kick) {
+        shi_kick_block(self, true);
+        self->in_kick = true;
+    }
+    if (self->left)
+        return;
+    if (before == SHI_POLLING)
+        shi_set_polling(self);
+    self->inline_python = inlined;
+}
+
+void shi_local_bh_enable(struct shi_self *self, bool python)
+{
+    shi_signal_fence();
+    self->softirq -= SHI_SOFTIRQ_DISABLE;
+    shi_signal_fence();
+    if (!shi_rule_off(self->m, SHI_RULE_softirq_bh_enable))
+        shi_do_softirq(self, python);
 }
 
 /* ---- taking a kick --------------------------------------------------------------- */
 
-/* In hard-irq context: drain, with senders told to leave the kicking be. */
-static void take_interrupts(struct shi_self *self)
+/* The interrupt is over but for its return: what it is on top of, `ctx`, as far as others are
+ * concerned.  POLLING: what comes meanwhile is not signalled. */
+static void leave_irq(struct shi_self *self, uint8_t ctx)
+{
+    self->ctx = ctx;
+    self->counts = self->slot->counters[ctx];
+    self->irqs_off = 0;
+    self->in_irq--;
+}
+
+static void enter_irq(struct shi_self *self)
+{
+    self->ctx = SHI_CTX_IRQ;
+    self->counts = self->slot->counters[SHI_CTX_IRQ];
+    self->irqs_off = 1;
+    self->in_irq++;
+}
+
+/* irq_exit(): before who is woken by a softirq is looked at. */
+static void exit_softirqs(struct shi_self *self, uint8_t ctx)
+{
+    if (__builtin_expect(!shi_load_relaxed(&self->softirqs), 1))
+        return;
+    leave_irq(self, ctx);
+    shi_do_softirq(self, false);
+    enter_irq(self);
+}
+
+/* irqentry_exit_cond_resched(): the interrupt is over, and its task may be preempted.  Still
+ * POLLING: what comes meanwhile is served between two steps. */
+static enum shi_preempted preempt(struct shi_self *self)
+{
+    leave_irq(self, SHI_CTX_TASK);
+    enum shi_preempted how = self->m->preempt(self);
+    enter_irq(self);
+    return how;
+}
+
+/* In hard-irq context: drain, with senders told to leave the kicking be.  `reminded`: nobody has
+ * sent one, and what was left to ksoftirqd stays its own. */
+static void take_interrupts(struct shi_self *self, bool reminded)
 {
     uint8_t ctx = self->ctx;
     bool inline_python = self->inline_python;
@@ -101,9 +206,11 @@ static void take_interrupts(struct shi_self *self)
     self->ctx = SHI_CTX_IRQ;
     self->counts = self->slot->counters[SHI_CTX_IRQ];
     self->irqs_off = 1;
+    shi_store_relaxed(&self->slot->masked, 0);
     self->in_irq++;
     self->inline_python = false;
     shi_set_polling(self);
+    shi_tick_look(self, shi_now_ns());
     if (!shi_service(self))
         shi_count(self, SHI_C_kicks_empty);
     uint64_t now = shi_now_ns();
@@ -113,10 +220,18 @@ static void take_interrupts(struct shi_self *self)
                 now = shi_now_ns();
     }
     self->storm_ns = now;
+    if (!reminded || !self->softirqd)
+        exit_softirqs(self, ctx);
     w = shi_load_relaxed(&self->slot->word);
+    enum shi_preempted how = SHI_PREEMPT_RAN;
     do {
-        while (shi_word_work(w)) {
-            shi_service(self);
+        next = 0;
+        while (shi_word_work(w) ||
+               (w & SHI_W_NEED_RESCHED && how == SHI_PREEMPT_RAN && !shi_preempt_off(self))) {
+            if (shi_word_work(w))
+                shi_service(self);
+            else
+                how = preempt(self);
             w = shi_load_relaxed(&self->slot->word);
         }
         if (!shi_word_online(w))
@@ -127,18 +242,41 @@ static void take_interrupts(struct shi_self *self)
             next |= SHI_W_ASKED;
         /* Compare-and-swap: a push since the last look makes it fail. */
     } while (!shi_cas_full(&self->slot->word, &w, next));
+    if (next & (SHI_W_NEED_RESCHED | SHI_W_LAZY))
+        self->m->resched(self); /* its turn lasts, or this was set while it polled */
+    if (self->m->timers)
+        self->m->timers->arm(self);
     self->in_irq--;
     shi_chip_replayed(self);
     self->irqs_off = 0;
+    shi_signal_fence();
+    if (shi_stop_due(self)) { /* above what was interrupted, which can be preempted */
+        shi_set_polling(self);
+        self->m->stopper(self);
+        shi_set_running(self);
+    }
     self->ctx = ctx;
     self->counts = self->slot->counters[ctx];
     self->inline_python = inline_python;
+    if (!self->softirqd)
+        shi_do_softirq(self, false); /* of what came since they were looked at */
     bool offline = shi_hotplug_due(self);
-    if ((shi_python_waits(self) || offline || shi_cancel_asked(self)) &&
+    if ((shi_python_waits(self) || offline || how == SHI_PREEMPT_PYTHON ||
+         shi_cancel_asked(self)) &&
         self->hooks.interrupt) {
         self->hooks.interrupt(self);
         shi_remind(self); /* it may have looked for the last time before a system call */
     }
+}
+
+/* The kernel's timer, which stands for the CPU's own. */
+static void tick_expired(struct shi_self *self)
+{
+    self->tick_armed = 0;
+    if (shi_masked(self))
+        self->happened = 1;
+    else if (shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING)
+        take_interrupts(self, false);
 }
 
 void shi_irq_entry(struct shi_self *self)
@@ -150,13 +288,14 @@ void shi_irq_entry(struct shi_self *self)
     SHI_TRACE(self, irq_entry, self->id, 0, 0, 0);
     if (shi_masked(self)) {
         self->happened = 1;
+        shi_store_relaxed(&self->slot->masked, self->irqs_off);
         shi_chip_note_masked(self);
         return;
     }
     /* A late kick: polling or halted, the owner finds the work by that state's rules,
      * and nothing may be taken off the queue behind its back. */
     if (shi_word_state(w) == SHI_RUNNING)
-        take_interrupts(self);
+        take_interrupts(self, false);
     else
         shi_count(self, SHI_C_kicks_empty);
     SHI_TRACE(self, irq_exit, self->id, 0, 0, 0);
@@ -169,7 +308,7 @@ void shi_leave_slow(struct shi_self *self)
     while (!shi_masked(self) && self->happened) {
         self->happened = 0;
         shi_signal_fence();
-        take_interrupts(self);
+        take_interrupts(self, false);
     }
 }
 
@@ -210,11 +349,28 @@ static void on_kick(int sig, siginfo_t *info, void *context)
 {
     int saved = errno;
     struct shi_self *self = kick_self;
-    (void)context;
     if (!self)
         goto out; /* a child of a task is no CPU (forget, below) */
     if (shi_signal_timer(self, info)) {
+        if ((uintptr_t)info->si_value.sival_ptr & SHI_TICK_SIGNAL) {
+            tick_expired(self);
+            goto out;
+        }
         shi_remind_expired(self);
+        bool work = shi_irq_work_waits(self);
+        if (work)
+            shi_irq_work_timer(self);
+        if ((self->m->tick(self) || work) &&
+            shi_word_state(shi_load_relaxed(&self->slot->word)) == SHI_RUNNING) {
+            if (shi_masked(self)) {
+                self->happened = 1;
+            } else {
+                bool outer = self->in_kick;
+                self->in_kick = true;
+                take_interrupts(self, !work);
+                self->in_kick = outer;
+            }
+        }
         goto out;
     }
     if (info->si_code != SI_QUEUE || !shi_signal_ours(self, info)) {
@@ -227,12 +383,24 @@ static void on_kick(int sig, siginfo_t *info, void *context)
                          (uint32_t)(uintptr_t)info->si_value.sival_ptr);
         goto out;
     }
-    if ((uint32_t)sig == self->m->kick_signal)
+    const void *interrupted = self->context;
+    self->context = context;
+    if ((uint32_t)sig == self->m->kick_signal) {
+        bool outer = self->in_kick;
+        self->in_kick = true;
         shi_irq_entry(self);
-    else
+        self->in_kick = outer;
+    } else {
         nmi(self);
+    }
+    self->context = interrupted;
 out:
     errno = saved;
+}
+
+struct shi_self *shi_this_cpu(void)
+{
+    return kick_self;
 }
 
 static int install(const struct shi_machine *m)

@@ -56,6 +56,15 @@ void shi_set_polling(struct shi_self *self);
  * deferred while doing so are on self->deferred or self->later. */
 void shi_set_running(struct shi_self *self);
 
+/*
+ * An interrupt has ended here, or something else that lets softirqs run: those that are
+ * pending.  `python`: this may run Python actions now; else the interpreter is asked.
+ * Nothing where they may not run (kernel/softirq.c, do_softirq).
+ */
+void shi_do_softirq(struct shi_self *self, bool python);
+/* The last of these runs what was held off.  See shi_local_bh_disable, smp/softirq.h. */
+void shi_local_bh_enable(struct shi_self *self, bool python);
+
 /* Install the handlers of the kick and the NMI signal, for the process's CPU `self`. */
 int shi_kick_install(struct shi_self *self);
 void shi_kick_remove(void);
@@ -70,14 +79,31 @@ int shi_irq_rering(struct shi_self *self, uint32_t dst);
 /* Another one runs, or the same goes on: NEED_RESCHED has been obeyed. */
 static inline void shi_schedule(struct shi_self *self)
 {
-    if (shi_load_relaxed(&self->slot->word) & SHI_W_NEED_RESCHED)
-        shi_fetch_and_full(&self->slot->word, ~SHI_W_NEED_RESCHED);
+    if (shi_load_relaxed(&self->slot->word) & (SHI_W_NEED_RESCHED | SHI_W_LAZY))
+        shi_fetch_and_full(&self->slot->word, ~(SHI_W_NEED_RESCHED | SHI_W_LAZY));
 }
 /* NEED_RESCHED of a CPU that sleeps in its idle loop: who set it died before the interrupt. */
 static inline bool shi_resched_unsent(const struct shi_machine *m, uint32_t cpu, uint64_t w)
 {
     return w & SHI_W_NEED_RESCHED && shi_word_state(w) == SHI_HALTED &&
            !shi_load_relaxed(&shi_slot(m, cpu)->task);
+}
+
+/* What this process is, for native handlers; NULL: no CPU (a host, a fork's child). */
+struct shi_self *shi_this_cpu(void);
+
+/* Is there any irq_work (smp/irq_work.h) that nothing but the timer brings? */
+static inline bool shi_irq_work_waits(const struct shi_self *self)
+{
+    return shi_load_relaxed(&self->lazy) ||
+           (self->m->irq_work == SHI_NO_LINE && shi_load_relaxed(&self->raised));
+}
+
+/* The timer's interrupt: whoever looks at the word next takes it. */
+static inline void shi_irq_work_timer(struct shi_self *self)
+{
+    self->timer_due = true;
+    shi_fetch_or_full(&self->slot->word, SHI_W_PENDING);
 }
 
 #endif

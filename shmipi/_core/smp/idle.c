@@ -10,8 +10,11 @@
 #include "irq/doorbell.h"
 #include "irq/signal.h"
 #include "smp/entry.h"
+#include "smp/flag_ipi.h"
 #include "smp/idle.h"
+#include "smp/irq_work.h"
 #include "smp/lend.h"
+#include "smp/sched.h"
 
 /* haltpoll's numbers (drivers/cpuidle/governors/haltpoll.c): the window doubles when a
  * halt was short enough to have been worth polling for, and shrinks when it was not. */
@@ -77,6 +80,8 @@ static inline bool poll_for(struct shi_self *self, shi_ready *ready, const void 
         now = shi_now_ns();
         if (!start)
             start = now;
+        if (shi_tick_look(self, now))
+            return true;
         limit = window(self, (enum shi_idle)shi_load_relaxed(&slot->idle));
         if (now - start >= limit || now >= end || stopping(self) || shi_python_waits(self) ||
             shi_hotplug_due(self))
@@ -91,24 +96,29 @@ static inline bool poll_for(struct shi_self *self, shi_ready *ready, const void 
     }
 }
 
-static bool poll(struct shi_self *self)
+static bool poll(struct shi_self *self, uint64_t timer)
 {
-    return poll_for(self, NULL, NULL, UINT64_MAX);
+    return poll_for(self, NULL, NULL, timer ? timer : UINT64_MAX);
 }
 
-/* Sleep on the doorbell until rung.  0, or -EINTR. */
-static int halt(struct shi_self *self)
+/* Sleep on the doorbell until rung, or `timer` (0: never).  0, or -EINTR. */
+static int halt(struct shi_self *self, uint64_t timer)
 {
     struct shi_slot *slot = self->slot;
     bool by_signal = shi_doorbell_of(self->m)->by_signal;
     uint64_t w = shi_load_relaxed(&slot->word), next;
+    const struct shi_timers *timers = self->m->timers;
+    int64_t ns = timers ? timers->enter(self) : -1;
+    uint64_t until = ns < 0 ? 0 : shi_now_ns() + (uint64_t)ns;
+    if (!until || (timer && timer < until))
+        until = timer;
     int err = 0;
     if (by_signal)
         shi_kick_block(self, true);
     SHI_STEP(self, halt);
     do {
         if (shi_word_work(w) || shi_resched_due(self, w) || !shi_word_online(w))
-            return 0;
+            goto out;
         next = shi_word_with(w, SHI_HALTED);
         /* Compare-and-swap: work queued since the look makes it fail, and who queues
          * after it sees HALTED. */
@@ -120,7 +130,10 @@ static int halt(struct shi_self *self)
     while (shi_word_state(w = shi_load_full(&slot->word)) == SHI_HALTED) {
         if (stopping(self))
             break;
-        err = shi_doorbell_wait(self, (uint32_t)(w & SHI_W_LOW), -1);
+        int64_t left = until ? (int64_t)(until - shi_now_ns()) : -1;
+        if (until && left <= 0)
+            break;
+        err = shi_doorbell_wait(self, (uint32_t)(w & SHI_W_LOW), left);
         if (err)
             break;
         if (shi_word_state(shi_load_full(&slot->word)) == SHI_HALTED)
@@ -136,6 +149,11 @@ static int halt(struct shi_self *self)
         shi_count(self, SHI_C_doorbells_received);
         if (!shi_word_work(w))
             shi_count(self, SHI_C_doorbells_spurious);
+    }
+out:
+    if (timers) {
+        shi_tick_look(self, shi_now_ns());
+        timers->exit(self);
     }
     return err;
 }
@@ -158,28 +176,55 @@ static void say_quiet(struct shi_self *self)
 
 enum shi_idle_why shi_idle(struct shi_self *self)
 {
-    struct shi_slot *slot = self->slot;
+    if (self->has_mm)
+        self->m->mm_idle(self, SHI_MM_EXIT);
     for (;;) {
-        if (has_work(self)) {
+        if (has_work(self) || self->tick_now) {
             self->in_core++;
             shi_service(self);
             self->in_core--;
             if (self->happened)
                 shi_leave_slow(self);
         }
+        if (shi_stop_due(self))
+            self->m->stopper(self);
         if (shi_python_waits(self))
             return SHI_IDLE_PYTHON;
+        /* do_softirq_post_smp_call_flush(); not what ksoftirqd has been woken for, in its turn
+         * among others. */
+        if (!self->softirqd || !shi_sched_work(self))
+            shi_do_softirq(self, self->inline_python);
         if (stopping(self))
             return SHI_IDLE_STOP;
-        if (shi_load_acquire(&slot->hotplug) != SHI_HP_ONLINE)
+        if (self->down)
             return SHI_IDLE_OFFLINE;
+        uint64_t timer = shi_sched_timers(self, 0);
+        if (timer)
+            timer = shi_sched_timers(self, shi_now_ns());
+        if (shi_sched_work(self)) {
+            if (shi_sched_next(self) == SHI_NEXT_PYTHON)
+                return SHI_IDLE_SCHED;
+            /* In turn with Cluster tasks. */
+            if (shi_schedule_one(self, true) && !self->tasks.head)
+                continue;
+        }
         if (self->tasks.head)
             return SHI_IDLE_TASK;
-        say_quiet(self);
-        if (poll(self))
+        if (shi_sched_newidle(self))
             continue;
-        if (shi_python_waits(self) || stopping(self) ||
-            shi_load_relaxed(&slot->hotplug) != SHI_HP_ONLINE)
+        if (__builtin_expect(shi_irq_work_waits(self), 0)) {
+            shi_irq_work_timer(self); /* tick_nohz_tick_stopped() */
+            continue;
+        }
+        if (shi_softirqs_due(self) || shi_python_waits(self))
+            continue; /* more than its budget: again, as ksoftirqd */
+        say_quiet(self);
+        shi_ipi_point(self);
+        if (poll(self, timer))
+            continue;
+        if (timer && shi_now_ns() >= timer)
+            continue;
+        if (shi_python_waits(self) || stopping(self) || self->down)
             continue;
         if (self->sender.nloans) {
             self->in_core++;
@@ -191,11 +236,19 @@ enum shi_idle_why shi_idle(struct shi_self *self)
         if (self->hooks.release)
             self->hooks.release(self);
         uint64_t start = shi_now_ns();
-        int err = halt(self);
+        int err = halt(self, timer);
         adapt(self, shi_now_ns() - start);
         if (err == -EINTR)
             return SHI_IDLE_SIGNAL;
     }
+}
+
+/* A task that waits lets others run: native steps here.  True: it is to look again. */
+static bool let_run(struct shi_self *self)
+{
+    if (!shi_sched_work(self) || shi_preempt_off(self) || self->irqs_off)
+        return false;
+    return shi_sched_next(self) == SHI_NEXT_PYTHON || shi_schedule_one(self, true);
 }
 
 int shi_idle_in_task(struct shi_self *self, shi_ready *ready, const void *arg,
@@ -203,6 +256,8 @@ int shi_idle_in_task(struct shi_self *self, shi_ready *ready, const void *arg,
 {
     struct shi_slot *slot = self->slot;
     uint64_t start = shi_now_ns(), end = until_ns ? until_ns : UINT64_MAX;
+    if (let_run(self))
+        return 0;
     uint64_t look = start + SIGNALS_NS;
     if (poll_for(self, ready, arg, look < end ? look : end) || shi_python_waits(self) ||
         stopping(self) || shi_hotplug_due(self) ||
@@ -220,4 +275,109 @@ int shi_idle_in_task(struct shi_self *self, shi_ready *ready, const void *arg,
     SHI_TRACE(self, cpu_wake, self->id, 0, 0, 0);
     adapt(self, shi_now_ns() - start);
     return err;
+}
+
+/* ---- timed idle ------------------------------------------------------------------ */
+
+/* Does anything want the task that is more than an interrupt's handler? */
+static bool wanted(const struct shi_self *self)
+{
+    return stopping(self) || shi_cancel_asked(self) || shi_python_waits(self) ||
+           shi_hotplug_due(self) || self->left;
+}
+
+static void serve(struct shi_self *self)
+{
+    self->in_core++;
+    shi_service(self);
+    self->in_core--;
+    if (self->happened)
+        shi_leave_slow(self);
+    shi_do_softirq(self, self->inline_python);
+}
+
+int shi_run_until(struct shi_self *self, uint64_t until_ns, uint64_t *lost_ns)
+{
+    uint32_t served = self->served;
+    uint64_t last = shi_now_ns();
+    if (lost_ns)
+        *lost_ns = 0;
+    for (;;) {
+        shi_signal_fence(); /* the kick's handler writes `served` */
+        uint64_t now = shi_now_ns();
+        if (self->served != served) {
+            if (lost_ns)
+                *lost_ns = now - last;
+            return 1;
+        }
+        if (now >= until_ns || wanted(self))
+            return 0;
+        last = now;
+        if (self->m->oversubscribed)
+            sched_yield();
+    }
+}
+
+static int poll_until(struct shi_self *self, uint64_t until_ns)
+{
+    uint32_t i;
+    for (;;) {
+        for (i = 0; i < SPIN_ROUND; i++)
+            if (has_work(self))
+                return 0;
+        uint64_t now = shi_now_ns();
+        if (now >= until_ns || wanted(self) || shi_tick_look(self, now))
+            return 0;
+        if (self->m->oversubscribed)
+            sched_yield();
+    }
+}
+
+/* Polling until `poll_ns`, then halted.  Returns how long the last halt was, or 0, too. */
+static int idle_until(struct shi_self *self, uint64_t poll_ns, uint64_t until_ns,
+                      uint64_t *halted_ns)
+{
+    uint32_t served = self->served;
+    int err = 0;
+    *halted_ns = 0;
+    shi_set_polling(self);
+    for (;;) {
+        serve(self);
+        uint64_t now = shi_now_ns();
+        if (self->served != served || err == -EINTR || now >= until_ns || wanted(self))
+            break;
+        if (now < poll_ns) {
+            err = poll_until(self, poll_ns < until_ns ? poll_ns : until_ns);
+            continue;
+        }
+        if (self->hooks.release)
+            self->hooks.release(self);
+        shi_count(self, SHI_C_halts);
+        SHI_TRACE(self, cpu_halt, self->id, 0, 0, 0);
+        err = shi_halt_until(self, NULL, NULL, (int64_t)(until_ns - now));
+        SHI_TRACE(self, cpu_wake, self->id, 0, 0, 0);
+        *halted_ns = shi_now_ns() - now;
+    }
+    shi_set_running(self); /* serves what came since the last look */
+    if (self->served != served)
+        return 1;
+    return err == -EINTR ? err : 0;
+}
+
+int shi_idle_until(struct shi_self *self, enum shi_state state, uint64_t until_ns)
+{
+    uint64_t halted;
+    if (state == SHI_RUNNING)
+        return shi_run_until(self, until_ns, NULL);
+    return idle_until(self, state == SHI_POLLING ? UINT64_MAX : 0, until_ns, &halted);
+}
+
+int shi_haltpoll_until(struct shi_self *self, uint64_t until_ns)
+{
+    uint64_t halted, poll_ns = self->poll_ns;
+    /* Not the shorter window of a machine that shares cores with its host: that sleeps. */
+    int rc = idle_until(self, shi_now_ns() + poll_ns, until_ns, &halted);
+    if (halted)
+        adapt(self, halted);
+    return rc;
 }

@@ -19,7 +19,13 @@ int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct s
     struct shi_slot *target = shi_slot(self->m, dst);
     uint64_t lock = shi_load_relaxed(&csd->lock) & ~(0xffffull << SHI_CSD_GEN_SHIFT);
     SHI_STEP(self, push);
-    SHI_TRACE(self, queue_push, dst, index + 1, csd->func, 0);
+    /* The call stands in a trace before what its target does, which may be sooner than us. */
+    uint64_t stamp = 0;
+    if (SHI_TRACING_ANY(self, SHI_TRACE_BIT(queue_push) | SHI_TRACE_BIT(csd_queue_cpu))) {
+        stamp = shi_stamp();
+        if (SHI_TRACING(self, queue_push))
+            shi_trace_write(self, SHI_T_queue_push, dst, index + 1, csd->func, 0, stamp);
+    }
     /*
      * The first try is a guess, not a load: polling with an empty queue.  Right or
      * wrong it brings the line in to be written, where a load would bring it in to be
@@ -47,7 +53,9 @@ int shi_queue_push(struct shi_self *self, uint32_t dst, uint32_t index, struct s
     } while (!shi_cas_weak_full(&target->word, &w, next));
     SHI_STEP(self, pushed);
     shi_count(self, SHI_C_csd_queued);
-    SHI_TRACE(self, csd_queue_cpu, dst, index + 1, csd->func, 0);
+    if (SHI_TRACING(self, csd_queue_cpu) && stamp)
+        shi_trace_write(self, SHI_T_csd_queue_cpu, dst, index + 1,
+                        shi_trace_func(self, csd->func), 0, stamp);
     if (w & SHI_W_ASKED && shi_word_state(w) == SHI_RUNNING) {
         /* Python csds there wait for the interpreter, which will look at the queue:
          * one more needs no kick.  A native one does, whatever it stands behind. */

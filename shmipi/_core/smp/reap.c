@@ -3,6 +3,7 @@
 
 #include "base/event.h"
 #include "base/step.h"
+#include "base/trace.h"
 #include "irq/chip.h"
 #include "irq/irqdesc.h"
 #include "irq/ring.h"
@@ -11,6 +12,8 @@
 #include "smp/lend.h"
 #include "smp/queue.h"
 #include "smp/reap.h"
+#include "smp/sched.h"
+#include "smp/stop.h"
 
 /* Its process queues nothing any more. */
 static void depart(struct shi_self *self, struct shi_slot *slot)
@@ -28,6 +31,7 @@ void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end)
      * by the scan, which does not depend on links the dead may have half written. */
     while (!shi_cas_full(&slot->word, &w, (w & SHI_W_GEN) | SHI_DEAD))
         ;
+    SHI_TRACE(self, cpu_dead, cpu, 0, 0, end);
     shi_startup_died(self->m, cpu); /* after the word: see shi_chip_startup */
     /* Pushers link first and swap second, so whoever was killed wherever, the queue is whole.
      * Acquire is the swap's above; nobody unlocks these before shi_reap_complete. */
@@ -38,6 +42,9 @@ void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end)
     shi_store_release(&slot->cpus_read, 0);
     shi_store_relaxed(&slot->pic.init, 0);
     depart(self, slot);
+    shi_multi_orphan(self, cpu);
+    if (self->m->timers)
+        self->m->timers->leave(self, cpu);
     shi_event_ring(&self->m->header->hotplug_event);
 }
 
@@ -47,7 +54,8 @@ static uint32_t csds_of(const struct shi_machine *m, uint32_t id)
     return top < m->csds_per_slot ? top : m->csds_per_slot;
 }
 
-uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
+/* `wake_ups`: those as well that were to wake a task. */
+static uint32_t complete_calls(struct shi_self *self, uint32_t cpu, bool wake_ups)
 {
     const struct shi_machine *m = self->m;
     uint16_t gen = shi_word_gen(shi_load_relaxed(&shi_slot(m, cpu)->word));
@@ -73,9 +81,19 @@ uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
                  * this use and begun another, the swap fails. */
                 uint64_t died = (lock & (SHI_CSD_SEQ | SHI_CSD_TYPE | SHI_CSD_BEGUN)) |
                                 SHI_CSD_DIED | end << SHI_CSD_END_SHIFT;
+                /* Read before: after it the csd is its sender's. */
+                bool wakes = (lock & SHI_CSD_TYPE) == SHI_CSD_TTWU &&
+                             csd->func & SHI_FUNC_NATIVE;
+                uint64_t task = csd->value.u;
+                if (wakes && !wake_ups)
+                    break;
                 if (!shi_cas_full(&csd->lock, &lock, died))
                     continue;
+                if (wakes)
+                    shi_sched_rewake(self, task, s);
                 done++;
+                if (shi_type_stops(lock))
+                    shi_multi_lost(self, s, lock);
                 if (lock & SHI_CSD_PARKED)
                     shi_irq_ring_waiter(self, s);
                 break;
@@ -84,6 +102,21 @@ uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
     }
     shi_fetch_add_relaxed(&shi_slot(m, cpu)->counters[SHI_CTX_TASK][SHI_C_died], done);
     return done;
+}
+
+uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu)
+{
+    uint32_t done = complete_calls(self, cpu, true);
+    shi_sched_cpu_dead(self, cpu);
+    return done;
+}
+
+bool shi_reap_calls(struct shi_self *self, uint32_t cpu)
+{
+    if (shi_sched_is_free(self, cpu))
+        return true;
+    complete_calls(self, cpu, false);
+    return false;
 }
 
 /* Is this csd of a process that ended, at `ended`, in nobody's hands?  `lock`: locked. */
@@ -160,15 +193,6 @@ uint32_t shi_reap_guards(struct shi_self *self, uint32_t id)
     return target;
 }
 
-bool shi_reap_unguarded(struct shi_self *self, uint32_t cpu)
-{
-    uint32_t s;
-    for (s = 0; s < self->m->nslots; s++)
-        if (shi_reap_guards(self, s) == cpu + 1)
-            return false;
-    return true;
-}
-
 uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu)
 {
     struct shi_slot *slot = shi_slot(self->m, cpu);
@@ -183,11 +207,16 @@ uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu)
     shi_store_relaxed(&slot->tid, 0);
     shi_store_relaxed(&slot->hotplug, SHI_HP_ONLINE);
     shi_store_relaxed(&slot->cur_csd, 0);
+    shi_store_relaxed(&slot->csd_stuck, 0);
+    shi_store_relaxed(&slot->masked, 0);
+    shi_store_relaxed(&slot->stopped, 0);
+    shi_store_relaxed(&slot->dumped, 0);
     shi_store_relaxed(&slot->task, 0);
     shi_store_relaxed(&slot->end, 0);
     shi_store_relaxed(&slot->handler, SHI_H_NONE);
     shi_store_relaxed(&slot->damaged, 0);
     shi_store_relaxed(&slot->starved, SHI_ST_NO);
+    shi_store_relaxed(&slot->tick, 0);
     shi_store_relaxed(&slot->rerung, 0);
     /* The step of a boot is armed before it: while it boots nobody would be in time. */
     if (shi_load_relaxed(&slot->step) != SHI_STEP_online)
@@ -270,7 +299,9 @@ void shi_guest_bury(struct shi_self *self, uint32_t id)
     struct shi_slot *slot = shi_slot(self->m, id);
     next_generation(slot); /* its locks are free, its irq handlers gone */
     depart(self, slot);
+    shi_multi_orphan(self, id);
     leave_calls(self, id);
+    shi_sched_slot_dead(self, id);
     shi_store_release(&slot->pid, 0);
     shi_store_release(&slot->waiting_for, 0);
     shi_store_release(&slot->ringing, 0);

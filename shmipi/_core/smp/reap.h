@@ -10,6 +10,9 @@
 void shi_reap_mark(struct shi_self *self, uint32_t cpu, uint32_t end);
 /* 2. Complete what was addressed to it; wake its parked waiters.  How many. */
 uint32_t shi_reap_complete(struct shi_self *self, uint32_t cpu);
+/* Where a process that is stopped holds up the rest (shi_sched_is_free): the calls, not the tasks.
+ * True: it does not, and nothing was done. */
+bool shi_reap_calls(struct shi_self *self, uint32_t cpu);
 /* 3. Rings may have died with it: ring every CPU that has work. */
 void shi_reap_ring_all(struct shi_self *self);
 /*
@@ -19,9 +22,8 @@ void shi_reap_ring_all(struct shi_self *self);
  * locked are still out: on their way, or not known to be nobody's yet.
  */
 uint32_t shi_reap_orphans(struct shi_self *self, uint32_t id);
-/* 4. May its pid be given up?  False while some live slot may still signal it. */
-bool shi_reap_unguarded(struct shi_self *self, uint32_t cpu);
-/* Whom this slot, if it is live, may still signal: 1 + the CPU, or 0. */
+/* 4. A pid is given up when no live slot may still signal it.  Whom this slot, if it is live,
+ * may: 1 + the CPU, or 0. */
 uint32_t shi_reap_guards(struct shi_self *self, uint32_t id);
 /* 5. Make the slot ready for a new process; its generation, never 0 in 16 bits. */
 uint32_t shi_reap_reset(struct shi_self *self, uint32_t cpu);

@@ -5,6 +5,7 @@
 
 #include "base/clock.h"
 #include "base/native.h"
+#include "base/rules.h"
 #include "base/step.h"
 #include "base/trace.h"
 #include "irq/chip.h"
@@ -15,6 +16,7 @@
 #include "smp/queue.h"
 #include "smp/sender.h"
 #include "smp/smp.h"
+#include "smp/stall.h"
 #include "smp/wait.h"
 #include "smp/watch.h"
 
@@ -54,6 +56,8 @@ static inline void unlock_csd(struct shi_self *self, struct shi_csd *csd)
      * finds the csd unlocked.
      */
     uint64_t old = shi_xchg_full(&csd->lock, seq);
+    if (__builtin_expect(!(old & SHI_CSD_LOCK), 0))
+        shi_stall_double_unlock(self, shi_csd_number(self->m, csd) - 1);
     if (__builtin_expect((old & (SHI_CSD_PARKED | SHI_CSD_LEFT)) != 0, 0)) {
         if (old & SHI_CSD_LEFT)
             shi_lend_forget(self, csd, seq);
@@ -105,6 +109,17 @@ static void elide(struct shi_self *self, uint32_t dst, uint32_t number)
     SHI_TRACE(self, wake_idle_without_ipi, dst, number, 0, 0);
 }
 
+int shi_call_single_queue(struct shi_self *self, uint32_t local, uint32_t dst)
+{
+    uint32_t index = shi_own_index(self, local);
+    int pushed = shi_queue_push(self, dst, index, shi_own_csd(self, local));
+    if (pushed == SHI_PUSH_POLLS)
+        elide(self, dst, index + 1);
+    else if (pushed == SHI_PUSH_RING)
+        shi_chip_send_call_single(self, dst);
+    return pushed < 0 ? pushed : 0;
+}
+
 int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
 {
     /* Before the push: with it the line is the target's. */
@@ -118,6 +133,12 @@ int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32
                       pushed == SHI_PUSH_POLLS && type == SHI_CSD_SYNC ? (uint8_t)(1 + kind)
                                                                        : 0);
     return pushed < 0 ? pushed : 0;
+}
+
+int shi_call_push(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst)
+{
+    shi_store_relaxed(&self->sender.notes[local].polled, 0);
+    return lock_and_push(self, local, type, dst);
 }
 
 int64_t shi_call_post(struct shi_self *self, const struct shi_call *call, uint64_t type,
@@ -141,6 +162,21 @@ int64_t shi_call_post(struct shi_self *self, const struct shi_call *call, uint64
         shi_count(self, SHI_C_calls_single);
     shi_leave(self);
     return local;
+}
+
+int shi_call_wake(struct shi_self *self, uint32_t func, uint64_t task, uint32_t dst)
+{
+    const struct shi_call call = { .func = func, .kind = SHI_K_INT, .value.u = task };
+    int64_t local = shi_nowait_get(self);
+    if (local < 0)
+        return (int)local;
+    shi_csd_fill_head(self, (uint32_t)local, &call);
+    int err = shi_call_single(self, (uint32_t)local, SHI_CSD_TTWU, dst);
+    if (err)
+        shi_csd_put(self, (uint32_t)local);
+    else
+        shi_csd_leave(self, (uint32_t)local);
+    return err;
 }
 
 int64_t shi_call_prepare(struct shi_self *self, const struct shi_call *call)
@@ -267,7 +303,7 @@ int shi_call_many(struct shi_self *self, struct shi_many *many, const struct shi
 #define ROOM_LOOKS 16u
 
 int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
-                 const struct shi_waiter *waiter, void *arg)
+                 const struct shi_waiter *waiter, void *arg, struct shi_stall *stall)
 {
     struct shi_wait wait;
     bool inlined = !self->host && self->inline_python; /* a CPU's begin and turn may set it */
@@ -278,10 +314,15 @@ int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t d
     uint64_t hold = waiter && waiter->hold_ns < budget ? waiter->hold_ns : budget;
     bool spun = hold == budget;
     int rc = shi_wait_spin(self, &wait, hold);
+    struct shi_stall own = { 0 };
+    if (!stall)
+        stall = &own;
     while (rc > 0) {
         void *gone = NULL;
         if (waiter) {
             int err = waiter->turn(arg, dst, rc);
+            if (!err && shi_stall_due(self, stall, wait.csd))
+                err = waiter->stalled(arg, stall, wait.index, dst);
             if (err) {
                 rc = err;
                 break;
@@ -300,6 +341,11 @@ int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t d
     if (!self->host)
         self->inline_python = inlined;
     shi_wait_end(self, &wait);
+    if (__builtin_expect(own.bug, 0)) {
+        shi_stall_over(self, &own);
+        if (!rc)
+            waiter->unstuck(arg, &own, wait.index, dst);
+    }
     if (waiter)
         waiter->end(arg);
     return rc;
@@ -308,7 +354,7 @@ int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t d
 int shi_call_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
                   const struct shi_waiter *waiter, void *arg)
 {
-    int err = shi_csd_wait(self, local, dst, deadline_ns, waiter, arg);
+    int err = shi_csd_wait(self, local, dst, deadline_ns, waiter, arg, NULL);
     SHI_TRACE(self, call_end, dst, shi_own_index(self, local) + 1, 0, (uint32_t)-err);
     if (err && !self->left) { /* else it is another's by now, as is who has locked the mutex */
         shi_enter(self);
@@ -337,23 +383,45 @@ int shi_call_room(struct shi_self *self, const struct shi_waiter *waiter, void *
      */
     shi_enter(self);
     uint32_t local = s->room_looks ? shi_csd_oldest(self) : shi_csd_later(self);
-    shi_leave(self);
-    if (local == UINT32_MAX)
+    if (local == UINT32_MAX) {
+        shi_leave(self);
         return -EAGAIN; /* futures', tasks' and CallSingleData's: only their owners free them */
+    }
     uint64_t lock = shi_load_relaxed(&shi_own_csd(self, local)->lock);
     *dst = (uint16_t)(lock >> SHI_CSD_DST_SHIFT);
     if (*dst >= self->m->ncpus) {
-        shi_enter(self);
         shi_csd_collect(self); /* damaged: dropped there */
         shi_leave(self);
         return 0;
     }
-    int err = shi_csd_wait(self, local, *dst, shi_now_ns() + ROOM_LOOK_NS, waiter, arg);
+    /* One wait of many looks: it is complained of as csd_lock() of one csd is.  Taken out, since
+     * threads of a host wait here at the same time. */
+    struct shi_stall stall = s->room_stall;
+    s->room_stall = (struct shi_stall){ 0 };
+    if (!s->room_looks) {
+        shi_stall_over(self, &stall);
+        stall = (struct shi_stall){ 0 };
+    }
+    shi_leave(self);
+    int err = shi_csd_wait(self, local, *dst, shi_now_ns() + ROOM_LOOK_NS, waiter, arg, &stall);
+    if (__builtin_expect(self->left, 0)) /* as in shi_call_wait */
+        return err ? err : -ESHUTDOWN;
+    if (err != -ETIMEDOUT && __builtin_expect(stall.bug, 0)) {
+        shi_stall_over(self, &stall);
+        if (!err)
+            waiter->unstuck(arg, &stall, shi_own_index(self, local), *dst);
+    }
     shi_enter(self);
-    if (err != -ETIMEDOUT)
+    if (err != -ETIMEDOUT) {
         s->room_looks = 0;
-    else if (++s->room_looks % ROOM_LOOKS == 0)
-        shi_watch_ring(self, *dst); /* each look is too short to notice that a ring was lost */
+    } else {
+        if (++s->room_looks % ROOM_LOOKS == 0)
+            shi_watch_ring(self, *dst); /* each look is too short to notice a lost ring */
+        if (__builtin_expect(s->room_stall.bug, 0))
+            shi_stall_over(self, &stall); /* another thread has put its own there */
+        else
+            s->room_stall = stall;
+    }
     shi_leave(self);
     if (err == -ETIMEDOUT)
         return 0;
@@ -372,31 +440,21 @@ int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst)
     return 0;
 }
 
-int shi_irq_resched_cpu(struct shi_self *self, uint32_t dst)
+/* ---- task wake-ups ----------------------------------------------------------------- */
+
+/* A Cluster task is appended to those that wait, a work gets a kworker (or, without room for
+ * one, waits as they do); a wake-up's csd goes to `woken`, which the scheduler takes as one
+ * (pass 3). */
+static inline void wake_up(struct shi_self *self, uint32_t index, struct shi_list *woken)
 {
-    struct shi_slot *slot = shi_slot(self->m, dst);
-    uint64_t w = shi_load_relaxed(&slot->word);
-    SHI_TRACE(self, call_entry, dst, 0, 0, SHI_E_RESCHED_CPU);
-    /*
-     * set_nr_and_not_polling(): the flag and the look at the state are one compare-and-swap.
-     * An idle loop that this finds polling looks at the flag, and one that goes to sleep
-     * fails to, because its word has changed.
-     */
-    do {
-        if (!shi_word_online(w))
-            return -ENXIO;
-        if (w & SHI_W_NEED_RESCHED)
-            return 0; /* who set it has told the CPU, or is about to */
-    } while (!shi_cas_full(&slot->word, &w, w | SHI_W_NEED_RESCHED));
-    SHI_STEP(self, resched);
-    if (dst == self->id && !self->host)
-        return 0; /* the flag alone */
-    if (shi_word_state(w) != SHI_POLLING)
-        return shi_irq_send_reschedule(self, dst);
-    shi_count(self, SHI_C_resched_elided);
-    shi_count(self, SHI_C_elided);
-    SHI_TRACE(self, wake_idle_without_ipi, dst, 0, 0, 0);
-    return 0;
+    bool scheduler = shi_csd(self->m, index)->func & SHI_FUNC_NATIVE;
+    if (__builtin_expect((shi_load_relaxed(&shi_csd(self->m, index)->lock) & SHI_CSD_WORK) != 0,
+                         0) &&
+        !scheduler && self->m->work(self, index) == 0)
+        return;
+    shi_list_append(self->m, scheduler ? woken : &self->tasks, index);
+    if (!scheduler && shi_task_waits(self))
+        shi_fetch_or_full(&self->slot->word, SHI_W_LAZY); /* the tick preempts the step */
 }
 
 /* ---- running what arrived --------------------------------------------------------- */
@@ -406,6 +464,7 @@ static void run_native(struct shi_self *self, uint32_t index, struct shi_csd *cs
     shi_native_handler *function = shi_native_get(csd->func & ~SHI_FUNC_NATIVE);
     bool sync = (shi_load_relaxed(&csd->lock) & SHI_CSD_TYPE) == SHI_CSD_SYNC;
     union shi_value copy;
+    uint32_t func = csd->func; /* unlocked, the csd may be anything */
     void *info = NULL;
     if (!function) {
         shi_count(self, SHI_C_corrupt);
@@ -437,26 +496,33 @@ static void run_native(struct shi_self *self, uint32_t index, struct shi_csd *cs
         break;
     }
     shi_count(self, SHI_C_native_run);
-    shi_store_relaxed(&self->slot->cur_csd, index + 1);
+    shi_csd_record(self->slot, index + 1, csd);
     SHI_TRACE(self, csd_function_entry, self->id, index + 1, csd->func, 0);
     SHI_STEP(self, run);
     if (sync) {
         shi_count(self, SHI_C_csd_sync);
         function(info);
         shi_end_if_forked(self);
-        SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
+        SHI_TRACE(self, csd_function_exit, self->id, index + 1, func, 0);
         unlock_csd(self, csd);
     } else {
-        shi_count(self, SHI_C_csd_async);
-        unlock_csd(self, csd);
+        bool work = shi_csd_is_irq_work(csd);
+        uint64_t flags = 0;
+        shi_count(self, work ? SHI_C_irq_work : SHI_C_csd_async);
+        if (work)
+            flags = shi_irq_work_begin(self->m, csd);
+        else
+            unlock_csd(self, csd);
         function(info);
         shi_end_if_forked(self);
-        SHI_TRACE(self, csd_function_exit, self->id, index + 1, 0, 0);
+        SHI_TRACE(self, csd_function_exit, self->id, index + 1, func, 0);
+        if (work)
+            shi_irq_work_end(csd, flags);
     }
     shi_store_relaxed(&self->slot->cur_csd, 0);
 }
 
-static void run_csd(struct shi_self *self, uint32_t index)
+void shi_csd_run(struct shi_self *self, uint32_t index)
 {
     struct shi_csd *csd = shi_csd(self->m, index);
     if (csd->func & SHI_FUNC_NATIVE)
@@ -486,43 +552,84 @@ static void linger(struct shi_self *self)
         shi_signal_fence();
 }
 
+/* What a function call interrupt was for: what is oldest on the queue. */
+static enum shi_cause cause_of(uint64_t type)
+{
+    if (type >= SHI_CSD_STOP)
+        return SHI_CAUSE_stopper;
+    return type == SHI_CSD_TTWU       ? SHI_CAUSE_wakeup
+           : type == SHI_CSD_IRQ_WORK ? SHI_CAUSE_irq_work
+                                      : SHI_CAUSE_call;
+}
+
+static inline void account(struct shi_self *self, enum shi_cause why)
+{
+    if (why != SHI_CAUSE_irq_work || !shi_rule_off(self->m, SHI_RULE_nohz_account))
+        shi_cause(self, why);
+}
+
+static inline uint64_t type_of(const struct shi_machine *m, uint32_t index)
+{
+    return shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE;
+}
+
 /* The queue in lists, through shared memory: however long it is, and damaged or not. */
-static void flush_lists(struct shi_self *self, uint32_t newest)
+static void flush_lists(struct shi_self *self, uint32_t newest, bool interrupt)
 {
     const struct shi_machine *m = self->m;
     struct shi_list taken = shi_queue_in_order(self, newest), later = { 0, 0, 0 };
+    struct shi_list woken = { 0, 0, 0 };
     uint32_t index;
+    if (interrupt)
+        account(self, taken.head ? cause_of(type_of(m, taken.head - 1)) : SHI_CAUSE_empty);
     while ((index = shi_list_pop(self, &taken)) != UINT32_MAX) {
-        uint64_t type = shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE;
+        uint64_t type = type_of(m, index);
         if (taken.head)
             shi_prefetch_write(shi_csd(m, taken.head - 1));
         if (type == SHI_CSD_SYNC)
-            run_csd(self, index);
+            shi_csd_run(self, index);
         else if (type == SHI_CSD_TTWU)
-            shi_list_append(m, &self->tasks, index); /* wake-ups only queue a task */
+            wake_up(self, index, &woken);
+        else if (type >= SHI_CSD_STOP)
+            shi_list_append(m, &self->stops, index); /* or wake the stopper */
         else
             shi_list_append(m, &later, index);
     }
     while ((index = shi_list_pop(self, &later)) != UINT32_MAX)
-        run_csd(self, index);
+        shi_csd_run(self, index);
+    if (woken.head)
+        self->m->woken(self, &woken);
 }
 
-/* __flush_smp_call_function_queue: SYNC, then ASYNC and irq_work, then wake-ups. */
-static void flush_queue(struct shi_self *self)
+/* __flush_smp_call_function_queue: SYNC, then ASYNC and irq_work, then wake-ups.  `interrupt`:
+ * one has come for it. */
+static inline void flush(struct shi_self *self, bool interrupt)
 {
     const struct shi_machine *m = self->m;
+    if (__builtin_expect(shi_load_relaxed(&self->slot->dumped), 0))
+        shi_store_release(&self->slot->dumped, 0); /* from here on waiters may again */
     uint32_t newest = shi_queue_grab(self), index = newest - 1;
     uint32_t batch[SHI_QUEUE_BATCH], n, i, later;
-    if (!newest)
+    struct shi_list woken = { 0, 0, 0 };
+    if (!newest) {
+        if (interrupt)
+            shi_cause(self, SHI_CAUSE_empty);
         return;
+    }
     if (shi_csd_is_ours(self, index) && !shi_load_relaxed(&shi_csd(m, index)->next)) {
         /* One only, which is what latency is made of: no lists, and its line is not
          * written to before the unlock, so it stays shared with the waiter. */
-        uint64_t type = shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE;
+        uint64_t type = type_of(m, index);
+        if (interrupt)
+            account(self, cause_of(type));
         if (type == SHI_CSD_TTWU)
-            shi_list_append(m, &self->tasks, index);
+            wake_up(self, index, &woken);
+        else if (__builtin_expect(type >= SHI_CSD_STOP, 0))
+            shi_list_append(m, &self->stops, index);
         else
-            run_csd(self, index);
+            shi_csd_run(self, index);
+        if (type == SHI_CSD_TTWU && woken.head)
+            self->m->woken(self, &woken);
         if (type == SHI_CSD_ASYNC)
             linger(self);
         else
@@ -531,25 +638,36 @@ static void flush_queue(struct shi_self *self)
     }
     n = later = shi_queue_read(self, newest, batch);
     if (!n) {
-        flush_lists(self, newest);
+        flush_lists(self, newest, interrupt);
         return;
     }
+    if (interrupt)
+        account(self, cause_of(type_of(m, batch[n - 1])));
     for (i = n; i-- > 0;) {
         index = batch[i];
-        uint64_t type = shi_load_relaxed(&shi_csd(m, index)->lock) & SHI_CSD_TYPE;
+        uint64_t type = type_of(m, index);
         if (type == SHI_CSD_SYNC)
-            run_csd(self, index);
+            shi_csd_run(self, index);
         else if (type == SHI_CSD_TTWU)
-            shi_list_append(m, &self->tasks, index);
+            wake_up(self, index, &woken);
+        else if (type >= SHI_CSD_STOP)
+            shi_list_append(m, &self->stops, index);
         else
             batch[--later] = index;
     }
     for (i = n; i-- > later;)
-        run_csd(self, batch[i]);
+        shi_csd_run(self, batch[i]);
+    if (woken.head)
+        self->m->woken(self, &woken);
     if (later) /* some are waited for, or wake a task up */
         self->flood = 0;
     else
         linger(self);
+}
+
+static void flush_queue(struct shi_self *self)
+{
+    flush(self, false);
 }
 
 static bool take_reschedule(struct shi_self *self, uint32_t line)
@@ -563,7 +681,7 @@ static bool take_call(struct shi_self *self, uint32_t line)
 {
     SHI_TRACE(self, call_interrupt, self->id, 0, 0, line);
     shi_count(self, SHI_C_irq_call);
-    flush_queue(self);
+    flush(self, true);
     return true;
 }
 
@@ -571,7 +689,7 @@ static bool take_call_single(struct shi_self *self, uint32_t line)
 {
     SHI_TRACE(self, call_interrupt, self->id, 0, 0, line);
     shi_count(self, SHI_C_irq_call_single);
-    flush_queue(self);
+    flush(self, true);
     return true;
 }
 

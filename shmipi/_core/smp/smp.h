@@ -46,13 +46,18 @@ struct shi_waiter {
     void *(*let_go)(void *arg);
     void (*take_back)(void *arg, void *gone);
     void (*end)(void *arg);
+    /* csd_lock_wait_toolong(): csd `index` is waited for as long as `stall` says.  0, or -errno
+     * to end the wait by.  And when it was unlocked after all. */
+    int (*stalled)(void *arg, const struct shi_stall *stall, uint32_t index, uint32_t dst);
+    void (*unstuck)(void *arg, const struct shi_stall *stall, uint32_t index, uint32_t dst);
 };
 
 /* csd_lock_wait, the one loop over wait.h: spin, then sleep, serving the own queue, until
  * `local` is unlocked.  `waiter` NULL: nothing but C waits.  0, or -ETIMEDOUT, -EDEADLK,
  * -EOWNERDEAD (the machine is gone), -ESHUTDOWN, -EBADMSG (damage), or `turn`'s. */
+/* `stall`: of a wait that is made of several, who makes them ends it; NULL: of this one. */
 int shi_csd_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
-                 const struct shi_waiter *waiter, void *arg);
+                 const struct shi_waiter *waiter, void *arg, struct shi_stall *stall);
 /* The same of a posted call: on an error the csd is left behind, and given back when its
  * target has unlocked it. */
 int shi_call_wait(struct shi_self *self, uint32_t local, uint32_t dst, uint64_t deadline_ns,
@@ -95,6 +100,20 @@ int64_t shi_call_prepare(struct shi_self *self, const struct shi_call *call);
  * filled before.  0, -EBUSY (locked), or as shi_call_post.  Between shi_enter and shi_leave. */
 int shi_call_single(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst);
 
+/* The same without its interrupt, which one for several stands for: enum shi_pushed, for the
+ * caller to send it, or -errno. */
+int shi_call_push(struct shi_self *self, uint32_t local, uint64_t type, uint32_t dst);
+
+/* __smp_call_single_queue of a woken task: pass 3 of `dst` gets a csd with `func` and `task`.
+ * 0, or as shi_call_post; -EAGAIN is not waited for.  Between shi_enter and shi_leave. */
+int shi_call_wake(struct shi_self *self, uint32_t func, uint64_t task, uint32_t dst);
+
+/* __smp_call_single_queue: a csd that its owner has locked.  0, or -ENXIO: it is locked still.
+ * Between shi_enter and shi_leave. */
+int shi_call_single_queue(struct shi_self *self, uint32_t local, uint32_t dst);
+/* Run one that this CPU has taken, or put it off for the interpreter.  Soft-masked. */
+void shi_csd_run(struct shi_self *self, uint32_t index);
+
 /* -EBUSY when in use.  Between shi_enter and shi_leave.  `type` is SHI_CSD_SYNC, ...; the
  * push fills in dst's generation. */
 int shi_csd_trylock(struct shi_self *self, struct shi_csd *csd, uint64_t type, uint32_t dst);
@@ -104,9 +123,6 @@ void shi_csd_unlock(struct shi_self *self, struct shi_csd *csd);
 /* smp_send_reschedule: the interrupt, whatever the target does, also to itself.  -ENXIO when
  * offline. */
 int shi_irq_send_reschedule(struct shi_self *self, uint32_t dst);
-/* resched_cpu, __resched_curr: the flag, and the interrupt unless it was set, the target polls
- * or is this CPU.  -ENXIO when offline. */
-int shi_irq_resched_cpu(struct shi_self *self, uint32_t dst);
 
 /* The lines of call-function and reschedule IPIs, and the queue, are this file's. */
 void shi_smp_register(struct shi_machine *m);

@@ -58,6 +58,11 @@ void shi_wait_end(struct shi_self *self, struct shi_wait *wait)
         shi_set_running(self);
 }
 
+static bool work_due(const struct shi_self *self)
+{
+    return __builtin_expect(self->work_wait, 0) && self->m->work_due(self);
+}
+
 /* Serve the own queue, once: a flood of calls to this CPU may leave it empty never, and what
  * is waited for has come.  True: the caller has Python work to run, is asked to go offline, or
  * to leave the task. */
@@ -70,15 +75,17 @@ static bool serve(struct shi_self *self)
     self->in_core--;
     if (self->happened)
         shi_leave_slow(self);
-    return (shi_python_waits(self) || shi_cancel_asked(self) ||
-            shi_load_acquire(&self->slot->hotplug) == SHI_HP_OFFLINE) &&
+    shi_do_softirq(self, self->inline_python);
+    if (shi_stop_due(self))
+        self->m->stopper(self);
+    return (shi_python_waits(self) || shi_cancel_asked(self) || self->down || work_due(self)) &&
            !self->in_irq;
 }
 
 static bool own_work(const struct shi_self *self)
 {
     uint64_t w = shi_load_acquire(&self->slot->word);
-    return shi_word_work(w) || shi_resched_due(self, w);
+    return shi_word_work(w) || shi_resched_due(self, w) || work_due(self);
 }
 
 uint64_t shi_wait_budget(const struct shi_self *self, uint32_t dst)
@@ -247,10 +254,17 @@ int shi_halt_until(struct shi_self *self, shi_ready *ready, const void *arg, int
     uint64_t w = shi_load_relaxed(&slot->word), next;
     enum shi_state before = shi_word_state(w);
     int err = 0;
+    /* Interrupts on: it sleeps as an idle CPU does, and its timers are taken. */
+    const struct shi_timers *timers = service ? self->m->timers : NULL;
+    int64_t tick = timers ? timers->enter(self) : -1;
+    bool ticks = tick >= 0 && (ns < 0 || tick < ns);
+    if (ticks)
+        ns = tick;
     if (by_signal) /* first: a ring from now on is for the wait below, not the handler */
         shi_kick_block(self, true);
     do {
-        if (!shi_word_online(w) || (service && (shi_word_work(w) || shi_resched_due(self, w))))
+        if (!shi_word_online(w) ||
+            (service && (shi_word_work(w) || shi_resched_due(self, w) || work_due(self))))
             goto out;
         next = shi_word_with(w, SHI_HALTED);
     } while (!shi_cas_full(&slot->word, &w, next));
@@ -279,6 +293,12 @@ int shi_halt_until(struct shi_self *self, shi_ready *ready, const void *arg, int
     if (before == SHI_RUNNING && (shi_word_work(w) || w & SHI_W_KICKED))
         self->happened = 1; /* interrupts are off: replayed when they come on */
 out:
+    if (timers) {
+        shi_tick_look(self, shi_now_ns());
+        timers->exit(self);
+        if (ticks && err == -ETIMEDOUT)
+            err = 0; /* it was not the caller's time that is over */
+    }
     if (by_signal && self->in_task)
         shi_kick_block(self, false);
     return err;
@@ -289,17 +309,17 @@ static bool unlocked(const void *csd)
     return !shi_csd_locked(csd);
 }
 
-static int sleep_cpu(struct shi_self *self, struct shi_wait *wait, int64_t ns)
+static void sleep_cpu(struct shi_self *self, struct shi_wait *wait, int64_t ns)
 {
     uint64_t lock = shi_load_acquire(&wait->csd->lock);
     SHI_STEP(self, park);
     do {
         if (!(lock & SHI_CSD_LOCK))
-            return 0;
+            return;
     } while (!(lock & SHI_CSD_PARKED) &&
              !shi_cas_full(&wait->csd->lock, &lock, lock | SHI_CSD_PARKED));
     SHI_STEP(self, parked);
-    return shi_halt_until(self, unlocked, wait->csd, ns);
+    shi_halt_until(self, unlocked, wait->csd, ns);
 }
 
 int shi_wait_sleep(struct shi_self *self, struct shi_wait *wait)
@@ -315,9 +335,9 @@ int shi_wait_sleep(struct shi_self *self, struct shi_wait *wait)
                                                      (uint64_t)(wait->index + 1) << 32);
         wait->published = !self->host; /* threads of the host would overwrite it */
     }
-    if (service && own_work(self) && serve(self))
-        return SHI_WAIT_PYTHON;
     uint64_t now = shi_now_ns();
+    if (service && (shi_tick_look(self, now) || own_work(self)) && serve(self))
+        return SHI_WAIT_PYTHON;
     int err = look_around(self, wait, now);
     if (err)
         return shi_csd_locked(wait->csd) ? err : SHI_WAIT_DONE;
@@ -327,8 +347,9 @@ int shi_wait_sleep(struct shi_self *self, struct shi_wait *wait)
     if (self->host)
         sleep_host(self, wait, (int64_t)ns);
     else
-        err = sleep_cpu(self, wait, (int64_t)ns);
+        sleep_cpu(self, wait, (int64_t)ns);
     if (!shi_csd_locked(wait->csd))
         return SHI_WAIT_DONE;
-    return err == -EINTR || self->host ? SHI_WAIT_SIGNAL : SHI_WAIT_MORE;
+    /* Whatever ended the sleep: a signal that came before it interrupted nothing. */
+    return SHI_WAIT_SIGNAL;
 }

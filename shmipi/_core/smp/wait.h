@@ -21,7 +21,7 @@ enum shi_waited {
     SHI_WAIT_DONE = 0,
     SHI_WAIT_MORE = 1,   /* still locked: go on, with shi_wait_sleep */
     SHI_WAIT_PYTHON = 2, /* Python csds were deferred: run them, then go on */
-    SHI_WAIT_SIGNAL = 3, /* a signal came: let the interpreter look, then go on */
+    SHI_WAIT_SIGNAL = 3, /* it slept: signals may have come, let the interpreter look */
 };
 /* and -ETIMEDOUT, -EDEADLK, -EOWNERDEAD (the machine is gone), -EBADMSG (damage) */
 

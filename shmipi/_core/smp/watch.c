@@ -159,5 +159,7 @@ bool shi_watch_look(struct shi_self *self, struct shi_watch *watch)
         watch->next = watch->next + 1 < n ? watch->next + 1 : 0;
     }
     look_at_coprocessors(self, watch);
+    if (self->m->timers)
+        self->m->timers->watch(self);
     return asked;
 }

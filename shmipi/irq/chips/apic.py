@@ -101,11 +101,11 @@ SYSVEC: Final = MappingProxyType(
 )
 
 _SYSTEM: Final = (
-    Line(LOCAL_TIMER_VECTOR, "LOCAL_TIMER_VECTOR", "count", "LOC"),
+    Line(LOCAL_TIMER_VECTOR, "LOCAL_TIMER_VECTOR", "timer", "LOC"),
     Line(DEFERRED_ERROR_VECTOR, "DEFERRED_ERROR_VECTOR", "count", "DFR"),
-    Line(IRQ_WORK_VECTOR, "IRQ_WORK_VECTOR", "count", "IWI"),
+    Line(IRQ_WORK_VECTOR, "IRQ_WORK_VECTOR", "irq_work", "IWI"),
     Line(X86_PLATFORM_IPI_VECTOR, "X86_PLATFORM_IPI_VECTOR", "count", "PLT"),
-    Line(REBOOT_VECTOR, "REBOOT_VECTOR", "count"),
+    Line(REBOOT_VECTOR, "REBOOT_VECTOR", "stop"),
     Line(THRESHOLD_APIC_VECTOR, "THRESHOLD_APIC_VECTOR", "count", "THR"),
     Line(THERMAL_APIC_VECTOR, "THERMAL_APIC_VECTOR", "count", "TRM"),
     Line(
@@ -286,6 +286,7 @@ class Apic(Chip):
     """
 
     name = "apic"
+    stops_by = "line_nmi"
     description = "x86 local APIC (xAPIC, x2APIC): 256 vectors in 16 priority classes"
     flow = "vector"
     shorthand = True
@@ -305,9 +306,8 @@ class Apic(Chip):
         Row("PLT", "Platform interrupts"),
         Row("RES", "Rescheduling interrupts"),
         Row("CAL", "Function call interrupts"),
-        # No vector of its own: the kernel takes the flushes out of CAL. CPUs without
-        # page tables have none, and what a program calls by that name is in CAL.
-        Row("TLB", "TLB shootdowns"),
+        # No vector of its own: counts flush_tlb_func() for other CPUs.
+        Row("TLB", "TLB shootdowns", "irq_tlb"),
         Row("TRM", "Thermal event interrupts"),
         Row("THR", "Threshold APIC interrupts"),
         Row("DFR", "Deferred Error APIC interrupts"),

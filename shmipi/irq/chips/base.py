@@ -46,6 +46,10 @@ _USES = {
     "nmi": _core.USE_NMI,
     "irq": _core.USE_IRQ,
     "count": _core.USE_COUNT,
+    "irq_work": _core.USE_IRQ_WORK,
+    "timer": _core.USE_TIMER,
+    "stop": _core.USE_STOP,
+    "icache": _core.USE_ICACHE,
 }
 #: What the core's layout has room for.
 _NAME_MAX = 15
@@ -59,8 +63,9 @@ class Line:
     """A line of a controller: its number, its name in the kernel, what it is for.
 
     ``use`` is one of reschedule, call (function calls to several CPUs), call_single,
-    nmi (stands in for an NMI where there is none), irq (free for IPI domains) and count
-    (counted when it arrives, nothing else). ``row`` is the label of the row of
+    nmi (stands in for an NMI where there is none), irq (free for IPI domains), irq_work
+    (what a CPU sends itself for ``smp.irq_work_queue``) and count (counted when it
+    arrives, nothing else). ``row`` is the label of the row of
     ``/proc/interrupts`` that counts it, or None.
     """
 
@@ -130,6 +135,9 @@ class Chip:
     per_cpu: bool = False
     #: Lines stay pending for each sending CPU apart.
     banked: bool = False
+    #: How ``smp_send_stop`` stops other CPUs (``shmipi.users.stop``): by a "call" that
+    #: is not waited for, its "line" of use stop, that and an NMI ("line_nmi"), "nmi".
+    stops_by: ClassVar[str] = "call"
     #: What its irq domain is called; None: as the controller.
     domain_name: ClassVar[str | None] = None
     #: Each CPU has its own table of the lines for IPI domains, so that one line may be
@@ -137,6 +145,9 @@ class Chip:
     vectors: bool = False
     #: CPUs of a core, which ring each other's doorbells.
     siblings: int = 1
+    #: Without a line of use "irq_work" a CPU sets its timer to 1 for it, as powerpc
+    #: does; else such work waits for the tick.
+    decrementer: bool = False
     #: The kernel functions that a call passes, for ``shmipi explain`` (see ``chain``).
     chains: ClassVar[Mapping[str, Chain]] = {}
     #: What the controller does at a tracepoint, by the tracepoint's name.
@@ -241,6 +252,7 @@ class Chip:
             "startup": int(self.startup),
             "banked": int(self.banked),
             "siblings": self.siblings,
+            "decrementer": int(self.decrementer),
             "use": bytes(use),
             "row": bytes(row),
             "rows": [

@@ -43,10 +43,10 @@ MAX_IPI = 8
 _IPIS = (
     ("IPI_RESCHEDULE", "reschedule", "Rescheduling interrupts"),
     ("IPI_CALL_FUNC", "call", "Function call interrupts"),
-    ("IPI_CPU_STOP", "count", "CPU stop interrupts"),
+    ("IPI_CPU_STOP", "stop", "CPU stop interrupts"),
     ("IPI_CPU_STOP_NMI", "count", "CPU stop NMIs"),
-    ("IPI_TIMER", "count", "Timer broadcast interrupts"),
-    ("IPI_IRQ_WORK", "count", "IRQ work interrupts"),
+    ("IPI_TIMER", "timer", "Timer broadcast interrupts"),
+    ("IPI_IRQ_WORK", "irq_work", "IRQ work interrupts"),
     # The maskable stand-in for an NMI: a backtrace is what the kernel needs them for.
     ("IPI_CPU_BACKTRACE", "nmi", "CPU backtrace interrupts"),
     ("IPI_KGDB_ROUNDUP", "count", "KGDB roundup interrupts"),
@@ -305,6 +305,7 @@ class Gicv2(_Gic):
     """
 
     name = "gicv2"
+    stops_by = "line"
     description = "Arm GICv2: 16 SGIs, pending for each sender apart, 8 CPUs"
     max_cpus = 8
     group = 0
@@ -451,6 +452,7 @@ class Gicv3(_Gic):
     """
 
     name = "gicv3"
+    stops_by = "line_nmi"
     description = "Arm GICv3: 16 SGIs by affinity, priorities, pseudo-NMI"
     chains = _GICV3
     hardware: ClassVar = {

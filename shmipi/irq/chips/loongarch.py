@@ -194,7 +194,7 @@ class Loongarch(Chip):
         yield Line(ACTION_BOOT_CPU, "SMP_BOOT_CPU", "count")
         yield Line(ACTION_RESCHEDULE, "SMP_RESCHEDULE", "reschedule", "IPI0")
         yield Line(ACTION_CALL_FUNCTION, "SMP_CALL_FUNCTION", "call", "IPI1")
-        yield Line(ACTION_IRQ_WORK, "SMP_IRQ_WORK", "count", "IPI2")
+        yield Line(ACTION_IRQ_WORK, "SMP_IRQ_WORK", "irq_work", "IPI2")
         yield Line(ACTION_CLEAR_VECTOR, "SMP_CLEAR_VECTOR", "count", "IPI3")
         yield Line(_BACKTRACE, "backtrace (not an action of the kernel)", "nmi")
         for bit in range(_FIRST_FREE, _FIRST_UNKNOWN):
@@ -346,7 +346,7 @@ class Loongarch(Chip):
         self.mp_ops.send_ipi_mask(mask, ACTION_CALL_FUNCTION)
 
     def arch_irq_work_raise(self) -> None:
-        """Send ACTION_IRQ_WORK to this CPU: counted where it arrives."""
+        """Send ACTION_IRQ_WORK to this CPU, which runs its irq_work."""
         self.mp_ops.send_ipi_single(self.cpu(), ACTION_IRQ_WORK)
 
     # ---- arguments ------------------------------------------------------------------

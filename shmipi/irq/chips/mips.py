@@ -241,7 +241,7 @@ class Mips(MipsSmp):
         """Return a line for each bit of the mailbox."""
         yield Line(0, "SMP_RESCHEDULE_YOURSELF", "reschedule", "RES")
         yield Line(1, "SMP_CALL_FUNCTION", "call", "CAL")
-        yield Line(2, "SMP_ICACHE_FLUSH", "count", "ICF")
+        yield Line(2, "SMP_ICACHE_FLUSH", "icache", "ICF")
         yield Line(3, "SMP_DUMP", "count", "DMP")
         yield Line(4, "backtrace (not an action of the kernel)", "nmi")
         for bit in range(_FIRST_FREE_BIT, _FIRST_UNKNOWN_BIT):

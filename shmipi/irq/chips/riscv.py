@@ -51,10 +51,10 @@ class _Ipi(NamedTuple):
 _IPIS = (
     _Ipi("IPI_RESCHEDULE", "reschedule", "Rescheduling interrupts"),
     _Ipi("IPI_CALL_FUNC", "call", "Function call interrupts"),
-    _Ipi("IPI_CPU_STOP", "count", "CPU stop interrupts"),
+    _Ipi("IPI_CPU_STOP", "stop", "CPU stop interrupts"),
     _Ipi("IPI_CPU_CRASH_STOP", "count", "CPU stop (for crash dump) interrupts"),
-    _Ipi("IPI_IRQ_WORK", "count", "IRQ work interrupts"),
-    _Ipi("IPI_TIMER", "count", "Timer broadcast interrupts"),
+    _Ipi("IPI_IRQ_WORK", "irq_work", "IRQ work interrupts"),
+    _Ipi("IPI_TIMER", "timer", "Timer broadcast interrupts"),
     _Ipi("IPI_CPU_BACKTRACE", "nmi", "CPU backtrace interrupts"),
     _Ipi("IPI_KGDB_ROUNDUP", "count", "KGDB roundup interrupts"),
 )
@@ -137,6 +137,7 @@ class Riscv(Chip):
     """
 
     name = "riscv"
+    stops_by = "line"
     description = "RISC-V software interrupt with the kernel's ipi-mux: 32 IPIs a hart"
     flow = "mux"
     chains = _RISCV

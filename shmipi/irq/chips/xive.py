@@ -324,8 +324,10 @@ class Xive(PowerpcSmp):
     """
 
     name = "xive"
+    stops_by = "nmi"
     description = "powerpc XIVE: one IPI a CPU with messages behind it, core doorbells"
     flow = "esb"
+    decrementer = True
     chains = _POWERPC
     hardware: ClassVar = {
         "line_set": "the source of CPU {cpu} notifies",
@@ -352,7 +354,7 @@ class Xive(PowerpcSmp):
         """Return the messages, the IPI, the doorbell, the sources for IPI domains."""
         yield Line(PPC_MSG_CALL_FUNCTION, "PPC_MSG_CALL_FUNCTION", "call", "CAL")
         yield Line(PPC_MSG_RESCHEDULE, "PPC_MSG_RESCHEDULE", "reschedule", "RES")
-        yield Line(PPC_MSG_TICK_BROADCAST, "PPC_MSG_TICK_BROADCAST", "count", "TBI")
+        yield Line(PPC_MSG_TICK_BROADCAST, "PPC_MSG_TICK_BROADCAST", "timer", "TBI")
         if self.nmi_ipi:
             yield Line(PPC_MSG_NMI_IPI, "PPC_MSG_NMI_IPI", "nmi", "NIP")
         yield Line(PPC_MSG_RM_HOST_ACTION, "PPC_MSG_RM_HOST_ACTION", "count", "RMH")

@@ -1,0 +1,1 @@
+"""What ``shmipi bench users`` measures: a module for each user, found by its name."""
