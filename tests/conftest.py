@@ -199,6 +199,58 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     )
 
 
+# ---- what a failure looked like ------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+    """Say of a test that failed what all that the tests started was at just then.
+
+    Whether something waits, for what, or is kept from a core cannot be seen later.
+    """
+    report = yield
+    if report.failed:
+        seen = [_computer()]
+        for pid in [os.getpid(), *sorted(_processes(set()))]:
+            seen.append(f"{pid} {_describe(pid)}")
+            seen += [f"  {line}" for line in _threads(pid)]
+        title = f"What ran at the end of its {report.when}"
+        report.sections.append((title, "\n".join(seen)))
+    return report
+
+
+def _computer() -> str:
+    """How busy it is; HYP: waits for pages that its own host had to fetch."""
+    said = [f"load {Path('/proc/loadavg').read_text().strip()}"]
+    for what in ("cpu", "io", "memory"):
+        with contextlib.suppress(OSError):
+            some = Path(f"/proc/pressure/{what}").read_text().partition("\n")[0]
+            said.append(f"{what}: {some}")
+    for line in Path("/proc/interrupts").read_text().splitlines():
+        if line.lstrip().startswith("HYP:"):
+            said.append(" ".join(line.split()[: 1 + (os.cpu_count() or 1)]))
+    return "; ".join(said)
+
+
+def _threads(pid: int) -> list[str]:
+    """Where each thread of a process stands, and what it had of the cores."""
+    said = []
+    for thread in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        with contextlib.suppress(OSError):
+            fields = (thread / "stat").read_text().rpartition(")")[2].split()
+            had, waited, _ = (thread / "schedstat").read_text().split()
+            # "running", or the call's number and arguments, of a futex what it expects.
+            call = " ".join((thread / "syscall").read_text().split()[:5])
+            said.append(
+                f"{thread.name} ({(thread / 'comm').read_text().strip()}):"
+                f" {fields[0]} on core {fields[36]}, {(thread / 'wchan').read_text()},"
+                f" call {call},"
+                f" ran {int(had) / 1e6:.0f} ms,"
+                f" waited for a core {int(waited) / 1e6:.0f} ms"
+            )
+    return said
+
+
 # ---- the look for leaks --------------------------------------------------------------
 
 
@@ -522,21 +574,11 @@ class Background(threading.Thread):
 
 def _where(pid: int) -> str:
     """What the threads of a program of `script` do; it prints their Python stacks."""
-    said = []
-    for thread in sorted(Path(f"/proc/{pid}/task").glob("*")):
-        with contextlib.suppress(OSError):
-            state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
-            had, waited, _ = (thread / "schedstat").read_text().split()
-            said.append(
-                f"thread {thread.name} ({(thread / 'comm').read_text().strip()}):"
-                f" {state}, {(thread / 'wchan').read_text()},"
-                f" ran {int(had) / 1e6:.0f} ms,"
-                f" waited for a core {int(waited) / 1e6:.0f} ms"
-            )
+    said = _threads(pid)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, _STACKS)
         time.sleep(1.0)  # of one that is stopped there are none
-    return "\n".join([*said, f"load: {Path('/proc/loadavg').read_text()}"])
+    return "\n".join([*said, _computer()])
 
 
 @pytest.fixture
