@@ -66,6 +66,10 @@ _segment.create = _create
 """
 exec(_PRELUDE, {})
 
+# Of a thousand interpreters, too: OpenBLAS has a thread for each core, that spins for a
+# while before it sleeps, which is as much work as the rest of a start.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # The tests start a thousand interpreters. Where these may not write bytecode
 # ($PYTHONDONTWRITEBYTECODE), each of them would compile the whole package anew.
 compileall.compile_dir(Path(shmipi.__file__).parent, quiet=2)
