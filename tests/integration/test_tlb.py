@@ -54,6 +54,7 @@ def obey(mms):
                 shmipi.percpu("orders")[smp.smp_processor_id(), 4] = 1
                 smp.completion("wake").wait_for_completion()
                 row[4] = 0
+                continue  # it is told the next thing from now on
             elif what == IRQS_OFF:
                 off = bool(arg)
                 (smp.local_irq_disable if arg else smp.local_irq_enable)()
@@ -436,7 +437,8 @@ def test_a_cpu_between_two_address_spaces_is_waited_for(rig, background):
     finally:
         os.kill(pid, signal.SIGCONT)
     unmap.end()
-    rig.eventually(lambda: rig.counts(1)["loaded_mm"] not in (0xFFFF, 1))
+    rig.eventually(lambda: not rig.orders[1, 0])
+    assert rig.counts(1)["loaded_mm"] not in (0xFFFF, 1)
     assert rig.load(1, keep) == -1, "it is in the other one"
 
 
