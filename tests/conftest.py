@@ -320,15 +320,18 @@ def look_for_leaks() -> Iterator[None]:
     """Fail for what is left of the time in the `with`, but for shared machines."""
     before, objects = _pids(), _objects()
     yield
-    deadline = time.monotonic() + _LEAK_WAIT_S
+    seen, looked = time.monotonic(), 0.0
     while True:
         left = _processes(before) - _shared_processes()
         lost = _objects() - objects - _shared_objects()
         if not left and not lost:
             return
-        if time.monotonic() > deadline:
+        if looked > _LEAK_WAIT_S:
             break
         time.sleep(0.01)
+        now = time.monotonic()
+        looked += min(now - seen, 0.1)  # as in `eventually`
+        seen = now
     names = [f"{pid}: {_describe(pid)}" for pid in sorted(left)]
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
@@ -504,14 +507,19 @@ def own_time() -> Callable[[], float]:
 
     queued: dict[str, float] = {}  # of each thread, of those that have ended too
 
-    def now() -> float:
+    def lost() -> float:
         for thread in Path("/proc/self/task").iterdir():
             with contextlib.suppress(OSError):  # it ends while it is looked at
                 ns = int((thread / "schedstat").read_text().split()[1])
                 queued[thread.name] = ns / 1e9
         stolen = int(Path("/proc/stat").read_text().split()[8])
-        lost = sum(queued.values()) + stolen / os.sysconf("SC_CLK_TCK")
-        return time.monotonic() - lost
+        return sum(queued.values()) + stolen / os.sysconf("SC_CLK_TCK")
+
+    def now() -> float:
+        while True:  # both of one moment: not kept from the core between the looks
+            before, at = lost(), time.monotonic()
+            if lost() - before < 0.001:
+                return at - before
 
     return now
 

@@ -390,6 +390,7 @@ def test_a_death_that_another_host_has_noticed_first(boot):
             os.kill(owner._machine.firmware_pid, signal.SIGKILL)
 
 
+@pytest.mark.alone  # it measures
 def test_an_orderly_shutdown_is_told_as_one(boot, script):
     owner = boot(2, name=f"end{os.getpid()}")
     process = waiting(script, owner.name)
@@ -398,6 +399,7 @@ def test_an_orderly_shutdown_is_told_as_one(boot, script):
     check_told(process, ended, "ClusterStateError('the machine end")
 
 
+@pytest.mark.alone  # it measures
 def test_a_death_is_told_as_one(boot, script):
     owner = boot(2)
     process = waiting(script, owner.name)
@@ -648,7 +650,7 @@ def test_a_host_detaches_while_the_firmware_owes_it_an_answer(
     os.kill(firmware, signal.SIGSTOP)
     try:
         asks = background(lab.online, 1)
-        time.sleep(0.1)
+        eventually(lambda: lab._host._orders)
         lab.shutdown()
         with pytest.raises(ClusterStateError, match="detached"):
             asks.end(10)
@@ -829,11 +831,13 @@ def test_a_native_handler_is_the_machines_whatever_its_number(tmp_path, boot, sc
 # ---- death ---------------------------------------------------------------------------
 
 SENDER = """
-import sys, time
+import os, sys, time
 from shmipi import Cluster, smp
 
-def slow(_):
-    time.sleep(0.1)
+def slow(sender):
+    end = time.monotonic() + 20
+    while os.path.exists(f"/proc/{sender}") and time.monotonic() < end:
+        time.sleep(0.01)
 
 if __name__ == "__main__":
     here = Cluster.attach(sys.argv[1])
@@ -842,6 +846,8 @@ if __name__ == "__main__":
     here.call(1, int)
     here.smp.smp_call_function_single(1, smp.NativeHandler("count"), n, False)
     here.run(int)
+    while here.cpus[1].state != "halted":  # else it polls still, and nobody rings it
+        time.sleep(0.001)
     here._machine.arm_step(here._machine.id, step, int(action))
     print("armed", flush=True)
     if what == "call":
@@ -850,7 +856,7 @@ if __name__ == "__main__":
         here.smp.smp_call_function_single(1, smp.NativeHandler("count"), n, False)
         here.smp.smp_call_function_single(1, smp.NativeHandler("count"), n)
     elif what == "slow":
-        here.smp.smp_call_function_single(1, slow)
+        here.smp.smp_call_function_single(1, slow, os.getpid())
     elif what == "submit":
         here.submit(1, len, bytes(20_000)).result()
     elif what == "run":

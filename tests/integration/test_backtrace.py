@@ -7,7 +7,7 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,9 @@ def test_a_stopped_cpu_is_read_from_outside(cluster: Cluster, until: Path) -> No
     assert "in inner\n" in text
 
 
-def test_where_there_is_no_nmi_it_can_be_masked(log: list[str], until: Path) -> None:
+def test_where_there_is_no_nmi_it_can_be_masked(
+    log: list[str], until: Path, eventually: Callable[..., float]
+) -> None:
     """gicv2: IPI_CPU_BACKTRACE is an interrupt, which can be kept off. row 51"""
     with Cluster(2, idle="halt", controller="gicv2") as cluster:
         idle(cluster, 0)
@@ -221,6 +223,8 @@ def test_where_there_is_no_nmi_it_can_be_masked(log: list[str], until: Path) -> 
         assert "can be masked (gicv2 has no NMI)" in log[0]
         assert "idling" in log[1]
         task = begin(cluster, 1, keep_irqs_off, until)
+        cluster.users.backtrace.backtraces([1], timeout=0.2)
+        eventually(lambda: cluster._machine.masked(1))  # it has come, to no effect
         text = (cluster.users.backtrace.backtraces([1], timeout=0.2) or {})[1]
         assert "it did not answer in 0.2 s\n  it has interrupts disabled\n" in text
         assert "in keep_irqs_off\n" in text

@@ -294,12 +294,11 @@ def test_a_raw_fork_that_is_stopped_does_not_hold_the_firmware_up(boot):
     over = threading.Event()
 
     def stop_one() -> None:
-        forks: set[int] = set()
-        while not forks and not over.is_set():
+        while not stopped and not over.is_set():
             forks = {child.pid for child in firmware.children()} - cpus
-        with contextlib.suppress(ProcessLookupError, ValueError):
-            os.kill(min(forks), signal.SIGSTOP)
-            stopped.append(True)
+            with contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(min(forks), signal.SIGSTOP)
+                stopped.append(True)
 
     stopped: list[bool] = []
     thread = threading.Thread(target=stop_one)
