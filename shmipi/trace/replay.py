@@ -108,6 +108,8 @@ def play(
     for array in (steps, calls, mine, control):
         array.sum()
     mine[:] = 0
+    # Before: awake and first on its core, it would keep from coming whoever needs that.
+    _core.replay_meet(control)
     gc.disable()
     why = _be_first() if fifo else "not asked for"
     before = resource.getrusage(resource.RUSAGE_THREAD)

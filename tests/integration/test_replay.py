@@ -136,6 +136,7 @@ def test_every_call_arrives_on_each_controller_and_doorbell(boot, controller, do
     assert (quick.calls["how"] != How.UNSENT).all()
 
 
+@pytest.mark.alone  # its CPUs have their cores for themselves (SCHED_FIFO)
 def test_the_command_says_what_was_measured(capsys):
     assert cli.main(["replay", HACKBENCH, "--json", "-"]) == 0
     printed = capsys.readouterr()
@@ -166,6 +167,7 @@ def test_the_command_says_what_was_measured(capsys):
     assert told["valid"] is (told["on_time"] >= 0.95 and not told["why"])
 
 
+@pytest.mark.alone  # its CPUs have their cores for themselves (SCHED_FIFO)
 def test_a_policy_is_replayed_beside_it(capsys):
     args = ["replay", str(DATA / "gcc.ftrace.xz"), "--what-if", "lazy-resched"]
     assert cli.main(args) == 0
@@ -179,6 +181,7 @@ def test_a_policy_is_replayed_beside_it(capsys):
     assert row[-3:] == ["21", "21", "2"]
 
 
+@pytest.mark.alone  # its CPUs have their cores for themselves (SCHED_FIFO)
 def test_a_batch_comes_by_one_interrupt(boot):
     lines = []
     for number in range(8):
@@ -203,6 +206,7 @@ def test_a_batch_comes_by_one_interrupt(boot):
     assert max(us for us in times if us is not None) > 140
 
 
+@pytest.mark.alone  # its CPUs have their cores for themselves (SCHED_FIFO)
 def test_haltpoll_polls_for_what_comes_soon_and_halts_for_the_rest(boot):
     """Its window grows where halts are short: what comes then finds the CPU polling."""
     lines = []
@@ -214,7 +218,13 @@ def test_haltpoll_polls_for_what_comes_soon_and_halts_for_the_rest(boot):
     cluster = boot(2, idle="halt")
 
     def elided(idle):
-        played, _ = replay.on(cluster, script_of(lines, idle=idle), timeout=30)
+        script = script_of(lines, idle=idle)
+        for _ in range(10):
+            played, _ = replay.on(cluster, script, timeout=30)
+            ends = [_core.stamp_to_mono(int(call["left"])) for call in played.calls]
+            late = [e - int(c["due"]) for e, c in zip(ends, played.calls, strict=True)]
+            if max(late) < 2_000_000:  # ns: neither side was kept from its core
+                break
         found = [How(int(call["how"])) == How.ELIDED for call in played.calls]
         return sum(found[:300]), sum(found[300:])
 
@@ -244,6 +254,7 @@ def test_a_killed_cpu_ends_the_replay(boot, eventually):
     eventually(lambda: not cluster._machine.slot(0).task)  # the other gives up
 
 
+@pytest.mark.alone  # its CPUs have their cores for themselves (SCHED_FIFO)
 def test_ctrl_c_ends_a_replay_and_leaves_nothing(tmp_path):
     path = tmp_path / "long"
     path.write_text("".join(long_script()))

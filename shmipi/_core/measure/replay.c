@@ -588,19 +588,26 @@ static int do_step(struct replay *r, const struct shi_replay_step *step)
     }
 }
 
-/* Until `word` has come to `value`: asleep, but for the start, which all see at once. */
-static int meet(struct replay *r, enum shi_state state, bool (*come)(const struct replay *))
+/* Until all have: asleep, but for the start, which all see at once. */
+static int meet(struct replay *r, enum shi_state state, bool (*have)(const struct replay *),
+                uint64_t limit_ns)
 {
     uint64_t from = shi_now_ns();
-    while (!come(r)) {
+    while (!have(r)) {
         int err = look_around(r);
-        if (!err && state == SHI_POLLING && shi_now_ns() - from > MEET_NS)
+        if (!err && shi_now_ns() - from > limit_ns)
             err = -ETIMEDOUT;
         if (err)
             return err;
         shi_idle_until(r->self, state, shi_now_ns() + LOOK_NS);
     }
     return 0;
+}
+
+static bool all_come(const struct replay *r)
+{
+    const struct shi_replay_control *c = r->run->control;
+    return shi_load_full(&c->come) >= c->ncpus;
 }
 
 static bool has_start(const struct replay *r)
@@ -620,7 +627,7 @@ static int begin(struct replay *r)
     struct shi_replay_control *c = r->run->control;
     if (shi_fetch_add_full(&c->ready, 1) + 1 == c->ncpus)
         shi_store_release(&c->start, now() + LEAD_NS);
-    int err = meet(r, SHI_POLLING, has_start);
+    int err = meet(r, SHI_POLLING, has_start, MEET_NS);
     r->start = shi_load_acquire(&c->start);
     return err;
 }
@@ -630,9 +637,19 @@ static int end(struct replay *r)
 {
     /* Full: after the pushes.  Who finds all done finds all that was pushed to it. */
     shi_fetch_add_full(&r->run->control->done, 1);
-    int err = meet(r, SHI_HALTED, all_done);
+    int err = meet(r, SHI_HALTED, all_done, UINT64_MAX);
     if (!err)
         shi_idle_until(r->self, SHI_POLLING, shi_now_ns());
+    return err;
+}
+
+int shi_replay_meet(struct shi_self *self, struct shi_replay_run *run)
+{
+    struct replay r = { .self = self, .run = run };
+    shi_fetch_add_full(&run->control->come, 1);
+    int err = meet(&r, SHI_HALTED, all_come, MEET_NS);
+    if (err) /* pairs with the acquire in look() */
+        shi_store_release(&run->control->abort, 1);
     return err;
 }
 

@@ -80,6 +80,7 @@ struct shi_replay_cpu {
 struct shi_replay_control {
     _Alignas(SHI_PAIR) shi_a32 ready;
     shi_a32 done;
+    shi_a32 come;                     /* to shi_replay_meet() */
     _Alignas(SHI_PAIR) shi_a64 start; /* shi_now_ns() clock; 0: not all are ready */
     shi_a32 abort;                    /* somebody gave up: all do */
     uint32_t ncpus;
@@ -112,6 +113,9 @@ struct shi_replay_run {
 
 /* Of `ncpus` CPUs. */
 uint64_t shi_replay_control_bytes(uint32_t ncpus);
+/* Wait, asleep, until all CPUs have come to this: whoever is to have a core for himself from
+ * then on takes it from nobody who has yet to come.  Of `run`: only `control`.  As below. */
+int shi_replay_meet(struct shi_self *self, struct shi_replay_run *run);
 /* Run the own CPU's script, with all others.  0, or -ECANCELED (the machine ends), -EINTR (the
  * task is cancelled), -EPIPE (another CPU gave up), -ETIMEDOUT (somebody did not come, or a
  * call did not return), -EOWNERDEAD, -ENXIO (a CPU died, or went offline), -EINVAL (a step

@@ -36,6 +36,57 @@ static PyObject *result_of(Machine *machine, int err, uint32_t dst)
     Py_RETURN_NONE;
 }
 
+/* `control` fits this machine, and this is a task with interrupts on; else an exception. */
+static int prepare(Machine *machine, struct shi_replay_run *run, const Py_buffer *control)
+{
+    const struct shi_self *self = &machine->self;
+    if (check(control, sizeof(uint64_t), "control") < 0)
+        return -1;
+    if ((uint64_t)control->len < shi_replay_control_bytes(machine->m.ncpus) ||
+        (uintptr_t)control->buf % SHI_PAIR || run->pace > SHI_RP_ASAP) {
+        PyErr_SetString(PyExc_ValueError,
+                        "control has no room for each CPU, or the pace is none");
+        return -1;
+    }
+    if (!self->in_task || self->irqs_off || self->in_irq || shi_preempt_off(self)) {
+        shi_raise(shi_py.StateError, 0, (int)self->id,
+                  "a replay is for a task, with interrupts enabled");
+        return -1;
+    }
+    run->control = control->buf;
+    run->control->ncpus = machine->m.ncpus;
+    return 0;
+}
+
+/* Python handlers run inside of it, and what was put off then, behind it. */
+static PyObject *go(Machine *machine, struct shi_replay_run *run,
+                    int (*act)(struct shi_self *, struct shi_replay_run *))
+{
+    struct shi_self *self = &machine->self;
+    bool inlined = self->inline_python;
+    self->inline_python = true;
+    int err = act(self, run);
+    self->inline_python = inlined;
+    shi_take_back(machine, NULL);
+    shi_take_deferred(machine);
+    return result_of(machine, err, run->dst);
+}
+
+static PyObject *replay_meet(PyObject *module, PyObject *buffer)
+{
+    Py_buffer control;
+    struct shi_replay_run run = { 0 };
+    PyObject *result = NULL;
+    (void)module;
+    Machine *machine = shi_use_cpu("replay from a task on each of its CPUs");
+    if (!machine || PyObject_GetBuffer(buffer, &control, PyBUF_WRITABLE) < 0)
+        return NULL;
+    if (!prepare(machine, &run, &control))
+        result = go(machine, &run, shi_replay_meet);
+    PyBuffer_Release(&control);
+    return result;
+}
+
 static PyObject *replay(PyObject *module, PyObject *args)
 {
     Py_buffer steps = { 0 }, calls = { 0 }, entries = { 0 }, control = { 0 };
@@ -50,36 +101,16 @@ static PyObject *replay(PyObject *module, PyObject *args)
     if (!machine || check(&steps, sizeof *run.steps, "steps") < 0 ||
         check(&calls, sizeof *run.calls, "calls") < 0 ||
         check(&entries, sizeof *run.entries, "entries") < 0 ||
-        check(&control, sizeof(uint64_t), "control") < 0)
+        prepare(machine, &run, &control) < 0)
         goto out;
-    struct shi_self *self = &machine->self;
-    if ((uint64_t)control.len < shi_replay_control_bytes(machine->m.ncpus) ||
-        (uintptr_t)control.buf % SHI_PAIR || run.pace > SHI_RP_ASAP) {
-        PyErr_SetString(PyExc_ValueError,
-                        "control has no room for each CPU, or the pace is none");
-        goto out;
-    }
     run.steps = steps.buf;
     run.nsteps = (uint32_t)((size_t)steps.len / sizeof *run.steps);
     run.calls = calls.buf;
     run.ncalls = (uint32_t)((size_t)calls.len / sizeof *run.calls);
     run.entries = entries.buf;
     run.entries_room = (uint32_t)((size_t)entries.len / sizeof *run.entries);
-    run.control = control.buf;
-    run.control->ncpus = machine->m.ncpus;
     run.patience_ns = patience;
-    if (!self->in_task || self->irqs_off || self->in_irq || shi_preempt_off(self)) {
-        shi_raise(shi_py.StateError, 0, (int)self->id,
-                  "a replay is for a task, with interrupts enabled");
-        goto out;
-    }
-    bool inlined = self->inline_python;
-    self->inline_python = true;
-    int err = shi_replay(self, &run);
-    self->inline_python = inlined;
-    shi_take_back(machine, NULL);
-    shi_take_deferred(machine);
-    result = result_of(machine, err, run.dst);
+    result = go(machine, &run, shi_replay);
 out:
     PyBuffer_Release(&steps);
     PyBuffer_Release(&calls);
@@ -102,6 +133,8 @@ PyMethodDef shi_replay_functions[] = {
     { "replay", replay, METH_VARARGS,
       "replay(steps, calls, entries, control, pace, resched_ns, patience_ns)\n--\n\n"
       "Run this CPU's script, with all other CPUs: see shmipi/trace/replay.py." },
+    { "replay_meet", replay_meet, METH_O,
+      "replay_meet(control)\n--\n\nSleep until every CPU has come to this." },
     { "replay_control_bytes", replay_control_bytes, METH_O,
       "replay_control_bytes(ncpus) -> bytes of `control`" },
     { NULL, NULL, 0, NULL },
