@@ -24,6 +24,7 @@
 #include "py/handler.h"
 #include "py/incoming.h"
 #include "py/sched.h"
+#include "py/signals.h"
 #include "py/stack.h"
 #include "py/tables.h"
 #include "py/title.h"
@@ -334,7 +335,8 @@ static void cpu_loop(Machine *machine)
     for (;;) {
         shi_remind_stop(self);
         enum shi_idle_why why = shi_idle(self);
-        if (why == SHI_IDLE_STOP && machine->newborn)
+        /* A signal that came just before it slept has interrupted no sleep. */
+        if (why == SHI_IDLE_STOP && machine->newborn && !shi_signals_came())
             return;
         shi_take_back(machine, NULL);
         switch (why) {
@@ -357,6 +359,8 @@ static void cpu_loop(Machine *machine)
                 PyErr_WriteUnraisable(NULL);
             break;
         case SHI_IDLE_STOP:
+            if (PyErr_CheckSignals() < 0)
+                PyErr_WriteUnraisable(NULL);
             shi_flush_standard_files();
             return;
         }

@@ -253,6 +253,11 @@ void shi_signals_raise(Machine *machine)
     machine->raised = true;
 }
 
+bool shi_signals_came(void)
+{
+    return shi_load_acquire(&early) != 0;
+}
+
 void shi_signals_early(void)
 {
     uint64_t set = shi_xchg_full(&early, 0);

@@ -11,7 +11,8 @@ Machine *shi_own_cpu(void);
  * with what its handler raised. */
 void shi_signals_raise(Machine *machine);
 int shi_signals_check(Machine *machine);
-/* What came while the interpreter did not know of its fork: ask it again to look. */
+/* What came while the interpreter did not know of its fork: anything? Ask it again to look. */
+bool shi_signals_came(void);
 void shi_signals_early(void);
 static inline void shi_signals_let_go(Machine *machine)
 {
