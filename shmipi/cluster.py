@@ -733,6 +733,15 @@ class Cluster:
             )
         if state == "dead":
             self._host.boot_cpu(cpu)
+        # Online for interrupts, it takes tasks a moment later: cpu_up() returns after
+        # sched_cpu_activate(), too.
+        self._await(
+            cpu,
+            lambda state: (
+                state in ("offline", "dead") or self._machine.sched_rq(cpu)[2]
+            ),
+            timeout,
+        )
 
     @contextlib.contextmanager
     def _hotplug(self, timeout: float | None) -> Iterator[None]:
@@ -779,7 +788,7 @@ class Cluster:
     def _await(
         self,
         cpu: int,
-        reached: Callable[[str], bool],
+        reached: Callable[[str], object],
         timeout: float | None,
         start: bool = False,
     ) -> str:
