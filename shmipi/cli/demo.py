@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -189,15 +188,17 @@ def _error_of(cluster: Cluster, cpu: int) -> str:
 
 def _call_running(cluster: Cluster, lines: _Lines, cpu: int) -> None:
     """A task sleeps in a system call; the kick runs the handler on top of it."""
-    with ThreadPoolExecutor(1) as pool:
-        task = pool.submit(cluster.run, time.sleep, 0.3, cpus=[cpu])
+    task = cluster.start(time.sleep, 60, cpus=[cpu])
+    try:
         while cluster.cpus[cpu].state != "running" and not task.done():
             time.sleep(0.001)
         with lines.line(f"call({cpu}, ...) while it sleeps in a task") as came:
             start = time.perf_counter()
             cluster.call(cpu, _nothing)
             came(f"answered after {(time.perf_counter() - start) * 1e6:.0f} us")
-        task.result()
+    finally:
+        task.cancel()
+    task.wait()
 
 
 def _kill(cluster: Cluster, lines: _Lines, cpu: int) -> None:
