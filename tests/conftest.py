@@ -322,11 +322,12 @@ def look_for_leaks() -> Iterator[None]:
     yield
     seen, looked = time.monotonic(), 0.0
     while True:
+        over = looked > _LEAK_WAIT_S  # before the last look
         left = _processes(before) - _shared_processes()
         lost = _objects() - objects - _shared_objects()
         if not left and not lost:
             return
-        if looked > _LEAK_WAIT_S:
+        if over:
             break
         time.sleep(0.01)
         now = time.monotonic()

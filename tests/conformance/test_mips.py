@@ -390,6 +390,7 @@ def test_a_put_off_handler_runs_once_for_each_taken(
 # ---- senders that die, CPUs that go --------------------------------------------------
 
 
+@pytest.mark.alone  # it measures
 @pytest.mark.parametrize("state", ["halted", "running"])
 @pytest.mark.parametrize("step", ["raise", "ring"])
 def test_a_sender_that_dies_before_it_rings(boot, eventually, background, step, state):

@@ -193,6 +193,7 @@ def test_the_second_half_of_a_back_to_back_nmi_is_swallowed(rig):
         rig.wait(lambda: rig.n[0] == 2)
         rig.wait(lambda s=swallowed: rig.grown("nmi_swallowed") == s)
         rig.wait(lambda u=unknown: rig.grown("nmi_unknown") == u)
+        rig.wait(lambda: not rig.cluster.chip.read("nmi", 1))  # it is over
 
 
 def test_an_nmi_ipi_is_the_first_local_handler(rig):

@@ -409,6 +409,7 @@ def test_msip(machine, chip, masked):
 # ---- senders that die, CPUs that go --------------------------------------------------
 
 
+@pytest.mark.alone  # it measures
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("step", ["raise", "ring"])
 def test_a_sender_that_dies_before_it_rings(boot, eventually, step, again):

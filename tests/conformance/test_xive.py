@@ -82,7 +82,16 @@ class Rig:
 
     def settle(self):
         """Return when every CPU has taken what it can, and is back at what it did."""
-        self.wait(lambda: all(map(self.is_quiet, range(self.chip.ncpus))))
+        try:
+            self.wait(lambda: all(map(self.is_quiet, range(self.chip.ncpus))))
+        except AssertionError as error:
+            raise AssertionError([*map(self.describe, range(4))]) from error
+
+    def describe(self, cpu):
+        """Its word and its registers: one that is halted and rung has lost nothing."""
+        names = ("irr", "isr", "iar", "enable", "eq_at", "eq_put", "threshold")
+        registers = {name: hex(self.chip.read(name, cpu)) for name in names}
+        return cpu, hex(self.machine.slot(cpu).word), registers, self.rows(cpu)
 
     def is_quiet(self, cpu):
         quiet = not self.chip.interrupt_asserted(cpu) and not self.chip.in_service(cpu)
@@ -112,11 +121,13 @@ class Rig:
         self.machine.pic_write(0, "line_virq", line, virq)
         for cpu in range(self.chip.ncpus):
             self.chip.unmask_line(line, cpu)
-        yield
-        for cpu in range(self.chip.ncpus):
-            self.chip.mask_line(line, cpu)
-        self.machine.pic_write(0, "line_virq", line, 0)
-        self.machine.irq_free(virq)
+        try:
+            yield
+        finally:
+            for cpu in range(self.chip.ncpus):
+                self.chip.mask_line(line, cpu)
+            self.machine.pic_write(0, "line_virq", line, 0)
+            self.machine.irq_free(virq)
 
     def counted(self, line=LINE, virq=VIRQ):
         """`line` with a native handler that counts; the array that it counts in."""

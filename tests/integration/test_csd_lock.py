@@ -189,9 +189,11 @@ def test_a_handler_that_does_not_end_is_named(
 ) -> None:
     """cur_csd: this request, or a prior one; no IPI is sent again. row 81, row 82"""
     until = tmp_path / "until"
+    cluster.csd_lock_timeout = 0  # until it runs: before, nothing executes there
     first = cluster.submit(1, spin, str(until))
     while cluster.cpus[1].handler != "spin":
         time.sleep(0.001)
+    cluster.csd_lock_timeout = TIMEOUT
     second = cluster.submit(1, one)
     this = log.wait("handling this request.")
     prior = log.wait("handling prior spin(...) request.")
@@ -266,6 +268,7 @@ def test_panic_on_ipistall_gives_up(cluster: Cluster, log: Log) -> None:
             again = pickle.loads(pickle.dumps(error))
             assert (str(again), again.cpu, again.function) == (str(error), 1, "one")
         assert not cluster.smp.csd_lock_is_stuck()
+    cluster.panic_on_ipistall = 0  # what is looked at is that it answers
     cluster.call(1, one)  # it was stalled, not dead
 
 

@@ -18,6 +18,7 @@ from shmipi import (
     smp,
 )
 from shmipi.machine.inspect import Inspector
+from shmipi.machine.process import is_stopped
 from shmipi.names import DOORBELLS
 from shmipi.users import scheduler
 
@@ -369,6 +370,14 @@ def test_host_and_firmware_killed_at_once(host, eventually, doorbell):
     process = host(doorbell=doorbell)
     for pid in (process.pid, process.pids[0]):
         os.kill(pid, signal.SIGSTOP)  # neither sees the other die
+    # With all their threads: the signal alone does not say so.
+    eventually(
+        lambda: all(
+            (thread / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+            for pid in (process.pid, process.pids[0])
+            for thread in Path(f"/proc/{pid}/task").iterdir()
+        )
+    )
     # The host last: its end continues a firmware that is stopped.
     for pid in (process.pids[0], process.pid):
         os.kill(pid, signal.SIGKILL)
@@ -486,6 +495,7 @@ def test_the_firmware_goes_on_where_a_stopped_waker_has_the_dead_ones_run_queue(
     cluster._machine.arm_step(0, "ttwu_list", _core.STEP_STOP)
     waker = cluster.start(scheduler.wake_up_process, woken.id, cpus=[0])
     eventually(lambda: cluster._machine.step_hit(0) == "ttwu_list")
+    eventually(lambda: is_stopped(cluster.cpus[0].pid))
     try:
         for cpu in (1, 2):
             os.kill(cluster.cpus[cpu].pid, signal.SIGKILL)

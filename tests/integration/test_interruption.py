@@ -223,13 +223,25 @@ def test_interrupted_while_it_waits_for_a_busy_cpu(script):
         while not masked[0]:
             time.sleep(0.001)
         pending = cluster.submit(1, int)
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        host = cluster._host
+        close = host.close
+        host.close = lambda: close(20.0)  # longer than others may keep the cores
+
+        def press():
+            while not host.closing:  # in shutdown(), which waits from here on
+                time.sleep(0.001)
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        presses = threading.Thread(target=press)
+        presses.start()
         try:
             cluster.shutdown()
         except KeyboardInterrupt:
             left = [x for x in os.listdir("/dev/shm") if sys.argv[1] in x]
             print("interrupted", cluster.closed, left)
         thread.join()
+        presses.join()
         print(type(pending.exception(5)).__name__, threading.active_count())
         cluster.shutdown()
         """,
@@ -345,8 +357,8 @@ def test_a_stopped_firmware_does_not_outlive_its_host(script, eventually, end):
             while psutil.Process(firmware).status() != "stopped":
                 time.sleep(0.001)
             print(cluster.call(1, int, "7"), flush=True)  # CPUs do not need it
-            if sys.argv[2] != "shutdown":
-                signal.pause()
+            while sys.argv[2] != "shutdown":
+                time.sleep(0.1)
         """,
         *(name, end),
         wait=False,

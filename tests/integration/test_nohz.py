@@ -56,6 +56,7 @@ def test_the_interrupts_of_an_isolated_cpu_are_its_kicks_by_cause(rig, eventuall
     before, counts = kicks(rig, 2), rig.counters()
     assert rig.run(cause, 2, cpus=[0]) == [(False, True)]
     eventually(lambda: kicks(rig, 2).taken == before.taken + 1)
+    eventually(lambda: rig.cpus[2].state == "running")  # else the next is no interrupt
     assert rig.run(nohz.tick_nohz_full_kick_cpu, 2, cpus=[1]) == [True]
     eventually(lambda: kicks(rig, 2).taken == before.taken + 2)
     after, now = kicks(rig, 2), rig.counters()
@@ -120,10 +121,15 @@ def test_every_interrupt_of_an_isolated_cpu_has_its_cause(rig, eventually):
         eventually(lambda before=before: grown(rig, before))
         time.sleep(0.002)
         assert grown(rig, before) == {cause: 1}
+        # Back in its task: until then it polls, and what comes is no interrupt.
+        taken = before.taken + (cause == "irq_work")
+        eventually(lambda taken=taken: kicks(rig, 2).taken == taken)
+        eventually(lambda: rig.cpus[2].state == "running")
     before = kicks(rig, 2)
     rig.run(asks, "timer", cpus=[0])
     eventually(lambda: timer.fired == 1)
     assert set(grown(rig, before)) == {"reschedule", "timer"}
+    eventually(lambda: rig.cpus[2].state == "running")
     rig.users.scheduler._machine.sched_llc(2, 7)  # no cache is shared: by the wake list
     before = kicks(rig, 2)
     rig.run(asks, "wakeup", cpus=[0])

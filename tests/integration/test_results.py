@@ -177,8 +177,17 @@ def test_a_callback_that_exits_holds_up_no_future(cluster, monkeypatch):
     def leave(_):
         raise SystemExit
 
-    slow = cluster.submit(0, time.sleep, 0.05)
+    go = cluster.shared("go", "i4", 1)
+    go[0] = 0
+
+    def waits():
+        end = time.monotonic() + 20
+        while not go[0] and time.monotonic() < end:
+            time.sleep(0.001)
+
+    slow = cluster.submit(0, waits)
     slow.add_done_callback(leave)
+    go[0] = 1
     slow.result(5)
     assert [cluster.submit(1, abs, -n).result(5) for n in range(3)] == [0, 1, 2]
     assert told == [SystemExit]

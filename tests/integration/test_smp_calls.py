@@ -378,6 +378,10 @@ def test_ipis_that_are_put_off_until_a_schedule_point(cluster, eventually):
             assert smp.signal_pending_ipi() == 0
 
     for point in ("cond_resched", "preempt_enable", "signal", "idle"):
+        # Who is on its way to sleep would send what is flagged: each has taken what the
+        # point before sent it (a rung CPU is a halted one still), and sleeps.
+        cluster.run(int)
+        eventually(lambda: {cpu.state for cpu in cluster.cpus} == {"halted"})
         before = sent()
         cluster.run(flags, point, cpus=[1])
         eventually(lambda before=before: sent() == before + ncpus - 1)

@@ -266,17 +266,26 @@ def test_ksoftirqd_and_a_task_take_turns(boot):
     def busy(begin):
         if begin:
             smp.raise_softirq(TASKLET)
-        turns, end = 0, time.monotonic() + 0.3
-        while time.monotonic() < end:
+        turns, lost = 0, 0.0
+        now, had = time.monotonic(), time.thread_time()
+        end = now + 0.3
+        while now < end:
+            was, used = now, had
+            now, had = time.monotonic(), time.thread_time()
+            lost = max(lost, now - was - (had - used))
             turns += 1
-        return turns
+        return turns, lost
 
     sched = cluster.users.scheduler
     for begin in (True, False):
-        before = ran[0], ksoftirqd(sched.ps()), time.monotonic_ns()
-        assert run_on(cluster, partial(busy, begin)) > 1000
-        wall = time.monotonic_ns() - before[2]
-        thread = ksoftirqd(sched.ps())
+        for _ in range(5):  # again where the CPU, or we, had no core for long
+            before = ran[0], ksoftirqd(sched.ps()), time.monotonic_ns()
+            turns, lost = run_on(cluster, partial(busy, begin))
+            wall = time.monotonic_ns() - before[2]
+            thread = ksoftirqd(sched.ps())
+            if lost < 0.05 and wall < 0.4e9:
+                break
+        assert turns > 1000
         assert ran[0] > before[0] + 100
         assert (thread.name, thread.cpu, thread.bound) == ("ksoftirqd/1", 1, True)
         shared = thread.runtime_ns - (before[1].runtime_ns if before[1] else 0)
@@ -284,9 +293,8 @@ def test_ksoftirqd_and_a_task_take_turns(boot):
     os.kill(cluster.cpus[1].pid, signal.SIGKILL)
     spin(lambda: cluster.cpus[1].state == "dead")
     cluster.online(1)
-    assert (
-        run_on(cluster, partial(busy, True)) > 1000
-    )  # the same thread, of a new process
+    assert run_on(cluster, partial(busy, True))[0] > 1000
+    # The same thread, of a new process.
     assert ksoftirqd(sched.ps()).id == thread.id
     go[0] = 0
     spin(lambda: ksoftirqd(sched.ps()).state == "sleeping")

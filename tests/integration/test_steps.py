@@ -466,8 +466,11 @@ def test_offline_step(rig, action):
             within(LIMIT_S, cluster.offline, TARGET)
         assert cluster.cpus[TARGET].state == "dead"
     else:
-        with pytest.raises(IpiTimeoutError):
-            cluster.offline(TARGET, timeout=1)
+        for _ in range(5):  # withdrawn before it came so far, where one had no core
+            with pytest.raises(IpiTimeoutError):
+                cluster.offline(TARGET, timeout=1)
+            if rig.machine.step_hit(TARGET) == "offline":
+                break
         rig.await_stopped()
         rig.resume()
         # The request was withdrawn: it comes back by itself.

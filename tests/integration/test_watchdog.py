@@ -256,6 +256,8 @@ def test_a_full_signal_queue_loses_nothing(rig, eventually, doorbell, target):
         found.running_target(eventually)
     found.at_rest(eventually)
     pid = found.cluster.cpus[TARGET].pid
+    # It has that state before it sleeps, and looks at its word once more.
+    eventually(lambda: psutil.Process(pid).status() == "sleeping")
     limit = resource.prlimit(pid, resource.RLIMIT_SIGPENDING)
     # The kernel asks the limit of who is signalled.
     resource.prlimit(pid, resource.RLIMIT_SIGPENDING, (0, limit[1]))
