@@ -7,11 +7,14 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import shmipi
-from shmipi import smp
+from shmipi import _core, smp
 from shmipi.bench.boot import private_kib
+from shmipi.irq.chips.apic import Apic
+from shmipi.machine.process import is_stopped
 from shmipi.users import cpumap, tick
 
 
@@ -120,6 +123,34 @@ def test_nor_is_one_whose_handler_is_older_than_the_machine(script, tmp_path):
         prefix=("env", f"PYTHONPATH={Path(shmipi.__file__).parents[1]}:{tmp_path}"),
     )
     assert done.text == "noted\nnoted\npid True\n"
+
+
+@pytest.mark.parametrize("newborn", [True, False])
+def test_nor_is_one_that_comes_just_before_the_last_sleep(
+    boot, eventually, tmp_path, newborn
+):
+    """It interrupts no sleep: its handler runs when the machine ends, at the latest."""
+    note = tmp_path / "note"
+
+    class Noting(Apic):
+        def bind(self, machine):
+            signal.signal(signal.SIGUSR1, lambda *_: note.write_text("noted"))
+            return super().bind(machine)
+
+    cluster = boot(2, idle="halt", controller=Noting(), steps=True)
+    if not newborn:
+        cluster.run(int)
+        eventually(lambda: cluster.cpus[1].state == "halted")
+    pid = cluster.cpus[1].pid
+    cluster._machine.arm_step(1, "halted", _core.STEP_STOP)
+    cluster.smp.smp_call_function_single(1, smp.NativeHandler("noop"))
+    eventually(lambda: cluster._machine.step_hit(1) == "halted")
+    eventually(lambda: is_stopped(pid))
+    for number in (signal.SIGUSR1, signal.SIGCONT):
+        os.kill(pid, number)
+    eventually(lambda: psutil.Process(pid).status() == "sleeping")
+    cluster.shutdown()
+    assert note.read_text() == "noted"
 
 
 def test_a_hook_of_the_fork_finds_no_machine(script):

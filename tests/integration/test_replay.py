@@ -233,6 +233,21 @@ def test_haltpoll_polls_for_what_comes_soon_and_halts_for_the_rest(boot):
     assert late < 5
 
 
+def test_who_waits_for_the_others_leaves_its_core_to_them(boot, background, eventually):
+    """It sleeps until all have come, and only then has its core for itself."""
+    lines = [queue(0, 1000, 1, 10), ring(0, 1000, 1), *run(1, 1020, 10, "f")]
+    cluster = boot(2, idle="halt")
+    first, late = (cpu.pid for cpu in cluster.cpus)
+    os.kill(late, signal.SIGSTOP)
+    try:
+        plays = background(lambda: replay.on(cluster, script_of(lines), timeout=30))
+        eventually(lambda: cluster.cpus[0].task and cluster.cpus[0].state == "halted")
+        assert os.sched_getscheduler(first) == os.SCHED_OTHER
+    finally:
+        os.kill(late, signal.SIGCONT)
+    plays.end(30)
+
+
 def test_a_killed_cpu_ends_the_replay(boot, eventually):
     script = script_of(long_script())
     cluster = boot(2, idle="halt")
