@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,6 @@ from typing import Any, Final
 from shmipi.cluster import Cluster
 from shmipi.errors import (
     CpuDiedError,
-    IpiTimeoutError,
     MachineDiedError,
     RemoteCallError,
     ShmipiError,
@@ -29,7 +27,8 @@ from shmipi.errors import (
 from shmipi.stress import rules, shift
 from shmipi.stress.options import check_times
 from shmipi.stress.report import Hotplug
-from shmipi.stress.unrest import Unrest, driver_word, facts, taken
+from shmipi.stress.tasks import Tasks
+from shmipi.stress.unrest import driver_word, facts, taken
 from shmipi.stress.users import registry
 from shmipi.stress.users.base import Outcome, UserCheck, Worker
 
@@ -181,7 +180,9 @@ def run_users(
         return _Crew(options, machine, line, progress).run()
 
 
-class _Crew:
+class _Crew(Tasks):
+    noun = "task"
+
     def __init__(
         self,
         options: UserOptions,
@@ -189,30 +190,21 @@ class _Crew:
         line: Callable[[str], None] | None,
         progress: Callable[[float], None] | None,
     ) -> None:
+        super().__init__(cluster, options, options.seed, line, progress)
         self.options = options
-        self.cluster = cluster
-        self.machine = cluster._machine
-        self.line = line or (lambda text: None)
-        self.progress = progress or (lambda seconds: None)
-        self.seed = secrets.randbits(32) if options.seed is None else options.seed
         self.broken = rules.chosen(options.broken)
         self.control = cluster.shared(shift.CONTROL, "u8", shift.CONTROL_WORDS)
         self.board = cluster.percpu(shift.BOARD, "u8", shift.BOARD_WORDS)
         self.control[...] = self.board[...] = 0
         self.control[shift.K_DRIVER] = driver_word(cluster)
-        self.unrest = Unrest(cluster, self, options, self.seed)
         self.checks: list[UserCheck] = []
         self.names = options.chosen()
         self.workers: dict[str, Worker] = {}
         self.counted: dict[str, int] = {}
         self.errors: list[str] = []
         self.errors_more = 0
-        self.ended = False  # by itself: there is nothing more to learn
+        self.over = False  # by itself: there is nothing more to learn
         self.turn = threading.Lock()  # whose turn it is with the checks
-        self.lock = threading.Lock()  # of everything below
-        self.calls: dict[int, int] = {}  # CPU -> the call that is its task
-        self.incarnation = [0] * cluster.ncpus
-        self.beats: dict[int, tuple[int, float]] = {}
         self.lost: list[int] = []  # CPUs that have died by themselves
 
     # ---- the run ---------------------------------------------------------------------
@@ -320,7 +312,7 @@ class _Crew:
                 where = f" ({frame.tb_frame.f_code.co_name}, line {frame.tb_lineno})"
                 frame = frame.tb_next
             self.error("raised", f"{what}: {type(error).__name__}: {error}{where}")
-            self.ended = True
+            self.over = True
 
     def serve(self, begun: float) -> None:
         """Let the checks act, watch and print until the time is over."""
@@ -329,7 +321,7 @@ class _Crew:
         next_line = begun + options.stat_interval
         next_watch = begun + _WATCH_S
         while (now := time.monotonic()) < deadline:
-            if self.ended or self.unrest.failure is not None:
+            if self.over or self.unrest.failure is not None:
                 return
             with self.turn:
                 for check in self.checks:
@@ -359,71 +351,43 @@ class _Crew:
 
     # ---- the workers' tasks ----------------------------------------------------------
 
-    def start(self, cpu: int) -> None:
-        """Post the workers' task to ``cpu``; nobody waits for it."""
-        self.incarnation[cpu] += 1
-        args = (self.workers, self.seed, self.incarnation[cpu])
-        call = self.machine.post(cpu, shift.work, args, None, True)
-        with self.lock:
-            self.calls[cpu] = call
-            self.beats.pop(cpu, None)
+    def task_of(self, incarnation: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return shift.work, (self.workers, self.seed, incarnation)
 
     def await_ready(self) -> None:
         """Wait until every CPU has its workers."""
         deadline = time.monotonic() + self.patience() + 0.3 * self.cluster.ncpus
-        while self.control[shift.K_READY] < self.cluster.ncpus and not self.ended:
+        while self.control[shift.K_READY] < self.cluster.ncpus and not self.over:
             self.cluster._check()
             now = time.monotonic()
             if now > deadline:
                 self.error("stalled", "the workers have not all started")
-                self.ended = True
+                self.over = True
             self.watch(now)
             time.sleep(0.002)
 
-    def collect(self, cpu: int, call: int, *, killed: bool) -> None:
-        """Take the end of a CPU's task: all but a return or its murder is an error."""
-        try:
-            self.machine.collect(call, cpu, self.patience())
-        except CpuDiedError as error:
-            if not killed:
-                self.error(
-                    "died", f"CPU {cpu} died by itself{self.in_turn(cpu)}: {error}"
-                )
-                self.ended = True
-                self.lost.append(cpu)
-        except MachineDiedError:
-            raise
-        except IpiTimeoutError:
-            self.error("stalled", f"CPU {cpu} died and its task's call is not done")
-        except RemoteCallError as error:
-            self.error("raised", f"CPU {cpu}: {error}")
-            self.ended = True
+    def by_itself(self, cpu: int, error: CpuDiedError) -> None:
+        self.error("died", f"CPU {cpu} died by itself{self.in_turn(cpu)}: {error}")
+        self.over = True
+        self.lost.append(cpu)
 
-    def watch(self, now: float) -> None:
-        """Look for tasks that ended early, and for those that do not get on."""
-        self.cluster._check()  # the machine may have died
-        with self.lock:
-            running = dict(self.calls)
-        for cpu, call in running.items():
-            if self.machine.done(call):
-                with self.lock:
-                    # Its killer may have taken it since.
-                    if self.unrest.has(cpu) or self.calls.get(cpu) != call:
-                        continue
-                    del self.calls[cpu]
-                self.collect(cpu, call, killed=False)
-                continue
-            beat = int(self.board[cpu, shift.B_BEAT])
-            seen, since = self.beats.get(cpu, (-1, now))
-            idle = not self.control[shift.K_GO] or self.state(cpu) == "offline"
-            if beat != seen or idle or self.unrest.has(cpu):
-                self.beats[cpu] = beat, now
-            elif now - since > self.patience():
-                self.beats[cpu] = beat, now
-                self.error(
-                    "stalled", f"no progress in {now - since:.0f} s: {self.who(cpu)}"
-                )
-                self.ended = bool(self.broken)
+    def failed(self, cpu: int, error: RemoteCallError) -> None:
+        self.error("raised", f"CPU {cpu}: {error}")
+        self.over = True
+
+    def beat(self, cpu: int) -> int:
+        return int(self.board[cpu, shift.B_BEAT])
+
+    def excused(self, cpu: int) -> bool:
+        """It has not begun, is being taken away, or is not online."""
+        return (
+            not self.control[shift.K_GO]
+            or self.state(cpu) == "offline"
+            or self.unrest.has(cpu)
+        )
+
+    def stuck(self, cpu: int) -> None:
+        self.over = bool(self.broken)
 
     def error(self, kind: str, text: str) -> None:
         """Keep what went wrong."""
@@ -453,26 +417,7 @@ class _Crew:
         """Say what a CPU does."""
         return f"CPU {cpu} ({self.state(cpu)}) is{self.in_turn(cpu) or ' in none'}"
 
-    def state(self, cpu: int) -> str:
-        return self.cluster._cpu(cpu).state
-
     # ---- what is done to CPUs, as told by Unrest -------------------------------------
-
-    def leaving(self, cpu: int) -> None:
-        """The CPU may not be online from now on."""
-
-    def back(self, cpu: int) -> None:
-        """It is online again."""
-
-    def dying(self, cpu: int) -> None:
-        """It is killed next."""
-
-    def died(self, cpu: int) -> None:
-        """Take what has become of its task."""
-        with self.lock:
-            call = self.calls.pop(cpu, None)
-        if call is not None:
-            self.collect(cpu, call, killed=True)
 
     def booted(self, cpu: int) -> None:
         """Tell the checks; then it gets new workers."""
@@ -480,30 +425,14 @@ class _Crew:
             for check in self.checks:
                 with self.reporting(f"{check.name}: its check failed"):
                     check.died(cpu)
-        self.start(cpu)
+        super().booted(cpu)
 
     # ---- the end ---------------------------------------------------------------------
 
     def end_workers(self) -> bool:
         """End the workers; did all end?"""
         self.control[shift.K_STOP] = 1
-        self.unrest.all_online()  # a frozen task goes on, sees the word, ends
-        deadline = time.monotonic() + self.patience()
-        with self.lock:
-            left, self.calls = self.calls, {}
-        while left:
-            seen = self.machine.event
-            for cpu, call in list(left.items()):
-                if self.machine.done(call):
-                    del left[cpu]
-                    self.collect(cpu, call, killed=False)
-            if not left or time.monotonic() > deadline:
-                break
-            self.cluster._check()
-            self.machine.wait_event(seen, 0.1)
-        for cpu, call in left.items():
-            self.error("stalled", f"a task does not end: {self.who(cpu)}")
-            self.machine.abandon(call)
+        left = self.end_all(self.patience())
         self.find_lost()
         return not left
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -15,7 +13,6 @@ from shmipi.errors import (
     CpuDiedError,
     CpuOfflineError,
     IpiTimeoutError,
-    MachineDiedError,
     RemoteCallError,
 )
 from shmipi.stress.book import (
@@ -43,7 +40,8 @@ from shmipi.stress.book import (
 from shmipi.stress.invoker import invoke, on_flush
 from shmipi.stress.options import PRIMITIVES, Options, selection
 from shmipi.stress.report import Report, error_counts, made, statistics
-from shmipi.stress.unrest import Unrest, driver_word, facts, taken
+from shmipi.stress.tasks import Tasks
+from shmipi.stress.unrest import driver_word, facts, taken
 
 __all__ = ["torture"]
 
@@ -65,7 +63,9 @@ def torture(
         return _Driver(options, machine, line, progress).run()
 
 
-class _Driver:
+class _Driver(Tasks):
+    noun = "invoker"
+
     def __init__(
         self,
         options: Options,
@@ -73,28 +73,19 @@ class _Driver:
         line: Callable[[str], None] | None,
         progress: Callable[[float], None] | None,
     ) -> None:
+        super().__init__(cluster, options, options.seed, line, progress, options.kills)
         self.options = options
-        self.cluster = cluster
-        self.machine = cluster._machine
-        self.line = line or (lambda text: None)
-        self.progress = progress or (lambda seconds: None)
         ncpus = cluster.ncpus
         self.senders = options.senders(ncpus)
         self.weights = selection(options.weights, ncpus)
-        self.seed = secrets.randbits(32) if options.seed is None else options.seed
         # Rows for every CPU, so that a later run on this machine finds the same arrays.
         self.book = Book(cluster.shared, ncpus, ncpus)
         self.book.reset()
         self.book.control[K_LONGWAIT] = round(options.longwait * 1e3)
         self.book.control[K_SALT] = self.seed & 0xFFFFFFFF
         self.book.control[K_DRIVER] = driver_word(cluster)
-        self.unrest = Unrest(cluster, self, options, self.seed, options.kills)
         self.more: dict[str, int] = {}
         self.complaints: list[str] = []
-        self.lock = threading.Lock()  # of everything below
-        self.calls: dict[int, int] = {}  # CPU -> the call that is its invoker
-        self.incarnation = [0] * ncpus
-        self.beats: dict[int, tuple[int, float]] = {}
 
     # ---- the run ---------------------------------------------------------------------
 
@@ -209,16 +200,13 @@ class _Driver:
 
     # ---- invokers --------------------------------------------------------------------
 
+    def task_of(self, incarnation: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return invoke, (self.seed, incarnation, self.weights, self.options.handler)
+
     def start(self, cpu: int) -> None:
-        """Post an invoker to ``cpu``; nobody waits for it."""
-        if cpu >= self.senders:
-            return
-        self.incarnation[cpu] += 1
-        args = (self.seed, self.incarnation[cpu], self.weights, self.options.handler)
-        call = self.machine.post(cpu, invoke, args, None, True)
-        with self.lock:
-            self.calls[cpu] = call
-            self.beats.pop(cpu, None)
+        """Post an invoker to ``cpu``, if it is to have one."""
+        if cpu < self.senders:
+            super().start(cpu)
 
     def await_ready(self) -> None:
         """Wait until every invoker has started, as scftorture does."""
@@ -230,30 +218,20 @@ class _Driver:
                 return
             for cpu, call in list(self.calls.items()):
                 if self.machine.done(call):  # it failed, or its CPU died
-                    self.collect(cpu, call, may_die=False)
+                    self.collect(cpu, call, killed=False)
                     del self.calls[cpu]
-                    self.bury(cpu)
+                    self.ended(cpu)
                     self.book.control[K_READY] += 1
             time.sleep(0.002)
 
-    def take(self, cpu: int) -> int | None:
-        """Return the call of a CPU's invoker; it is the caller's to collect now."""
-        with self.lock:
-            return self.calls.pop(cpu, None)
+    def answer_s(self) -> float:
+        return STALL_S
 
-    def collect(self, cpu: int, call: int, *, may_die: bool) -> None:
-        """Take the end of an invoker: all but a return or its murder is an error."""
-        try:
-            self.machine.collect(call, cpu, STALL_S)
-        except CpuDiedError:
-            if not may_die:
-                self.error("died", f"CPU {cpu} died by itself")
-        except MachineDiedError:
-            raise
-        except IpiTimeoutError:
-            self.error("stalled", f"CPU {cpu} died and its invoker's call is not done")
-        except RemoteCallError as error:
-            self.error("raised", f"the invoker of CPU {cpu} failed: {error}")
+    def by_itself(self, cpu: int, error: CpuDiedError) -> None:
+        self.error("died", f"CPU {cpu} died by itself")
+
+    def failed(self, cpu: int, error: RemoteCallError) -> None:
+        self.error("raised", f"the invoker of CPU {cpu} failed: {error}")
 
     def error(self, kind: str, text: str) -> None:
         """Count an error that the driver found, and keep its text."""
@@ -263,34 +241,19 @@ class _Driver:
                 self.complaints.append(text)
         self.line(f"shmipi-stress: !!! {text}")
 
-    def watch(self, now: float) -> None:
-        """Look for invokers that ended early, and for those that do not get on."""
-        self.cluster._check()  # the machine may have died
-        with self.lock:
-            running = dict(self.calls)
-        for cpu, call in running.items():
-            if self.machine.done(call):
-                with self.lock:
-                    # Its killer may have taken it since.
-                    if self.unrest.has(cpu) or self.calls.get(cpu) != call:
-                        continue
-                    del self.calls[cpu]
-                self.collect(cpu, call, may_die=False)
-                self.bury(cpu)
-                continue
-            beat = int(self.book.head_words[cpu, H_BEAT])
-            seen, since = self.beats.get(cpu, (-1, now))
-            if beat != seen or self.book.plug[cpu] & np.uint64(1):
-                self.beats[cpu] = beat, now
-            elif now - since > self.patience():
-                self.beats[cpu] = beat, now
-                self.error(
-                    "stalled", f"no progress in {now - since:.0f} s: {self.who(cpu)}"
-                )
+    def beat(self, cpu: int) -> int:
+        return int(self.book.head_words[cpu, H_BEAT])
 
-    def bury(self, cpu: int) -> None:
-        """A CPU died by itself: let those who wait for it know, as for a killed one."""
-        if self.state(cpu) == "dead" and not self.book.plug[cpu] & np.uint64(1):
+    def unplugged(self, cpu: int) -> bool:
+        """Is its plug word odd: may it be anything but online?"""
+        return bool(self.book.plug[cpu] & np.uint64(1))
+
+    def excused(self, cpu: int) -> bool:
+        return self.unplugged(cpu)
+
+    def ended(self, cpu: int) -> None:
+        """If its CPU is dead: let those who wait for it know, as for a killed one."""
+        if self.state(cpu) == "dead" and not self.unplugged(cpu):
             self.book.plug[cpu] += np.uint64(1)
             self.book.kills[cpu] += np.uint64(1)
 
@@ -310,14 +273,11 @@ class _Driver:
         )
         return f"CPU {cpu} ({self.state(cpu)}) is in {name} to {whom}"
 
-    def state(self, cpu: int) -> str:
-        return self.cluster._cpu(cpu).state
-
     # ---- what is done to CPUs, as told by Unrest ----------------------------------
 
     def leaving(self, cpu: int) -> None:
         """The CPU may not be online from now on (its plug word becomes odd)."""
-        if not self.book.plug[cpu] & np.uint64(1):
+        if not self.unplugged(cpu):
             self.book.plug[cpu] += np.uint64(1)
 
     def back(self, cpu: int) -> None:
@@ -325,22 +285,12 @@ class _Driver:
         # A killed one is back when its kills word is even, too: that one first.
         if self.book.kills[cpu] & np.uint64(1):
             self.book.kills[cpu] += np.uint64(1)
-        if self.book.plug[cpu] & np.uint64(1):
+        if self.unplugged(cpu):
             self.book.plug[cpu] += np.uint64(1)
 
     def dying(self, cpu: int) -> None:
         """It is killed next: its kills word is odd before it dies (see book.py)."""
         self.book.kills[cpu] += np.uint64(1)
-
-    def died(self, cpu: int) -> None:
-        """Take what has become of its invoker."""
-        call = self.take(cpu)
-        if call is not None:
-            self.collect(cpu, call, may_die=True)
-
-    def booted(self, cpu: int) -> None:
-        """It gets a new invoker."""
-        self.start(cpu)
 
     # ---- the end ---------------------------------------------------------------------
 
@@ -349,26 +299,9 @@ class _Driver:
         control = self.book.control
         control[K_PAUSE] = 0
         control[K_STOP] = 1
-        self.unrest.all_online()  # a frozen invoker goes on, sees the word, ends
-        deadline = time.monotonic() + 2.0 * self.patience()
-        with self.lock:
-            left, self.calls = self.calls, {}
-        while left:
-            seen = self.machine.event
-            for cpu, call in list(left.items()):
-                if self.machine.done(call):
-                    del left[cpu]
-                    self.collect(cpu, call, may_die=False)
-                    self.bury(cpu)
-            if not left or time.monotonic() > deadline:
-                break
-            self.cluster._check()
-            self.machine.wait_event(seen, 0.1)
-        for cpu, call in left.items():
-            self.error("stalled", f"an invoker does not end: {self.who(cpu)}")
-            self.machine.abandon(call)
+        left = self.end_all(2.0 * self.patience())
         self.flush()
-        self.settle_rest(set(left))
+        self.settle_rest(left)
 
     def flush(self) -> None:
         """Two waiting calls to every CPU: after that nothing sent before can run."""
